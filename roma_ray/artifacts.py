@@ -1,0 +1,207 @@
+"""Where a stage's output lives, what identifies it, and when it is complete.
+
+A stage writes under `<storage>/<stage>/<fingerprint>/`. Files appear whole (written aside, synced, renamed) and
+`manifest.json`, written last, makes the stage complete. A file lock, which the system drops with its process, keeps two
+drivers from writing one stage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from roma_ray.errors import ArtifactError, StorageError
+
+MANIFEST = "manifest.json"
+_LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "faiss-cpu", "ray", "mlflow", "numpy", "pyarrow")
+
+
+def fingerprint(value: Any) -> str:
+    """16 hex digits of the SHA-256 of a JSON-able value; dictionary order does not matter."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def file_digest(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+    """Call `write(temporary)` and put the result at `path` whole: written aside, synced, renamed.
+
+    Raises StorageError when the storage is full, read-only or gone.
+    """
+    target = Path(path)
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(aside)
+        with open(aside, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(aside, target)
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}. Free some space or make it writable, or choose another "
+            "place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
+        ) from error
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON (non-finite numbers refused) atomically."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def default_storage() -> str:
+    """$ROMA_RAY_STORAGE, else ~/.roma-ray."""
+    return os.environ.get("ROMA_RAY_STORAGE") or str(Path.home() / ".roma-ray")
+
+
+class Store:
+    """The folder that holds all artifacts."""
+
+    def __init__(self, root: str | Path | None = None) -> None:
+        text = str(root) if root else default_storage()
+        if "://" in text:
+            raise StorageError(f"the storage {text} is not a folder: use a local path or a mounted shared file system (NFS, FSx, Filestore)")
+        self.root = Path(text).expanduser().absolute()
+
+    def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> Stage:
+        """The stage of that name for these settings and inputs (name -> fingerprint); changes nothing on disk."""
+        identity = {"stage": name, "version": version, "settings": dict(settings), "inputs": dict(inputs)}
+        return Stage(self.root / name / fingerprint(identity), name, identity)
+
+
+class Stage:
+    """One stage's folder."""
+
+    def __init__(self, path: Path, name: str, identity: dict[str, Any]) -> None:
+        self.path, self.name, self.identity = path, name, identity
+
+    @property
+    def fingerprint(self) -> str:
+        return self.path.name
+
+    @property
+    def complete(self) -> bool:
+        return (self.path / MANIFEST).is_file()
+
+    def manifest(self) -> dict[str, Any]:
+        """The manifest of a complete stage. Raises ArtifactError."""
+        return read_manifest(self.path)
+
+    def finish(self, *, facts: Mapping[str, Any], seconds: float) -> None:
+        """Write the manifest: this makes the stage complete. `facts` are counts and results worth reading later."""
+        files = {}
+        for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
+            relative = file.relative_to(self.path).as_posix()
+            if not relative.startswith(".") and relative != MANIFEST and "/." not in relative:
+                files[relative] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+        write_json(
+            self.path / MANIFEST,
+            {
+                "stage": self.name,
+                "fingerprint": self.fingerprint,
+                "identity": self.identity,
+                "files": files,
+                "facts": dict(facts),
+                "seconds": round(seconds, 3),
+                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+                "versions": library_versions(),
+            },
+        )
+
+    def verify(self) -> None:
+        """Compare every file with the manifest's digests. Raises ArtifactError naming the first difference."""
+        for relative, fact in self.manifest()["files"].items():
+            file = self.path / relative
+            if not file.is_file():
+                raise ArtifactError(f"{file} is missing; remove {self.path} and run again to recompute it")
+            if file.stat().st_size != fact["bytes"] or file_digest(file) != fact["sha256"]:
+                raise ArtifactError(f"{file} is not what was written (corrupted or truncated); remove {self.path} and run again")
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Hold the stage's lock. Raises ArtifactError when another process on it is writing, StorageError as writes do."""
+        import fcntl
+
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            handle = open(self.path / ".lock", "a+")  # noqa: SIM115 - closed below, after the lock's use
+        except OSError as error:
+            raise StorageError(f"cannot write in {self.path}: {error.strerror or error}. Choose another place with --storage.") from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                handle.seek(0)
+                holder = handle.read().strip() or "unknown"
+                raise ArtifactError(
+                    f"another run ({holder}) is writing the {self.name} stage {self.fingerprint}. Wait for it to end, or stop it, "
+                    "then run the same command again."
+                ) from None
+            except OSError:
+                # Some network file systems have no locks; a single driver is then the user's promise.
+                pass
+            handle.truncate(0)
+            handle.write(f"{os.uname().nodename}, pid {os.getpid()}")
+            handle.flush()
+            yield
+
+    def discard(self) -> None:
+        """Remove the stage's output, the manifest first, so that a crash leaves it incomplete, not wrong."""
+        (self.path / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read and check `folder/manifest.json`. Raises ArtifactError."""
+    path = Path(folder) / MANIFEST
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(f"{folder} holds no complete stage (no {MANIFEST}); run the stage again") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read: {error}; remove the folder and run the stage again") from None
+    expected = {"stage": str, "fingerprint": str, "files": dict, "facts": dict, "identity": dict}
+    if not isinstance(value, dict) or any(not isinstance(value.get(k), t) for k, t in expected.items()):
+        raise ArtifactError(f"{path} is not a manifest of this project; remove the folder and run the stage again")
+    for relative, fact in value["files"].items():
+        parts = Path(relative).parts
+        if Path(relative).is_absolute() or ".." in parts or not isinstance(fact, dict) or not {"bytes", "sha256"} <= set(fact):
+            raise ArtifactError(f"{path} names the file {relative!r} in a way no manifest does; remove the folder and run again")
+    return value
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of the libraries that a result depends on, of those installed."""
+    versions = {}
+    for name in _LIBRARIES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions

