@@ -1,0 +1,137 @@
+"""The manifold term (eq. 7) and the regularizers that the paper compares it with (its Figure 10 and Table 7).
+
+Eq. 7 is computed without listing neighbors. The weights of eq. 6 sum to 1 and the stored r_j carry no gradient, so with
+the mean target m_i = sum_j W_ij r_j,
+
+    sum_j W_ij ||r_i - r_j||^2  =  ||r_i - m_i||^2  +  sum_j W_ij ||r_j - m_i||^2
+
+holds exactly. The second part, the spread, is a constant >= 0. So the training loop needs one target row and one number
+a question, its cost does not depend on the number of neighbors, and the gradient is that of eq. 7. This is the only
+form of the term in the package: there is no padded list of neighbors.
+
+Shapes: N questions, B a batch of them, L tuned layers, E experts. Losses are SUMS over the batch; the caller divides by
+the number of questions of the global batch, so that empty neighborhoods count in the mean as zeros.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from roma_ray.errors import ConfigError, NeighborError
+from roma_ray.manifold.neighbors import Neighborhoods
+
+RegularizerName = Literal["none", "l1", "l2", "entropy", "manifold"]
+
+
+class NeighborTargets(NamedTuple):
+    """What eq. 7 needs of the neighbors, for all questions or for a batch of them; constants, without gradient."""
+
+    mean: Tensor
+    """m_i, [N, L, E]; zero where there is no neighbor."""
+    spread: Tensor
+    """sum_j W_ij ||r_j - m_i||^2, [N], at least 0."""
+    present: Tensor
+    """[N] bool: the neighborhood is not empty."""
+
+    def take(self, rows_B: Tensor, device: torch.device | None = None) -> "NeighborTargets":
+        """The targets of a batch, given its row numbers in the question table, moved to the device of the loss."""
+        return NeighborTargets(*(column[rows_B.to(column.device)].to(device or column.device) for column in self))
+
+
+def neighbor_targets(neighborhoods: Neighborhoods, routing_NLE: Tensor) -> NeighborTargets:
+    """Mean and spread of each question's neighbors from the stored routing rows r_j; summed in fp64, kept in fp32.
+
+    Call it once with the base model's routing, or again after each refresh of r_j. Raises NeighborError where a
+    neighbor's routing row is not finite.
+    """
+    assert routing_NLE.ndim == 3, f"routing must be [N, L, E], not {tuple(routing_NLE.shape)}"
+    assert len(routing_NLE) == len(neighborhoods.queried), "routing and neighborhoods are of different tables"
+    routing_NLE = routing_NLE.detach().cpu()
+    kept = torch.promote_types(routing_NLE.dtype, torch.float32)
+    mean_NLE = torch.zeros(routing_NLE.shape, dtype=kept)
+    spread_N = torch.zeros(len(routing_NLE), dtype=torch.float64)
+    # One layer at a time: an fp64 copy of all layers of all questions would be the largest thing in memory.
+    for layer in range(routing_NLE.shape[1]):
+        rows_NE = routing_NLE[:, layer].double()
+        mean_NE = _weighted_sum(neighborhoods, rows_NE)
+        square_N = _weighted_sum(neighborhoods, rows_NE.square().sum(1, keepdim=True))[:, 0]
+        mean_NLE[:, layer] = mean_NE.to(kept)
+        spread_N += (square_N - mean_NE.square().sum(1)).clamp_min(0)
+    if not torch.isfinite(spread_N).all():
+        row = int((~torch.isfinite(spread_N)).nonzero()[0, 0])
+        raise NeighborError(f"a neighbor of question row {row} has a routing row that is not finite: extract it again")
+    return NeighborTargets(mean_NLE, spread_N.to(kept), neighborhoods.sizes > 0)
+
+
+def _weighted_sum(neighborhoods: Neighborhoods, rows_NX: Tensor) -> Tensor:
+    # The bag sum is a product of the sparse W with the rows: no row is copied once a pair.
+    return F.embedding_bag(
+        neighborhoods.indices,
+        rows_NX,
+        neighborhoods.offsets,
+        mode="sum",
+        per_sample_weights=neighborhoods.weights,
+        include_last_offset=True,
+    )
+
+
+def manifold_loss(routing_BLE: Tensor, targets: NeighborTargets) -> Tensor:
+    """Eq. 7 summed over the batch (a scalar): the live r_i with gradient, squared norm over experts and tuned layers.
+
+    `targets` are those of the batch. An empty neighborhood gives zero; count them with `(~targets.present).sum()`.
+    """
+    assert routing_BLE.shape == targets.mean.shape, f"{tuple(routing_BLE.shape)} != {tuple(targets.mean.shape)}"
+    distance_B = (routing_BLE - targets.mean).square().sum((1, 2)) + targets.spread
+    return torch.where(targets.present, distance_B, 0).sum()
+
+
+def entropy_loss(routing_BLE: Tensor) -> Tensor:
+    """KL(r || uniform) = log E - H(r), summed over tuned layers and the batch: a scalar >= 0, zero for equal routing.
+
+    Its gradient is that of -H: minimising it RAISES the routing entropy, the usual meaning of entropy regularization
+    (a confidence penalty). The paper names neither sign nor source.
+    """
+    # The floor stands for an expert whose probability underflowed to 0, where log r and its gradient are infinite.
+    log_BLE = routing_BLE.clamp_min(torch.finfo(routing_BLE.dtype).tiny).log()
+    layers, experts = routing_BLE.shape[1:]
+    log_experts = torch.tensor(float(experts), dtype=routing_BLE.dtype, device=routing_BLE.device).log()
+    return (routing_BLE * log_BLE).sum() + len(routing_BLE) * layers * log_experts
+
+
+def norm_loss(parameters: Sequence[Tensor], power: Literal[1, 2]) -> Tensor:
+    """Sum of |theta| (power 1) or theta^2 (power 2) over all tuned router parameters: a scalar."""
+    assert parameters, "no router parameter is tuned"
+    return torch.stack([theta.abs().sum() if power == 1 else theta.square().sum() for theta in parameters]).sum()
+
+
+def regularizer_loss(
+    kind: RegularizerName,
+    routing_BLE: Tensor,
+    *,
+    targets: NeighborTargets | None = None,
+    parameters: Sequence[Tensor] = (),
+) -> Tensor:
+    """The term that lambda weighs in eq. 9, summed over the batch: the one function that the training loop calls.
+
+    - `manifold`: eq. 7; needs the batch's `targets`.
+    - `l1`, `l2`: sum of |theta| or theta^2 over the tuned routers' `parameters` (the fp32 masters), once a question, so
+      that the mean over the batch is the plain penalty. The paper speaks of "standard" penalties "applied to the
+      router" and of "generic sparsity" without a formula. The norm of the routing weights themselves cannot be meant by
+      L1: a softmax row sums to 1 whatever the router does. Both pull towards zero, as the textbook's do, not towards
+      the pretrained gates. They are sums over up to millions of parameters: their lambda is far smaller than eq. 7's.
+    - `entropy`: KL(r || uniform) over experts, summed over tuned layers, of the same routing rows that eq. 7 reads.
+    - `none`: a zero without gradient.
+    """
+    if kind == "none":
+        return routing_BLE.new_zeros(())
+    if kind == "manifold":
+        assert targets is not None, "the manifold term needs neighbor targets"
+        return manifold_loss(routing_BLE, targets)
+    if kind == "entropy":
+        return entropy_loss(routing_BLE)
+    if kind in ("l1", "l2"):
+        return len(routing_BLE) * norm_loss(parameters, 1 if kind == "l1" else 2)
+    raise ConfigError(f"regularizer {kind!r} is not one of: {', '.join(get_args(RegularizerName))}")

@@ -1,0 +1,183 @@
+"""Successful neighborhoods N(x_i) (eq. 2-4, 6): k-nearest, epsilon-ball, and random neighbors as the control.
+
+Rules that hold for every method: neighbors come from S, the training questions that the base model answers rightly; a
+question is never its own neighbor, nor is one whose embedded text is equal; neighbors are listed by falling similarity,
+ties by id. The answer is the same to the bit for every backend and block size (see `ranking.py`).
+
+Shapes: N questions, M successful ones, C embedding width, P (question, neighbor) pairs, B a block of questions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from roma_ray.errors import ConfigError, NeighborError
+from roma_ray.manifold.ranking import QuestionTable
+from roma_ray.manifold.search import BackendName
+from roma_ray.manifold.similarity import (
+    SimilarityName,
+    adjacency_weights,
+    check_similarity,
+    similarity_of_cosines,
+)
+from roma_ray.manifold.summary import EMPTY_LIMIT, QUANTILES, quantiles
+
+Method = Literal["knn", "epsilon", "random"]
+
+
+@dataclass(frozen=True)
+class Neighborhoods:
+    """Ragged neighborhoods of N questions: those of question i are the slice offsets[i]:offsets[i + 1] of the rest."""
+
+    offsets: Tensor
+    """[N + 1] int64."""
+    indices: Tensor
+    """[P] int64, row numbers into the question table."""
+    similarities: Tensor
+    """[P] fp64, falling within a neighborhood."""
+    weights: Tensor
+    """[P] fp64, eq. 6: they sum to 1 over each non-empty neighborhood."""
+    queried: Tensor
+    """[N] bool, the questions that neighbors were looked for; the others have none."""
+
+    def __post_init__(self) -> None:
+        assert len(self.offsets) == len(self.queried) + 1
+        assert int(self.offsets[-1]) == len(self.indices)
+        assert len(self.indices) == len(self.similarities) == len(self.weights)
+
+    @property
+    def sizes(self) -> Tensor:
+        """Neighbors of each question: [N] int64."""
+        return self.offsets.diff()
+
+    @property
+    def rows(self) -> Tensor:
+        """The question that each pair belongs to: [P] int64; with `indices` it lists all pairs (i, j)."""
+        return torch.arange(len(self.queried)).repeat_interleave(self.sizes)
+
+    def of(self, row: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Row numbers, similarities and weights of one question's neighbors."""
+        part = slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+        return self.indices[part], self.similarities[part], self.weights[part]
+
+
+def successful_set(correct_N: Tensor, training_N: Tensor) -> Tensor:
+    """S of eq. 2 as a mask [N]: training questions that the base model answers rightly; NeighborError if none."""
+    successful_N = correct_N & training_N
+    if not successful_N.any():
+        raise NeighborError(
+            f"the base model answers none of the {int(training_N.sum())} training questions rightly, so there is no "
+            "successful neighbor to imitate: check the prompt format, or use more or easier questions"
+        )
+    return successful_N
+
+
+def find_neighbors(
+    embeddings_NC: Tensor,
+    successful_N: Tensor,
+    *,
+    training_N: Tensor,
+    ids: Sequence[str],
+    text_keys: Sequence[str],
+    queried_N: Tensor | None = None,
+    method: Method = "knn",
+    k: int = 3,
+    epsilon: float = 0.5,
+    similarity: SimilarityName,
+    sigma: float,
+    seed: int = 0,
+    backend: BackendName = "auto",
+    device: str | torch.device | None = None,
+    batch_rows: int = 2048,
+) -> Neighborhoods:
+    """N(x_i) and W_ij (eq. 3, 4, 6) of the queried questions (all training questions unless given).
+
+    Embeddings are scaled to length 1. `successful_N`, `training_N`, `queried_N` are masks; successful questions must be
+    training questions. `text_keys` are the embedded texts (or digests of them), `ids` are unique. `epsilon` is a
+    similarity. `random` draws k neighbors of S uniformly by (seed, id) alone, whatever the order of the table, and
+    weighs them by their similarity like the others (the paper says nothing else of its control).
+    Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises ConfigError for settings out of range,
+    EmbeddingError for embeddings without a direction, and NeighborError when S is empty, holds a question outside the
+    training part, more than 90 % of the neighborhoods are empty, or they hold more than 200 million pairs.
+    """
+    _check_settings(method, k, epsilon, similarity, sigma, batch_rows)
+    queried_N = training_N if queried_N is None else queried_N
+    _check_table(embeddings_NC, successful_N, training_N, queried_N, ids, text_keys)
+    table = QuestionTable(embeddings_NC, successful_N, ids, text_keys, backend, device)
+    rows_Q = queried_N.nonzero()[:, 0]
+    if method == "knn":
+        found = table.nearest(rows_Q, k, batch_rows)
+    elif method == "epsilon":
+        found = table.within(rows_Q, epsilon, similarity, sigma, batch_rows)
+    else:
+        found = table.drawn(rows_Q, k, seed, ids)
+    sizes_N = torch.bincount(found.rows, minlength=len(ids))
+    empty = int((sizes_N[rows_Q] == 0).sum())
+    if empty > EMPTY_LIMIT * len(rows_Q):
+        sample_Q = rows_Q[:: max(1, len(rows_Q) // 1000)]
+        nearest = similarity_of_cosines(table.nearest(sample_Q, 1, batch_rows).cosines, similarity, sigma)
+        raise NeighborError(_mostly_empty(method, epsilon, similarity, sigma, empty, len(rows_Q), nearest))
+    return Neighborhoods(
+        offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
+        indices=found.others,
+        similarities=similarity_of_cosines(found.cosines, similarity, sigma),
+        weights=adjacency_weights(found.cosines, sizes_N, similarity, sigma),
+        queried=queried_N.clone(),
+    )
+
+
+def _check_settings(method: str, k: int, epsilon: float, similarity: str, sigma: float, batch_rows: int) -> None:
+    if method not in get_args(Method):
+        raise ConfigError(f"neighbor method {method!r} is not one of: {', '.join(get_args(Method))}")
+    check_similarity(similarity, sigma)
+    if k < 1 and method != "epsilon":
+        raise ConfigError(f"k must be at least 1, not {k}")
+    if method == "epsilon" and not 0 < epsilon <= 1:
+        raise ConfigError(f"epsilon is a similarity in (0, 1], not {epsilon}")
+    if batch_rows < 1:
+        raise ConfigError(f"batch_rows must be at least 1, not {batch_rows}")
+
+
+def _check_table(
+    embeddings_NC: Tensor,
+    successful_N: Tensor,
+    training_N: Tensor,
+    queried_N: Tensor,
+    ids: Sequence[str],
+    text_keys: Sequence[str],
+) -> None:
+    lengths = {len(embeddings_NC), len(successful_N), len(training_N), len(queried_N), len(ids), len(text_keys)}
+    assert len(lengths) == 1, f"columns of the question table differ in length: {sorted(lengths)}"
+    assert successful_N.dtype == training_N.dtype == queried_N.dtype == torch.bool, "masks must be bool"
+    assert len(set(ids)) == len(ids), "question ids must be unique"
+    if not successful_N.any():
+        raise NeighborError("no question is successful (eq. 2), so there is no neighbor to choose from")
+    leaked_N = successful_N & ~training_N
+    if leaked_N.any():
+        first = ids[int(leaked_N.nonzero()[0, 0])]
+        raise NeighborError(
+            f"{int(leaked_N.sum())} successful questions are not of the training part ({first!r} among them): "
+            "neighbors may only be training questions"
+        )
+
+
+def _mostly_empty(
+    method: str, epsilon: float, similarity: str, sigma: float, empty: int, queried: int, nearest_P: Tensor
+) -> str:
+    text = f"{empty} of {queried} neighborhoods ({empty / queried:.0%}) are empty"
+    if method != "epsilon":
+        return (
+            f"{text}: nearly all successful questions have the same text as the question; use more, or other, questions"
+        )
+    marks = ", ".join(f"{name} {value:.3f}" for name, value in quantiles(nearest_P, QUANTILES).items())
+    width = f" with sigma {sigma:g}" if similarity == "gaussian" else ""
+    advice = "set epsilon below the median, or use method `knn`"
+    if similarity == "gaussian":
+        advice = f"set `similarity: cosine` (which the usual epsilons of .3 to .7 suit), {advice}, or widen sigma"
+    return (
+        f"{text}: epsilon {epsilon:g} is too high for the {similarity} similarity{width}. Quantiles of the similarity "
+        f"to the nearest successful question: {marks or 'none exists'}. To repair: {advice}"
+    )
