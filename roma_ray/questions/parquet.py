@@ -1,0 +1,155 @@
+"""Parquet files of questions: the columns are checked against a fixed schema first, then read a batch at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roma_ray.errors import QuestionError
+from roma_ray.questions.records import BadRow, Question, Rejected, printable, question_from_row, row_id
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+BATCH_ROWS = 1024
+MAX_ROW_BYTES = 8 * 2**20
+"""Rows whose texts are longer in sum are set aside, as over-long lines of a JSONL file are."""
+
+COLUMNS = {
+    "question": "text",
+    "choices": "list of texts",
+    "answer": "text or integer",
+    "id": "text or integer",
+    "task": "text",
+    "split": "text",
+    "context": "text",
+}
+REQUIRED = ("question", "choices", "answer")
+
+
+def read_parquet(
+    path: Path, *, name: str, task: str | None, default_task: str, split: str | None
+) -> Iterator[Question | Rejected]:
+    """Each row of the file as a `Question` or a `Rejected`; lines are row numbers from 1; other columns are not read.
+
+    Raises:
+        QuestionError: not a Parquet file, a corrupt one, a missing column or one of the wrong type.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    number = 0
+    shown = printable(name)
+    try:
+        with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+            columns = _checked(file.schema_arrow, name)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                for cells in _rows(batch):
+                    number += 1
+                    id = default_id = f"{name}:{number}"
+                    try:
+                        row = _decoded(cells)
+                        id = printable(row_id(row) or default_id)
+                        yield question_from_row(
+                            row,
+                            file=shown,
+                            line=number,
+                            default_id=default_id,
+                            task=task,
+                            default_task=default_task,
+                            split=split,
+                        )
+                    except BadRow as error:
+                        yield Rejected(shown, number, printable(id), str(error))
+    except (OSError, pa.ArrowException) as error:
+        raise QuestionError(
+            f"{name} cannot be read after row {number}: it is not a whole Parquet file ({printable(str(error))})"
+        ) from error
+
+
+def _checked(schema: pa.Schema, name: str) -> list[str]:
+    """The names of the columns to read, after a check of their types."""
+    found = [column for column in COLUMNS if column in schema.names]
+    missing = [column for column in REQUIRED if column not in found]
+    if missing:
+        held = ", ".join(printable(column, 40) for column in schema.names[:20])
+        lacking = "no column " + " and no column ".join(f"`{column}`" for column in missing)
+        hint = "; open-ended questions cannot be scored by their choices" if "choices" in missing else ""
+        raise QuestionError(f"{name} has {lacking} (its columns: {held}){hint}")
+    for column in found:
+        if schema.names.count(column) > 1:
+            raise QuestionError(f"{name} has the column `{column}` twice")
+        type_ = schema.field(column).type
+        if not _KINDS[COLUMNS[column]](type_):
+            raise QuestionError(f"{name}: column `{column}` is of type {type_}, not {COLUMNS[column]}")
+    return found
+
+
+def _is_text(type_: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(type_):
+        type_ = type_.value_type
+    # A column of nothing but nulls has no type of its own.
+    return pa.types.is_string(type_) or pa.types.is_large_string(type_) or pa.types.is_null(type_)
+
+
+def _is_text_or_integer(type_: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    return _is_text(type_) or pa.types.is_integer(type_)
+
+
+def _is_text_list(type_: pa.DataType) -> bool:
+    import pyarrow as pa
+
+    is_list = pa.types.is_list(type_) or pa.types.is_large_list(type_) or pa.types.is_fixed_size_list(type_)
+    return is_list and _is_text(type_.value_type)
+
+
+_KINDS: dict[str, Callable[[pa.DataType], bool]] = {
+    "text": _is_text,
+    "text or integer": _is_text_or_integer,
+    "list of texts": _is_text_list,
+}
+
+
+def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+    """The rows with texts as bytes: Arrow does not check a file's UTF-8, and one bad text must not spoil the others."""
+    columns = {name: _as_bytes(batch.column(name)) for name in batch.schema.names}
+    for i in range(batch.num_rows):
+        yield {name: column[i].as_py() for name, column in columns.items()}
+
+
+def _as_bytes(column: pa.Array) -> pa.Array:
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        return column.cast(pa.large_binary())
+    if not pa.types.is_integer(column.type) and not pa.types.is_null(column.type):
+        return column.cast(pa.large_list(pa.large_binary()))
+    return column
+
+
+def _decoded(cells: dict[str, Any]) -> dict[str, Any]:
+    size = sum(
+        len(text)
+        for cell in cells.values()
+        for text in (cell if isinstance(cell, list) else [cell])
+        if isinstance(text, bytes)
+    )
+    if size > MAX_ROW_BYTES:
+        raise BadRow(f"the row is longer than {MAX_ROW_BYTES} bytes")
+    row: dict[str, Any] = {}
+    for name, cell in cells.items():
+        try:
+            if isinstance(cell, list):
+                row[name] = [text.decode("utf-8") if isinstance(text, bytes) else text for text in cell]
+            else:
+                row[name] = cell.decode("utf-8") if isinstance(cell, bytes) else cell
+        except UnicodeDecodeError as error:
+            raise BadRow(f"invalid UTF-8 in `{name}` at byte {error.start + 1}") from None
+    return row

@@ -1,0 +1,177 @@
+"""Readers of question files: every line becomes a `Question` or a `Rejected` with the reason; none is dropped.
+
+Files are read as a stream, a bounded line or batch at a time, in the order of the sources and of their lines.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+
+from roma_ray.config import QuestionSource
+from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.questions.jsonl import read_jsonl
+from roma_ray.questions.parquet import read_parquet
+from roma_ray.questions.records import Question, Rejected, printable
+from roma_ray.questions.registry import Loader, load_dataset
+
+logger = logging.getLogger(__name__)
+
+ASSETS = "assets:"
+JSONL_SUFFIXES = (".jsonl", ".ndjson", ".json", ".jsonl.gz", ".ndjson.gz", ".json.gz")
+PARQUET_SUFFIXES = (".parquet", ".pq")
+SHOWN_REASONS = 3
+
+
+def read_questions(
+    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
+) -> tuple[list[Question], list[Rejected]]:
+    """All questions of the sources, in file order with unique ids, and all rows that were set aside.
+
+    `seed` draws the samples of hub datasets; `loader` replaces the hub (see `registry.load_dataset`).
+
+    Raises:
+        QuestionError: a file cannot be read or gives no question; the message holds the first reasons.
+        ConfigError: no source, or an unknown dataset name.
+    """
+    questions: list[Question] = []
+    rejected: list[Rejected] = []
+    for item in iter_questions(sources, seed=seed, loader=loader):
+        if isinstance(item, Question):
+            questions.append(item)
+        else:
+            rejected.append(item)
+    return questions, rejected
+
+
+def iter_questions(
+    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
+) -> Iterator[Question | Rejected]:
+    """The same rows as `read_questions`, as a stream: only the ids seen so far are kept in memory."""
+    if not sources:
+        raise ConfigError("questions.sources is empty: name at least one file or dataset")
+    names = _display_names([source.path for source in sources])
+    seen: dict[str, tuple[str, int]] = {}
+    for source, name in zip(sources, names, strict=True):
+        rows = _open(source, name, seed, loader)
+        yield from _usable(_without_duplicates(rows, seen), source, name)
+
+
+def asset(name: str) -> Path:
+    """The path of a file that ships with the package.
+
+    Raises:
+        QuestionError: there is no such file.
+    """
+    folder = Path(str(resources.files("roma_ray"))) / "assets"
+    path = (folder / name).resolve()
+    if not path.is_relative_to(folder.resolve()) or not path.is_file():
+        held = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else "nothing"
+        raise QuestionError(f"no file '{name}' ships with roma-ray (its assets hold: {held or 'nothing'})")
+    return path
+
+
+def _open(source: QuestionSource, name: str, seed: int, loader: Loader | None) -> Iterator[Question | Rejected]:
+    """The source's rows, before duplicates are looked for and before a file's limit."""
+    if source.path is None:
+        assert source.dataset is not None
+        return load_dataset(
+            source.dataset, task=source.task, split=source.split, limit=source.limit, seed=seed, loader=loader
+        )
+    path = asset(source.path.removeprefix(ASSETS)) if source.path.startswith(ASSETS) else _file(source.path)
+    lower = path.name.lower()
+    suffix = next((s for s in JSONL_SUFFIXES + PARQUET_SUFFIXES if lower.endswith(s)), None)
+    if suffix is None:
+        raise QuestionError(f"question file '{source.path}' must be a .jsonl, .jsonl.gz or .parquet file")
+    stem = path.name[: -len(suffix)] or path.name
+    read = read_parquet if suffix in PARQUET_SUFFIXES else read_jsonl
+    return read(path, name=name, task=source.task, default_task=stem, split=source.split)
+
+
+def _file(name: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        exists, regular = path.exists(), path.is_file()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise QuestionError(f"question file '{printable(name)}' cannot be read: {error}") from error
+    if not exists:
+        raise QuestionError(
+            f"question file '{printable(name)}' does not exist (looked for {printable(str(path.absolute()), 300)})"
+        )
+    if not regular:
+        raise QuestionError(f"question file '{printable(name)}' is not a regular file: name a .jsonl or .parquet file")
+    return path
+
+
+def _without_duplicates(
+    rows: Iterator[Question | Rejected], seen: dict[str, tuple[str, int]]
+) -> Iterator[Question | Rejected]:
+    """Rows whose id came before, in whatever source, become rejected."""
+    for row in rows:
+        if isinstance(row, Question):
+            if row.id in seen:
+                file, line = seen[row.id]
+                reason = f"duplicate id: it was first used in {file}, line {line}"
+                yield Rejected(row.file, row.line, printable(row.id), reason)
+                continue
+            seen[row.id] = (row.file, row.line)
+        yield row
+
+
+def _usable(rows: Iterator[Question | Rejected], source: QuestionSource, name: str) -> Iterator[Question | Rejected]:
+    """Stop at the file's limit of good rows; count what is set aside; refuse a source without one good row."""
+    good = bad = 0
+    reasons: list[Rejected] = []
+    try:
+        for row in rows:
+            if isinstance(row, Question):
+                good += 1
+            else:
+                bad += 1
+                if len(reasons) < SHOWN_REASONS:
+                    reasons.append(row)
+            yield row
+            if source.path is not None and good == source.limit:
+                break
+    except QuestionError as error:
+        if reasons and not good:
+            raise QuestionError(f"{error}\n{_shown(reasons, bad)}") from error
+        raise
+    if not good:
+        if not bad:
+            raise QuestionError(f"{name or source.dataset} is empty: it holds no question")
+        raise QuestionError(f"{name} holds no usable question: all {bad} rows were set aside.\n{_shown(reasons, bad)}")
+    if bad:
+        logger.warning(
+            "%s: %d questions, %d rows set aside (first: line %d: %s)",
+            name,
+            good,
+            bad,
+            reasons[0].line,
+            reasons[0].reason,
+        )
+
+
+def _shown(reasons: Sequence[Rejected], total: int) -> str:
+    lines = [f"  line {row.line}: {row.reason}" for row in reasons]
+    if total > len(reasons):
+        lines.append(f"  ... and {total - len(reasons)} more")
+    return "\n".join(lines)
+
+
+def _display_names(paths: Sequence[str | None]) -> list[str]:
+    """For each path its shortest tail that no other path shares: it names the file in messages and default ids.
+
+    The tail, not the whole path, so that the ids are the same on every machine.
+    """
+    parts = [None if path is None else Path(path.removeprefix(ASSETS)).parts for path in paths]
+    different = {p for p in parts if p is not None}
+    names = []
+    for own in parts:
+        length = 1
+        while own and length < len(own) and sum(p[-length:] == own[-length:] for p in different) > 1:
+            length += 1
+        names.append("/".join(own[-length:]).replace("//", "/") if own else "")
+    return names
