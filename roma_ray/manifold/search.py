@@ -28,7 +28,7 @@ class CandidateSearch(Protocol):
         """The `count` best candidates of each query: scores [B, F] fp32, falling, and numbers [B, F], on the CPU."""
 
     def above(self, queries_BC: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
-        """All pairs that score the threshold or more: query numbers, candidate numbers, scores, each [P], on the CPU."""
+        """All pairs scoring at least the threshold: query numbers, candidate numbers, scores, each [P], on the CPU."""
 
 
 class TorchSearch:

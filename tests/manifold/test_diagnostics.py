@@ -1,0 +1,162 @@
+import itertools
+import math
+
+import pytest
+import torch
+
+from roma_ray.errors import ConfigError
+from roma_ray.manifold.diagnostics import (
+    expert_load,
+    neighbor_overlap,
+    random_pairs,
+    routing_distance_quantiles,
+    routing_entropy,
+    routing_kl,
+    selection_overlap,
+    silhouette,
+    top_k_selection,
+)
+
+QUESTIONS, LAYERS, EXPERTS, TOP_K = 9, 2, 6, 2
+
+
+def routing(seed: int, rows: int = QUESTIONS) -> torch.Tensor:
+    return torch.randn(rows, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(seed)).softmax(-1)
+
+
+def test_entropy_is_the_literal_loop():
+    r = routing(0)
+    for layer in range(LAYERS):
+        rows = r[:, layer].double().tolist()
+        expected = sum(-sum(p * math.log(p) for p in row) for row in rows) / QUESTIONS
+        assert routing_entropy(r)[layer].item() == pytest.approx(expected)
+    one_hot = torch.eye(EXPERTS).unsqueeze(1)
+    assert routing_entropy(one_hot).tolist() == [0]
+    assert routing_entropy(torch.full((2, 1, 8), 1 / 8)).item() == pytest.approx(math.log(8))
+
+
+def test_selection_and_load_are_the_literal_loop():
+    r = routing(1)
+    selected = top_k_selection(r, TOP_K)
+    counts = [[0] * EXPERTS for _ in range(LAYERS)]
+    for i, layer in itertools.product(range(QUESTIONS), range(LAYERS)):
+        row = r[i, layer].tolist()
+        best = sorted(range(EXPERTS), key=lambda e: (-row[e], e))[:TOP_K]
+        assert selected[i, layer].tolist() == best
+        for expert in best:
+            counts[layer][expert] += 1
+    load = expert_load(selected, EXPERTS)
+    assert load.tolist() == [[count / (QUESTIONS * TOP_K) for count in row] for row in counts]
+    torch.testing.assert_close(load.sum(1), torch.ones(LAYERS, dtype=torch.float64))
+
+
+def test_selection_breaks_ties_by_expert_number():
+    assert top_k_selection(torch.full((1, 1, 40), 1 / 40), 3).tolist() == [[[0, 1, 2]]]
+
+
+def test_kl_is_the_literal_loop():
+    tuned, base = routing(2), routing(3)
+    for layer in range(LAYERS):
+        expected = 0.0
+        for row_p, row_q in zip(tuned[:, layer].double().tolist(), base[:, layer].double().tolist(), strict=True):
+            expected += sum(p * math.log(p / q) for p, q in zip(row_p, row_q, strict=True)) / QUESTIONS
+        assert routing_kl(tuned, base)[layer].item() == pytest.approx(expected)
+    assert routing_kl(tuned, tuned).tolist() == [0, 0]
+    sharp = torch.tensor([[[1.0, 0.0]]])
+    assert routing_kl(sharp, torch.tensor([[[0.5, 0.5]]])).item() == pytest.approx(math.log(2))
+    assert math.isfinite(routing_kl(torch.tensor([[[0.5, 0.5]]]), sharp).item())
+
+
+def test_selection_overlap_is_the_literal_loop():
+    a, b = top_k_selection(routing(4), 3), top_k_selection(routing(5), 3)
+    for layer in range(LAYERS):
+        shared = [len(set(a[i, layer].tolist()) & set(b[i, layer].tolist())) / 3 for i in range(QUESTIONS)]
+        assert selection_overlap(a, b)[layer].item() == pytest.approx(sum(shared) / QUESTIONS)
+    assert selection_overlap(a, a.flip(-1)).tolist() == [1, 1]
+
+
+def literal_nearest(points: list[list[float]], row: int, k: int, groups: list[str]) -> set[int]:
+    scored = [
+        (math.dist(points[row], points[other]), other) for other in range(len(points)) if groups[other] != groups[row]
+    ]
+    return {other for _, other in sorted(scored)[:k]}
+
+
+@pytest.mark.parametrize("repeated", [False, True])
+def test_neighbor_overlap_is_the_literal_loop(repeated, monkeypatch):
+    rows, k = 40, 3
+    generator = torch.Generator().manual_seed(6)
+    a = torch.randn(rows, 5, generator=generator)
+    b = torch.cat([a, 2 * torch.randn(rows, 3, generator=generator)], dim=1).reshape(rows, 2, 4)
+    groups = [f"text {row // 2 if repeated else row}" for row in range(rows)]
+    expected_jaccard = expected_recall = 0.0
+    flat_a, flat_b = a.double().tolist(), b.flatten(1).double().tolist()
+    for row in range(rows):
+        near_a, near_b = literal_nearest(flat_a, row, k, groups), literal_nearest(flat_b, row, k, groups)
+        expected_jaccard += len(near_a & near_b) / len(near_a | near_b) / rows
+        expected_recall += len(near_a & near_b) / k / rows
+    overlap = neighbor_overlap(a, b, k, groups if repeated else None)
+    assert overlap.jaccard == pytest.approx(expected_jaccard)
+    assert overlap.recall == pytest.approx(expected_recall)
+    assert overlap.chance == pytest.approx(k / (rows - (2 if repeated else 1)))
+    monkeypatch.setattr("roma_ray.manifold.diagnostics._BLOCK_DISTANCES", 100)
+    assert neighbor_overlap(a, b, k, groups if repeated else None) == overlap
+
+
+def test_neighbor_overlap_of_a_space_with_itself_and_with_noise():
+    generator = torch.Generator().manual_seed(7)
+    a, noise = torch.randn(300, 8, generator=generator), torch.randn(300, 8, generator=generator)
+    assert neighbor_overlap(a, 2 * a + 1, 5).recall == 1
+    far = neighbor_overlap(a, noise, 5)
+    assert far.recall == pytest.approx(far.chance, abs=0.02)
+    with pytest.raises(ConfigError, match="more than 5"):
+        neighbor_overlap(a[:5], a[:5], 5)
+    with pytest.raises(ConfigError):
+        neighbor_overlap(a, a, 3, ["same"] * 300)
+
+
+def test_silhouette_is_the_literal_loop_and_draws_by_the_generator():
+    generator = torch.Generator().manual_seed(8)
+    tasks = ["one", "two", "three"] * 10
+    points = torch.randn(30, 4, generator=generator) + torch.tensor([[0.0], [3.0], [6.0]]).repeat(10, 1)
+    values = []
+    listed = points.double().tolist()
+    for i in range(30):
+        mean = {
+            task: sum(math.dist(listed[i], listed[j]) for j in range(30) if tasks[j] == task and j != i)
+            / (10 - (task == tasks[i]))
+            for task in set(tasks)
+        }
+        own, other = mean[tasks[i]], min(value for task, value in mean.items() if task != tasks[i])
+        values.append((other - own) / max(own, other))
+    seeded = torch.Generator
+    assert silhouette(points, tasks, seeded().manual_seed(0)) == pytest.approx(sum(values) / 30)
+    part = silhouette(points, tasks, seeded().manual_seed(1), max_rows=12)
+    assert part == silhouette(points, tasks, seeded().manual_seed(1), max_rows=12)
+    assert part != silhouette(points, tasks, seeded().manual_seed(2), max_rows=12)
+    assert silhouette(points, ["one"] * 30, generator) is None
+    assert silhouette(points, [str(i) for i in range(30)], generator) is None
+
+
+def test_random_pairs_never_pair_a_row_with_itself_and_reach_all():
+    rows, others = random_pairs(4, 4000, torch.Generator().manual_seed(0))
+    assert (rows != others).all()
+    counts = torch.bincount(rows * 4 + others, minlength=16).reshape(4, 4)
+    off_diagonal = counts[~torch.eye(4, dtype=torch.bool)].double()
+    assert ((off_diagonal - 4000 / 12).abs() < 5 * (4000 / 12) ** 0.5).all()
+
+
+def test_routing_distances_are_the_norm_of_eq_7():
+    r = routing(9)
+    rows, others = random_pairs(QUESTIONS, 33, torch.Generator().manual_seed(1))
+    values = sorted(
+        sum(
+            (x - y) ** 2
+            for x, y in zip(r[i].double().flatten().tolist(), r[j].double().flatten().tolist(), strict=True)
+        )
+        for i, j in zip(rows.tolist(), others.tolist(), strict=True)
+    )
+    marks = routing_distance_quantiles(r, rows, others, at=(0.0, 0.25, 0.5, 1.0))
+    expected = {"q0": values[0], "q25": values[8], "q50": values[16], "q100": values[32]}
+    assert marks == pytest.approx(expected, abs=1e-12)
+    assert routing_distance_quantiles(r, rows[:0], others[:0]) == {}

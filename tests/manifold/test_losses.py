@@ -1,0 +1,233 @@
+import math
+
+import pytest
+import torch
+
+from roma_ray.errors import ConfigError, NeighborError
+from roma_ray.manifold.losses import (
+    NeighborTargets,
+    entropy_loss,
+    manifold_loss,
+    neighbor_targets,
+    norm_loss,
+    regularizer_loss,
+)
+from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
+from tests.manifold import literal
+
+QUESTIONS, LAYERS, EXPERTS = 14, 3, 5
+
+
+def ragged(sizes: list[int], seed: int = 0) -> Neighborhoods:
+    generator = torch.Generator().manual_seed(seed)
+    indices = torch.cat([torch.randperm(len(sizes), generator=generator)[:size] for size in sizes])
+    raw = torch.rand(len(indices), generator=generator, dtype=torch.float64) + 0.01
+    offsets = torch.tensor([0, *sizes]).cumsum(0)
+    weights = torch.cat([part / part.sum() for part in raw.split(sizes)])
+    return Neighborhoods(offsets, indices, raw, weights, torch.ones(len(sizes), dtype=torch.bool))
+
+
+SIZES = [3, 0, 1, 5, 3, 0, 14, 2, 3, 3, 1, 0, 9, 3]
+
+
+def routing(seed: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(QUESTIONS, LAYERS, EXPERTS, generator=generator, dtype=torch.float64).softmax(-1).to(dtype)
+
+
+def pairs(neighborhoods: Neighborhoods) -> list[list[tuple[int, float]]]:
+    own = [neighborhoods.of(row) for row in range(QUESTIONS)]
+    return [list(zip(indices.tolist(), weights.tolist(), strict=True)) for indices, _, weights in own]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
+def test_manifold_loss_and_gradient_are_the_literal_double_loop(dtype, tolerance):
+    neighborhoods, stored = ragged(SIZES), routing(1, dtype)
+    live = routing(2, dtype).requires_grad_()
+    targets = neighbor_targets(neighborhoods, stored)
+    assert targets.mean.dtype == targets.spread.dtype == dtype
+    loss = manifold_loss(live, targets)
+    (gradient,) = torch.autograd.grad(loss, live)
+    exact = live.detach().double().requires_grad_()
+    expected = literal.manifold(exact, stored.double(), pairs(neighborhoods))
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_each_question_of_a_batch_gets_its_own_term():
+    neighborhoods, stored, live = ragged(SIZES), routing(1), routing(2)
+    targets = neighbor_targets(neighborhoods, stored)
+    for row in range(QUESTIONS):
+        batch = torch.tensor([row])
+        one = [pairs(neighborhoods)[row]]
+        expected = literal.manifold(live[batch], stored, one)
+        torch.testing.assert_close(manifold_loss(live[batch], targets.take(batch)), expected, rtol=1e-12, atol=1e-14)
+    batch = torch.tensor([6, 1, 12, 6])
+    whole = manifold_loss(live[batch], targets.take(batch))
+    parts = sum(manifold_loss(live[[row]], targets.take(torch.tensor([row]))) for row in batch.tolist())
+    torch.testing.assert_close(whole, parts)
+
+
+def test_manifold_gradient_by_gradcheck():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    live = routing(2).requires_grad_()
+    assert torch.autograd.gradcheck(lambda r: manifold_loss(r, targets), (live,))
+
+
+def test_gradient_reaches_every_layer_and_no_neighbor():
+    neighborhoods = ragged(SIZES)
+    stored = routing(1).requires_grad_()
+    logits = torch.randn(QUESTIONS, LAYERS, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits.requires_grad_()
+    targets = neighbor_targets(neighborhoods, stored)
+    assert not targets.mean.requires_grad
+    assert not targets.spread.requires_grad
+    manifold_loss(logits.softmax(-1), targets).backward()
+    assert stored.grad is None
+    norms = logits.grad.norm(dim=-1)
+    present = neighborhoods.sizes > 0
+    assert (norms[present] > 1e-4).all()
+    assert (norms[~present] == 0).all()
+
+
+def test_an_empty_neighborhood_gives_zero_and_is_counted():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    empty = torch.tensor([1, 5, 11])
+    batch = targets.take(empty)
+    assert int((~batch.present).sum()) == 3
+    assert manifold_loss(routing(2)[empty], batch) == 0
+    assert int((~targets.present).sum()) == 3
+    nothing = neighbor_targets(ragged([0] * QUESTIONS), routing(1))
+    assert manifold_loss(routing(2), nothing) == 0
+
+
+def test_spread_stays_exact_where_neighbors_are_nearly_equal():
+    # In fp32, s_i - ||m_i||^2 of rows 1e-5 apart would be rounding noise, half of it negative.
+    base = routing(1)[:1].repeat(QUESTIONS, 1, 1)
+    stored = (base + 1e-5 * (routing(2) - routing(3))).float()
+    neighborhoods = ragged(SIZES)
+    targets = neighbor_targets(neighborhoods, stored)
+    for row, own in enumerate(pairs(neighborhoods)):
+        rows = stored.double()
+        mean = sum((weight * rows[j] for j, weight in own), torch.zeros(LAYERS, EXPERTS, dtype=torch.float64))
+        expected = sum(weight * float((rows[j] - mean).square().sum()) for j, weight in own)
+        assert targets.spread[row].item() == pytest.approx(expected, rel=1e-4, abs=1e-15)
+        assert targets.spread[row] >= 0
+
+
+def test_targets_do_not_depend_on_the_number_of_threads():
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(0, 60, (500,), generator=generator).tolist()
+    neighborhoods = ragged(sizes)
+    stored = torch.rand(500, 2, 16, generator=generator)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = neighbor_targets(neighborhoods, stored)
+        torch.set_num_threads(2)
+        two = neighbor_targets(neighborhoods, stored)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(one.mean, two.mean)
+    assert torch.equal(one.spread, two.spread)
+
+
+def test_from_embeddings_to_the_loss():
+    table = literal.make_table(rows=QUESTIONS)
+    table.training[:] = True
+    neighborhoods = find_neighbors(
+        table.embeddings, table.successful, **table.columns, similarity="gaussian", sigma=0.4, backend="torch"
+    )
+    vectors = table.embeddings.double().tolist()
+    listed = []
+    for row in range(QUESTIONS):
+        own = literal.neighbors(table, row, "gaussian", 0.4, 3, None)
+        values = [literal.similarity(vectors[row], vectors[j], "gaussian", 0.4) for j in own]
+        listed.append(list(zip(own, literal.weights(values), strict=True)))
+    expected = literal.manifold(routing(2), routing(1), listed)
+    torch.testing.assert_close(manifold_loss(routing(2), neighbor_targets(neighborhoods, routing(1))), expected)
+
+
+def test_a_routing_row_that_is_not_finite_is_refused_only_where_it_is_a_neighbor():
+    neighborhoods = ragged([2, *([0] * (QUESTIONS - 1))])
+    used = neighborhoods.indices.tolist()
+    stored = routing(1)
+    stored[next(row for row in range(QUESTIONS) if row not in used)] = float("nan")
+    neighbor_targets(neighborhoods, stored)
+    stored[used[1], 2, 0] = float("nan")
+    with pytest.raises(NeighborError, match="row 0"):
+        neighbor_targets(neighborhoods, stored)
+
+
+def test_shapes_that_do_not_fit_are_bugs():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    with pytest.raises(AssertionError):
+        manifold_loss(routing(2)[:3], targets)
+
+
+def test_entropy_is_the_literal_kl_to_uniform():
+    live = routing(2).requires_grad_()
+    expected = live.new_zeros(())
+    for i in range(QUESTIONS):
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                p = live[i, layer, expert]
+                expected = expected + p * (p.log() + math.log(EXPERTS))
+    loss = entropy_loss(live)
+    torch.testing.assert_close(loss, expected)
+    # On the simplex only differences between experts matter; the constant log E per unit of mass is not one.
+    (got,) = torch.autograd.grad(loss, live)
+    (wanted,) = torch.autograd.grad(expected, live)
+    torch.testing.assert_close(got - got.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True))
+    uniform = torch.full((4, LAYERS, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
+    assert entropy_loss(uniform).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_entropy_step_raises_the_entropy_even_from_a_one_hot_row():
+    logits = torch.tensor([[[0.0, -2.0, 1.0, -200.0]]], requires_grad=True)
+    assert (logits.softmax(-1) == 0).any(), "the row should hold an underflow"
+    loss = entropy_loss(logits.softmax(-1))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.isfinite(gradient).all()
+    assert entropy_loss((logits - 0.1 * gradient).softmax(-1)) < loss
+
+
+def test_norms_are_literal_sums():
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(4, 3, generator=generator), torch.randn(5, generator=generator)]
+    numbers = [value for theta in parameters for value in theta.flatten().tolist()]
+    assert norm_loss(parameters, 1).item() == pytest.approx(sum(abs(x) for x in numbers), rel=1e-6)
+    assert norm_loss(parameters, 2).item() == pytest.approx(sum(x * x for x in numbers), rel=1e-6)
+
+
+def test_the_mean_of_a_norm_over_any_split_of_the_batch_is_the_norm():
+    theta = [torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()]
+    for kind, power in (("l1", 1), ("l2", 2)):
+        parts = [regularizer_loss(kind, routing(2)[rows], parameters=theta) for rows in (slice(0, 5), slice(5, None))]
+        mean = sum(parts) / QUESTIONS
+        torch.testing.assert_close(mean, norm_loss(theta, power))
+        (gradient,) = torch.autograd.grad(mean, theta)
+        torch.testing.assert_close(gradient, theta[0].detach().sign() if power == 1 else 2 * theta[0].detach())
+
+
+def test_one_function_gives_every_regularizer():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    live, theta = routing(2).requires_grad_(), [torch.ones(2, 3)]
+    assert regularizer_loss("manifold", live, targets=targets) == manifold_loss(live, targets)
+    assert regularizer_loss("entropy", live) == entropy_loss(live)
+    assert regularizer_loss("l1", live, parameters=theta) == 6 * QUESTIONS
+    none = regularizer_loss("none", live)
+    assert none == 0
+    assert not none.requires_grad
+    with pytest.raises(ConfigError, match="none, l1, l2, entropy, manifold"):
+        regularizer_loss("dropout", live)
+
+
+def test_targets_move_with_their_rows():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    rows = torch.tensor([3, 3, 0])
+    part = targets.take(rows, torch.device("cpu"))
+    assert isinstance(part, NeighborTargets)
+    for whole, column in zip(targets, part, strict=True):
+        assert torch.equal(column, whole[rows])
