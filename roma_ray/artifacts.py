@@ -22,7 +22,17 @@ from typing import Any
 from roma_ray.errors import ArtifactError, StorageError
 
 MANIFEST = "manifest.json"
-_LIBRARIES = ("torch", "transformers", "sentence-transformers", "peft", "faiss-cpu", "ray", "mlflow", "numpy", "pyarrow")
+_LIBRARIES = (
+    "torch",
+    "transformers",
+    "sentence-transformers",
+    "peft",
+    "faiss-cpu",
+    "ray",
+    "mlflow",
+    "numpy",
+    "pyarrow",
+)
 
 
 def fingerprint(value: Any) -> str:
@@ -88,7 +98,9 @@ class Store:
     def __init__(self, root: str | Path | None = None) -> None:
         text = str(root) if root else default_storage()
         if "://" in text:
-            raise StorageError(f"the storage {text} is not a folder: use a local path or a mounted shared file system (NFS, FSx, Filestore)")
+            raise StorageError(
+                f"the storage {text} is not a folder: use a local path or a mounted shared file system (NFS, FSx, Filestore)"
+            )
         self.root = Path(text).expanduser().absolute()
 
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> Stage:
@@ -143,7 +155,9 @@ class Stage:
             if not file.is_file():
                 raise ArtifactError(f"{file} is missing; remove {self.path} and run again to recompute it")
             if file.stat().st_size != fact["bytes"] or file_digest(file) != fact["sha256"]:
-                raise ArtifactError(f"{file} is not what was written (corrupted or truncated); remove {self.path} and run again")
+                raise ArtifactError(
+                    f"{file} is not what was written (corrupted or truncated); remove {self.path} and run again"
+                )
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
@@ -154,7 +168,9 @@ class Stage:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = open(self.path / ".lock", "a+")  # noqa: SIM115 - closed below, after the lock's use
         except OSError as error:
-            raise StorageError(f"cannot write in {self.path}: {error.strerror or error}. Choose another place with --storage.") from error
+            raise StorageError(
+                f"cannot write in {self.path}: {error.strerror or error}. Choose another place with --storage."
+            ) from error
         with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -193,8 +209,15 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{path} is not a manifest of this project; remove the folder and run the stage again")
     for relative, fact in value["files"].items():
         parts = Path(relative).parts
-        if Path(relative).is_absolute() or ".." in parts or not isinstance(fact, dict) or not {"bytes", "sha256"} <= set(fact):
-            raise ArtifactError(f"{path} names the file {relative!r} in a way no manifest does; remove the folder and run again")
+        if (
+            Path(relative).is_absolute()
+            or ".." in parts
+            or not isinstance(fact, dict)
+            or not {"bytes", "sha256"} <= set(fact)
+        ):
+            raise ArtifactError(
+                f"{path} names the file {relative!r} in a way no manifest does; remove the folder and run again"
+            )
     return value
 
 

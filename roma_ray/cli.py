@@ -1,0 +1,159 @@
+"""The `roma-ray` command. Each command parses, calls one function and prints; heavy imports wait until they are needed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _Commands(click.Group):
+    """Turns expected failures into one readable message; a bug keeps its traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from roma_ray.errors import RomaError
+
+        try:
+            return super().invoke(ctx)
+        except RomaError as error:
+            click.echo(f"roma-ray: {error}", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            click.echo("stopped; finished work is kept: run the same command to go on", err=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            os._exit(141)
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(package_name="roma-ray")
+def main() -> None:
+    """Routing Manifold Alignment (RoMA) for mixture-of-experts language models."""
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs a configuration; gives the command its parsed Config."""
+
+    @click.option("--config", "config_path", type=click.Path(), help="YAML configuration; default: the embedded one.")
+    @click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting: finetune.epochs=1."
+    )
+    @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
+    @functools.wraps(command)
+    def wrapped(config_path: str | None, overrides: tuple[str, ...], storage: str | None, **others: Any) -> Any:
+        from roma_ray.config import load_config
+
+        config = load_config(config_path, overrides)
+        if storage is not None:
+            config = config.model_copy(update={"storage": storage})
+        _quiet_libraries()
+        return command(config=config, **others)
+
+    return wrapped
+
+
+def _quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices out of ours; a user's setting wins."""
+    for name, value in {
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "TQDM_DISABLE": "1",
+    }.items():
+        os.environ.setdefault(name, value)
+
+
+@main.command()
+@run_options
+@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the run's summary as JSON.")
+@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+def local(config: Any, summary_path: str | None, quiet: bool) -> None:
+    """Run the whole method in this process and print base against tuned routers."""
+    from roma_ray.artifacts import write_json
+    from roma_ray.engine.setup import resolve
+    from roma_ray.pipeline import run
+    from roma_ray.terminal import open_progress
+
+    finished = run(resolve(config), open_progress(quiet))
+    if summary_path:
+        write_json(summary_path, finished.summary)
+    print_result(finished.summary)
+
+
+def print_result(summary: Mapping[str, Any]) -> None:
+    """Print the result table on the test questions, diagnostics, and what a reader must know."""
+    from roma_ray.evaluation.summary import result_rows, warnings_of
+    from roma_ray.terminal import print_table
+
+    header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
+    print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
+    found = summary["diagnostics"]
+    rows = [
+        (
+            str(layer),
+            f"{found['base']['routing_entropy'][n]:.3f} -> {found['tuned']['routing_entropy'][n]:.3f}",
+            f"{max(found['base']['expert_load'][n]):.3f} -> {max(found['tuned']['expert_load'][n]):.3f}",
+            f"{found['routing_kl'][n]:.4f}",
+            f"{found['selection_overlap'][n]:.3f}",
+        )
+        for n, layer in enumerate(found["layers"])
+    ]
+    print_table(
+        "routing of the last prompt token, base -> tuned",
+        ("layer", "entropy", "largest load", "KL to base", "top-k kept"),
+        rows,
+    )
+    for line in warnings_of(summary):
+        click.echo(f"note: {line}")
+    click.echo(f"adapter: {summary['paths']['finetune']}/adapter")
+
+
+@main.command()
+@click.argument("path", type=click.Path())
+@click.option("--base", help="The base model's folder or hub id, to measure how far each layer moved.")
+def inspect(path: str, base: str | None) -> None:
+    """Say what a router checkpoint holds: an adapter folder, a merged model, a router_ft.pt or a routing JSON."""
+    _quiet_libraries()
+    from roma_ray.moe.inspection import describe
+
+    click.echo(describe(path, base=base))
+
+
+@main.command()
+@click.option("--storage", help="The storage to check; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
+def doctor(storage: str | None) -> None:
+    """Check versions, devices and storage, each with a remedy; exit 1 when something is broken."""
+    _quiet_libraries()
+    from roma_ray.doctor import examine
+
+    broken = False
+    for check in examine(storage):
+        mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[check.state]
+        click.echo(f"{mark}  {check.name}: {check.detail}")
+        if check.remedy:
+            click.echo(f"      {check.remedy}")
+        broken = broken or check.state == "broken"
+    sys.exit(1 if broken else 0)
+
+
+@main.command()
+@click.argument("adapter", type=click.Path())
+@click.argument("out", type=click.Path())
+@click.option("--format", "form", type=click.Choice(["merged", "reference"]), required=True)
+@click.option("--base", help="Base model of a merged export; default: the one that the adapter names.")
+def export(adapter: str, out: str, form: str, base: str | None) -> None:
+    """Write an adapter as a whole model (for vLLM, lm-eval) or as the reference's router_ft.pt."""
+    _quiet_libraries()
+    from roma_ray.moe.checkpoints import export_adapter
+
+    export_adapter(Path(adapter), Path(out), form=form, base=base)
+    click.echo(f"written: {out}")
+
+
+if __name__ == "__main__":
+    main()

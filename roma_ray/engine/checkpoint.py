@@ -1,0 +1,111 @@
+"""The training loop's checkpoint: one safetensors file, written whole, that holds all a resume needs and no pickle."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roma_ray.artifacts import write_atomically
+from roma_ray.errors import CheckpointError
+from roma_ray.moe.masters import RouterMasters
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass
+class LoopState:
+    """Where the loop is, besides gates and optimizer."""
+
+    probe: dict[str, float]
+    epoch_start: dict[str, Tensor]
+    """Gates at the start of the current epoch (r_j are refreshed from them)."""
+    step: int = 0
+    steps: list[list[float]] = field(default_factory=list)
+    """A row a step: task loss, manifold loss, lambda, learning rate, gradient norm."""
+    sums: dict[str, float] = field(default_factory=dict)
+    """Sums over the current epoch's questions so far."""
+    epochs: list[dict[str, Any]] = field(default_factory=list)
+    best_epoch: int = -1
+    best_gates: dict[str, Tensor] = field(default_factory=dict)
+
+    def record(self, row: list[float], facts: dict[str, float], count: int) -> None:
+        """Note one finished step."""
+        self.step += 1
+        self.steps.append(row)
+        for key, value in facts.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value * count
+        self.sums["count"] = self.sums.get("count", 0.0) + count
+
+    def close_epoch(self, epoch: int, validation_accuracy: float, gates: dict[str, Tensor]) -> dict[str, Any]:
+        """Turn the epoch's sums into its record; keeps the gates if they are the best on validation so far."""
+        count = self.sums["count"]
+        record = {
+            "epoch": epoch,
+            "step": self.step,
+            "task_loss": self.sums["task"] / count,
+            "manifold_loss": self.sums["manifold"] / count,
+            "lambda": self.steps[-1][2],
+            "learning_rate": self.steps[-1][3],
+            "gradient_norm": self.sums["norm"] / count,
+            "routing_entropy": self.sums["entropy"] / count,
+            "validation_accuracy": validation_accuracy,
+        }
+        self.epochs.append(record)
+        self.sums = {}
+        # The first of equals: later epochs must earn their place.
+        if self.best_epoch < 0 or validation_accuracy > self.epochs[self.best_epoch]["validation_accuracy"]:
+            self.best_epoch, self.best_gates = epoch, gates
+        return record
+
+    def table(self) -> Tensor:
+        """The steps as [steps, 5], fp64."""
+        return torch.tensor(self.steps, dtype=torch.float64).reshape(len(self.steps), 5)
+
+
+def save_checkpoint(path: Path, masters: RouterMasters, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
+    """Write gates, optimizer moments and loop state to one file, whole or not at all. Raises StorageError."""
+    from safetensors.torch import save_file
+
+    tensors = {f"gate.{key}": value for key, value in masters.state().items()}
+    tensors |= {f"best.{key}": value for key, value in state.best_gates.items()}
+    tensors |= {f"epoch_start.{key}": value for key, value in state.epoch_start.items()}
+    tensors["steps"] = state.table()
+    for number, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{number}.{name}": moments[name] for name in (*_MOMENTS, "step")}
+    plain = {k: v for k, v in asdict(state).items() if k not in {"epoch_start", "best_gates", "steps"}}
+    whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+    write_atomically(path, lambda aside: save_file(whole, aside, metadata={"state": json.dumps(plain)}))
+
+
+def load_checkpoint(path: Path, masters: RouterMasters, optimizer: torch.optim.Optimizer) -> LoopState:
+    """Restore gates and optimizer in place and return the loop state. Raises CheckpointError when the file is damaged."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            plain = json.loads(handle.metadata()["state"])
+            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+        masters.load(_part(tensors, "gate."))
+        state = optimizer.state_dict()
+        numbers = sorted({int(key.split(".")[1]) for key in tensors if key.startswith("optimizer.")})
+        state["state"] = {n: {name: tensors[f"optimizer.{n}.{name}"] for name in (*_MOMENTS, "step")} for n in numbers}
+        optimizer.load_state_dict(state)
+        return LoopState(
+            **plain,
+            epoch_start=_part(tensors, "epoch_start."),
+            best_gates=_part(tensors, "best."),
+            steps=tensors["steps"].tolist(),
+        )
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise CheckpointError(
+            f"the checkpoint {path} cannot be read ({error}); remove it to train from the start"
+        ) from None
+
+
+def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}

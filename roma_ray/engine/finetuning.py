@@ -1,0 +1,253 @@
+"""The finetune stage: what a worker opens to train, and what is exported when training ends."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pyarrow as pa
+import torch
+
+from roma_ray.artifacts import Stage, write_atomically
+from roma_ray.config import FinetuneConfig
+from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import ModelSpec, Setup
+from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
+from roma_ray.engine.training import IDLE_RATIO, Outcome, TrainingData, World, finetune
+from roma_ray.moe.checkpoints import save_adapter
+from roma_ray.moe.slices import Slice
+
+VERSION = 1
+ADAPTER = "adapter"
+CHECKPOINT = "checkpoint.safetensors"
+EPOCHS = "epochs.jsonl"
+STEPS = "steps.parquet"
+OUTCOME = "outcome.json"
+_STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        *((n, pa.float64()) for n in ("task_loss", "manifold_loss", "lambda", "learning_rate", "gradient_norm")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """A picklable description of one finetuning run; every worker opens the same one."""
+
+    folder: str
+    questions: str
+    extraction: str
+    neighbors: str
+    model: ModelSpec
+    cut: int
+    layers: tuple[int, ...]
+    columns: tuple[int, ...]
+    tokens: str
+    rule: str
+    cloze: bool
+    batch_tokens: int
+    seed: int
+    finetune: FinetuneConfig
+
+    def load_head(self) -> Slice:
+        """The layers from the cut up, with `lm_head`."""
+        return self.model.load(self.cut, None, with_lm_head=True)
+
+    def open_data(self) -> TrainingData:
+        """Open cache, prompts and neighborhoods. Raises ArtifactError, CacheError."""
+        prompts = read_prompts(self.questions)
+        neighborhoods = read_neighborhoods(Stage(Path(self.neighbors), "neighbors", {}), len(prompts))
+        usable = usable_rows(Stage(Path(self.extraction), "extract", {})).tolist()
+        return TrainingData(
+            prompts=prompts,
+            cache=ActivationCache(self.extraction),
+            train=neighborhoods.queried.nonzero()[:, 0].tolist(),
+            validation=[n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]],
+            neighborhoods=neighborhoods,
+            routing_NLE=read_routing_rows(self.extraction, self.tokens)[:, list(self.columns)],
+            tokens=self.tokens,
+            rule=self.rule,
+            cloze=self.cloze,
+            batch_tokens=self.batch_tokens,
+        )
+
+    def run(
+        self,
+        world: World | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda epoch: None,
+        advance: Callable[[int, str], None] = lambda count, note: None,
+    ) -> tuple[Slice, Outcome]:
+        """Train as one of the workers of `world`, resuming from the checkpoint where there is one."""
+        head = self.load_head()
+        outcome = finetune(
+            head,
+            self.open_data(),
+            self.finetune,
+            layers=self.layers,
+            seed=self.seed,
+            world=world,
+            checkpoint=Path(self.folder) / CHECKPOINT,
+            report=report,
+            advance=advance,
+        )
+        if world is None or world.rank == 0:
+            self._export(head, outcome)
+        return head, outcome
+
+    def _export(self, head: Slice, outcome: Outcome) -> None:
+        """Write the adapter, the curves and the outcome's facts; the last of them marks that training is done."""
+        folder = Path(self.folder)
+        save_adapter(
+            folder / ADAPTER,
+            head,
+            outcome.gates,
+            base=self.model.path,
+            revision=self.model.revision,
+            fingerprint=folder.name,
+        )
+        names = _STEPS.names[1:]
+        columns = {name: outcome.step_table[:, n].tolist() for n, name in enumerate(names)}
+        write_table(folder / STEPS, {"step": range(len(outcome.step_table)), **columns}, _STEPS)
+        lines = "".join(json.dumps(epoch) + "\n" for epoch in outcome.epochs)
+        write_atomically(folder / EPOCHS, lambda aside: aside.write_text(lines) and None)
+        facts = {"probe": outcome.probe, "selected_epoch": outcome.selected_epoch, "steps": len(outcome.step_table)}
+        write_atomically(folder / OUTCOME, lambda aside: aside.write_text(json.dumps(facts)) and None)
+
+
+class Trainer(Protocol):
+    """Runs a job's workers somewhere, passing on each epoch's record and each step's progress."""
+
+    def __call__(
+        self, job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]
+    ) -> None: ...
+
+
+def train_here(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
+    """Train in this process, alone."""
+    job.run(None, report, advance)
+
+
+def finetune_stage(setup: Setup, extraction: Stage, neighbors: Stage) -> Stage:
+    """Where the tuned routers of these settings live."""
+    config = setup.config
+    settings = {
+        **setup.numeric_identity(),
+        "layers": list(setup.layers),
+        "tokens": config.routing.tokens,
+        "seed": config.seed,
+        # How often a checkpoint is written is no part of the result.
+        **config.finetune.model_dump(mode="json", exclude={"checkpoint_steps"}),
+    }
+    return setup.store.stage(
+        "finetune", settings, {"extract": extraction.fingerprint, "neighbors": neighbors.fingerprint}, VERSION
+    )
+
+
+def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, neighbors: Stage) -> TrainJob:
+    """The job that fills the finetune stage."""
+    config = setup.config
+    prompt = config.questions.prompt
+    return TrainJob(
+        folder=str(stage.path),
+        questions=str(questions.path / TABLE),
+        extraction=str(extraction.path),
+        neighbors=str(neighbors.path),
+        model=setup.model,
+        cut=setup.cut,
+        layers=setup.layers,
+        columns=tuple(setup.layer_columns),
+        tokens=config.routing.tokens,
+        rule=prompt.cloze_score if prompt.format == "cloze" else "raw",
+        cloze=prompt.format == "cloze",
+        batch_tokens=config.extraction.batch_tokens,
+        seed=config.seed,
+        finetune=config.finetune,
+    )
+
+
+def tune(
+    setup: Setup, questions: Stage, extraction: Stage, neighbors: Stage, train: Trainer, progress: Progress
+) -> Stage:
+    """Finetune the routers with `train` and export them. Raises TrainingError, CacheError, StorageError."""
+    stage = finetune_stage(setup, extraction, neighbors)
+    if stage.complete:
+        return stage
+    started = time.monotonic()
+    with stage.exclusive():
+        job = train_job(setup, stage, questions, extraction, neighbors)
+        rows = neighbors.manifest()["facts"]["training"]
+        total = rows * setup.config.finetune.epochs
+
+        def tell(epoch: dict[str, Any]) -> None:
+            progress.say(describe_epoch(epoch))
+
+        if not (stage.path / OUTCOME).exists():
+            with progress.meter("finetune", total, "questions") as meter:
+                train(job, tell, meter.advance)
+        facts = json.loads((stage.path / OUTCOME).read_text())
+        facts["trained_parameters"] = sum(_shapes(stage.path / ADAPTER))
+        (stage.path / CHECKPOINT).unlink(missing_ok=True)
+        stage.finish(facts=facts, seconds=time.monotonic() - started)
+    _tell_ratio(facts["probe"], setup.config.finetune, progress)
+    return stage
+
+
+def describe_epoch(epoch: dict[str, Any]) -> str:
+    """The line that each epoch prints."""
+    return (
+        f"epoch {epoch['epoch'] + 1}: task loss {epoch['task_loss']:.4f}, manifold {epoch['manifold_loss']:.5f}, lambda "
+        f"{epoch['lambda']:.3g}, gate gradient {epoch['gradient_norm']:.3g}, entropy {epoch['routing_entropy']:.3f}, "
+        f"validation {epoch['validation_accuracy']:.2%}"
+    )
+
+
+def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progress) -> None:
+    if config.regularizer.kind == "none":
+        return
+    progress.say(
+        f"gradient norms on the gates (probe): task {probe['task_gradient']:.3g}, regularizer {probe['regularizer_gradient']:.3g}, "
+        f"lambda {probe['weight']:.3g}: ratio {probe['gradient_ratio']:.2%} at the start, {probe['final_gradient_ratio']:.2%} at the end"
+    )
+    if probe["gradient_ratio"] < IDLE_RATIO:
+        progress.say(
+            "warning: the regularizer is idle (its gradient is under 1 % of the task term's). Raise finetune.regularizer.weight, "
+            "or set it to `auto`."
+        )
+
+
+def _shapes(adapter: Path) -> Iterator[int]:
+    from safetensors import safe_open
+
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as handle:
+        for key in handle.keys():  # noqa: SIM118 - not a dict
+            size = 1
+            for extent in handle.get_slice(key).get_shape():
+                size *= extent
+            yield size
+
+
+def read_routing_rows(extraction: str | Path, tokens: str) -> torch.Tensor:
+    """The extracted routing rows r [N, L_moe, E] of every question, fp32; rows of failed questions are zero."""
+    column = f"routing_{tokens}"
+    table = read_table(Path(extraction) / ROWS, ["row", column])
+    facts = table_facts(table)
+    layers, experts = facts["layers"], facts["experts"]
+    present = table.filter(pa.compute.is_valid(table.column(column)))
+    routing = torch.zeros(len(table), layers, experts)
+    values = matrix(present, column, layers * experts).reshape(len(present), layers, experts)
+    routing[torch.from_numpy(present.column("row").to_numpy().copy())] = torch.from_numpy(values.copy())
+    return routing
+
+
+def epochs_of(stage: Stage) -> list[dict[str, Any]]:
+    """The epoch records of a finished finetuning."""
+    return [json.loads(line) for line in (stage.path / EPOCHS).read_text().splitlines()]

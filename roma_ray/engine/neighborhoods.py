@@ -1,0 +1,137 @@
+"""The neighbors stage: S, N(x_i) and W of eq. 2-6 for the training questions in use."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from roma_ray.artifacts import Stage
+from roma_ray.engine.embedding import embedding_texts, read_embeddings
+from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.prepare import TABLE, training_rows
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.tables import read_table, write_table
+from roma_ray.errors import ArtifactError
+from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors, successful_set
+from roma_ray.manifold.summary import NeighborSummary, summarise
+
+VERSION = 1
+NEIGHBORS = "neighbors.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("neighbors", pa.list_(pa.int64())),
+        ("similarities", pa.list_(pa.float64())),
+        ("weights", pa.list_(pa.float64())),
+    ]
+)
+
+
+def neighbors_stage(setup: Setup, extraction: Stage, embeddings: Stage) -> Stage:
+    """Where the neighborhoods for these settings live."""
+    config = setup.config
+    settings: dict[str, Any] = config.neighbors.model_dump(mode="json")
+    # Backends give the same answer, so the choice of one is no other result.
+    settings.pop("backend")
+    settings |= {"fraction": config.questions.fraction, "seed": config.seed}
+    return setup.store.stage(
+        "neighbors", settings, {"extract": extraction.fingerprint, "embed": embeddings.fingerprint}, VERSION
+    )
+
+
+def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Stage, progress: Progress) -> Stage:
+    """Find every training question's successful neighbors. Raises NeighborError, ArtifactError."""
+    stage = neighbors_stage(setup, extraction, embeddings)
+    if stage.complete:
+        return stage
+    started = time.monotonic()
+    with stage.exclusive():
+        config = setup.config
+        table = read_table(questions.path / TABLE, ["id", "split"])
+        usable = usable_rows(extraction)
+        training_N = torch.zeros(len(table), dtype=torch.bool)
+        training_N[training_rows(table, config.questions.fraction, config.seed)] = True
+        training_N &= usable
+        correct_N = torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
+        settings = config.neighbors
+        found = find_neighbors(
+            read_embeddings(embeddings),
+            successful_set(correct_N, training_N),
+            training_N=training_N,
+            ids=table.column("id").to_pylist(),
+            text_keys=embedding_texts(questions, config.embedding.context),
+            method=settings.method,
+            k=settings.k,
+            epsilon=settings.epsilon,
+            similarity=settings.similarity,
+            sigma=settings.sigma,
+            seed=config.seed,
+            backend=settings.backend,
+        )
+        _write(stage, found)
+        summary = summarise(found)
+        successful = int((correct_N & training_N).sum())
+        facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum())}
+        stage.finish(facts=facts, seconds=time.monotonic() - started)
+    return stage
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The line about neighborhoods that every run prints."""
+    summary = NeighborSummary(**{k: v for k, v in facts.items() if k not in {"successful", "training"}})
+    sizes, near = summary.sizes, summary.similarities
+    return (
+        f"neighborhoods: {facts['successful']} of {facts['training']} training questions are answered rightly (S); sizes "
+        f"5/50/95 %: {sizes['q5']:.0f}/{sizes['q50']:.0f}/{sizes['q95']:.0f}; similarities 5/50/95 %: "
+        f"{near['q5']:.3f}/{near['q50']:.3f}/{near['q95']:.3f}; empty: {summary.empty} ({summary.empty_fraction:.1%})"
+    )
+
+
+def usable_rows(extraction: Stage) -> torch.Tensor:
+    """Mask [N] of the questions that extraction did not set aside."""
+    errors = read_table(extraction.path / ROWS, ["error"]).column("error")
+    return torch.tensor([e is None for e in errors.to_pylist()])
+
+
+def _write(stage: Stage, found: Neighborhoods) -> None:
+    rows = found.queried.nonzero()[:, 0].tolist()
+    parts = [found.of(row) for row in rows]
+    columns = {
+        "row": rows,
+        "neighbors": [p[0].tolist() for p in parts],
+        "similarities": [p[1].tolist() for p in parts],
+        "weights": [p[2].tolist() for p in parts],
+    }
+    write_table(stage.path / NEIGHBORS, columns, _SCHEMA, {"questions": len(found.queried)})
+
+
+def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
+    """The neighborhoods over all `questions` rows of the question table. Raises ArtifactError."""
+    table = read_table(stage.path / NEIGHBORS, _SCHEMA.names)
+    rows: list[int] = table.column("row").to_pylist()
+    if rows != sorted(set(rows)) or (rows and rows[-1] >= questions):
+        raise ArtifactError(
+            f"{stage.path / NEIGHBORS} does not belong to these questions; remove its folder and run again"
+        )
+    sizes = torch.zeros(questions, dtype=torch.int64)
+    sizes[rows] = torch.tensor([len(n) for n in table.column("neighbors").to_pylist()], dtype=torch.int64)
+    queried = torch.zeros(questions, dtype=torch.bool)
+    queried[rows] = True
+    return Neighborhoods(
+        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        indices=_flat(table, "neighbors", torch.int64),
+        similarities=_flat(table, "similarities", torch.float64),
+        weights=_flat(table, "weights", torch.float64),
+        queried=queried,
+    )
+
+
+def _flat(table: pa.Table, column: str, dtype: torch.dtype) -> torch.Tensor:
+    values: Sequence[Any] = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.tensor(values, dtype=dtype)

@@ -1,0 +1,142 @@
+"""The questions stage: read, split, encode, set bad rows aside."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from roma_ray.artifacts import Stage, file_digest
+from roma_ray.config import QuestionSource
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import Setup, resolve_question_path
+from roma_ray.engine.tables import QUESTIONS, REJECTED, write_table
+from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
+from roma_ray.questions.readers import read_questions
+from roma_ray.questions.records import Question, Rejected
+from roma_ray.questions.splits import assign_splits
+
+VERSION = 1
+TABLE = "questions.parquet"
+
+
+def questions_stage(setup: Setup) -> Stage:
+    """Where the encoded questions live. Files count by content, so an edited file is another stage."""
+    config = setup.config
+    sources = [_identity(source) for source in config.questions.sources]
+    settings = {
+        "sources": sources,
+        "prompt": config.questions.prompt.model_dump(mode="json"),
+        "validation_fraction": config.questions.validation_fraction,
+        "test_fraction": config.questions.test_fraction,
+        "seed": config.seed,
+        "tokenizer": setup.model_identity,
+    }
+    return setup.store.stage("questions", settings, {}, VERSION)
+
+
+def prepare(setup: Setup, progress: Progress) -> Stage:
+    """Read and encode all questions, once. Raises QuestionError, ConfigError, ModelError."""
+    stage = questions_stage(setup)
+    if stage.complete:
+        return stage
+    started = time.monotonic()
+    with stage.exclusive():
+        config = setup.config
+        questions, rejected = read_questions([_resolved(source) for source in config.questions.sources])
+        questions = assign_splits(
+            questions,
+            validation_fraction=config.questions.validation_fraction,
+            test_fraction=config.questions.test_fraction,
+            seed=config.seed,
+        )
+        builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
+        prompts, too_long = build_prompts(questions, builder)
+        rejected = [*rejected, *too_long]
+        if not prompts:
+            reasons = "; ".join(sorted({r.reason for r in rejected})[:3])
+            raise QuestionError(f"no question can be used: {reasons}")
+        _check_splits(prompts)
+        _write(stage, questions, prompts, rejected)
+        counts = {"questions": len(prompts), "rejected": len(rejected), "truncated": sum(p.truncated for p in prompts)}
+        splits = Counter(p.split for p in prompts)
+        stage.finish(
+            facts={**counts, "splits": dict(splits), "tasks": sorted({p.task for p in prompts})},
+            seconds=time.monotonic() - started,
+        )
+    if rejected:
+        reasons = Counter(r.reason for r in rejected).most_common(3)
+        shown = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+        progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / 'rejected.parquet'}")
+    return stage
+
+
+def load_tokenizer(path: str, revision: str | None) -> Any:
+    """The model's own tokenizer. Raises ConfigError when there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, revision=revision)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
+
+
+def _identity(source: QuestionSource) -> dict[str, Any]:
+    facts = source.model_dump(mode="json")
+    if source.path is not None:
+        # The content, not the place: a moved file is the same questions.
+        facts["path"] = file_digest(resolve_question_path(source.path))
+    return facts
+
+
+def _resolved(source: QuestionSource) -> QuestionSource:
+    return source if source.path is None else source.model_copy(update={"path": resolve_question_path(source.path)})
+
+
+def _check_splits(prompts: Sequence[Prompt]) -> None:
+    """Training needs all three parts; a missing one is a fault of the sources, told before any work."""
+    present = {p.split for p in prompts}
+    missing = [name for name in ("train", "validation", "test") if name not in present]
+    if missing:
+        raise QuestionError(
+            f"no usable {' and no '.join(missing)} questions among {len(prompts)}: give more rows, or change "
+            "questions.validation_fraction or questions.test_fraction"
+        )
+
+
+def _write(
+    stage: Stage, questions: Sequence[Question], prompts: Sequence[Prompt], rejected: Sequence[Rejected]
+) -> None:
+    by_id = {q.id: q for q in questions}
+    kept = [by_id[p.id] for p in prompts]
+    columns = {
+        "row": range(len(prompts)),
+        "id": [p.id for p in prompts],
+        "task": [p.task for p in prompts],
+        "split": [p.split for p in prompts],
+        "question": [q.question for q in kept],
+        "choices": [list(q.choices) for q in kept],
+        "answer": [p.answer for p in prompts],
+        "context": [q.context for q in kept],
+        "prompt_ids": [list(p.prompt_ids) for p in prompts],
+        "choice_ids": [[list(ids) for ids in p.choice_ids] for p in prompts],
+        "choice_chars": [list(p.choice_chars) for p in prompts],
+        "truncated": [p.truncated for p in prompts],
+    }
+    write_table(stage.path / TABLE, columns, QUESTIONS)
+    faults = {name: [getattr(r, name) for r in rejected] for name in REJECTED.names}
+    write_table(stage.path / "rejected.parquet", faults, REJECTED)
+
+
+def training_rows(table: pa.Table, fraction: float, seed: int) -> list[int]:
+    """Row numbers of the training questions in use: a nested prefix of one seeded permutation (DESIGN 5.10)."""
+    from roma_ray.questions.splits import nested_fraction
+
+    ids = table.column("id").to_pylist()
+    splits = table.column("split").to_pylist()
+    row_of = {ids[row]: row for row in range(len(ids)) if splits[row] == "train"}
+    return sorted(row_of[key] for key in nested_fraction(list(row_of), fraction, seed))

@@ -1,0 +1,180 @@
+"""What a run resolves once: where the model is, which it is, its layers, its numeric settings."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roma_ray.artifacts import Store, file_digest, fingerprint
+from roma_ray.config import Config, ModelConfig
+from roma_ray.errors import ModelError, QuestionError
+
+if TYPE_CHECKING:
+    from roma_ray.moe.slices import Slice
+
+# Below this size a local checkpoint is hashed whole; above it, by header and evenly spaced samples.
+_WHOLE_DIGEST_BYTES = 256 << 20
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """Everything a worker needs to load a slice of the model; small and picklable."""
+
+    path: str
+    revision: str | None
+    dtype: str
+    experts_backend: str
+    attention: str
+    device: str
+    threads: int
+
+    def load(self, start: int, stop: int | None, *, with_lm_head: bool) -> Slice:
+        """Load layers [start, stop) on this process's device, evaluation mode, frozen. Raises ModelError."""
+        import torch
+        from transformers.utils import logging
+
+        from roma_ray.moe.slices import load_slice
+
+        logging.disable_progress_bar()
+        set_threads(self.threads)
+        return load_slice(
+            self.path,
+            start=start,
+            stop=stop,
+            dtype=getattr(torch, self.dtype),
+            device=self.device,
+            revision=self.revision,
+            experts_backend=self.experts_backend,
+            attention=self.attention,
+            with_lm_head=with_lm_head,
+        )
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A configuration with all that depends on the model and the machine filled in."""
+
+    config: Config
+    store: Store
+    model: ModelSpec
+    model_identity: str
+    num_layers: int
+    moe_layers: tuple[int, ...]
+    layers: tuple[int, ...]
+    """Tuned layers, whole-model indices."""
+
+    @property
+    def cut(self) -> int:
+        return self.layers[0]
+
+    @property
+    def layer_columns(self) -> list[int]:
+        """Where the tuned layers lie among the MoE layers of the extracted routing."""
+        return [self.moe_layers.index(layer) for layer in self.layers]
+
+    def numeric_identity(self) -> dict[str, Any]:
+        """The settings that decide the bits of a forward pass, for fingerprints."""
+        spec = self.model
+        identity: dict[str, Any] = {
+            "model": self.model_identity,
+            "dtype": spec.dtype,
+            "experts_backend": spec.experts_backend,
+            "attention": spec.attention,
+            "device": spec.device,
+        }
+        if spec.device == "cpu":
+            identity["threads"] = spec.threads
+        return identity
+
+
+def resolve(config: Config, *, device: str | None = None) -> Setup:
+    """Fill in what the configuration leaves to the model and the machine.
+
+    `device` overrides `auto` (the caller may know of GPUs on other machines). Raises ModelError, ConfigError, StorageError.
+    """
+    from roma_ray.moe.layers import select_layers
+
+    store = Store(config.storage)
+    path = resolve_path(config.model.path)
+    facts = _model_facts(path, config.model.revision)
+    chosen = resolve_device(config) if device is None else device
+    dtype = facts["dtype"] if config.model.dtype == "auto" else config.model.dtype
+    backend = config.model.experts_backend
+    if backend == "auto":
+        backend = "eager" if chosen == "cpu" else "grouped_mm"
+    spec = ModelSpec(path, config.model.revision, dtype, backend, config.model.attention, chosen, config.threads)
+    layers = select_layers(config.routing.layers, facts["moe_layers"])
+    return Setup(
+        config, store, spec, model_identity(config.model, path), facts["num_layers"], tuple(facts["moe_layers"]), layers
+    )
+
+
+def resolve_device(config: Config) -> str:
+    """`cpu` or `cuda` on this machine. Raises ModelError when a GPU is asked for and there is none."""
+    import torch
+
+    available = torch.cuda.is_available()
+    if config.device == "cuda" and not available:
+        raise ModelError(
+            "device: cuda, but torch sees no GPU here. Install a torch built for your GPU (CUDA or ROCm), or use device: cpu."
+        )
+    return "cuda" if config.device != "cpu" and available else "cpu"
+
+
+def resolve_path(path: str) -> str:
+    """A model or file path with `assets:` names replaced by their place in the package; local folders made absolute."""
+    if path.startswith("assets:"):
+        return str(Path(__file__).parents[1] / "assets" / path.removeprefix("assets:"))
+    expanded = Path(path).expanduser()
+    return str(expanded.absolute()) if expanded.exists() else path
+
+
+def resolve_question_path(path: str) -> str:
+    """Absolute path of a question file. Raises QuestionError when there is none."""
+    resolved = Path(resolve_path(path)).expanduser().absolute()
+    if not resolved.is_file():
+        raise QuestionError(f"the question file {path} does not exist (looked for {resolved})")
+    return str(resolved)
+
+
+def set_threads(threads: int) -> None:
+    """Give this process the configured number of CPU threads: sums depend on it in their last bits."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def model_identity(model: ModelConfig, path: str) -> str:
+    """What tells this model from another: the hub id and revision, or a digest of the local folder's content."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return f"{path}@{model.revision or 'main'}"
+    files = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"})
+    if not any(p.suffix == ".safetensors" for p in files):
+        raise ModelError(f"{path} holds no .safetensors weights; only safetensors checkpoints are read")
+    return fingerprint({p.name: _content_digest(p) for p in files})
+
+
+def _content_digest(path: Path) -> str:
+    size = path.stat().st_size
+    if size <= _WHOLE_DIGEST_BYTES:
+        return file_digest(path)
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        for number in range(_SAMPLES):
+            stream.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
+            digest.update(stream.read(_SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+@lru_cache(maxsize=8)
+def _model_facts(path: str, revision: str | None) -> dict[str, Any]:
+    from roma_ray.moe.slices import model_facts
+
+    return model_facts(path, revision=revision)

@@ -1,0 +1,48 @@
+"""Work that is a list of planned batches: what a worker opens once and then does batch by batch.
+
+The serial executor is here; the Ray one wraps the same objects. Each batch writes its own files, so a resume does only the
+batches that have none, and who does which batch changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished batch tells the driver."""
+
+    batch: int
+    rows: int
+    tokens: int
+    errors: int
+    seconds: float
+
+
+class Work(Protocol):
+    """A picklable description of batch-wise work."""
+
+    @property
+    def name(self) -> str:
+        """Shown in progress and errors."""
+
+    def open(self) -> Callable[[int], Report]:
+        """Load what every batch needs (a model), once a process; returns the function that does one batch."""
+
+
+class Executor(Protocol):
+    """Runs batches somewhere; yields their reports in any order."""
+
+    def __call__(self, work: Work, batches: Sequence[int]) -> Iterator[Report]: ...
+
+
+def serial(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+    """Run the batches in this process, in order."""
+    if not batches:
+        return
+    do = work.open()
+    for batch in batches:
+        yield do(batch)

@@ -1,0 +1,232 @@
+"""The evaluate stage: base and tuned routers on the same questions, in one process, from the exported adapter."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from roma_ray.artifacts import Stage, fingerprint, write_json
+from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.embedding import read_embeddings
+from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.scoring import Scores, score_rows
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.tables import read_prompts, read_table, write_table
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, at_chance, check_not_identical, overlap
+from roma_ray.evaluation.statistics import compare
+from roma_ray.manifold import diagnostics
+from roma_ray.moe.checkpoints import load_adapter
+from roma_ray.moe.slices import Slice
+
+VERSION = 1
+RESULTS = "results.parquet"
+SUMMARY = "evaluation.json"
+_DIAGNOSED_ROWS = 2000
+_RESULTS = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("id", pa.string()),
+        ("task", pa.string()),
+        ("split", pa.string()),
+        ("answer", pa.int32()),
+        ("base_prediction", pa.int32()),
+        ("tuned_prediction", pa.int32()),
+        ("base_correct", pa.bool_()),
+        ("tuned_correct", pa.bool_()),
+        ("base_scores", pa.list_(pa.float32())),
+        ("tuned_scores", pa.list_(pa.float32())),
+        ("base_routing", pa.list_(pa.float32())),
+        ("tuned_routing", pa.list_(pa.float32())),
+    ]
+)
+
+
+def evaluate_stage(setup: Setup, tuned: Stage) -> Stage:
+    """Where the paired evaluation of this tuned model lives."""
+    return setup.store.stage("evaluate", {}, {"finetune": tuned.fingerprint}, VERSION)
+
+
+def evaluate(
+    setup: Setup,
+    questions: Stage,
+    extraction: Stage,
+    embeddings: Stage,
+    neighbors: Stage,
+    tuned: Stage,
+    progress: Progress,
+) -> Stage:
+    """Score every question with base and exported tuned routers. Raises GuardError, CacheError, CheckpointError."""
+    stage = evaluate_stage(setup, tuned)
+    if stage.complete:
+        return stage
+    started = time.monotonic()
+    with stage.exclusive():
+        prompts = read_prompts(questions.path / TABLE)
+        usable = usable_rows(extraction).tolist()
+        rows = [row for row in range(len(prompts)) if usable[row]]
+        prompt = setup.config.questions.prompt
+        arguments: dict[str, Any] = {
+            "tokens": setup.config.routing.tokens,
+            "rule": prompt.cloze_score if prompt.format == "cloze" else "raw",
+            "batch_tokens": setup.config.extraction.batch_tokens,
+        }
+        cache = ActivationCache(extraction.path)
+        head = setup.model.load(setup.cut, None, with_lm_head=True)
+        with progress.meter("evaluate", 2 * len(rows), "questions") as meter:
+            base = score_rows(head, cache, prompts, rows, **arguments, advance=meter.advance)
+            load_adapter(tuned.path / ADAPTER, head)
+            after = score_rows(head, cache, prompts, rows, **arguments, advance=meter.advance)
+        check_not_identical(base.scores, after.scores)
+        columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
+        _write(stage, prompts, base, after, columns)
+        neighborhoods = read_neighborhoods(neighbors, len(prompts))
+        result = {
+            "splits": by_split_and_task(
+                [(p.split, p.task) for p in (prompts[r] for r in rows)], base.correct, after.correct
+            ),
+            "guards": _guards(questions, prompts, rows, base, after),
+            "diagnostics": _diagnostics(
+                setup, head, prompts, rows, base, after, columns, read_embeddings(embeddings), neighborhoods
+            ),
+            "pin": evaluation_pin(questions, prompt.model_dump(mode="json"), rows),
+        }
+        write_json(stage.path / SUMMARY, result)
+        stage.finish(facts={"rows": len(rows), "pin": result["pin"]}, seconds=time.monotonic() - started)
+    return stage
+
+
+def evaluation_pin(questions: Stage, prompt: dict[str, Any], rows: Sequence[int]) -> str:
+    """Hash of rows, prompts, metric and its version: scores with different pins are not comparable."""
+    table = read_table(questions.path / TABLE, ["id", "prompt_ids", "choice_ids", "answer"]).take(
+        pa.array(rows, pa.int64())
+    )
+    return fingerprint({"rows": table.to_pylist(), "prompt": prompt, "version": VERSION})
+
+
+def by_split_and_task(
+    keys: Sequence[tuple[str, str]], base: np.ndarray, tuned: np.ndarray
+) -> dict[str, dict[str, Any]]:
+    """Paired figures per split: `all` and each task. Order: train, validation, test; tasks by name."""
+    result: dict[str, dict[str, Any]] = {}
+    for split in [s for s in ("train", "validation", "test") if any(k[0] == s for k in keys)]:
+        tasks = sorted({task for which, task in keys if which == split})
+        chosen = {"all": [k[0] == split for k in keys], **{t: [k == (split, t) for k in keys] for t in tasks}}
+        result[split] = {name: compare(base[mask], tuned[mask]) for name, mask in chosen.items()}
+    return result
+
+
+def _guards(
+    questions: Stage, prompts: Sequence[Any], rows: Sequence[int], base: Scores, tuned: Scores
+) -> dict[str, Any]:
+    """Findings that a reader of the table must know; empty lists and zeros are good news."""
+    table = read_table(questions.path / TABLE, ["question", "choices", "split"]).to_pylist()
+    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "validation": [], "test": []}
+    for row in table:
+        parts[row["split"]].append((row["question"], row["choices"]))
+    chance = []
+    for name, scores in (("base", base), ("tuned", tuned)):
+        test = [n for n, row in enumerate(rows) if prompts[row].split == "test"]
+        for task in ["all", *sorted({prompts[rows[n]].task for n in test})]:
+            members = [n for n in test if task in ("all", prompts[rows[n]].task)]
+            if at_chance(int(scores.correct[members].sum()), [len(prompts[rows[n]].choice_ids) for n in members]):
+                chance.append(f"{name}/{task}")
+    truncated = sum(p.truncated for p in prompts)
+    return {
+        "identical_scores": False,
+        "at_chance": chance,
+        "truncated": truncated,
+        "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts),
+        "test_questions_in_training": overlap(parts["train"], parts["test"]),
+    }
+
+
+def _diagnostics(
+    setup: Setup,
+    head: Slice,
+    prompts: Sequence[Any],
+    rows: Sequence[int],
+    base: Scores,
+    tuned: Scores,
+    columns: list[int],
+    embeddings_NC: torch.Tensor,
+    neighborhoods: Any,
+) -> dict[str, Any]:
+    """How routing changed on the held-out questions, and how far it agrees with the embeddings, before and after."""
+    test = [n for n, row in enumerate(rows) if prompts[row].split == "test"]
+    generator = torch.Generator().manual_seed(setup.config.seed)
+    drawn = torch.randperm(len(test), generator=generator)[:_DIAGNOSED_ROWS].sort().values.tolist()
+    members = [test[n] for n in drawn]
+    before, after = (torch.from_numpy(s.routing_NLE[members][:, columns]) for s in (base, tuned))
+    top_k, experts = head.routers[0].top_k, head.routers[0].num_experts
+    chosen = [diagnostics.top_k_selection(r, top_k) for r in (before, after)]
+    tasks = [prompts[rows[n]].task for n in members]
+    points = embeddings_NC[[rows[n] for n in members]]
+    overlap_k = min(10, len(members) - 1)
+    result: dict[str, Any] = {
+        "layers": list(setup.layers),
+        "questions": len(members),
+        "routing_kl": diagnostics.routing_kl(after, before).tolist(),
+        "selection_overlap": diagnostics.selection_overlap(chosen[1], chosen[0]).tolist(),
+        "embedding_silhouette": _silhouette(points, tasks, setup.config.seed),
+    }
+    for name, routing, picks in (("base", before, chosen[0]), ("tuned", after, chosen[1])):
+        result[name] = {
+            "routing_entropy": diagnostics.routing_entropy(routing).tolist(),
+            "expert_load": diagnostics.expert_load(picks, experts).tolist(),
+            "task_silhouette": _silhouette(routing.flatten(1), tasks, setup.config.seed),
+            "neighbor_overlap": diagnostics.neighbor_overlap(points, routing.flatten(1), overlap_k).__dict__
+            if overlap_k > 0
+            else None,
+        }
+    place = {row: n for n, row in enumerate(rows)}
+    pairs = [
+        (place[i], place[j])
+        for i, j in zip(neighborhoods.rows.tolist(), neighborhoods.indices.tolist(), strict=True)
+        if i in place
+    ]
+    picked = torch.tensor(pairs[:: max(1, len(pairs) // 20000)], dtype=torch.int64).reshape(-1, 2)
+    for name, scores in (("base", base), ("tuned", tuned)):
+        routing = torch.from_numpy(scores.routing_NLE[:, columns])
+        result[name]["neighbor_distance"] = diagnostics.routing_distance_quantiles(routing, picked[:, 0], picked[:, 1])
+    return result
+
+
+def _silhouette(points: torch.Tensor, tasks: Sequence[str], seed: int) -> float | None:
+    return diagnostics.silhouette(points, tasks, torch.Generator().manual_seed(seed))
+
+
+def _write(stage: Stage, prompts: Sequence[Any], base: Scores, tuned: Scores, columns: list[int]) -> None:
+    kept = [prompts[row] for row in base.rows]
+    table = {
+        "row": base.rows,
+        "id": [p.id for p in kept],
+        "task": [p.task for p in kept],
+        "split": [p.split for p in kept],
+        "answer": [p.answer for p in kept],
+        "base_prediction": base.predictions,
+        "tuned_prediction": tuned.predictions,
+        "base_correct": base.correct.tolist(),
+        "tuned_correct": tuned.correct.tolist(),
+        "base_scores": base.scores,
+        "tuned_scores": tuned.scores,
+        "base_routing": list(base.routing_NLE[:, columns].reshape(len(kept), -1)),
+        "tuned_routing": list(tuned.routing_NLE[:, columns].reshape(len(kept), -1)),
+    }
+    shape = {"layers": len(columns), "experts": base.routing_NLE.shape[2]}
+    write_table(stage.path / RESULTS, table, _RESULTS, shape)
+
+
+def read_evaluation(stage: Stage) -> dict[str, Any]:
+    """The figures of a finished evaluation."""
+    value: dict[str, Any] = json.loads(Path(stage.path / SUMMARY).read_text())
+    return value

@@ -1,0 +1,102 @@
+"""The summary of a run as documented JSON, and its table in words.
+
+Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, layers}; `splits` {split: {task or "all":
+{n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p}}};
+`epochs` (one record each: task_loss, manifold_loss, lambda, learning_rate, gradient_norm, routing_entropy,
+validation_accuracy); `probe` (gradient norms of both terms on the gates, their ratio, lambda); `selected_epoch`;
+`neighborhoods` (sizes, similarities, empties); `diagnostics`; `guards`; `rejected`; `errors`; `evaluation_pin`;
+`fingerprints` {stage: fingerprint}; `paths` {stage: folder}; `stage_seconds`; `wall_seconds`; `peak_memory_bytes` (largest
+resident set of this process); `versions`.
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from roma_ray.artifacts import Stage, library_versions
+from roma_ray.engine.finetuning import epochs_of
+from roma_ray.engine.setup import Setup
+from roma_ray.evaluation.paired import read_evaluation
+
+
+def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float) -> dict[str, Any]:
+    """The documented summary of a finished run."""
+    evaluation = read_evaluation(stages["evaluate"])
+    manifests = {name: stage.manifest() for name, stage in stages.items()}
+    outcome = manifests["finetune"]["facts"]
+    return {
+        "format": 1,
+        "name": setup.config.name,
+        "model": {
+            "path": setup.config.model.path,
+            "identity": setup.model_identity,
+            "dtype": setup.model.dtype,
+            "device": setup.model.device,
+            "threads": setup.model.threads,
+            "layers": list(setup.layers),
+            "trained_parameters": outcome["trained_parameters"],
+        },
+        "splits": evaluation["splits"],
+        "epochs": epochs_of(stages["finetune"]),
+        "probe": outcome["probe"],
+        "selected_epoch": outcome["selected_epoch"],
+        "neighborhoods": manifests["neighbors"]["facts"],
+        "diagnostics": evaluation["diagnostics"],
+        "guards": evaluation["guards"],
+        "rejected": manifests["questions"]["facts"]["rejected"],
+        "errors": manifests["extract"]["facts"]["errors"],
+        "evaluation_pin": evaluation["pin"],
+        "fingerprints": {name: stage.fingerprint for name, stage in stages.items()},
+        "paths": {name: str(stage.path) for name, stage in stages.items()},
+        "stage_seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
+        "wall_seconds": wall_seconds,
+        "peak_memory_bytes": peak_memory(),
+        "versions": library_versions(),
+    }
+
+
+def peak_memory() -> int:
+    """Largest resident set of this process so far, bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def result_rows(summary: Mapping[str, Any], split: str = "test") -> list[tuple[str, ...]]:
+    """The result table of a split as text: task, n, base, tuned, difference, p. Accuracies in percent with standard errors."""
+    rows = []
+    for task, figures in summary["splits"][split].items():
+        rows.append(
+            (
+                task,
+                str(figures["n"]),
+                f"{100 * figures['base_accuracy']:.2f} ± {100 * figures['base_stderr']:.2f}",
+                f"{100 * figures['tuned_accuracy']:.2f} ± {100 * figures['tuned_stderr']:.2f}",
+                f"{100 * figures['difference']:+.2f} ± {100 * figures['difference_stderr']:.2f}",
+                f"{figures['mcnemar_p']:.3g}",
+            )
+        )
+    # "all" closes the table.
+    return [r for r in rows if r[0] != "all"] + [r for r in rows if r[0] == "all"]
+
+
+def warnings_of(summary: Mapping[str, Any]) -> list[str]:
+    """What a reader of the table must know, in sentences."""
+    guards = summary["guards"]
+    lines = []
+    if guards["at_chance"]:
+        lines.append(f"at chance level (within two standard errors of guessing): {', '.join(guards['at_chance'])}")
+    if guards["too_many_truncated"]:
+        lines.append(f"{guards['truncated']} prompts were shortened (over 1 %): raise questions.prompt.max_tokens")
+    found = guards["test_questions_in_training"]
+    if found["normalised"]:
+        lines.append(
+            f"{found['normalised']} test questions also occur in training ({found['exact']} letter for letter)"
+        )
+    if summary["rejected"]:
+        lines.append(f"{summary['rejected']} rows were rejected: see {summary['paths']['questions']}/rejected.parquet")
+    if summary["errors"]:
+        lines.append(f"{summary['errors']} questions failed in extraction and are left out")
+    return lines

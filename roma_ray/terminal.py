@@ -1,0 +1,76 @@
+"""The live view in a terminal: one bar a stage with rate and time left, lines above it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from roma_ray.engine.progress import LineProgress, Meter, Silence
+
+
+class _Rate(ProgressColumn):
+    """Units a second since this process took up the work."""
+
+    def render(self, task: Task) -> Text:
+        done = task.completed - task.fields["first"]
+        speed = done / task.elapsed if task.elapsed else 0.0
+        return Text(f"{speed:,.1f} {task.fields['unit']}/s")
+
+
+class LiveProgress:
+    """Progress with rich bars on stderr."""
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True, highlight=False)
+
+    def say(self, text: str) -> None:
+        self.console.print(text, soft_wrap=True, markup=False)
+
+    @contextmanager
+    def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
+        columns: Sequence[Any] = (
+            TextColumn("{task.description:>9}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
+            _Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=self.console, transient=True) as bars:
+            task = bars.add_task(name, total=total, completed=done, unit=unit, note="", first=done)
+            yield _LiveMeter(bars, task)
+
+
+class _LiveMeter:
+    def __init__(self, bars: Progress, task: Any) -> None:
+        self.bars, self.task = bars, task
+
+    def advance(self, amount: float, note: str = "") -> None:
+        self.bars.update(self.task, advance=amount, note=note)
+
+
+def open_progress(quiet: bool) -> LiveProgress | LineProgress | Silence:
+    """A live view in a terminal, plain lines in a log, nothing when quiet."""
+    if quiet:
+        return Silence()
+    return LiveProgress() if sys.stderr.isatty() else LineProgress()
+
+
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on stdout: drawn in a terminal, plain aligned text elsewhere."""
+    console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    table = Table(title=title, title_justify="left")
+    for number, name in enumerate(header):
+        table.add_column(name, justify="left" if number == 0 else "right")
+    for row in rows:
+        table.add_row(*row, end_section=False)
+    console.print(table)
