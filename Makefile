@@ -1,0 +1,62 @@
+# make demo   from a fresh clone: virtual environment, pinned install, the whole method on the embedded model
+# make test   the test suite            make check   ruff and mypy            make clean   remove what these made
+#
+# Needs Python 3.11 or newer with its venv module, pip, and nothing else. Settings, all on the command line:
+#   make venv PYTHON=python3.12                      another interpreter
+#   make venv TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/rocm7.1"    torch's build for your GPU
+#   make venv VENV_FLAGS=--system-site-packages      keep the torch of a CUDA or ROCm image
+#   make venv EXTRAS=minilm,hub,dev                  without FAISS (torch then searches, to the same answer)
+
+PYTHON ?= python3
+VENV ?= .venv
+VENV_FLAGS ?=
+EXTRAS ?= minilm,faiss,hub,dev
+# Installed only where torch cannot be imported: a build that is already there is kept.
+TORCH ?= torch==2.13.0
+
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed-$(EXTRAS)
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: help venv demo test check format pin clean
+
+help:
+	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(INSTALLED)
+
+# The stamp is written last, so an interrupted install is taken up again.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "roma-ray needs Python 3.11 or newer; $(PYTHON) is not. Try: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.12" >&2; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || \
+	  { echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install $(TORCH); }
+	@echo "installing roma-ray[$(EXTRAS)] with the versions of constraints.txt: a few minutes and about 2.5 GB"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@touch $@
+
+demo: venv
+	$(BIN)/roma-ray local
+
+test: venv
+	$(BIN)/python -m pytest
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Keep the leading comment, replace the versions. Parts of a GPU's torch build are the machine's own business.
+pin: venv
+	@sed -n '/^#/p' constraints.txt > constraints.new
+	@$(PIP) freeze --exclude-editable | grep -Ev '^(torch|triton|nvidia-|pytorch-triton|-e |pip|setuptools)' >> constraints.new
+	@mv constraints.new constraints.txt
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
