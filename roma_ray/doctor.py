@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -51,10 +50,11 @@ def examine(storage: str | None = None) -> Iterator[Check]:
 
 
 def _python() -> Check:
-    version = platform.python_version()
-    if sys.version_info < (3, 11):
-        return Check("python", "broken", version, "use Python 3.11 or newer")
-    return Check("python", "ok", f"{version} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs")
+    return Check(
+        "python",
+        "ok",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+    )
 
 
 def _versions() -> Iterator[Check]:
@@ -149,7 +149,7 @@ def _storage(storage: str | None) -> Iterator[Check]:
 
 
 def _file_system(root: Path) -> Iterator[Check]:
-    leftovers = [p for p in root.glob("*/*/.*.tmp")]
+    leftovers = list(root.glob("*/*/.*.tmp"))
     if leftovers:
         yield Check(
             "storage",

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from roma_ray.config import Config, parse_config
 from tests.tiny import save_tiny, tiny_moe
 
-WORDS = "red green blue cat dog fish one two three four five six apple pear plum north south east west up down".split()
+WORDS = "red green blue cat dog fish one two three four five six apple pear plum north south east west".split()  # noqa: SIM905
 
 
 def make_questions(path: Path, count: int = 60, seed: int = 0, test_every: int = 3) -> None:

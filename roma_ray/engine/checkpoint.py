@@ -33,10 +33,10 @@ class LoopState:
     best_epoch: int = -1
     best_gates: dict[str, Tensor] = field(default_factory=dict)
 
-    def record(self, row: list[float], facts: dict[str, float], count: int) -> None:
-        """Note one finished step."""
+    def record(self, facts: dict[str, float], strength: float, rate: float, count: int) -> None:
+        """Note one finished step over `count` questions."""
         self.step += 1
-        self.steps.append(row)
+        self.steps.append([facts["task"], facts["manifold"], strength, rate, facts["norm"]])
         for key, value in facts.items():
             self.sums[key] = self.sums.get(key, 0.0) + value * count
         self.sums["count"] = self.sums.get("count", 0.0) + count

@@ -17,11 +17,12 @@ from roma_ray.config import FinetuneConfig
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
+from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import ModelSpec, Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
-from roma_ray.engine.training import IDLE_RATIO, Outcome, TrainingData, World, finetune
+from roma_ray.engine.training import IDLE_RATIO, Outcome, World, finetune
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.slices import Slice
 

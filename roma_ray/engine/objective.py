@@ -1,0 +1,150 @@
+"""The objective of eq. 9 on some questions, and what it reads: cached activations, prompts, neighborhoods.
+
+B questions of a micro-batch, S longest sequence, P read positions, D width, V vocabulary, L tuned layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roma_ray.config import FinetuneConfig
+from roma_ray.engine.batches import chunks
+from roma_ray.engine.cache import ActivationCache, head_input
+from roma_ray.engine.forward import lay_out, mean_routing, routing_positions, task_losses
+from roma_ray.engine.scoring import Scores, score_rows
+from roma_ray.errors import TrainingError
+from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
+from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.moe.masters import RouterMasters
+from roma_ray.moe.reading import read_routing
+from roma_ray.moe.slices import Slice, slice_logits
+from roma_ray.questions.prompts import Prompt
+
+
+@dataclass
+class TrainingData:
+    """What the loop reads: everything by row number of the question table."""
+
+    prompts: Sequence[Prompt]
+    cache: ActivationCache
+    train: list[int]
+    validation: list[int]
+    neighborhoods: Neighborhoods
+    routing_NLE: Tensor
+    """The base model's r of every question at the tuned layers, fp32; r_j of eq. 7 unless refreshed."""
+    tokens: str
+    rule: str
+    cloze: bool
+    batch_tokens: int
+
+
+class Objective:
+    """The objective of eq. 9 on some rows, as sums over questions."""
+
+    def __init__(self, config: FinetuneConfig, head: Slice, data: TrainingData, masters: RouterMasters) -> None:
+        self.config, self.head, self.data, self.masters = config, head, data, masters
+        self.device = str(next(head.model.parameters()).device)
+        self.targets = neighbor_targets(data.neighborhoods, data.routing_NLE)
+        self.columns = [n for n, router in enumerate(head.routers) if router.layer in masters.layers]
+        if data.cloze:
+            self.over = "continuation"
+        else:
+            self.over = config.task_loss
+
+    def losses(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """(task, regularizer, routing entropy) summed over the rows; the first two carry the graph."""
+        prompts = [self.data.prompts[row] for row in rows]
+        layout = lay_out(prompts, gold_only=self.data.cloze)
+        inputs = head_input(self.head, self.data.cache, rows, prompts, layout)
+        layout = layout.to(self.device)
+        positions_BP = routing_positions(layout, self.data.tokens)
+        routers = [self.head.routers[n] for n in self.columns]
+        with read_routing(self.head.model, routers, positions_BP) as tape:
+            logits_BPV = slice_logits(self.head, inputs, layout.mask_BS, layout.score_positions_BP)
+        routing_BLE = mean_routing(tape.routing_BPLE, positions_BP, layout)
+        task = task_losses(logits_BPV, layout, prompts, over=self.over)
+        kind = self.config.regularizer.kind
+        targets = self.targets.take(torch.tensor(rows), torch.device(self.device))
+        penalty = regularizer_loss(kind, routing_BLE, targets=targets, parameters=self.masters.parameters())
+        entropy = -(routing_BLE * routing_BLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
+        return task, penalty, entropy
+
+    def gradients(self, rows: Sequence[int], strength: float) -> Tensor:
+        """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
+        task, penalty, entropy = self.losses(rows)
+        # Adding an unused term would still be exact, but a run without one must be readable as such.
+        loss = task if strength == 0 else task + strength * penalty
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss is not finite (task {task.item()}, regularizer {penalty.item()}). Lower finetune.learning_rate or "
+                "finetune.regularizer.weight; the last checkpoint is kept."
+            )
+        parts = torch.autograd.grad(loss, self.masters.parameters())
+        sums = torch.stack([task.detach(), penalty.detach(), entropy]).float()
+        return torch.cat([*(p.reshape(-1) for p in parts), sums])
+
+    def validation_accuracy(self) -> float:
+        """Accuracy of the routers as they are now on the validation questions."""
+        return self._score(self.data.validation).accuracy
+
+    def _score(self, rows: Sequence[int]) -> Scores:
+        data = self.data
+        return score_rows(
+            self.head,
+            data.cache,
+            data.prompts,
+            rows,
+            tokens=data.tokens,
+            rule=data.rule,
+            batch_tokens=data.batch_tokens,
+        )
+
+    def probe(self, rows: Sequence[int]) -> dict[str, float]:
+        """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force (DESIGN 5.7)."""
+        gates = self.masters.parameters()
+        totals = [[torch.zeros_like(g) for g in gates] for _ in range(2)]
+        for micro in chunks(rows, self.config.micro_batch_size):
+            task, penalty, _ = self.losses(micro)
+            for term, total in ((task, totals[0]), (penalty, totals[1])):
+                if term.requires_grad:
+                    grads = torch.autograd.grad(term, gates, retain_graph=term is task, allow_unused=True)
+                    for sum_, grad in zip(total, grads, strict=True):
+                        if grad is not None:
+                            sum_ += grad
+        task_norm, penalty_norm = (float(torch.cat([g.reshape(-1) for g in t]).norm()) / len(rows) for t in totals)
+        regularizer = self.config.regularizer
+        weight = regularizer.weight
+        if regularizer.kind == "none":
+            weight = 0.0
+        elif weight == "auto":
+            if penalty_norm == 0:
+                raise TrainingError(
+                    "finetune.regularizer.weight: auto needs a regularizer with a gradient; give a number instead"
+                )
+            weight = regularizer.gradient_ratio * task_norm / penalty_norm
+        assert isinstance(weight, float | int)
+        ratio = weight * penalty_norm / task_norm if task_norm else 0.0
+        return {
+            "task_gradient": task_norm,
+            "regularizer_gradient": penalty_norm,
+            "gradient_ratio": ratio,
+            "weight": float(weight),
+        }
+
+    def refresh(self, epoch: int, gates: dict[str, Tensor]) -> None:
+        """With `refresh`, rebuild r_j from the routers as they were at the start of this epoch (epoch 0: the base's)."""
+        if not self.config.regularizer.refresh or epoch == 0:
+            return
+        now = self.masters.state()
+        self.masters.load(gates)
+        data = self.data
+        rows = data.neighborhoods.indices.unique().tolist()
+        scores = self._score(rows)
+        routing_NLE = data.routing_NLE.clone()
+        routing_NLE[rows] = torch.from_numpy(scores.routing_NLE[:, self.columns])
+        self.targets = neighbor_targets(data.neighborhoods, routing_NLE)
+        self.masters.load(now)
