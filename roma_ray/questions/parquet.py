@@ -42,7 +42,7 @@ def read_parquet(
     number = 0
     shown = printable(name)
     try:
-        with pq.ParquetFile(path, memory_map=False, pre_buffer=False) as file:
+        with pq.ParquetFile(path, memory_map=False, pre_buffer=False, page_checksum_verification=True) as file:
             columns = _checked(file.schema_arrow, name)
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 for cells in _rows(batch):
@@ -62,7 +62,8 @@ def read_parquet(
                         )
                     except BadRow as error:
                         yield Rejected(shown, number, printable(id), str(error))
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        # Arrow decodes the names in a damaged file's schema itself, hence the second.
         raise QuestionError(
             f"{name} cannot be read after row {number}: it is not a whole Parquet file ({printable(str(error))})"
         ) from error

@@ -56,7 +56,7 @@ def iter_questions(
     seen: dict[str, tuple[str, int]] = {}
     for source, name in zip(sources, names, strict=True):
         rows = _open(source, name, seed, loader)
-        yield from _usable(_without_duplicates(rows, seen), source, name)
+        yield from _usable(_without_duplicates(rows, seen), source, source.dataset or name)
 
 
 def asset(name: str) -> Path:
@@ -94,7 +94,7 @@ def _file(name: str) -> Path:
     try:
         path = Path(name).expanduser()
         exists, regular = path.exists(), path.is_file()
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         raise QuestionError(f"question file '{printable(name)}' cannot be read: {error}") from error
     if not exists:
         raise QuestionError(
@@ -141,7 +141,7 @@ def _usable(rows: Iterator[Question | Rejected], source: QuestionSource, name: s
         raise
     if not good:
         if not bad:
-            raise QuestionError(f"{name or source.dataset} is empty: it holds no question")
+            raise QuestionError(f"{name} is empty: it holds no question")
         raise QuestionError(f"{name} holds no usable question: all {bad} rows were set aside.\n{_shown(reasons, bad)}")
     if bad:
         logger.warning(
