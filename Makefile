@@ -3,7 +3,7 @@
 #
 # Needs Python 3.11 or newer with its venv module, pip, and nothing else. Settings, all on the command line:
 #   make venv PYTHON=python3.12                      another interpreter
-#   make venv TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/rocm7.1"    torch's build for your GPU
+#   make venv TORCH="torch==2.13.0 --index-url URL"  torch's build for your GPU (pytorch.org names the URL)
 #   make venv VENV_FLAGS=--system-site-packages      keep the torch of a CUDA or ROCm image
 #   make venv EXTRAS=minilm,hub,dev                  without FAISS (torch then searches, to the same answer)
 
