@@ -31,7 +31,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	  { echo "roma-ray needs Python 3.11 or newer; $(PYTHON) is not. Try: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || \
 	  { echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install $(TORCH); }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install --constraint constraints.txt $(TORCH); }
 	@echo "installing roma-ray[$(EXTRAS)] with the versions of constraints.txt: a few minutes and about 2.5 GB"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
