@@ -189,6 +189,28 @@ class FinetuneConfig(Section):
     regularizer: RegularizerConfig = RegularizerConfig()
 
 
+class RayConfig(Section):
+    """Where `roma-ray run` and the jobs run. No part of any fingerprint: the results are the same bits anywhere."""
+
+    address: str | None = None
+    """A cluster's address (host:6379). Default: $RAY_ADDRESS, a cluster that runs on this machine, else one of its own.
+    `local` always starts its own."""
+    extract_workers: int | None = Field(default=None, ge=1)
+    """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`."""
+    embed_workers: int | None = Field(default=None, ge=1)
+    """As `extract_workers`."""
+    finetune_workers: int | None = Field(default=None, ge=1)
+    """Training processes; never more than a step has micro-batches. Default as for `extract_workers`."""
+    cpus_per_worker: float = Field(default=0.5, gt=0)
+    """Logical CPUs that Ray sets aside for a worker: a fraction, so that Ray's own tasks always find a CPU."""
+    gpus_per_worker: float = Field(default=1.0, gt=0)
+    """GPUs of a worker on a cluster that has any; a fraction lets workers share one."""
+    max_failures: int = Field(default=3, ge=0)
+    """Deaths of finetuning workers that are answered by a restart from the last checkpoint."""
+    no_progress_seconds: int = Field(default=1800, ge=10)
+    """Extraction and embedding give up after this long without a finished batch."""
+
+
 class Config(Section):
     """One run."""
 
@@ -208,6 +230,7 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    ray: RayConfig = RayConfig()
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""

@@ -51,3 +51,7 @@ class TrainingError(RomaError, RuntimeError):
 
 class GuardError(RomaError, RuntimeError):
     """A result that must not be reported as one: for example a tuned model equal to its base."""
+
+
+class WorkerError(RomaError, RuntimeError):
+    """A worker process died or failed, or no cluster could be reached."""

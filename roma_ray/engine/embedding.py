@@ -71,7 +71,8 @@ def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress)
         work = EmbedWork(
             folder=str(stage.path),
             questions=str(questions.path),
-            model=embedding.model,
+            # Absolute: workers start in other directories.
+            model=embedding.model if embedding.model == "minilm" else resolve_path(embedding.model),
             context=embedding.context,
             batch_size=embedding.batch_size,
             device=setup.model.device,

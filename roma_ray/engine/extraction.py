@@ -6,6 +6,7 @@ done, `batches/NNNNNN.parquet` (one row a question). `rows.parquet` gathers the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Sequence
@@ -154,6 +155,15 @@ class Extractor:
             _write_tensor(batch_activations(self.work.folder, batch), result.hidden_TD)
         self._write_rows(batch, rows, result, errors)
         return Report(batch, len(rows), result.tokens, len(errors), time.monotonic() - started)
+
+    def rows(self, batch: int) -> list[int]:
+        """The rows of a planned batch."""
+        return self.plan[batch]
+
+    def probe(self, row: int) -> None:
+        """Run one row alone and keep nothing, to find out whether it kills the process."""
+        with contextlib.suppress(RuntimeError, ValueError, IndexError):
+            self._forward([row])
 
     def _survivors(self, rows: Sequence[int], errors: dict[int, str]) -> _Result:
         """The batch's result without the rows in `errors`, to which rows that fail on their own are added."""
