@@ -211,6 +211,30 @@ class RayConfig(Section):
     """Extraction and embedding give up after this long without a finished batch."""
 
 
+class TrackingConfig(Section):
+    """Where runs are recorded in MLflow. No part of any fingerprint: recording changes no result."""
+
+    enabled: bool = True
+    """Record runs (`roma-ray local` does so only with --track)."""
+    uri: str | None = None
+    """An MLflow server (http://host:5000) or database (sqlite:////absolute/path.db); default $MLFLOW_TRACKING_URI, else
+    mlflow.db in the storage."""
+    experiment: str = Field(default="roma-ray", min_length=1, max_length=250)
+    system_metrics: bool = True
+    """Record CPU, memory, disk, network and GPU use of the driver's machine while the pipeline works."""
+    log_model: bool = False
+    """Also upload the whole tuned model, not only its adapter."""
+
+    @field_validator("uri")
+    @classmethod
+    def _served(cls, value: str | None) -> str | None:
+        if value is not None and (value.startswith("file:") or not (value == "databricks" or ":" in value)):
+            raise ValueError(
+                "give a server (http://...) or a database (sqlite:///...): MLflow keeps no plain folders any more"
+            )
+        return value
+
+
 class Config(Section):
     """One run."""
 
@@ -230,6 +254,7 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 
     def to_yaml(self) -> str:
