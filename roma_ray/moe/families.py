@@ -1,0 +1,84 @@
+"""The families of mixture-of-experts models whose routers can be tuned, and how each one scores its experts.
+
+Routers are found by class (`routers.py`), so a family needs no module paths here: only the function that turns a
+router's logits into scores, and a line of reason for each family that is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from roma_ray.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+class Scoring(StrEnum):
+    """How a router turns its logits into the scores that choose and weigh experts."""
+
+    SOFTMAX = "softmax"
+    """Softmax over all experts, then the top-k of it (renormalised or not)."""
+    TOPK_SOFTMAX = "topk_softmax"
+    """The top-k logits first, softmax over those alone."""
+    SIGMOID = "sigmoid"
+    """Each expert's own sigmoid; a selection bias may shift the choice but never the weights."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """What tells one family of models from another here: its `model_type` and its scoring."""
+
+    model_type: str
+    scoring: Scoring
+
+
+_SCORING = {
+    "olmoe": Scoring.SOFTMAX,
+    "flex_olmo": Scoring.SOFTMAX,
+    "mixtral": Scoring.SOFTMAX,
+    "qwen2_moe": Scoring.SOFTMAX,
+    "qwen3_moe": Scoring.SOFTMAX,
+    "deepseek_v2": Scoring.SOFTMAX,
+    "ernie4_5_moe": Scoring.SOFTMAX,
+    "gpt_oss": Scoring.TOPK_SOFTMAX,
+    "granitemoe": Scoring.TOPK_SOFTMAX,
+    "deepseek_v3": Scoring.SIGMOID,
+    "glm4_moe": Scoring.SIGMOID,
+    "dots1": Scoring.SIGMOID,
+    "minimax_m2": Scoring.SIGMOID,
+}
+
+_REFUSED = {
+    "phimoe": "its sparsemixer chooses experts through thresholds that pass no gradient to some routers in evaluation mode",
+    "llama4": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
+    "llama4_text": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
+    "deepseek": "transformers has no class of its own for DeepSeekMoE-16B, and the published remote code detaches the experts "
+    "in evaluation mode. Use deepseek-ai/DeepSeek-V2-Lite, which is native",
+    "switch_transformers": "it is an encoder-decoder model",
+    "nllb_moe": "it is an encoder-decoder model",
+    "jetmoe": "it also routes inside its attention",
+    "dbrx": "its router is not one gate with a softmax over experts that can be tuned alone",
+    "longcat_flash": "it routes to zero-computation experts, with the choice made outside the gradient",
+}
+
+
+def supported_families() -> tuple[str, ...]:
+    """The `model_type`s whose routers can be tuned, sorted."""
+    return tuple(sorted(_SCORING))
+
+
+def family(config: PreTrainedConfig) -> Family:
+    """Return the family of a transformers configuration. Raises ModelError for any that cannot be tuned, saying why."""
+    model_type = getattr(config, "model_type", "") or "unknown"
+    if model_type in _SCORING:
+        return Family(model_type, _SCORING[model_type])
+    raise ModelError(refusal(model_type))
+
+
+def refusal(model_type: str) -> str:
+    """One sentence that says why models of this type cannot be tuned here, and which can."""
+    reason = _REFUSED.get(model_type, "its routers have not been checked, or it has none (a dense model)")
+    return f"the routers of a {model_type!r} model cannot be tuned: {reason}. Families that can: {', '.join(supported_families())}."

@@ -1,0 +1,72 @@
+"""Reading live routing weights from a forward pass: the graph is kept, and only the wanted positions stay in memory.
+
+Shapes: B batch, S sequence, P read positions, T flat tokens (B x S), L layers, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from roma_ray.moe.families import Family, family
+from roma_ray.moe.routers import Router, routing_from_logits
+
+
+class RoutingTape:
+    """The routing rows that the last forward pass left at the wanted positions."""
+
+    def __init__(self, routers: Sequence[Router], positions_BP: Tensor, rule: Family) -> None:
+        if positions_BP.dim() != 2:
+            raise ValueError(f"positions must be a [batch, positions] table, not of shape {tuple(positions_BP.shape)}")
+        self._routers = routers
+        self._positions_BP = positions_BP
+        self._family = rule
+        self._rows: dict[int, Tensor] = {}
+
+    @property
+    def routing_BPLE(self) -> Tensor:
+        """r at the wanted positions, fp32 with graph: L in the order of the routers given; zeros where a position is -1."""
+        assert len(self._rows) == len(self._routers), "read the tape after a forward pass through all its routers"
+        return torch.stack([self._rows[router.layer] for router in self._routers], dim=2)
+
+    def _record(self, router: Router, logits_TE: Tensor) -> None:
+        experts = logits_TE.shape[-1]
+        flat_TE = logits_TE.reshape(-1, experts)
+        positions_BP = self._positions_BP.to(flat_TE.device)
+        batch = positions_BP.shape[0]
+        assert flat_TE.shape[0] % batch == 0, f"{flat_TE.shape[0]} tokens are not a whole batch of {batch} rows"
+        length = flat_TE.shape[0] // batch
+        offsets_B1 = torch.arange(batch, device=flat_TE.device)[:, None] * length
+        absent_BP = positions_BP < 0
+        index_BP = offsets_B1 + positions_BP.clamp(min=0)
+        rows = routing_from_logits(flat_TE.index_select(0, index_BP.reshape(-1)), self._family)
+        rows_BPE = rows.reshape(batch, -1, experts)
+        self._rows[router.layer] = rows_BPE.masked_fill(absent_BP[:, :, None], 0.0)
+
+
+@contextmanager
+def read_routing(model: PreTrainedModel, routers: Sequence[Router], positions_BP: Tensor) -> Iterator[RoutingTape]:
+    """Record r at `positions_BP` of the padded batch that the model is run on inside the `with` block.
+
+    `with read_routing(model, routers, positions_BP) as tape: model(...)`, then `tape.routing_BPLE` (fp32, with graph).
+    Entries of -1 are padding and give zero rows. A second forward replaces the first. Positions must lie in the batch.
+    """
+    tape = RoutingTape(routers, positions_BP, family(model.config))
+    handles = [router.module.register_forward_hook(_hook(tape, router)) for router in routers]
+    try:
+        yield tape
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _hook(tape: RoutingTape, router: Router) -> Any:
+    def record(_module: nn.Module, _inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        tape._record(router, output[0])
+
+    return record

@@ -1,0 +1,108 @@
+"""Finding a model's routers, and the routing weights that their logits mean.
+
+Shapes: T flat tokens, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from roma_ray.errors import ModelError
+from roma_ray.moe.families import Family, Scoring, family
+
+
+@dataclass(frozen=True)
+class Router:
+    """One router of a model or of a slice of it."""
+
+    layer: int
+    """Index of its layer in the whole model."""
+    name: str
+    """Module path in this model (a slice renumbers its layers)."""
+    whole_name: str
+    """Module path in the whole causal language model, for checkpoints: `model.layers.11.mlp.gate`."""
+    module: nn.Module = field(repr=False)
+    num_experts: int
+    top_k: int
+
+
+def find_routers(model: PreTrainedModel, *, first_layer: int = 0) -> list[Router]:
+    """Return the routers of `model` in layer order, found by the class that the model records its router logits from.
+
+    `first_layer` is the whole-model index of this model's layer 0 (a slice starts higher). The list is empty for a
+    slice whose layers are all dense. Raises ModelError for dense models, families that cannot be tuned here, and
+    models that already carry an adapter on their routers.
+    """
+    family(model.config)
+    router_class = _router_class(model)
+    prefix = "" if model.get_output_embeddings() is not None else f"{model.base_model_prefix}."
+    routers: dict[int, Router] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, router_class):
+            continue
+        index = _layer_index(name)
+        layer = first_layer + index
+        if layer in routers:
+            raise ModelError(
+                f"layer {layer} has two routers ({routers[layer].name} and {name}). If an adapter is loaded on this model, "
+                "merge it first (merge_and_unload())."
+            )
+        whole_name = prefix + name.replace(f"layers.{index}.", f"layers.{layer}.", 1)
+        routers[layer] = Router(layer, name, whole_name, module, *_expert_counts(module, model.config))
+    return [routers[layer] for layer in sorted(routers)]
+
+
+def router_parameters(router: Router) -> dict[str, nn.Parameter]:
+    """The parameters that make a router's logits, in a fixed order: `weight`, and `bias` where the family has one.
+
+    Buffers (DeepSeek-V3's `e_score_correction_bias`) and selection statistics (Ernie's) are never among them.
+    """
+    module = router.module
+    found = {name: p for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
+    assert "weight" in found, f"{router.name} has no weight"
+    return {name: found[name] for name in ("weight", "bias") if name in found}
+
+
+def routing_from_logits(logits_TE: Tensor, scoring: Family | Scoring) -> Tensor:
+    """Return r, the distribution over all E experts that router logits mean, before any top-k: fp32, rows sum to 1.
+
+    Softmax over all experts; for sigmoid-scored families the scores divided by their sum. Selection biases, groups and
+    scaling factors are not part of r. Differentiable. Any leading shape.
+    """
+    rule = scoring.scoring if isinstance(scoring, Family) else scoring
+    logits = logits_TE.float()
+    if rule is Scoring.SIGMOID:
+        scores = logits.sigmoid()
+        return scores / scores.sum(dim=-1, keepdim=True)
+    return torch.softmax(logits, dim=-1)
+
+
+def _router_class(model: PreTrainedModel) -> type[nn.Module]:
+    recorded: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    target = getattr(recorded, "target_class", None)
+    if target is None:
+        raise ModelError(
+            f"{type(model).__name__} does not say where its router logits come from: it is dense, or its code is not the "
+            "class that transformers ships for it."
+        )
+    assert recorded.index == 0, "families whose recorder takes another output than the first are refused by name"
+    return target
+
+
+def _layer_index(name: str) -> int:
+    numbers = [part for part in name.split(".") if part.isdigit()]
+    assert len(numbers) == 1, f"the router {name} does not lie in exactly one layer list"
+    return int(numbers[0])
+
+
+def _expert_counts(module: nn.Module, config: Any) -> tuple[int, int]:
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    assert weight.dim() == 2
+    top_k = getattr(module, "top_k", None) or config.num_experts_per_tok
+    return weight.shape[0], int(top_k)

@@ -1,0 +1,283 @@
+"""Slices of a model: consecutive layers as a stock transformers model of their own, read alone from the checkpoint.
+
+A trunk (start 0) takes token ids and returns the hidden states that enter layer `stop`; a head takes those and returns
+logits. Chained, slices give what the whole model gives. DESIGN section 2.
+
+Shapes: B batch, S sequence, P positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from roma_ray.errors import ModelError
+from roma_ray.moe.families import family, refusal
+from roma_ray.moe.routers import Router, find_routers
+from roma_ray.moe.slice_config import slice_config
+from roma_ray.moe.snapshot import Snapshot, open_snapshot
+
+_LAYER_KEY = re.compile(r"^((?:model\.)?layers\.)(\d+)(\..+)$")
+_EMBEDDING_KEY = re.compile(r"^(?:model\.)?embed_tokens\.weight$")
+_NORM_KEY = re.compile(r"^(?:model\.)?norm\.\w+$")
+_HEAD_KEY = re.compile(r"^lm_head\.\w+$")
+
+
+@dataclass
+class Slice:
+    """Layers [start, stop) of a model, frozen and in evaluation mode."""
+
+    model: PreTrainedModel
+    """A causal language model when it has the `lm_head`, else the family's base model."""
+    start: int
+    stop: int
+    num_layers: int
+    """Layers of the whole model."""
+    path: str
+    revision: str | None
+    """Commit hash of a hub model; None for a local folder."""
+
+    @cached_property
+    def routers(self) -> list[Router]:
+        """The slice's routers in layer order, with whole-model layer indices."""
+        return find_routers(self.model, first_layer=self.start)
+
+    @property
+    def has_lm_head(self) -> bool:
+        """Whether the slice ends in logits."""
+        return self.model.get_output_embeddings() is not None
+
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return self.model.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type it computes in (some families keep a few vectors in fp32)."""
+        return self.model.config.dtype
+
+
+def model_facts(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Return what can be known of a model without its weights, as plain JSON-able values.
+
+    Keys: `model_type`, `scoring`, `num_layers`, `moe_layers` (list), `num_experts`, `top_k`, `hidden_size`, `vocab_size`,
+    `dtype` (name of the type that the checkpoint says it is in, else "float32"), `revision` (commit hash or None).
+    Raises ModelError.
+    """
+    snapshot = open_snapshot(path, revision)
+    config = snapshot.config(trust_remote_code=trust_remote_code)
+    rule = family(config)
+    with torch.device("meta"):
+        model = _model_class(config, with_lm_head=True)(config)
+    routers = find_routers(model)
+    if not routers:
+        raise ModelError(f"{path} is a {rule.model_type} model without any MoE layer: {refusal(rule.model_type)}")
+    return {
+        "model_type": rule.model_type,
+        "scoring": rule.scoring.value,
+        "num_layers": config.num_hidden_layers,
+        "moe_layers": [router.layer for router in routers],
+        "num_experts": routers[0].num_experts,
+        "top_k": routers[0].top_k,
+        "hidden_size": config.hidden_size,
+        "vocab_size": config.vocab_size,
+        "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "revision": snapshot.revision,
+    }
+
+
+def load_slice(
+    path: str,
+    *,
+    start: int = 0,
+    stop: int | None = None,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    revision: str | None = None,
+    experts_backend: str = "eager",
+    attention: str = "sdpa",
+    with_lm_head: bool,
+    trust_remote_code: bool = False,
+) -> Slice:
+    """Load layers [start, stop) of a safetensors checkpoint, reading only the tensors that they need.
+
+    `path` is a local folder or a hub id (then only the shards needed are downloaded). `stop` None means the last layer.
+    `attention` falls back to "eager" for families without it (GPT-OSS has no sdpa). `with_lm_head` asks for logits and
+    needs the last layer; without it, a slice up to the last layer ends in the final norm, and any other in raw hidden
+    states. Raises ModelError for a model that cannot be tuned or sliced, and for missing, foreign or damaged weights.
+    """
+    snapshot = open_snapshot(path, revision)
+    config = snapshot.config(trust_remote_code=trust_remote_code)
+    family(config)
+    total = config.num_hidden_layers
+    end = total if stop is None else stop
+    if with_lm_head and end != total:
+        raise ModelError(f"only a slice that ends with the last layer ({total}) has logits, not one that ends at {end}")
+    sliced = slice_config(config, start, end)
+    sliced.use_cache = False
+    tied = bool(getattr(config, "tie_word_embeddings", False))
+    keys = _wanted_keys(
+        snapshot, start, end, total, embeddings=start == 0 or (with_lm_head and tied), with_lm_head=with_lm_head
+    )
+    model_class = _model_class(config, with_lm_head=with_lm_head)
+    if attention == "sdpa" and not model_class._supports_sdpa:
+        attention = "eager"
+    model = _load(model_class, sliced, snapshot, keys, dtype, device, attention, experts_backend)
+    base = model.base_model
+    if start > 0:
+        _drop_input_embeddings(base, keep=with_lm_head and tied)
+    if end < total:
+        base.norm = nn.Identity()
+    model.requires_grad_(False)
+    return Slice(model.eval(), start, end, total, path, snapshot.revision)
+
+
+def slice_hidden(part: Slice, inputs: Tensor, attention_mask_BS: Tensor) -> Tensor:
+    """Return the hidden states [B, S, D] that leave a slice without `lm_head`: those that enter layer `stop`.
+
+    `inputs` are token ids [B, S] for a slice that starts at layer 0, else hidden states [B, S, D]. Left and right padding
+    give the same states at real positions; states at padding are meaningless.
+    """
+    assert not part.has_lm_head, "this slice ends in logits: use slice_logits"
+    return part.model(**_forward_arguments(part, inputs, attention_mask_BS)).last_hidden_state
+
+
+def slice_logits(part: Slice, inputs: Tensor, attention_mask_BS: Tensor, positions_BP: Tensor) -> Tensor:
+    """Return the logits [B, P, V] of a slice with `lm_head` at `positions_BP` of the padded batch.
+
+    `inputs` are token ids [B, S] for a slice that starts at layer 0, else hidden states [B, S, D]. Entries of -1 in
+    `positions_BP` are padding and give zero rows. Only the rows asked for go through `lm_head`.
+    """
+    assert part.has_lm_head, "this slice has no lm_head: use slice_hidden"
+    positions_BP = positions_BP.to(part.device)
+    arguments = _forward_arguments(part, inputs, attention_mask_BS)
+    logits_BPV = part.model(**arguments, logits_to_keep=positions_BP.clamp(min=0)).logits
+    return logits_BPV.masked_fill((positions_BP < 0)[:, :, None], 0.0)
+
+
+def position_ids(attention_mask_BS: Tensor) -> Tensor:
+    """Return each real token's place in its own sequence, from 0; padding gets 0. The same for left and right padding."""
+    return (attention_mask_BS.long().cumsum(dim=-1) - 1).clamp(min=0)
+
+
+def _forward_arguments(part: Slice, inputs: Tensor, attention_mask_BS: Tensor) -> dict[str, Any]:
+    mask = attention_mask_BS.to(part.device)
+    arguments = {"attention_mask": mask, "position_ids": position_ids(mask), "use_cache": False}
+    if part.start == 0 and inputs.dtype.is_floating_point:
+        raise ModelError("a slice that starts at layer 0 takes token ids, not hidden states")
+    if part.start == 0:
+        return {**arguments, "input_ids": inputs.to(part.device)}
+    return {**arguments, "inputs_embeds": inputs.to(part.device, part.dtype)}
+
+
+def _model_class(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
+    mapping = (AutoModelForCausalLM if with_lm_head else AutoModel)._model_mapping
+    if type(config) not in mapping:
+        raise ModelError(refusal(config.model_type))
+    return mapping[type(config)]
+
+
+def _wanted_keys(
+    snapshot: Snapshot, start: int, stop: int, total: int, *, embeddings: bool, with_lm_head: bool
+) -> dict[str, str]:
+    """Map each needed checkpoint key to its key in the slice (layers renumbered from 0)."""
+    wanted: dict[str, str] = {}
+    for key in snapshot.weight_map:
+        match = _LAYER_KEY.match(key)
+        if match is not None:
+            if start <= int(match[2]) < stop:
+                wanted[key] = f"{match[1]}{int(match[2]) - start}{match[3]}"
+        elif (
+            (_EMBEDDING_KEY.match(key) and embeddings)
+            or (_NORM_KEY.match(key) and stop == total)
+            or (_HEAD_KEY.match(key) and with_lm_head)
+        ):
+            wanted[key] = key
+    return wanted
+
+
+def _load(
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    snapshot: Snapshot,
+    keys: dict[str, str],
+    dtype: torch.dtype,
+    device: str,
+    attention: str,
+    experts_backend: str,
+) -> PreTrainedModel:
+    """Let transformers itself convert and place the tensors; what it would fill at random is an error here."""
+    with ExitStack() as stack, _no_progress_bars():
+        lazy = snapshot.lazy_tensors(list(keys), stack)
+        state = {keys[key]: tensor for key, tensor in lazy.items()}
+        absent = _stand_ins(model_class, config, state, dtype)
+        model, info = model_class.from_pretrained(
+            None,
+            config=config,
+            state_dict={**state, **absent},
+            dtype=dtype,
+            device_map={"": device},
+            attn_implementation=attention,
+            experts_implementation=experts_backend,
+            output_loading_info=True,
+        )
+    problems = {
+        name: sorted(map(str, info[name]))
+        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[name]
+    }
+    if problems:
+        listed = "; ".join(
+            f"{name.replace('_', ' ')}: {', '.join(found[:3])} ({len(found)} in all)"
+            for name, found in problems.items()
+        )
+        raise ModelError(
+            f"the weights in {snapshot.path} do not fit a {config.model_type} model of this configuration: {listed}"
+        )
+    return model
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """transformers draws a bar for every load, in every worker; ours are the only bars on the screen."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
+def _stand_ins(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Any], dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Tensors of one stored element for the parts that a slice does not use, so that no memory or time goes into them."""
+    prefix = f"{model_class.base_model_prefix}." if any(key.startswith("model.") for key in state) else ""
+    missing: dict[str, Tensor] = {}
+    if not any(_EMBEDDING_KEY.match(key) for key in state):
+        shape = (config.vocab_size, config.hidden_size)
+        missing[f"{prefix}embed_tokens.weight"] = torch.zeros((), dtype=dtype).expand(shape)
+    if not any(_NORM_KEY.match(key) for key in state):
+        missing[f"{prefix}norm.weight"] = torch.zeros((), dtype=dtype).expand(config.hidden_size)
+    return missing
+
+
+def _drop_input_embeddings(base: PreTrainedModel, *, keep: bool) -> None:
+    """Replace the embedding table of a slice that is fed hidden states, unless `lm_head` shares it."""
+    if not keep:
+        table = base.get_input_embeddings().weight
+        row = nn.Embedding(
+            1, base.config.hidden_size, device=table.device, dtype=table.dtype, _weight=torch.zeros_like(table[:1])
+        )
+        base.set_input_embeddings(row)

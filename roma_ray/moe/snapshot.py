@@ -1,0 +1,134 @@
+"""A model's files: a local folder or one commit of a hub repository, with only the needed shards downloaded."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, PreTrainedConfig
+
+from roma_ray.errors import ModelError
+from roma_ray.moe.families import refusal
+
+_SINGLE = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Where one model's files are. Open it with `open_snapshot`."""
+
+    path: str
+    """As the user gave it: a folder or a hub id."""
+    folder: Path
+    """The folder that its configuration lies in; a hub snapshot may not hold its shards yet."""
+    revision: str | None
+    """Commit hash of a hub snapshot; None for a local folder."""
+
+    def file(self, name: str) -> Path:
+        """Return the local path of a file, downloading it when it belongs to a hub snapshot. Raises ModelError."""
+        local = self.folder / name
+        if local.exists():
+            return local
+        if self.revision is None:
+            raise ModelError(f"{self.path} has no file {name}")
+        return _download(self.path, name, self.revision)
+
+    def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+        """Return the model's configuration. Raises ModelError for an unknown model type or a quantized checkpoint."""
+        try:
+            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=trust_remote_code)
+        except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+            model_type = _model_type(self.folder)
+            why = refusal(model_type) if model_type else f"its config.json cannot be read: {error}"
+            raise ModelError(f"{self.path}: {why}") from error
+        if getattr(config, "quantization_config", None) is not None:
+            raise ModelError(
+                f"{self.path} is a quantized checkpoint, which cannot be sliced. Use its bfloat16 version, or convert it first."
+            )
+        return config
+
+    @cached_property
+    def weight_map(self) -> dict[str, str]:
+        """Which safetensors file holds each tensor. Raises ModelError when there is none, or it is damaged."""
+        try:
+            index = self.file(_INDEX)
+        except ModelError:
+            return dict.fromkeys(_keys(self._single_file()), _SINGLE)
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            raise ModelError(f"{index} is not a safetensors index: {error}") from error
+        return {str(key): str(name) for key, name in weight_map.items()}
+
+    def _single_file(self) -> Path:
+        try:
+            return self.file(_SINGLE)
+        except ModelError as error:
+            raise ModelError(
+                f"{self.path} has neither {_SINGLE} nor {_INDEX}. Only safetensors checkpoints are read; "
+                f"convert .bin weights first. ({error})"
+            ) from error
+
+    def lazy_tensors(self, keys: list[str], stack: ExitStack) -> dict[str, Any]:
+        """Return unread safetensors slices of `keys`; the files stay open until `stack` closes. Raises ModelError."""
+        by_file: dict[str, list[str]] = {}
+        for key in keys:
+            by_file.setdefault(self.weight_map[key], []).append(key)
+        tensors: dict[str, Any] = {}
+        for name, wanted in by_file.items():
+            path = self.file(name)
+            try:
+                handle = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+                tensors.update({key: handle.get_slice(key) for key in wanted})
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
+        return tensors
+
+
+def open_snapshot(path: str, revision: str | None = None) -> Snapshot:
+    """Find a model by local folder, or by hub id at a revision (branch, tag or commit). Raises ModelError."""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{path} is not a model folder: it has no config.json")
+        return Snapshot(path, folder.absolute(), None)
+    if folder.is_absolute() or path.startswith((".", "~")):
+        raise ModelError(f"the model folder {path} does not exist")
+    config = _download(path, "config.json", revision)
+    return Snapshot(path, config.parent, config.parent.name)
+
+
+def _download(repo: str, name: str, revision: str | None) -> Path:
+    try:
+        return Path(hf_hub_download(repo, name, revision=revision))
+    # Everything that the hub client raises for a missing, gated, unreachable or misspelt repository.
+    except (OSError, EntryNotFoundError, HFValidationError, ValueError) as error:
+        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"cannot get {name} of {repo!r} at revision {revision or 'main'}: {first_line} (Is the name right, is the "
+            "network up, and for a gated model, is HF_TOKEN set?)"
+        ) from error
+
+
+def _keys(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="pt") as handle:
+            return list(handle.keys())
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
+
+
+def _model_type(folder: Path) -> str | None:
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(found) if found else None

@@ -1,0 +1,217 @@
+"""Tiny random models of every supported MoE family, in layouts that make slicing hard.
+
+`tiny_moe("olmoe", seed=0)` builds a stock transformers model with at least four layers: dense-first (DeepSeek, GLM-4),
+periodic (Qwen's `decoder_sparse_step`), mixed sliding and full attention (GPT-OSS, Qwen2-MoE), grouped routing
+(DeepSeek-V2 and -V3), residual and embedding multipliers (Granite). `save_tiny(model, directory)` writes its checkpoint.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+transformers.utils.logging.disable_progress_bar()
+VOCABULARY = 96
+
+_COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 24,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_MLA: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+}
+_LAYOUTS: dict[str, dict[str, Any]] = {
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4, "clip_qkv": 4.0},
+    "flex_olmo": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4},
+    "mixtral": {"num_local_experts": 6, "num_experts_per_tok": 2, "sliding_window": 5},
+    "qwen2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "decoder_sparse_step": 2,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 3,
+        "norm_topk_prob": False,
+    },
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "mlp_only_layers": [0, 3],
+        "norm_topk_prob": True,
+        "tie_word_embeddings": True,
+    },
+    "deepseek_v2": {
+        **_MLA,
+        "n_routed_experts": 8,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 1,
+        "topk_method": "group_limited_greedy",
+        "n_group": 4,
+        "topk_group": 2,
+        "routed_scaling_factor": 1.5,
+    },
+    "deepseek_v3": {
+        **_MLA,
+        "q_lora_rank": 16,
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "head_dim": 8,
+        "sliding_window": 4,
+        "max_position_embeddings": 131072,
+    },
+    "granitemoe": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+        "tie_word_embeddings": True,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "head_dim": 8,
+        "use_qk_norm": True,
+        "norm_topk_prob": True,
+    },
+    "dots1": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 2,
+        "n_group": 2,
+        "topk_group": 1,
+        "head_dim": 8,
+        "norm_topk_prob": True,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "sliding_window": 4,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 8,
+        "moe_k": 3,
+        "moe_intermediate_size": 16,
+        "moe_num_shared_experts": 1,
+        "moe_layer_start_index": 1,
+        "moe_layer_end_index": 4,
+        "moe_layer_interval": 1,
+    },
+    "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
+    "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+FAMILIES = (
+    "olmoe",
+    "qwen2_moe",
+    "qwen3_moe",
+    "mixtral",
+    "deepseek_v2",
+    "deepseek_v3",
+    "gpt_oss",
+    "granitemoe",
+    "glm4_moe",
+)
+"""The families that every contract test of `moe/` runs over."""
+
+MORE_FAMILIES = ("flex_olmo", "dots1", "ernie4_5_moe", "minimax_m2")
+"""Relatives that share a router rule with one of FAMILIES; the cheaper tests run over them too."""
+
+
+def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
+    """Return the tiny configuration of one family (`FAMILIES`, `MORE_FAMILIES` or "phimoe")."""
+    values = {**_COMMON, **_LAYOUTS[family], **overrides}
+    return CONFIG_MAPPING[family](**values)
+
+
+def tiny_moe(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **overrides: Any) -> PreTrainedModel:
+    """Build a random causal language model of `family` in eval mode; all its parameters and buffers depend on `seed`.
+
+    Routers get weights that are large enough to prefer some experts, and selection biases that change the choice, so
+    that a test which forgets either of them fails.
+    """
+    config = tiny_config(family, **overrides)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family == "gpt_oss" else "sdpa")
+    generator = torch.Generator().manual_seed(seed + 1)
+    with torch.no_grad():
+        for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+            if "correction_bias" in name:
+                tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.5)
+            elif ".gate.weight" in name or ".router.weight" in name or ".router.bias" in name:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.5)
+            elif name.endswith("bias"):
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
+            elif "norm" in name and tensor.dim() == 1:
+                tensor.copy_(1 + torch.randn(tensor.shape, generator=generator) * 0.1)
+    model.set_experts_implementation("eager")
+    return model.to(dtype).eval()
+
+
+def save_tiny(model: PreTrainedModel, directory: str | Path, *, max_shard_size: str | int = "1GB") -> str:
+    """Write a safetensors checkpoint of `model` (sharded when it exceeds `max_shard_size`); return its path."""
+    model.save_pretrained(str(directory), max_shard_size=max_shard_size)
+    return str(directory)
+
+
+def padded_batch(
+    lengths: tuple[int, ...] = (7, 4, 9), *, side: str = "right", seed: int = 0
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return `input_ids_BS`, `attention_mask_BS` and `last_B` (index of each row's last real token), padded on `side`."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(lengths)
+    input_ids_BS = torch.zeros(len(lengths), width, dtype=torch.long)
+    mask_BS = torch.zeros(len(lengths), width, dtype=torch.long)
+    last = []
+    for row, length in enumerate(lengths):
+        tokens = torch.randint(3, VOCABULARY, (length,), generator=generator)
+        start = 0 if side == "right" else width - length
+        input_ids_BS[row, start : start + length] = tokens
+        mask_BS[row, start : start + length] = 1
+        last.append(start + length - 1)
+    return input_ids_BS, mask_BS, torch.tensor(last)
