@@ -1,0 +1,142 @@
+"""Replacing a model's routing at chosen positions, through the family's own choice of experts.
+
+Softmax families receive `log r` as router logits (shifted by the row's own log-sum-exp, which softmax cannot see, so that
+their own routing gives their own logits back); sigmoid families receive the scores `r x (sum of the row's own scores)`
+where their code takes the sigmoid, before selection biases and groups. The router's own forward does the rest, so groups,
+biases, renormalisation and scaling are never re-implemented here.
+
+Shapes: B batch, S sequence, P positions, T flat tokens (B x S), L layers, E experts, R replaced rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+from transformers import PreTrainedModel
+
+from roma_ray.errors import ModelError
+from roma_ray.moe.families import Family, Scoring, family
+from roma_ray.moe.routers import Router
+
+_SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit, functional.sigmoid)
+
+
+@contextmanager
+def override_routing(
+    model: PreTrainedModel, routers: Sequence[Router], routing_BLE: Tensor, positions_B: Tensor
+) -> Iterator[None]:
+    """Make `routers` use r = `routing_BLE` at `positions_B` of the padded batch run inside the `with` block.
+
+    `routing_BLE` [B, L, E] with L in the order of `routers`: non-negative rows, each summing to 1 (they are used as given;
+    softmax families normalise them, sigmoid families keep the row's original sum of scores). `positions_B` [B] indexes the
+    batch; entries of -1 leave that row's routing alone. [B, P, L, E] with [B, P] replaces several positions of a row.
+    Gradient flows into `routing_BLE`. With the model's own routing the choice of experts is the same and their
+    weights agree to rounding. Raises ModelError if a router does not compute as its family is known to.
+    """
+    rows_RLE, positions_BP = _checked(routing_BLE, positions_B, routers)
+    rule = family(model.config)
+    wrapped: list[tuple[nn.Module, Any]] = []
+    try:
+        for column, router in enumerate(routers):
+            module = router.module
+            wrapped.append((module, module.__dict__.get("forward")))
+            replacement = _Replacement(router, rule, rows_RLE[:, column], positions_BP)
+            module.__dict__["forward"] = replacement.around(module.forward)
+        yield
+    finally:
+        for module, previous in wrapped:
+            del module.__dict__["forward"]
+            if previous is not None:
+                module.__dict__["forward"] = previous
+
+
+def _checked(routing: Tensor, positions: Tensor, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
+    positions_BP = positions[:, None] if positions.dim() == 1 else positions
+    routing_BPLE = routing[:, None] if routing.dim() == 3 else routing
+    expected = (*positions_BP.shape, len(routers), routers[0].num_experts)
+    if positions_BP.dim() != 2 or tuple(routing_BPLE.shape) != expected:
+        raise ValueError(
+            f"routing of shape {tuple(routing.shape)} does not fit positions {tuple(positions.shape)}: expected {expected}"
+        )
+    return routing_BPLE.flatten(0, 1).float(), positions_BP
+
+
+class _Replacement:
+    """What replaces one router's rows during one `with` block."""
+
+    def __init__(self, router: Router, rule: Family, rows_RE: Tensor, positions_BP: Tensor) -> None:
+        self.router, self.rule = router, rule
+        self.rows_RE, self.positions_BP = rows_RE, positions_BP
+
+    def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
+        """The router's forward with its logits (or sigmoid scores) replaced at the wanted rows."""
+
+        def replaced(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            # The replaced logits are fp32 whatever the model's type, so that r is not rounded; what leaves the router
+            # must have the types that it always has, or the experts would compute in another one.
+            with torch.no_grad():
+                sample = hidden_states.reshape(-1, hidden_states.shape[-1])[:1]
+                usual = forward(sample, *args, **kwargs)
+            with _Interception(self) as interception:
+                output = forward(hidden_states, *args, **kwargs)
+            if not interception.done:
+                raise ModelError(
+                    f"the router {self.router.name} does not compute as a {self.rule.model_type} router should"
+                )
+            return tuple(value.to(known.dtype) for value, known in zip(output, usual, strict=True))
+
+        return replaced
+
+    def logits(self, logits_TE: Tensor) -> Tensor:
+        """Softmax families: the logits with `log r` in the replaced rows."""
+        flat_TE = logits_TE.float()
+        index_R, rows_RE = self._rows(flat_TE)
+        # log 0 is a large negative number instead of minus infinity, whose gradient would be NaN.
+        log_RE = rows_RE.clamp(min=torch.finfo(torch.float32).tiny).log()
+        own_R1 = flat_TE.index_select(0, index_R).detach().logsumexp(dim=-1, keepdim=True)
+        return flat_TE.index_copy(0, index_R, log_RE + own_R1)
+
+    def scores(self, scores_TE: Tensor) -> Tensor:
+        """Sigmoid families: the scores with `r x (own sum)` in the replaced rows."""
+        index_R, rows_RE = self._rows(scores_TE)
+        own_R1 = scores_TE.index_select(0, index_R).detach().sum(dim=-1, keepdim=True)
+        return scores_TE.index_copy(0, index_R, (rows_RE * own_R1).to(scores_TE.dtype))
+
+    def _rows(self, flat_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """Flat token index and r of every position that is replaced."""
+        positions_BP = self.positions_BP.to(flat_TE.device)
+        batch = positions_BP.shape[0]
+        assert flat_TE.shape[0] % batch == 0, f"{flat_TE.shape[0]} tokens are not a whole batch of {batch} rows"
+        starts_B1 = torch.arange(batch, device=flat_TE.device)[:, None] * (flat_TE.shape[0] // batch)
+        present_R = (positions_BP >= 0).reshape(-1)
+        index_R = (starts_B1 + positions_BP).reshape(-1)[present_R]
+        return index_R, self.rows_RE.to(flat_TE.device)[present_R]
+
+
+class _Interception(TorchFunctionMode):
+    """Catches the one call inside a router's forward whose result is to be replaced; all else passes untouched."""
+
+    def __init__(self, replacement: _Replacement) -> None:
+        super().__init__()
+        self.replacement = replacement
+        self.done = False
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.done or not isinstance(result, Tensor):
+            return result
+        experts = self.replacement.router.num_experts
+        sigmoid = self.replacement.rule.scoring is Scoring.SIGMOID
+        wanted = func in _SIGMOIDS if sigmoid else func is functional.linear
+        if not wanted or result.dim() != 2 or result.shape[-1] != experts:
+            return result
+        self.done = True
+        return self.replacement.scores(result) if sigmoid else self.replacement.logits(result)
