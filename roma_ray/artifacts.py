@@ -50,7 +50,7 @@ def file_digest(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     """Call `write(temporary)` and put the result at `path` whole: written aside, synced, renamed.
 
     Raises StorageError when the storage is full, read-only or gone.
@@ -76,7 +76,12 @@ def write_atomically(path: str | Path, write: Callable[[Path], None]) -> None:
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON (non-finite numbers refused) atomically."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    write_text(path, text)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
 
 
 def _sync_folder(folder: Path) -> None:

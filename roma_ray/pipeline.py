@@ -5,21 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
-from roma_ray.artifacts import Stage, write_atomically
-from roma_ray.engine.embedding import embed
-from roma_ray.engine.extraction import extract
-from roma_ray.engine.finetuning import Trainer, train_here, tune
-from roma_ray.engine.neighborhoods import describe, neighbors
-from roma_ray.engine.prepare import prepare
+from roma_ray.artifacts import Stage, write_text
+from roma_ray.engine.embedding import embed, embed_stage
+from roma_ray.engine.extraction import extract, extract_stage
+from roma_ray.engine.finetuning import Trainer, finetune_stage, train_here, tune
+from roma_ray.engine.neighborhoods import describe, neighbors, neighbors_stage
+from roma_ray.engine.prepare import prepare, questions_stage
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.work import Executor, serial
-from roma_ray.evaluation.paired import evaluate
+from roma_ray.evaluation.paired import evaluate, evaluate_stage
 from roma_ray.evaluation.summary import summarise_run
+from roma_ray.figures.report import report, report_stage
 
-STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate")
+STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
 
 
 @dataclass(frozen=True)
@@ -43,28 +44,96 @@ class Run:
     summary: dict[str, Any]
 
 
-def run(setup: Setup, progress: Progress, runners: Runners = LOCAL, until: str = "evaluate") -> Run:
+class Observer(Protocol):
+    """Hears of a run as it goes; what it does with that must not raise and changes no result."""
+
+    def started(self, planned: Mapping[str, Stage]) -> None:
+        """Before any work: where every stage of the pipeline lives or will live."""
+
+    def stage_started(self, stage: Stage) -> None:
+        """A stage that is not complete begins or goes on."""
+
+    def epoch(self, stage: Stage) -> None:
+        """Finetuning has written another epoch's record."""
+
+    def stage_finished(self, stage: Stage) -> None:
+        """A stage is complete, from now or from before."""
+
+    def finished(self, run: Run) -> None:
+        """All that was asked for is complete."""
+
+
+class Unobserved:
+    """Tells nobody."""
+
+    def started(self, planned: Mapping[str, Stage]) -> None: ...
+    def stage_started(self, stage: Stage) -> None: ...
+    def epoch(self, stage: Stage) -> None: ...
+    def stage_finished(self, stage: Stage) -> None: ...
+    def finished(self, run: Run) -> None: ...
+
+
+NOBODY = Unobserved()
+
+
+def locate(setup: Setup) -> dict[str, Stage]:
+    """Where each stage of this run lives, whether or not it ran yet. Raises QuestionError when a question file is gone."""
+    questions = questions_stage(setup)
+    extraction = extract_stage(setup, questions)
+    embeddings = embed_stage(setup, questions)
+    nearby = neighbors_stage(setup, extraction, embeddings)
+    tuned = finetune_stage(setup, extraction, nearby)
+    judged = evaluate_stage(setup, tuned)
+    return dict(
+        zip(
+            STAGES,
+            (questions, extraction, embeddings, nearby, tuned, judged, report_stage(setup, judged)),
+            strict=True,
+        )
+    )
+
+
+def run(
+    setup: Setup,
+    progress: Progress,
+    runners: Runners = LOCAL,
+    until: str = "evaluate",
+    observer: Observer = NOBODY,
+) -> Run:
     """Run the stages up to `until`, skipping those that are complete. Raises what the stages raise (RomaError)."""
     assert until in STAGES
     started = time.monotonic()
+    planned = locate(setup)
+    observer.started(planned)
     stages: dict[str, Stage] = {}
     for name in STAGES[: STAGES.index(until) + 1]:
-        clock = time.monotonic()
-        stages[name] = stage = _stage(name, setup, stages, progress, runners)
-        skipped = time.monotonic() - clock < stage.manifest().get("seconds", 0.0) / 2
+        skipped = planned[name].complete
+        if not skipped:
+            observer.stage_started(planned[name])
+        stages[name] = stage = _stage(name, setup, stages, progress, runners, observer)
         progress.say(
             f"{name}: {'already complete' if skipped else 'done'} ({stage.manifest()['seconds']:.1f} s)  {stage.path}"
         )
         if name == "neighbors":
             progress.say(describe(stage.manifest()["facts"]))
-    last = stages[until]
-    resolved = setup.config.to_yaml()
-    write_atomically(last.path / ".config.yaml", lambda aside: aside.write_text(resolved) and None)
-    summary = summarise_run(setup, stages, time.monotonic() - started) if until == "evaluate" else {}
-    return Run(setup, stages, summary)
+        observer.stage_finished(stage)
+    _save_config(stages[until], setup.config.to_yaml())
+    summary = summarise_run(setup, stages, time.monotonic() - started) if "evaluate" in stages else {}
+    finished = Run(setup, stages, summary)
+    observer.finished(finished)
+    return finished
 
 
-def _stage(name: str, setup: Setup, done: Mapping[str, Stage], progress: Progress, runners: Runners) -> Stage:
+def _save_config(stage: Stage, resolved: str) -> None:
+    """Keep the resolved configuration beside the run's last stage."""
+    path = stage.path / "config.yaml"
+    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+        write_text(path, resolved)
+
+
+def _stage(
+    name: str, setup: Setup, done: Mapping[str, Stage], progress: Progress, runners: Runners, observer: Observer
+) -> Stage:
     if name == "questions":
         return prepare(setup, progress)
     questions = done["questions"]
@@ -75,5 +144,9 @@ def _stage(name: str, setup: Setup, done: Mapping[str, Stage], progress: Progres
     if name == "neighbors":
         return neighbors(setup, questions, done["extract"], done["embed"], progress)
     if name == "finetune":
-        return tune(setup, questions, done["extract"], done["neighbors"], runners.finetune, progress)
-    return evaluate(setup, questions, done["extract"], done["embed"], done["neighbors"], done["finetune"], progress)
+        return tune(
+            setup, questions, done["extract"], done["neighbors"], runners.finetune, progress, on_epoch=observer.epoch
+        )
+    if name == "evaluate":
+        return evaluate(setup, questions, done["extract"], done["embed"], done["neighbors"], done["finetune"], progress)
+    return report(setup, done, progress)

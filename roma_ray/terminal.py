@@ -46,7 +46,7 @@ class LiveProgress:
             TextColumn("{task.fields[note]}"),
         )
         with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(name, total=total, completed=done, unit=unit, note="", first=done)
+            task = bars.add_task(name, total=total, completed=int(done), unit=unit, note="", first=done)
             yield _LiveMeter(bars, task)
 
 

@@ -69,10 +69,10 @@ def _check_header(path: Path, tokens: int) -> None:
         with open(path, "rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(length)) if length < size else None
-        fact = header["hidden"] if isinstance(header, dict) else None
-        whole = fact is not None and size == 8 + length + fact["data_offsets"][1]
-        fits = fact is not None and len(fact["shape"]) == 2 and fact["shape"][0] == tokens
-    except (OSError, struct.error, ValueError, KeyError, TypeError) as error:
+        fact = header["hidden"] if isinstance(header, dict) else {"data_offsets": [0, -1], "shape": []}
+        whole = size == 8 + length + fact["data_offsets"][1]
+        fits = len(fact["shape"]) == 2 and fact["shape"][0] == tokens
+    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError) as error:
         raise CacheError(f"{path} is not an activation shard ({error}); {_REMEDY}") from None
     if not whole:
         raise CacheError(f"{path} is truncated; {_REMEDY}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, write_atomically
+from roma_ray.artifacts import Stage, write_json, write_text
 from roma_ray.config import FinetuneConfig
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.extraction import ROWS
@@ -22,7 +23,8 @@ from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import ModelSpec, Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
-from roma_ray.engine.training import IDLE_RATIO, Outcome, World, finetune
+from roma_ray.engine.training import ALONE, IDLE_RATIO, Outcome, World, finetune
+from roma_ray.errors import StorageError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.slices import Slice
 
@@ -32,6 +34,8 @@ CHECKPOINT = "checkpoint.safetensors"
 EPOCHS = "epochs.jsonl"
 STEPS = "steps.parquet"
 OUTCOME = "outcome.json"
+# Each epoch's record as it came, with its speed. Times differ from run to run, so the file is hidden: not in the manifest.
+LIVE = ".epochs-live.jsonl"
 _STEPS = pa.schema(
     [
         ("step", pa.int64()),
@@ -83,7 +87,7 @@ class TrainJob:
 
     def run(
         self,
-        world: World | None = None,
+        world: World = ALONE,
         report: Callable[[dict[str, Any]], None] = lambda epoch: None,
         advance: Callable[[int, str], None] = lambda count, note: None,
     ) -> tuple[Slice, Outcome]:
@@ -100,7 +104,7 @@ class TrainJob:
             report=report,
             advance=advance,
         )
-        if world is None or world.rank == 0:
+        if world.rank == 0:
             self._export(head, outcome)
         return head, outcome
 
@@ -119,9 +123,9 @@ class TrainJob:
         columns = {name: outcome.step_table[:, n].tolist() for n, name in enumerate(names)}
         write_table(folder / STEPS, {"step": range(len(outcome.step_table)), **columns}, _STEPS)
         lines = "".join(json.dumps(epoch) + "\n" for epoch in outcome.epochs)
-        write_atomically(folder / EPOCHS, lambda aside: aside.write_text(lines) and None)
+        write_text(folder / EPOCHS, lines)
         facts = {"probe": outcome.probe, "selected_epoch": outcome.selected_epoch, "steps": len(outcome.step_table)}
-        write_atomically(folder / OUTCOME, lambda aside: aside.write_text(json.dumps(facts)) and None)
+        write_json(folder / OUTCOME, facts)
 
 
 class Trainer(Protocol):
@@ -134,7 +138,7 @@ class Trainer(Protocol):
 
 def train_here(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
     """Train in this process, alone."""
-    job.run(None, report, advance)
+    job.run(ALONE, report, advance)
 
 
 def finetune_stage(setup: Setup, extraction: Stage, neighbors: Stage) -> Stage:
@@ -176,9 +180,18 @@ def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, n
 
 
 def tune(
-    setup: Setup, questions: Stage, extraction: Stage, neighbors: Stage, train: Trainer, progress: Progress
+    setup: Setup,
+    questions: Stage,
+    extraction: Stage,
+    neighbors: Stage,
+    train: Trainer,
+    progress: Progress,
+    on_epoch: Callable[[Stage], None] = lambda stage: None,
 ) -> Stage:
-    """Finetune the routers with `train` and export them. Raises TrainingError, CacheError, StorageError."""
+    """Finetune the routers with `train` and export them; `on_epoch` hears of each epoch once its record is on disk.
+
+    Raises TrainingError, CacheError, StorageError.
+    """
     stage = finetune_stage(setup, extraction, neighbors)
     if stage.complete:
         return stage
@@ -190,6 +203,8 @@ def tune(
 
         def tell(epoch: dict[str, Any]) -> None:
             progress.say(describe_epoch(epoch))
+            _append(stage.path / LIVE, epoch)
+            on_epoch(stage)
 
         if not (stage.path / OUTCOME).exists():
             with progress.meter("finetune", total, "questions") as meter:
@@ -249,6 +264,26 @@ def read_routing_rows(extraction: str | Path, tokens: str) -> torch.Tensor:
     return routing
 
 
+def _append(path: Path, record: dict[str, Any]) -> None:
+    """Add a line to a file that a killed run may have left with half a line. Raises StorageError."""
+    try:
+        with open(path, "a+b") as stream:
+            torn = stream.tell() and path.read_bytes()[-1:] != b"\n"
+            stream.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is kept") from error
+
+
 def epochs_of(stage: Stage) -> list[dict[str, Any]]:
     """The epoch records of a finished finetuning."""
     return [json.loads(line) for line in (stage.path / EPOCHS).read_text().splitlines()]
+
+
+def live_epochs(stage: Stage) -> list[dict[str, Any]]:
+    """The epoch records so far, with `questions_per_second`, of a finetuning in any state; half-written lines are left out."""
+    records = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in (stage.path / LIVE).read_text(errors="replace").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records

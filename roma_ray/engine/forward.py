@@ -61,7 +61,7 @@ def lay_out(prompts: Sequence[Prompt], *, gold_only: bool = False) -> Layout:
         first.append(len(sequences))
         last = len(prompt.prompt_ids) - 1
         if is_letter(prompt):
-            continuations = [(-1, ())]
+            continuations: list[tuple[int, tuple[int, ...]]] = [(-1, ())]
         else:
             wanted = [prompt.answer] if gold_only else range(len(prompt.choice_ids))
             continuations = [(c, prompt.choice_ids[c][:-1]) for c in wanted]

@@ -69,8 +69,8 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
             seconds=time.monotonic() - started,
         )
     if rejected:
-        reasons = Counter(r.reason for r in rejected).most_common(3)
-        shown = ", ".join(f"{count} x {reason}" for reason, count in reasons)
+        common = Counter(r.reason for r in rejected).most_common(3)
+        shown = ", ".join(f"{count} x {reason}" for reason, count in common)
         progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / 'rejected.parquet'}")
     return stage
 

@@ -66,7 +66,7 @@ def score_rows(
         for row, scores in zip(members, choice_scores(logits_BPV, layout, chosen), strict=True):
             found[row][0].extend(scores)
         advance(len(members))
-    scores = [found[row][0] for row in rows]
-    predictions = [predict(s, prompts[row], rule) for s, row in zip(scores, rows, strict=True)]
+    answers = [found[row][0] for row in rows]
+    predictions = [predict(s, prompts[row], rule) for s, row in zip(answers, rows, strict=True)]
     correct = np.array([p == prompts[row].answer for p, row in zip(predictions, rows, strict=True)], dtype=bool)
-    return Scores(list(rows), scores, predictions, correct, np.stack([found[row][1] for row in rows]))
+    return Scores(list(rows), answers, predictions, correct, np.stack([found[row][1] for row in rows]))

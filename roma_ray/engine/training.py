@@ -36,8 +36,13 @@ IDLE_RATIO = 0.01
 class World(Protocol):
     """The workers of one training run."""
 
-    rank: int
-    size: int
+    @property
+    def rank(self) -> int:
+        """This worker's number, from 0."""
+
+    @property
+    def size(self) -> int:
+        """How many workers there are."""
 
     def gather(self, mine: list[Tensor], total: int) -> list[Tensor]:
         """All workers' micro-batch results in plan order; worker r holds the micro-batches r, r + size, ..."""
@@ -53,6 +58,9 @@ class Alone:
     def gather(self, mine: list[Tensor], total: int) -> list[Tensor]:
         assert len(mine) == total
         return mine
+
+
+ALONE = Alone()
 
 
 @dataclass
@@ -74,13 +82,12 @@ def finetune(
     *,
     layers: Sequence[int],
     seed: int,
-    world: World | None = None,
+    world: World = ALONE,
     checkpoint: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda epoch: None,
     advance: Callable[[int, str], None] = lambda count, note: None,
 ) -> Outcome:
     """Finetune the gates of `layers`; resumes from `checkpoint` where it exists. Raises TrainingError, CacheError."""
-    world = world or Alone()
     masters = RouterMasters(head, layers)
     gates = masters.parameters()
     pretrained, frozen = masters.state(), frozen_digest(head.model)

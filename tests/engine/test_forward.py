@@ -1,0 +1,95 @@
+"""The forward pass of a batch against literal one-question-at-a-time computations with the whole stock model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from roma_ray.engine.forward import choice_scores, lay_out, mean_routing, predict, routing_positions, task_losses
+from roma_ray.questions.prompts import Prompt
+from tests.tiny import tiny_moe
+
+LETTERS = [
+    Prompt("a", "t", "train", (5, 6, 7, 8), ((20,), (21,), (22,)), (1, 1, 1), 1, False),
+    Prompt("b", "t", "train", (9, 5), ((20,), (21,)), (1, 1), 0, False),
+]
+CLOZE = [
+    Prompt("c", "t", "train", (5, 6, 7), ((30, 31, 32), (33,)), (9, 3), 0, False),
+    Prompt("d", "t", "train", (8, 9, 10, 11, 12), ((34, 35), (36, 37)), (4, 8), 1, False),
+]
+
+
+@pytest.fixture(scope="module")
+def model() -> PreTrainedModel:
+    return tiny_moe("olmoe", seed=1)
+
+
+def logits_of(model: PreTrainedModel, prompts: list[Prompt], gold_only: bool = False):
+    layout = lay_out(prompts, gold_only=gold_only)
+    output = model(layout.ids_BS, attention_mask=layout.mask_BS, use_cache=False).logits
+    index = layout.score_positions_BP.clamp(min=0)
+    return layout, output.gather(1, index[:, :, None].expand(-1, -1, output.shape[-1]))
+
+
+def literal_log_likelihood(model: PreTrainedModel, prompt: Prompt, choice: int) -> float:
+    ids = torch.tensor([[*prompt.prompt_ids, *prompt.choice_ids[choice]]])
+    logp = torch.log_softmax(model(ids, use_cache=False).logits[0].float(), -1)
+    start = len(prompt.prompt_ids) - 1
+    return sum(logp[start + n, token].item() for n, token in enumerate(prompt.choice_ids[choice]))
+
+
+@pytest.mark.parametrize("prompts", [LETTERS, CLOZE, LETTERS + CLOZE])
+def test_scores_equal_one_question_at_a_time(model: PreTrainedModel, prompts: list[Prompt]) -> None:
+    with torch.inference_mode():
+        layout, logits = logits_of(model, prompts)
+        scores = choice_scores(logits, layout, prompts)
+        for prompt, row in zip(prompts, scores, strict=True):
+            for choice, score in enumerate(row):
+                assert score == pytest.approx(literal_log_likelihood(model, prompt, choice), abs=1e-4)
+
+
+@pytest.mark.parametrize(("prompts", "over"), [(LETTERS, "choices"), (LETTERS, "vocabulary"), (CLOZE, "continuation")])
+def test_task_loss_equals_a_literal_loop(model: PreTrainedModel, prompts: list[Prompt], over: str) -> None:
+    with torch.inference_mode():
+        layout, logits = logits_of(model, prompts, gold_only=over == "continuation")
+        found = task_losses(logits, layout, prompts, over=over).item()
+        total = 0.0
+        for prompt in prompts:
+            gold = literal_log_likelihood(model, prompt, prompt.answer)
+            if over == "choices":
+                every = [literal_log_likelihood(model, prompt, c) for c in range(len(prompt.choice_ids))]
+                total += torch.logsumexp(torch.tensor(every), 0).item() - gold
+            else:
+                total -= gold / len(prompt.choice_ids[prompt.answer])
+        assert found == pytest.approx(total, abs=1e-4)
+
+
+def test_gold_only_never_lays_out_another_choice() -> None:
+    layout = lay_out(CLOZE, gold_only=True)
+    assert layout.choice == (0, 1)
+    assert layout.ids_BS.tolist() == [[5, 6, 7, 30, 31, 0], [8, 9, 10, 11, 12, 36]]
+
+
+def test_the_last_token_is_the_last_prompt_token_never_the_continuation() -> None:
+    layout = lay_out(CLOZE)
+    positions = routing_positions(layout, "Last1")
+    assert positions[list(layout.first)].tolist() == [[2], [4]]
+    assert (positions[[n for n in range(len(layout.owner)) if n not in layout.first]] == -1).all()
+
+
+def test_mean_routing_is_the_mean_over_the_chosen_positions() -> None:
+    layout = lay_out(LETTERS)
+    positions = routing_positions(layout, "Last3")
+    routing = torch.rand(2, 3, 2, 4).masked_fill((positions < 0)[:, :, None, None], 0)
+    found = mean_routing(routing, positions, layout)
+    for number, length in enumerate((3, 2)):
+        kept = [routing[number, p] for p in range(3) if positions[number, p] >= 0]
+        assert len(kept) == length
+        assert torch.allclose(found[number], torch.stack(kept).mean(0))
+
+
+def test_prediction_rules() -> None:
+    prompt = Prompt("e", "t", "train", (1,), ((1, 2), (3,), (4,)), (10, 2, 2), 0, False)
+    assert predict([-5.0, -2.0, -2.0], prompt, "raw") == 1
+    assert predict([-5.0, -2.0, -2.0], prompt, "normalized") == 0

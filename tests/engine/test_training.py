@@ -1,0 +1,260 @@
+"""The training loop: against a literal torch loop, over worker counts, over kills at every step, term by term."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from roma_ray.config import FinetuneConfig, RegularizerConfig
+from roma_ray.engine.batches import chunks, epoch_order
+from roma_ray.engine.finetuning import TrainJob, train_job
+from roma_ray.engine.objective import Objective
+from roma_ray.engine.training import Outcome, finetune
+from roma_ray.errors import CheckpointError, TrainingError
+from roma_ray.moe.masters import RouterMasters
+from roma_ray.pipeline import Run
+
+
+def job_of(run: Run, **changes: Any) -> TrainJob:
+    stages = run.stages
+    job = train_job(run.setup, stages["finetune"], stages["questions"], stages["extract"], stages["neighbors"])
+    return dataclasses.replace(job, finetune=job.finetune.model_copy(update=changes))
+
+
+def train(job: TrainJob, **arguments: Any) -> Outcome:
+    return finetune(job.load_head(), job.open_data(), job.finetune, layers=job.layers, seed=job.seed, **arguments)
+
+
+def assert_same(a: Outcome, b: Outcome) -> None:
+    assert a.gates.keys() == b.gates.keys()
+    for key in a.gates:
+        assert torch.equal(a.gates[key], b.gates[key]), key
+    assert a.epochs == b.epochs
+    assert torch.equal(a.step_table, b.step_table)
+    assert a.probe == b.probe
+
+
+def literal_router_tuning(job: TrainJob) -> dict[int, torch.Tensor]:
+    """Cross-entropy over the letters by the stock model and torch alone: no manifold, no masters, no hooks."""
+    config = job.finetune
+    head, data = job.load_head(), job.open_data()
+    gates = {router.layer: router.module.weight for router in head.routers if router.layer in job.layers}
+    for gate in gates.values():
+        gate.requires_grad_(True)
+    parameters = list(gates.values())
+    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, foreach=False)
+    steps = math.ceil(len(data.train) / config.batch_size) * config.epochs
+    step = 0
+    for epoch in range(config.epochs):
+        for rows in chunks(epoch_order(data.train, job.seed, epoch), config.batch_size):
+            optimizer.zero_grad()
+            for part in chunks(rows, config.micro_batch_size):
+                prompts = [data.prompts[row] for row in part]
+                lengths = torch.tensor([len(p.prompt_ids) for p in prompts])
+                width = int(lengths.max())
+                hidden = torch.stack(
+                    [
+                        torch.nn.functional.pad(data.cache.states(row), (0, 0, 0, width - len(data.cache.states(row))))
+                        for row in part
+                    ]
+                )
+                mask = (torch.arange(width) < lengths[:, None]).long()
+                logits = head.model(
+                    inputs_embeds=hidden,
+                    attention_mask=mask,
+                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                    logits_to_keep=(lengths - 1)[:, None],
+                    use_cache=False,
+                ).logits[:, 0]
+                loss = torch.stack(
+                    [
+                        torch.nn.functional.cross_entropy(
+                            row[[c[0] for c in p.choice_ids]][None], torch.tensor([p.answer])
+                        )
+                        for row, p in zip(logits, prompts, strict=True)
+                    ]
+                ).sum()
+                loss.backward()
+            for parameter in parameters:
+                parameter.grad /= len(rows)
+            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            step += 1
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate * min(1.0, step / max(1, round(config.warmup_fraction * steps)))
+            optimizer.step()
+    return {layer: gate.detach() for layer, gate in gates.items()}
+
+
+@pytest.mark.parametrize("regularizer", [{"kind": "none"}, {"kind": "manifold", "weight": 0.0}])
+def test_lambda_zero_equals_a_literal_torch_loop_bit_for_bit(letter_run: Run, regularizer: dict[str, Any]) -> None:
+    job = job_of(letter_run, regularizer=RegularizerConfig(**regularizer))
+    expected = literal_router_tuning(job)
+    outcome = train(job)
+    assert outcome.epochs[-1]["lambda"] == 0
+    for layer, gate in expected.items():
+        assert torch.equal(outcome.gates[f"layers.{layer}.weight"], gate)
+
+
+class Circle:
+    """Worker `rank` of several, in threads: hands its parts to all at a barrier."""
+
+    def __init__(self, rank: int, size: int, table: list[Any], barrier: threading.Barrier) -> None:
+        self.rank, self.size, self.table, self.barrier = rank, size, table, barrier
+
+    def gather(self, mine: list[torch.Tensor], total: int) -> list[torch.Tensor]:
+        self.table[self.rank] = mine
+        self.barrier.wait()
+        parts = [self.table[n % self.size][n // self.size] for n in range(total)]
+        self.barrier.wait()
+        return parts
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_any_number_of_workers_gives_the_same_bits(letter_run: Run, workers: int) -> None:
+    job = job_of(letter_run)
+    alone = train(job)
+    table: list[Any] = [None] * workers
+    barrier = threading.Barrier(workers, timeout=120)
+    outcomes: list[Any] = [None] * workers
+
+    def work(rank: int) -> None:
+        outcomes[rank] = train(job, world=Circle(rank, workers, table, barrier))
+
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for outcome in outcomes:
+        assert_same(alone, outcome)
+
+
+class Stop(Exception):
+    """Stands for a kill in the middle of training."""
+
+
+@pytest.mark.parametrize("refresh", [False, True])
+def test_a_run_stopped_after_any_step_ends_with_the_same_bits(letter_run: Run, tmp_path: Path, refresh: bool) -> None:
+    regularizer = RegularizerConfig(weight=30.0, refresh=refresh)
+    job = job_of(letter_run, checkpoint_steps=1, regularizer=regularizer, select="best_validation")
+    straight = train(job)
+    total = len(straight.step_table)
+    assert total >= 6
+    for stop in range(1, total + 1, 2):
+        checkpoint = tmp_path / f"{stop}.safetensors"
+        seen: list[int] = []
+
+        def advance(count: int, note: str, seen: list[int] = seen, stop: int = stop) -> None:
+            seen.append(count)
+            if len(seen) == stop:
+                raise Stop
+
+        with pytest.raises(Stop):
+            train(job, checkpoint=checkpoint, advance=advance)
+        redone: list[int] = []
+        resumed = train(job, checkpoint=checkpoint, advance=lambda count, note, redone=redone: redone.append(count))
+        assert_same(straight, resumed)
+        # The last step of an epoch is saved with the epoch's end, so at most one step is done again.
+        assert len(redone) <= total - stop + 1
+
+
+def test_a_damaged_checkpoint_is_a_named_error(letter_run: Run, tmp_path: Path) -> None:
+    job = job_of(letter_run)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    train(job, checkpoint=checkpoint)
+    whole = checkpoint.read_bytes()
+    for damaged in (b"", whole[:100], whole[: len(whole) // 2]):
+        checkpoint.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match="remove it"):
+            train(job, checkpoint=checkpoint)
+
+
+def gradients_of(run: Run, kind: str) -> tuple[Objective, RouterMasters, Any, Any]:
+    job = job_of(run, regularizer=RegularizerConfig(kind=kind, weight=1.0))
+    head, data = job.load_head(), job.open_data()
+    masters = RouterMasters(head, job.layers)
+    return Objective(job.finetune, head, data, masters), masters, head, data
+
+
+@pytest.mark.parametrize("kind", ["manifold", "l1", "l2", "entropy"])
+def test_each_regularizer_reaches_every_tuned_gate_and_nothing_else(letter_run: Run, kind: str) -> None:
+    objective, masters, head, data = gradients_of(letter_run, kind)
+    _, penalty, _ = objective.losses(data.train[:6])
+    penalty.backward()
+    for gate in masters.parameters():
+        assert gate.grad is not None
+        assert gate.grad.abs().sum() > 0
+    trained = {id(gate) for gate in masters.parameters()}
+    assert all(p.grad is None for p in head.model.parameters() if id(p) not in trained)
+
+
+def test_the_task_term_reaches_every_tuned_gate(letter_run: Run) -> None:
+    objective, masters, _, data = gradients_of(letter_run, "none")
+    task, penalty, _ = objective.losses(data.train[:6])
+    task.backward()
+    assert penalty.item() == 0
+    assert all(gate.grad is not None and gate.grad.abs().sum() > 0 for gate in masters.parameters())
+
+
+def test_the_manifold_term_equals_the_double_loop_over_neighbors(letter_run: Run) -> None:
+    objective, _, _, data = gradients_of(letter_run, "manifold")
+    rows = data.train[:6]
+    _, penalty, _ = objective.losses(rows)
+    # Before the first step the live routing is the stored one.
+    total = 0.0
+    for row in rows:
+        others, _, weights = data.neighborhoods.of(row)
+        for other, weight in zip(others.tolist(), weights.tolist(), strict=True):
+            total += weight * float((data.routing_NLE[row].double() - data.routing_NLE[other].double()).square().sum())
+    assert penalty.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_training_lowers_the_regularizer_when_lambda_is_large(letter_run: Run) -> None:
+    strong = train(job_of(letter_run, epochs=4, regularizer=RegularizerConfig(weight=100.0)))
+    assert strong.epochs[-1]["manifold_loss"] < strong.epochs[0]["manifold_loss"]
+    assert strong.probe["final_regularizer_gradient"] != strong.probe["regularizer_gradient"]
+
+
+def test_auto_weight_meets_the_gradient_ratio(letter_run: Run) -> None:
+    outcome = train(job_of(letter_run, regularizer=RegularizerConfig(weight="auto", gradient_ratio=0.25)))
+    assert outcome.probe["gradient_ratio"] == pytest.approx(0.25, rel=1e-6)
+    assert outcome.epochs[-1]["lambda"] == pytest.approx(outcome.probe["weight"])
+
+
+def test_schedules_reach_their_targets_within_the_run(letter_run: Run) -> None:
+    job = job_of(letter_run, warmup_fraction=0.5)
+    outcome = train(job)
+    rates = outcome.step_table[:, 3].tolist()
+    assert rates[0] == pytest.approx(job.finetune.learning_rate / round(0.5 * len(rates)))
+    assert rates[-1] == pytest.approx(job.finetune.learning_rate)
+    assert outcome.step_table[-1, 2] == pytest.approx(outcome.probe["weight"])
+
+
+def test_best_validation_exports_its_epoch(letter_run: Run) -> None:
+    outcome = train(job_of(letter_run, epochs=3, select="best_validation"))
+    accuracies = [epoch["validation_accuracy"] for epoch in outcome.epochs]
+    assert outcome.selected_epoch == accuracies.index(max(accuracies))
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_gates_move(letter_run: Run) -> None:
+    with pytest.raises(TrainingError, match="learning_rate"):
+        train(job_of(letter_run, learning_rate=1e30, epochs=3, regularizer=RegularizerConfig(weight=1e30)))
+
+
+def test_cloze_trains_on_the_gold_continuation(cloze_run: Run) -> None:
+    job = job_of(cloze_run, epochs=4)
+    assert job.cloze
+    outcome = train(job)
+    assert outcome.epochs[-1]["task_loss"] < outcome.epochs[0]["task_loss"]
+
+
+def test_the_loop_stays_readable() -> None:
+    source = Path(finetune.__code__.co_filename).read_text().splitlines()
+    assert len(source) < 200
+    assert FinetuneConfig().weight_decay == 0
