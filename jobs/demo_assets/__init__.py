@@ -1,0 +1,1 @@
+"""Generation of the embedded default: question families, tokenizer, pretraining and its measurements."""
