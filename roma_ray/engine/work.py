@@ -29,6 +29,10 @@ class Work(Protocol):
     def name(self) -> str:
         """Shown in progress and errors."""
 
+    @property
+    def folder(self) -> str:
+        """The stage's folder, on storage that every worker sees."""
+
     def open(self) -> Callable[[int], Report]:
         """Load what every batch needs (a model), once a process; returns the function that does one batch."""
 

@@ -1,0 +1,227 @@
+"""Finding a Ray cluster, or starting one here, and how many workers fit on it."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from roma_ray.config import Config
+from roma_ray.errors import ConfigError, ModelError, WorkerError
+from roma_ray.stages.environment import forwarded, quiet_ray
+
+_AUTH_HELP = (
+    "Ray's authentication must be the same on both sides. For a cluster with tokens, set RAY_AUTH_MODE=token and "
+    "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or the head's ~/.ray/auth_token) here as on every node; for one without, set "
+    "RAY_AUTH_MODE=disabled here and where `ray start` runs. Ray turns tokens on by itself once ~/.ray/auth_token exists."
+)
+_AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+class Cluster:
+    """A Ray cluster: an existing one, or one of this process's own that starts when it is first needed."""
+
+    def __init__(self, config: Config, address: str | None = None) -> None:
+        """Find the cluster; connects at once to an existing one. Raises WorkerError when it cannot be reached."""
+        quiet_ray()
+        import ray
+
+        self.config = config
+        self.address = None if ray.is_initialized() else find_address(address or config.ray.address)
+        self._started = False
+        self._saved: dict[str, str | None] = {}
+        if self.address is not None:
+            self._attach(self.address)
+
+    @property
+    def connected(self) -> bool:
+        import ray
+
+        return bool(ray.is_initialized())
+
+    def connect(self) -> None:
+        """Start this process's own cluster unless there is one."""
+        if not self.connected:
+            self._start()
+
+    def close(self) -> None:
+        """Disconnect; a cluster that this process started ends."""
+        import ray
+
+        if self._started or self.address is not None:
+            ray.shutdown()
+            self._started = False
+        for name, value in self._saved.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        self._saved = {}
+
+    def device(self) -> str:
+        """`cuda` when the workers have GPUs (CUDA or ROCm) and the configuration does not refuse them, else `cpu`.
+
+        Raises ModelError when GPUs are asked for and there are none.
+        """
+        if not self.connected:
+            from roma_ray.engine.setup import resolve_device
+
+            return resolve_device(self.config)
+        if self.config.device == "cpu":
+            return "cpu"
+        if self.resource("GPU") > 0:
+            return "cuda"
+        if self.config.device == "cuda":
+            raise ModelError(
+                "device: cuda, but no node of the Ray cluster has a GPU resource. Start the nodes with `ray start "
+                "--num-gpus=N` (and the GPU's driver and torch build installed), or use device: cpu."
+            )
+        return "cpu"
+
+    def resource(self, name: str) -> float:
+        """How much of a resource (CPU, GPU) the whole cluster has."""
+        import ray
+
+        return float(ray.cluster_resources().get(name, 0.0))
+
+    def workers(self, stage: str, wanted: int | None, at_most: int, device: str) -> int:
+        """How many workers a stage gets, of at most `at_most` that have work. Raises ConfigError when too many are asked for."""
+        settings = self.config.ray
+        fit = int(self.resource("CPU") / settings.cpus_per_worker)
+        if device == "cuda":
+            fit = min(fit, int(self.resource("GPU") / settings.gpus_per_worker))
+        if fit < 1 or (wanted or 0) > fit:
+            needs = f"{settings.cpus_per_worker} CPU" + (
+                f" and {settings.gpus_per_worker} GPU" if device == "cuda" else ""
+            )
+            raise ConfigError(
+                f"ray.{stage}_workers: the cluster ({self.resource('CPU'):.0f} CPUs, {self.resource('GPU'):.0f} GPUs) has room "
+                f"for {fit} workers of {needs}, not {wanted or 1}. Lower ray.{stage}_workers, ray.cpus_per_worker or "
+                "ray.gpus_per_worker."
+            )
+        if wanted is None:
+            cores = len(os.sched_getaffinity(0)) if self._started else int(self.resource("CPU"))
+            wanted = fit if device == "cuda" else min(fit, max(1, cores // self.config.threads))
+        return max(1, min(wanted, at_most))
+
+    def describe(self) -> str:
+        """One line about the cluster."""
+        import ray
+
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        where = "its own cluster on this machine" if self._started else f"{self.address or 'the running cluster'}"
+        return f"ray {ray.__version__}: {where}, {nodes} node(s), {self.resource('CPU'):.0f} logical CPUs, {self.resource('GPU'):.0f} GPUs"
+
+    def _attach(self, address: str) -> None:
+        import ray
+
+        for name in _AUTH_VARIABLES:
+            self._saved.setdefault(name, os.environ.get(name))
+        # A client that sends a token works with either kind of cluster, so one that exists is sent.
+        if "RAY_AUTH_MODE" not in os.environ and token_known():
+            os.environ["RAY_AUTH_MODE"] = "token"
+        environment = {} if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else forwarded()
+        try:
+            ray.init(address=address, runtime_env={"env_vars": environment} if environment else None, **_QUIET)
+        except ray.exceptions.AuthenticationError as error:
+            raise WorkerError(
+                f"the Ray cluster at {address} refused this process ({_first_line(error)}). {_AUTH_HELP}"
+            ) from None
+        except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+            # Ray says nothing of tokens when one is missing: the connection just fails, though the port answers.
+            remedy = f"Something answers there. {_AUTH_HELP} {_REACH_HELP}" if _answers(address) else _REACH_HELP
+            raise WorkerError(f"cannot use the Ray cluster at {address}: {_first_line(error)}. {remedy}") from None
+        _quiet_loggers()
+
+    def _start(self) -> None:
+        import ray
+
+        # A token of its own: nobody else can use this cluster, and no ~/.ray/auth_token is left behind, which would turn
+        # authentication on for the next `ray start` on this machine.
+        if "RAY_AUTH_MODE" not in os.environ:
+            for name in _AUTH_VARIABLES:
+                self._saved.setdefault(name, os.environ.get(name))
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+            os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+        # Logical CPUs only: more of them than cores, so that Ray's own tasks never wait for a worker to end.
+        cpus = max(8, 4 * len(os.sched_getaffinity(0)))
+        try:
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
+        except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+            raise WorkerError(
+                f"Ray does not start on this machine: {_first_line(error)}. `roma-ray local` runs the same without Ray."
+            ) from error
+        self._started = True
+        _quiet_loggers()
+
+
+_QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
+_REACH_HELP = (
+    "Check that it runs (`ray status`), that ray's and Python's versions are the same there, and the address (--address, "
+    "RAY_ADDRESS); `--address local` starts one here."
+)
+
+
+@contextlib.contextmanager
+def open_cluster(config: Config, address: str | None = None) -> Iterator[Cluster]:
+    """A cluster for as long as the block runs. Raises WorkerError."""
+    cluster = Cluster(config, address)
+    try:
+        yield cluster
+    finally:
+        cluster.close()
+
+
+def find_address(wanted: str | None) -> str | None:
+    """The address of the cluster to use, or None to start one here: as given, $RAY_ADDRESS, or one running on this machine."""
+    address = wanted or os.environ.get("RAY_ADDRESS")
+    if address == "local":
+        return None
+    if address and address != "auto":
+        return address.removeprefix("http://") if address.startswith("http://") else address
+    # Where `ray start` leaves the address of its latest cluster; the cluster may be gone.
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    try:
+        found = file.read_text().strip()
+    except OSError:
+        found = ""
+    if found and _answers(found):
+        return found
+    if address == "auto":
+        raise WorkerError(f"no Ray cluster runs on this machine. {_REACH_HELP}")
+    return None
+
+
+def _answers(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=2):
+            return True
+    except (OSError, ValueError):
+        return False
+
+
+def token_known() -> bool:
+    """Whether Ray would find an authentication token in this environment."""
+    return (
+        bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
+        or (Path.home() / ".ray" / "auth_token").is_file()
+    )
+
+
+def _quiet_loggers() -> None:
+    """Ray Data and Train speak through their own loggers; their files in the session folder keep everything."""
+    for name in ("ray.data", "ray.train"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is not logging.FileHandler:
+                handler.setLevel(logging.CRITICAL)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__

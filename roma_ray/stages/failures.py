@@ -1,0 +1,75 @@
+"""Turning what a worker raised into one message, with its traceback in a file that the message names."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+from roma_ray.errors import RomaError, WorkerError
+
+FOLDER = ".failures"
+
+
+def keep_traceback(folder: str | Path, text: str) -> Path | None:
+    """Write a worker's traceback into the stage's folder; None where that cannot be written."""
+    path = Path(folder) / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError:
+        return None
+    return path
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it wraps, by Ray's `cause`, Train's `worker_failures` and Python's own chaining."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        current = waiting.pop(0)
+        if id(current) in seen:
+            continue
+        seen.add(id(current))
+        yield current
+        inner = [getattr(current, "cause", None), current.__cause__, *getattr(current, "worker_failures", {}).values()]
+        waiting += [e for e in inner if isinstance(e, BaseException)]
+
+
+def explain(error: BaseException, name: str, folder: str | Path) -> RomaError:
+    """The error that the user sees for one raised in a worker of the stage `name`."""
+    known = list(chain(error))
+    text = "\n\n".join("".join(traceback.format_exception(e, chain=False)) for e in known)
+    path = keep_traceback(folder, text)
+    where = f"\nThe worker's traceback: {path}" if path else ""
+    for found in known:
+        if isinstance(found, RomaError):
+            kind = next(c for c in type(found).__mro__ if c.__module__ == RomaError.__module__)
+            return kind(f"{_plain(found)}{where}")
+    root = known[-1]
+    remedy = ""
+    if isinstance(root, ModuleNotFoundError):
+        remedy = " Install roma-ray on every node, or submit the job with --working-dir ."
+    return WorkerError(f"{name}: a worker failed: {type(root).__name__}: {_plain(root)}.{remedy}{where}")
+
+
+def _plain(error: BaseException) -> str:
+    """The error's own text: Ray puts a whole traceback into the text of errors that it carries."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException) and cause is not error:
+        return _plain(cause)
+    return str(error.args[0]) if error.args else type(error).__name__
+
+
+@contextlib.contextmanager
+def explained(name: str, folder: str | Path) -> Iterator[None]:
+    """Turn what workers of this stage raise into a RomaError."""
+    import ray
+
+    try:
+        yield
+    except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
+        raise explain(error, name, folder) from None
