@@ -58,14 +58,9 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _quiet_libraries() -> None:
-    """Keep the libraries' own progress bars and notices out of ours; a user's setting wins."""
-    for name, value in {
-        "TOKENIZERS_PARALLELISM": "false",
-        "TRANSFORMERS_VERBOSITY": "error",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "TQDM_DISABLE": "1",
-    }.items():
-        os.environ.setdefault(name, value)
+    from roma_ray.stages.environment import quiet_libraries
+
+    quiet_libraries()
 
 
 @main.command()
@@ -83,6 +78,66 @@ def local(config: Any, summary_path: str | None, quiet: bool) -> None:
     if summary_path:
         write_json(summary_path, finished.summary)
     print_result(finished.summary)
+
+
+def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs on Ray."""
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress, only the result."),
+        click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was made as JSON."),
+        click.option(
+            "--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight."
+        ),
+    ):
+        command = option(command)
+    return run_options(command)
+
+
+@main.command()
+@ray_options
+def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
+    """Run the whole method on a Ray cluster and print base against tuned routers."""
+    print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
+
+
+def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str) -> Any:
+    from roma_ray.artifacts import write_json
+    from roma_ray.engine.setup import resolve
+    from roma_ray.pipeline import run as run_pipeline
+    from roma_ray.stages.cluster import open_cluster
+    from roma_ray.stages.runners import ray_runners
+    from roma_ray.terminal import open_progress
+
+    progress = open_progress(quiet)
+    with open_cluster(config, address, progress.say) as cluster:
+        device = cluster.device()
+        finished = run_pipeline(resolve(config, device=device), progress, ray_runners(cluster, device), until)
+    if summary_path:
+        write_json(summary_path, finished.summary or {name: str(s.path) for name, s in finished.stages.items()})
+    return finished
+
+
+def _until(stage: str, text: str) -> None:
+    """Add the command that runs the pipeline up to a stage."""
+
+    @main.command(stage, help=text)
+    @ray_options
+    def command(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
+        finished = _on_ray(config, address, summary_path, quiet, stage)
+        if finished.summary:
+            print_result(finished.summary)
+        else:
+            click.echo(str(finished.stages[stage].path))
+
+
+for _stage, _text in {
+    "extract": "Run up to extraction on Ray: routing weights, answers and activations of every question.",
+    "embed": "Run up to the task embeddings on Ray.",
+    "neighbors": "Run up to the successful neighborhoods on Ray.",
+    "finetune": "Run up to the finetuned routers on Ray.",
+    "evaluate": "Run up to the paired evaluation on Ray, the whole method, and print its figures.",
+}.items():
+    _until(_stage, _text)
 
 
 def print_result(summary: Mapping[str, Any]) -> None:

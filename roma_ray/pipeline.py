@@ -10,29 +10,17 @@ from typing import Any, Protocol
 from roma_ray.artifacts import Stage, write_text
 from roma_ray.engine.embedding import embed, embed_stage
 from roma_ray.engine.extraction import extract, extract_stage
-from roma_ray.engine.finetuning import Trainer, finetune_stage, train_here, tune
+from roma_ray.engine.finetuning import finetune_stage, tune
 from roma_ray.engine.neighborhoods import describe, neighbors, neighbors_stage
 from roma_ray.engine.prepare import prepare, questions_stage
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.work import Executor, serial
 from roma_ray.evaluation.paired import evaluate, evaluate_stage
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
 STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
-
-
-@dataclass(frozen=True)
-class Runners:
-    """Where the heavy stages run: in this process, or on a cluster."""
-
-    extract: Executor = serial
-    embed: Executor = serial
-    finetune: Trainer = train_here
-
-
-LOCAL = Runners()
 
 
 @dataclass(frozen=True)
@@ -142,11 +130,12 @@ def _stage(
     if name == "embed":
         return embed(setup, questions, runners.embed, progress)
     if name == "neighbors":
-        return neighbors(setup, questions, done["extract"], done["embed"], progress)
+        return runners.call(neighbors, setup, questions, done["extract"], done["embed"], progress=progress)
     if name == "finetune":
         return tune(
             setup, questions, done["extract"], done["neighbors"], runners.finetune, progress, on_epoch=observer.epoch
         )
     if name == "evaluate":
-        return evaluate(setup, questions, done["extract"], done["embed"], done["neighbors"], done["finetune"], progress)
+        inputs = (done["extract"], done["embed"], done["neighbors"], done["finetune"])
+    return runners.call(evaluate, setup, questions, *inputs, progress=progress)
     return report(setup, done, progress)

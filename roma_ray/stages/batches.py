@@ -159,6 +159,4 @@ def _stream(
         num_gpus=settings.gpus_per_worker if device == "cuda" else None,
     )
     for row in reports.iter_rows():
-        yield Report(
-            int(row["batch"]), int(row["rows"]), int(row["tokens"]), int(row["errors"]), float(row["seconds"])
-        )
+        yield Report(int(row["batch"]), int(row["rows"]), int(row["tokens"]), int(row["errors"]), float(row["seconds"]))

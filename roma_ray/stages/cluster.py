@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,14 @@ _AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 class Cluster:
     """A Ray cluster: an existing one, or one of this process's own that starts when it is first needed."""
 
-    def __init__(self, config: Config, address: str | None = None) -> None:
+    def __init__(
+        self, config: Config, address: str | None = None, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         """Find the cluster; connects at once to an existing one. Raises WorkerError when it cannot be reached."""
         quiet_ray()
         import ray
 
-        self.config = config
+        self.config, self.say = config, say
         self.address = None if ray.is_initialized() else find_address(address or config.ray.address)
         self._started = False
         self._saved: dict[str, str | None] = {}
@@ -136,6 +138,7 @@ class Cluster:
             remedy = f"Something answers there. {_AUTH_HELP} {_REACH_HELP}" if _answers(address) else _REACH_HELP
             raise WorkerError(f"cannot use the Ray cluster at {address}: {_first_line(error)}. {remedy}") from None
         _quiet_loggers()
+        self.say(self.describe())
 
     def _start(self) -> None:
         import ray
@@ -158,6 +161,7 @@ class Cluster:
             ) from error
         self._started = True
         _quiet_loggers()
+        self.say(self.describe())
 
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -168,9 +172,11 @@ _REACH_HELP = (
 
 
 @contextlib.contextmanager
-def open_cluster(config: Config, address: str | None = None) -> Iterator[Cluster]:
-    """A cluster for as long as the block runs. Raises WorkerError."""
-    cluster = Cluster(config, address)
+def open_cluster(
+    config: Config, address: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> Iterator[Cluster]:
+    """A cluster for as long as the block runs; `say` hears which. Raises WorkerError."""
+    cluster = Cluster(config, address, say)
     try:
         yield cluster
     finally:

@@ -67,9 +67,10 @@ def _plain(error: BaseException) -> str:
 @contextlib.contextmanager
 def explained(name: str, folder: str | Path) -> Iterator[None]:
     """Turn what workers of this stage raise into a RomaError."""
-    import ray
+    from ray.data.exceptions import ExecutionTimeoutError, SystemException
+    from ray.exceptions import RayError, UserCodeException
 
     try:
         yield
-    except (ray.exceptions.RayError, ray.exceptions.UserCodeException) as error:
+    except (RayError, UserCodeException, ExecutionTimeoutError, SystemException) as error:
         raise explain(error, name, folder) from None

@@ -1,0 +1,182 @@
+"""The finetune stage on Ray Train: the loop of engine/training.py on one or more workers, to the same bits.
+
+No DDP: the loop gathers the micro-batches' gradient sums itself. The checkpoint is the loop's own file in the stage's folder,
+written by the first worker, so a restarted group, or a later run, takes it up whatever Ray Train remembers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import shutil
+import tempfile
+import threading
+import traceback
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from roma_ray import errors
+from roma_ray.artifacts import read_manifest
+from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, Trainer, TrainJob
+from roma_ray.engine.setup import set_threads
+from roma_ray.errors import RomaError
+from roma_ray.stages.cluster import Cluster
+from roma_ray.stages.environment import quiet_libraries
+from roma_ray.stages.failures import explain, keep_traceback
+from roma_ray.stages.live import FILE, LiveReader, LiveWriter
+
+RUNS = ".train"
+_POLL_SECONDS = 0.2
+
+
+def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
+    """A trainer that runs the job's workers on the cluster. It raises RomaError."""
+
+    def train(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
+        cluster.connect()
+        # More workers than a step has micro-batches would only wait.
+        micro = math.ceil(job.finetune.batch_size / job.finetune.micro_batch_size)
+        workers = cluster.workers("finetune", cluster.config.ray.finetune_workers, micro, device)
+        folder, token = Path(job.folder), uuid.uuid4().hex[:12]
+        if not (folder / CHECKPOINT).exists():
+            (folder / FILE).unlink(missing_ok=True)
+        live = LiveReader(folder, token, report, advance)
+        failures = _follow(lambda: _fit(cluster, job, workers, token, device), live, folder)
+        shutil.rmtree(folder / RUNS, ignore_errors=True)
+        if failures:
+            _raise(failures, folder)
+        for line in (folder / EPOCHS).read_text().splitlines():
+            live.tell(json.loads(line))
+        (folder / FILE).unlink(missing_ok=True)
+
+    return train
+
+
+def _follow(fit: Callable[[], Any], live: LiveReader, folder: Path) -> Any:
+    """Run `fit` in a thread and pass progress on until it ends; its value. Raises RomaError for what it raises."""
+    outcome: list[Any] = []
+    failed: list[BaseException] = []
+
+    def target() -> None:
+        try:
+            outcome.append(fit())
+        except BaseException as error:  # noqa: BLE001 - crosses to the driver's thread, which raises it
+            failed.append(error)
+
+    thread = threading.Thread(target=target, name="ray-train", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(_POLL_SECONDS)
+        live.poll()
+    live.poll()
+    if failed:
+        if isinstance(failed[0], RomaError):
+            raise failed[0]
+        raise explain(failed[0], "finetune", folder) from None
+    return outcome[0]
+
+
+def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, device: str) -> list[dict[str, str]] | None:
+    """Train on the cluster; the workers' expected failures, where there were any."""
+    from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    settings = cluster.config.ray
+    resources: dict[str, float] = {"CPU": settings.cpus_per_worker}
+    if device == "cuda":
+        # NCCL wants a GPU for each worker; a fraction would put two of them on one.
+        resources["GPU"] = max(1.0, settings.gpus_per_worker)
+    result = TorchTrainer(
+        train_worker,
+        train_loop_config={"job": job, "token": token},
+        scaling_config=ScalingConfig(
+            num_workers=workers, use_gpu=device == "cuda", resources_per_worker=resources, placement_strategy="PACK"
+        ),
+        run_config=RunConfig(
+            # A fresh name each time: resuming is the job's own checkpoint's matter.
+            name=f"finetune-{Path(job.folder).name}-{token}",
+            storage_path=str(Path(job.folder) / RUNS),
+            failure_config=FailureConfig(max_failures=settings.max_failures),
+            checkpoint_config=CheckpointConfig(num_to_keep=1),
+        ),
+    ).fit()
+    failures: list[dict[str, str]] | None = result.return_value
+    return failures
+
+
+def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
+    """What each worker runs: the job, with its progress written for the driver. Returns expected failures."""
+    import ray.train
+    import torch
+    from ray.train.torch import get_device
+
+    from roma_ray.stages.world import PeerFailed, TorchWorld
+
+    quiet_libraries()
+    job: TrainJob = settings["job"]
+    set_threads(job.model.threads)
+    device = get_device()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    world = TorchWorld(device)
+    first = world.rank == 0
+    failure: dict[str, str] | None = None
+    with tempfile.TemporaryDirectory(prefix="roma-ray-") as scratch:
+        try:
+            mine = share_checkpoint(job, world, scratch)
+            live = LiveWriter(job.folder, settings["token"], questions_before(job)) if first else None
+
+            def report(record: dict[str, Any]) -> None:
+                if live:
+                    live.epoch(record)
+                # Ray's own report is a barrier: no worker enters it when another has failed.
+                world.agree()
+                ray.train.report(record)
+
+            mine.run(world, report, live.advance if live else lambda count, note: None)
+            world.agree()
+            return None
+        except PeerFailed:
+            pass
+        except RomaError as error:
+            # Expected failures would only repeat themselves, so they are returned: a raise would restart the workers.
+            failure = {"kind": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
+            world.fail()
+    return [found for found in world.collect(failure) if found]
+
+
+def share_checkpoint(job: TrainJob, world: Any, scratch: str) -> TrainJob:
+    """The job with the first worker's checkpoint in sight: file systems may show another worker an older state of it."""
+    path = Path(job.folder) / CHECKPOINT
+    content: bytes | None = world.from_first(path.read_bytes() if world.rank == 0 and path.exists() else None)
+    if world.rank == 0:
+        return job
+    if content is not None:
+        (Path(scratch) / CHECKPOINT).write_bytes(content)
+    return dataclasses.replace(job, folder=scratch)
+
+
+def questions_before(job: TrainJob) -> int:
+    """Questions that the checkpoint's steps have trained on; 0 without one."""
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(job.folder) / CHECKPOINT
+    if not path.exists():
+        return 0
+    try:
+        with safe_open(path, framework="pt") as handle:
+            step = int(json.loads(handle.metadata()["state"])["step"])
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return 0  # The loop itself will say what is wrong with the file.
+    rows = int(read_manifest(job.neighbors)["facts"]["training"])
+    epochs, steps = divmod(step, math.ceil(rows / job.finetune.batch_size))
+    return epochs * rows + min(rows, steps * job.finetune.batch_size)
+
+
+def _raise(failures: list[dict[str, str]], folder: Path) -> None:
+    path = keep_traceback(folder, "\n\n".join(f["traceback"] for f in failures))
+    where = f"\nThe worker's traceback: {path}" if path else ""
+    raise getattr(errors, failures[0]["kind"])(failures[0]["text"] + where)

@@ -1,0 +1,86 @@
+"""How a training worker's progress reaches the driver: lines appended to a file in the stage's folder, which the driver polls.
+
+A file outlives workers and drivers, needs no process of its own, and the storage is shared anyway.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+FILE = ".live.jsonl"
+_SECONDS_BETWEEN_LINES = 0.3
+
+
+class LiveWriter:
+    """The first worker's side."""
+
+    def __init__(self, folder: str | Path, token: str, done: int) -> None:
+        """`token` names the driver's run; `done` questions were trained on before this worker started."""
+        self.path, self.token, self.done = Path(folder) / FILE, token, done
+        self.last = 0.0
+        self._write({"done": done, "note": ""})
+
+    def advance(self, count: int, note: str) -> None:
+        """`count` more questions are done; written at most a few times a second."""
+        self.done += count
+        if time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
+            self._write({"done": self.done, "note": note})
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        """An epoch ended."""
+        self._write({"done": self.done, "note": "", "epoch": record})
+
+    def _write(self, line: dict[str, Any]) -> None:
+        self.last = time.monotonic()
+        with open(self.path, "a") as stream:
+            stream.write(json.dumps({"run": self.token, **line}) + "\n")
+
+
+class LiveReader:
+    """The driver's side: calls `report` once for each epoch, earlier runs' epochs included, and `advance` as work is done."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        token: str,
+        report: Callable[[dict[str, Any]], None],
+        advance: Callable[[int, str], None],
+    ) -> None:
+        self.path, self.token, self.report, self.advance = Path(folder) / FILE, token, report, advance
+        self.told: set[int] = set()
+        self.done: int | None = None
+        self.offset = 0
+
+    def poll(self) -> None:
+        """Pass on what is new."""
+        try:
+            with open(self.path, "rb") as stream:
+                stream.seek(self.offset)
+                new = stream.read()
+        except FileNotFoundError:
+            return
+        # A line may be half written; the rest comes with the next poll.
+        whole = new[: new.rfind(b"\n") + 1]
+        self.offset += len(whole)
+        for line in whole.splitlines():
+            self._take(json.loads(line))
+
+    def _take(self, line: dict[str, Any]) -> None:
+        if "epoch" in line:
+            self.tell(line["epoch"])
+        if line["run"] != self.token:
+            return
+        if self.done is not None and line["done"] != self.done:
+            # Less than before after a worker's restart: it takes up the last checkpoint.
+            self.advance(line["done"] - self.done, line["note"])
+        self.done = line["done"]
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Report an epoch unless that was done."""
+        if record["epoch"] not in self.told:
+            self.told.add(record["epoch"])
+            self.report(record)

@@ -1,0 +1,49 @@
+"""Where the pipeline's stages run when there is a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from roma_ray.artifacts import Store
+from roma_ray.engine.progress import Silence
+from roma_ray.engine.runners import Runners
+from roma_ray.stages.cluster import Cluster
+from roma_ray.stages.embed import embed_on_ray
+from roma_ray.stages.extract import extract_on_ray
+from roma_ray.stages.failures import explained
+from roma_ray.stages.finetune import finetune_on_ray
+
+
+def ray_runners(cluster: Cluster, device: str) -> Runners:
+    """The cluster's runners for workers on `device`, the one that `Setup` was resolved with."""
+    return Runners(
+        extract=extract_on_ray(cluster, device),
+        embed=embed_on_ray(cluster, device),
+        finetune=finetune_on_ray(cluster, device),
+        call=near_device(cluster, device),
+    )
+
+
+def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
+    """Calls a stage's function here when this machine has the device, else in a task of the cluster that has it."""
+
+    def call(stage: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
+        import torch
+
+        if device == "cpu" or torch.cuda.is_available():
+            return stage(*arguments, progress=progress)
+        import ray
+
+        cluster.connect()
+        settings = cluster.config.ray
+        progress.say(f"{stage.__name__} runs on a GPU of the cluster")
+        task = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker)(_stage_task)
+        with explained(stage.__name__, Store(cluster.config.storage).root):
+            return ray.get(task.remote(stage, arguments))
+
+    return call
+
+
+def _stage_task(stage: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return stage(*arguments, progress=Silence())
