@@ -1,0 +1,229 @@
+"""The house rules that can be read from the source: who may import whom, what is heavy, how long files may be."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "roma_ray"
+
+GROUND = {"errors", "config", "artifacts"}
+ROOMS = GROUND | {"questions", "moe", "manifold", "assets"}
+WORK = ROOMS | {"engine"}
+JUDGED = WORK | {"evaluation", "baselines"}
+SPREAD = JUDGED | {"stages"}
+
+# Room -> the rooms that it may import besides itself. A new room needs a line here: that is the point.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "config": {"errors"},
+    "artifacts": {"errors", "config"},
+    "assets": set(),
+    "questions": GROUND | {"assets"},
+    "moe": GROUND,
+    "manifold": GROUND,
+    "engine": ROOMS,
+    "evaluation": WORK,
+    "baselines": WORK,
+    "stages": JUDGED,
+    "figures": WORK | {"evaluation"},
+    "tracking": WORK | {"evaluation"},
+    "ablations": SPREAD | {"figures", "tracking"},
+    "pipeline": SPREAD | {"ablations", "figures", "tracking"},
+    "terminal": GROUND | {"engine"},
+    "doctor": GROUND,
+    "cli": SPREAD | {"ablations", "pipeline", "figures", "tracking", "terminal", "doctor"},
+}
+
+# Library -> the rooms that may import it; a library that is not here may be used anywhere but at the top of the CLI.
+ONLY_IN = {
+    "ray": {"stages", "ablations", "doctor", "cli"},
+    "mlflow": {"tracking"},
+    "faiss": {"manifold"},
+    "peft": {"moe"},
+    "sentence_transformers": {"engine"},
+    "datasets": {"questions"},
+    "click": {"cli"},
+    "rich": {"terminal", "cli"},
+}
+
+# Pure tensor functions know neither files nor models.
+NEVER_IN = {"manifold": {"transformers", "pyarrow", "json", "pathlib", "safetensors"}}
+
+
+@dataclass(frozen=True)
+class Import:
+    file: Path
+    line: int
+    module: str
+    at_import: bool
+    """Runs when the file is imported: not inside a function, not under TYPE_CHECKING."""
+
+    @property
+    def place(self) -> str:
+        return f"{self.file.relative_to(PACKAGE.parent)}:{self.line} imports {self.module}"
+
+
+def room_of(file: Path) -> str:
+    first = file.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports_of(file: Path, source: str | None = None) -> Iterator[Import]:
+    """Every import of a file, absolute, at any depth: also in functions, under TYPE_CHECKING and by importlib."""
+    tree = ast.parse(file.read_text(encoding="utf-8") if source is None else source)
+    package = [PACKAGE.name, *file.relative_to(PACKAGE).parts[:-1]]
+
+    def visit(node: ast.AST, at_import: bool) -> Iterator[Import]:
+        for module in _modules(node, package):
+            yield Import(file, node.lineno, module, at_import)  # type: ignore[attr-defined]
+        deferred = isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or _type_checking(node)
+        for child in ast.iter_child_nodes(node):
+            yield from visit(child, at_import and not deferred)
+
+    yield from visit(tree, True)
+
+
+def _modules(node: ast.AST, package: list[str]) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else []
+        origin = ".".join([*base, *([node.module] if node.module else [])])
+        # `from roma_ray import config` names a module by its alias.
+        return [f"{origin}.{alias.name}" if origin == PACKAGE.name else origin for alias in node.names]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        name = ast.unparse(node.func).rpartition(".")[2]
+        if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
+            return [node.args[0].value]
+    return []
+
+
+def _type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@cache
+def all_imports() -> list[Import]:
+    return [found for file in FILES for found in imports_of(file)]
+
+
+def _forbidden(found: Import) -> str | None:
+    """Why an import breaks the rules, or None."""
+    room = room_of(found.file)
+    top, _, rest = found.module.partition(".")
+    if top == PACKAGE.name:
+        target = rest.partition(".")[0]
+        if not target or target == room:
+            return None
+        return None if target in MAY_IMPORT[room] else f"{room} may not import {target}"
+    if top in {"tests", "jobs", "benchmarks"}:
+        return "the package stands without the repository around it"
+    if room not in ONLY_IN.get(top, {room}):
+        return f"only {', '.join(sorted(ONLY_IN[top]))} may import {top}"
+    if top in NEVER_IN.get(room, set()):
+        return f"{room} does without {top}"
+    return None
+
+
+def test_every_room_has_its_place() -> None:
+    rooms = {room_of(file) for file in FILES} - {"__init__"}
+    assert rooms <= set(MAY_IMPORT), "say in MAY_IMPORT (and ARCHITECTURE.md) whom the new room may import"
+
+
+def test_nobody_imports_whom_he_must_not() -> None:
+    faults = [f"{found.place}: {reason}" for found in all_imports() if (reason := _forbidden(found))]
+    assert not faults, "\n".join(faults)
+
+
+def test_the_rules_have_no_circle() -> None:
+    order: list[str] = []
+    left = dict(MAY_IMPORT)
+    while left:
+        free = [room for room, targets in left.items() if targets <= set(order)]
+        assert free, f"a circle among {sorted(left)}"
+        order += free
+        left = {room: targets for room, targets in left.items() if room not in free}
+
+
+def test_ray_and_mlflow_stay_out_of_the_method() -> None:
+    below = JUDGED | {"pipeline", "figures"}
+    users = {room_of(i.file) for i in all_imports() if i.module.partition(".")[0] in {"ray", "mlflow"}}
+    assert not users & below
+
+
+def test_the_command_line_imports_nothing_heavy_when_it_starts() -> None:
+    allowed = set(sys.stdlib_module_names) | {"click", "__future__"}
+    heavy = [i.place for i in all_imports() if i.file == PACKAGE / "cli.py" and i.at_import]
+    heavy = [place for place in heavy if place.rpartition(" ")[2].partition(".")[0] not in allowed]
+    assert not heavy, "import it inside the command that needs it:\n" + "\n".join(heavy)
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("manifold/x.py", "from roma_ray.questions import records"),
+        ("manifold/x.py", "from roma_ray import questions"),
+        ("manifold/x.py", "from ..questions.records import Question"),
+        ("manifold/x.py", "def f():\n    import roma_ray.moe.routers"),
+        ("manifold/x.py", "import json"),
+        ("moe/x.py", "from roma_ray.engine.setup import Setup"),
+        ("engine/x.py", "def f():\n    def g():\n        import ray.data"),
+        ("engine/x.py", "if TYPE_CHECKING:\n    from ray import ObjectRef"),
+        ("engine/x.py", "import importlib\nimportlib.import_module('ray')"),
+        ("engine/x.py", "from roma_ray.evaluation import paired"),
+        ("evaluation/x.py", "try:\n    import mlflow\nexcept ImportError:\n    pass"),
+        ("stages/x.py", "import mlflow.tracking"),
+        ("stages/x.py", "from roma_ray.pipeline import run"),
+        ("engine/x.py", "from tests.tiny import tiny_moe"),
+        ("config.py", "from roma_ray.artifacts import Store"),
+    ],
+)
+def test_the_check_sees_what_it_must_see(file: str, source: str) -> None:
+    assert any(_forbidden(found) for found in imports_of(PACKAGE / file, source))
+
+
+def test_the_check_lets_pass_what_is_allowed() -> None:
+    source = "from roma_ray.manifold import losses\nfrom . import setup\nimport torch\nfrom roma_ray.errors import RomaError"
+    assert [_forbidden(found) for found in imports_of(PACKAGE / "engine" / "x.py", source)] == [None] * 4
+
+
+# "About 400" and "about 60": a tenth more is still one room.
+MOST_LINES, MOST_LINES_OF_A_FUNCTION = 440, 66
+
+
+def test_files_and_functions_stay_short() -> None:
+    long = []
+    for file in FILES:
+        source = file.read_text(encoding="utf-8")
+        lines = source.count("\n")
+        if lines > MOST_LINES:
+            long.append(f"{file.relative_to(PACKAGE.parent)}: {lines} lines; make two rooms of it")
+        for node in ast.walk(ast.parse(source)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = (node.end_lineno or node.lineno) - node.lineno + 1
+                if length > MOST_LINES_OF_A_FUNCTION:
+                    long.append(f"{file.relative_to(PACKAGE.parent)}:{node.lineno} {node.name}: {length} lines")
+    assert not long, "\n".join(long)
+
+
+def test_public_things_have_a_docstring() -> None:
+    bare = []
+    for file in FILES:
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        if tree.body and not ast.get_docstring(tree):
+            bare.append(str(file.relative_to(PACKAGE.parent)))
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_")
+            if public and not ast.get_docstring(node):
+                bare.append(f"{file.relative_to(PACKAGE.parent)}:{node.lineno} {node.name}")
+    assert not bare, "\n".join(bare)
