@@ -1,0 +1,122 @@
+"""Figure 3 of the paper: task embedding and routing rows, before and after, laid out in the plane and coloured by task."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from roma_ray.figures.style import OTHER, colours, new_figure, shorten, styled
+
+MOST_QUESTIONS = 2000
+MOST_TASKS = 10
+_NEIGHBORS = 15
+# Below this, a neighborhood graph says nothing that the principal components do not.
+_FEWEST_FOR_UMAP = 12
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Points in the plane [N, 2] and how they were made: `UMAP` or `PCA`."""
+
+    points: np.ndarray
+    method: str
+
+
+def draw_rows(count: int, generator: torch.Generator, most: int = MOST_QUESTIONS) -> list[int]:
+    """At most `most` of `count` row numbers, drawn by `generator`, in rising order."""
+    rows: list[int] = torch.randperm(count, generator=generator)[:most].sort().values.tolist()
+    return rows
+
+
+def lay_out(features_NC: np.ndarray, seed: int) -> Layout:
+    """Lay rows out in the plane with UMAP (Euclidean, one thread, fixed seed); by principal components where UMAP is missing
+    or the rows are too few.
+    """
+    points = np.asarray(features_NC, dtype=np.float64)
+    umap = _umap() if len(points) >= _FEWEST_FOR_UMAP else None
+    if umap is None:
+        return Layout(_principal(points), "PCA")
+    with warnings.catch_warnings():
+        # It warns of equal rows and of its own single thread, which is what makes it repeatable.
+        warnings.simplefilter("ignore")
+        reducer = umap.UMAP(
+            n_neighbors=min(_NEIGHBORS, len(points) - 1),
+            min_dist=0.1,
+            metric="euclidean",
+            # Principal components start all maps alike and exist for disconnected graphs too.
+            init=_spread(_principal(points), seed),
+            random_state=seed,
+            n_jobs=1,
+        )
+        return Layout(np.asarray(reducer.fit_transform(points.astype(np.float32))), "UMAP")
+
+
+def _umap():  # type: ignore[no-untyped-def]
+    """The module, or None where it is not installed or cannot compile (numba without a writable cache)."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import umap
+    except (ImportError, RuntimeError):
+        return None
+    return umap
+
+
+def _principal(points: np.ndarray) -> np.ndarray:
+    """The first two principal components [N, 2]; missing ones are 0. Signs are fixed, so equal data give equal maps."""
+    centred = points - points.mean(0)
+    left, scale, right = np.linalg.svd(centred, full_matrices=False)
+    kept = min(2, len(scale))
+    signs = np.sign(right[np.arange(kept), np.abs(right[:kept]).argmax(1)])
+    result = np.zeros((len(points), 2))
+    result[:, :kept] = left[:, :kept] * scale[:kept] * np.where(signs == 0, 1, signs)
+    return result
+
+
+def _spread(start: np.ndarray, seed: int) -> np.ndarray:
+    """Starting points in UMAP's usual range, equal ones moved apart a little."""
+    noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
+    return (10 * start / max(float(np.abs(start).max()), 1e-12) + 1e-3 * noise).astype(np.float32)
+
+
+@styled
+def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Mapping[str, float | None]) -> Figure:
+    """One panel a space, in the order given, the same questions in each, coloured by task.
+
+    `silhouettes` are printed with the panels: they, not the eye, say whether tasks are apart.
+    """
+    figure, axes = new_figure(9.6, 3.9, columns=len(maps))
+    largest = [name for name, _ in Counter(sorted(tasks)).most_common(MOST_TASKS)]
+    shown = sorted(largest)
+    look = colours(shown)
+    labels = np.asarray(tasks)
+    for axis, (title, layout) in zip(axes, maps.items(), strict=True):
+        rest = ~np.isin(labels, shown)
+        size = float(np.clip(3000 / max(1, len(labels)), 5, 30))
+        groups = [(name, labels == name, *look[name]) for name in shown]
+        if rest.any():
+            groups.insert(0, (f"{len(set(tasks)) - len(shown)} other tasks", rest, OTHER, "."))
+        handles = [
+            axis.scatter(
+                *layout.points[mask].T,
+                s=size,
+                c=colour,
+                marker=marker,
+                alpha=0.75,
+                linewidths=0,
+                rasterized=True,
+            )
+            for _, mask, colour, marker in groups
+        ]
+        score = silhouettes.get(title)
+        axis.set_title(title if score is None else f"{title}\ntask silhouette {score:+.3f}")
+        axis.set(xticks=[], yticks=[], xlabel=f"{layout.method} 1", ylabel=f"{layout.method} 2")
+    names = [shorten(name, 28) for name, *_ in groups]
+    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), markerscale=1.6)
+    return figure

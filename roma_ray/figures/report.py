@@ -1,0 +1,236 @@
+"""The report stage: figures, tables, a self-contained page, the same as Markdown, and a model card, from finished stages."""
+
+from __future__ import annotations
+
+import base64
+import re
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from roma_ray.artifacts import Stage, write_atomically
+from roma_ray.engine.embedding import read_embeddings
+from roma_ray.engine.finetuning import STEPS
+from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.tables import matrix, read_table, table_facts
+from roma_ray.evaluation.paired import RESULTS
+from roma_ray.evaluation.summary import summarise_run
+from roma_ray.figures import projection, results, routing, tables, training, words
+from roma_ray.figures.style import save
+
+VERSION = 1
+PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
+FIGURES, TABLES = "figures", "tables"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure with what a reader needs to read it. `width`: least width on a screen, in CSS pixels."""
+
+    name: str
+    title: str
+    caption: str
+    svg: bytes
+    width: int
+
+    @property
+    def data_uri(self) -> str:
+        """The figure as part of the page itself."""
+        return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
+
+
+def report_stage(setup: Setup, evaluation: Stage) -> Stage:
+    """Where the report of this evaluation lives. The run's name is printed in it, hence part of its identity."""
+    return setup.store.stage("report", {"name": setup.config.name}, {"evaluate": evaluation.fingerprint}, VERSION)
+
+
+def report(setup: Setup, stages: Mapping[str, Stage], progress: Progress) -> Stage:
+    """Write the report of finished stages. Raises ArtifactError, StorageError."""
+    stage = report_stage(setup, stages["evaluate"])
+    if stage.complete:
+        return stage
+    started = time.monotonic()
+    inputs = {name: done for name, done in stages.items() if name != "report"}
+    with stage.exclusive():
+        summary = summarise_run(setup, inputs, sum(done.manifest()["seconds"] for done in inputs.values()))
+        with progress.meter("report", 3, "parts") as meter:
+            pictures = draw(setup, inputs, summary, stage.path / FIGURES)
+            meter.advance(1)
+            tables.write_csv_files(stage.path / TABLES, summary)
+            meter.advance(1)
+            _write_texts(setup, stage, summary, pictures)
+            meter.advance(1)
+        stage.finish(
+            facts={"figures": len(pictures), "verdict": words.verdict(summary).kind}, seconds=time.monotonic() - started
+        )
+    return stage
+
+
+def draw(setup: Setup, stages: Mapping[str, Stage], summary: Mapping[str, Any], folder: Path) -> list[Picture]:
+    """Draw every figure into `folder`, in the report's order."""
+    test, found, epochs = summary["splits"]["test"], summary["diagnostics"], summary["epochs"]
+    steps = read_table(stages["finetune"].path / STEPS).to_pydict()
+    near = read_table(stages["neighbors"].path / NEIGHBORS, ["neighbors", "similarities"])
+    sizes = np.array([len(n) for n in near.column("neighbors").to_pylist()])
+    similarities = near.column("similarities").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    figures = {
+        "accuracy": results.accuracy_bars(test),
+        "loss_curves": training.loss_curves(steps, epochs),
+        "validation_accuracy": training.validation_accuracy(
+            epochs, summary["splits"]["validation"]["all"], summary["selected_epoch"]
+        ),
+        "task_maps": task_maps(setup, stages, found),
+        "routing_entropy": routing.routing_entropy(found),
+        "expert_load": routing.expert_load(found),
+        "neighborhoods": routing.neighborhoods(summary["neighborhoods"], sizes, similarities),
+        "drift": results.drift(found, test["all"]),
+    }
+    return [
+        Picture(name, *_CAPTIONS[name], save(figure, folder, name), round(78 * figure.get_figwidth()))
+        for name, figure in figures.items()
+    ]
+
+
+_CAPTIONS = {
+    "accuracy": (
+        "Accuracy by task",
+        "Test questions, both models on the same ones. Bars show one standard error of each accuracy; the comparison is paired, so judge it "
+        "by the table's difference and p-value, not by whether bars overlap.",
+    ),
+    "loss_curves": ("Finetuning", "Each optimizer step (pale) and each epoch's mean."),
+    "validation_accuracy": (
+        "Validation accuracy",
+        "Questions held out of training and of all neighborhoods. The ring marks the epoch whose routers were exported.",
+    ),
+    "task_maps": (
+        "Task embedding and routing in the plane (Figure 3 of the paper)",
+        "The same test questions in each panel. Directions, distances between groups and sizes of groups mean nothing in such a "
+        "map; the silhouette above each panel is measured in the whole space (1: tasks apart, 0: mixed).",
+    ),
+    "routing_entropy": (
+        "Routing entropy",
+        "Mean entropy of the routing weights over all experts, at the last prompt token of the test questions.",
+    ),
+    "expert_load": ("Expert load", "How often each expert is among the selected ones at that token."),
+    "neighborhoods": (
+        "Successful neighborhoods",
+        "How many rightly answered questions each training question is pulled to, and how similar they are.",
+    ),
+    "drift": ("Is tuning the router safe?", "How far the routing moved, and which answers changed."),
+}
+
+
+def task_maps(setup: Setup, stages: Mapping[str, Stage], found: Mapping[str, Any]) -> Any:
+    """The figure of the three spaces over at most 2000 test questions. Raises ArtifactError."""
+    table = read_table(stages["evaluate"].path / RESULTS, ["row", "task", "split", "base_routing", "tuned_routing"])
+    facts = table_facts(table)
+    test = [n for n, split in enumerate(table.column("split").to_pylist()) if split == "test"]
+    seed = setup.config.seed
+    drawn = projection.draw_rows(len(test), torch.Generator().manual_seed(seed))
+    chosen = table.take([test[n] for n in drawn])
+    width = facts["layers"] * facts["experts"]
+    spaces = {
+        "task embedding": read_embeddings(stages["embed"])[chosen.column("row").to_pylist()].numpy(),
+        "routing, base": matrix(chosen, "base_routing", width),
+        "routing, tuned": matrix(chosen, "tuned_routing", width),
+    }
+    silhouettes = {
+        "task embedding": found["embedding_silhouette"],
+        "routing, base": found["base"]["task_silhouette"],
+        "routing, tuned": found["tuned"]["task_silhouette"],
+    }
+    maps = {name: projection.lay_out(features, seed) for name, features in spaces.items()}
+    return projection.task_maps(maps, chosen.column("task").to_pylist(), silhouettes)
+
+
+def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], pictures: list[Picture]) -> None:
+    config = setup.config
+    values = {
+        "name": config.name,
+        "summary": summary,
+        "config": config,
+        "setup": setup,
+        "model_name": base_model_name(setup),
+        "verdict": words.verdict(summary),
+        "by_task": words.by_task(summary),
+        "notes": words.notes(summary, config.finetune.regularizer.kind),
+        "safety": words.safety(summary),
+        "pictures": pictures,
+        "splits": {split: tables.result_table(figures) for split, figures in summary["splits"].items()},
+        "layer_table": tables.layer_table(summary["diagnostics"]),
+        "manifold_table": tables.manifold_table(summary["diagnostics"]),
+        "neighborhood_table": tables.neighborhood_table(summary["neighborhoods"]),
+        "epoch_table": tables.epoch_table(summary["epochs"]),
+        "card_header": card_header(setup, summary),
+    }
+    for name in (PAGE, MARKDOWN, CARD):
+        text = _environment().get_template(name).render(values)
+        write_atomically(stage.path / name, lambda aside, text=text: aside.write_text(text, encoding="utf-8") and None)
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=lambda name: name is not None and name.endswith(".html"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["md"] = markdown
+    return environment
+
+
+def markdown(text: Any) -> str:
+    """Text that Markdown shows as it is: no markup, no HTML, no line break."""
+    line = escape(" ".join(str(text).split()), quote=False)
+    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
+
+
+def base_model_name(setup: Setup) -> str:
+    """The model's hub id, or its folder's name: a published card names no path of this machine."""
+    path = setup.config.model.path
+    return path if not Path(setup.model.path).is_dir() or ":" in path else Path(path).name
+
+
+def card_header(setup: Setup, summary: Mapping[str, Any]) -> str:
+    """The model card's YAML header in Hugging Face form, with every test result."""
+    test = summary["splits"]["test"]
+    entries = []
+    for name in results.ordered(test):
+        figures = test[name]
+        entries.append(
+            {
+                "task": {"type": "multiple-choice", "name": "Multiple-choice question answering"},
+                "dataset": {
+                    "type": re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-") or "task",
+                    "name": "all tasks" if name == "all" else name,
+                    "split": "test",
+                },
+                "metrics": [
+                    {"type": "accuracy", "name": "accuracy, tuned routers", "value": figures["tuned_accuracy"]},
+                    {"type": "accuracy_stderr", "name": "its standard error", "value": figures["tuned_stderr"]},
+                    {"type": "base_accuracy", "name": "accuracy, base model", "value": figures["base_accuracy"]},
+                    {"type": "mcnemar_p", "name": "McNemar's exact p", "value": figures["mcnemar_p"]},
+                ],
+            }
+        )
+    header = {
+        "base_model": base_model_name(setup),
+        "base_model_relation": "adapter",
+        "library_name": "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["mixture-of-experts", "router-tuning", "roma", "roma-ray"],
+        "model-index": [{"name": setup.config.name, "results": entries}],
+    }
+    text: str = yaml.safe_dump(header, sort_keys=False, allow_unicode=True)
+    return text

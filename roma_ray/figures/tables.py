@@ -1,0 +1,172 @@
+"""The report's tables, as header and rows of text, and as CSV files."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roma_ray.artifacts import write_atomically
+from roma_ray.figures.results import ordered
+from roma_ray.figures.words import p_value, points
+
+_FIGURES = (
+    "n",
+    "base_accuracy",
+    "base_stderr",
+    "tuned_accuracy",
+    "tuned_stderr",
+    "difference",
+    "difference_stderr",
+    "lost",
+    "won",
+    "mcnemar_p",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text to show. The first column holds names, the others figures."""
+
+    header: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One split's comparisons for a reader: percent with standard errors."""
+    rows = [
+        (
+            "all tasks" if name == "all" else name,
+            str(f["n"]),
+            f"{100 * f['base_accuracy']:.2f} ± {100 * f['base_stderr']:.2f}",
+            f"{100 * f['tuned_accuracy']:.2f} ± {100 * f['tuned_stderr']:.2f}",
+            points(f),
+            f"{f['lost']} / {f['won']}",
+            p_value(f["mcnemar_p"]),
+        )
+        for name, f in ((name, figures[name]) for name in ordered(figures))
+    ]
+    return Table(("task", "n", "base %", "tuned %", "difference", "lost / won", "McNemar p"), rows)
+
+
+def layer_table(found: Mapping[str, Any]) -> Table:
+    """Routing before and after, by layer."""
+    rows = [
+        (
+            f"layer {layer}",
+            f"{found['base']['routing_entropy'][n]:.3f}",
+            f"{found['tuned']['routing_entropy'][n]:.3f}",
+            f"{100 * max(found['base']['expert_load'][n]):.1f}",
+            f"{100 * max(found['tuned']['expert_load'][n]):.1f}",
+            f"{found['routing_kl'][n]:.4f}",
+            f"{100 * found['selection_overlap'][n]:.1f}",
+        )
+        for n, layer in enumerate(found["layers"])
+    ]
+    header = (
+        "",
+        "entropy base",
+        "entropy tuned",
+        "largest load base %",
+        "largest load tuned %",
+        "KL to base",
+        "experts kept %",
+    )
+    return Table(header, rows)
+
+
+def manifold_table(found: Mapping[str, Any]) -> Table:
+    """How far embedding and routing space agree, before and after."""
+
+    def shown(value: float | None, digits: int = 3) -> str:
+        return "not defined" if value is None else f"{value:.{digits}f}"
+
+    rows = [
+        ("task silhouette, embedding", shown(found["embedding_silhouette"]), shown(found["embedding_silhouette"])),
+        ("task silhouette, routing", shown(found["base"]["task_silhouette"]), shown(found["tuned"]["task_silhouette"])),
+    ]
+    overlaps = [found[key]["neighbor_overlap"] for key in ("base", "tuned")]
+    if all(overlaps):
+        before, after = overlaps
+        rows.append(
+            (
+                f"shared nearest questions, embedding and routing (chance {before['chance']:.3f})",
+                shown(before["recall"]),
+                shown(after["recall"]),
+            )
+        )
+    distances = [found[key]["neighbor_distance"].get("q50") for key in ("base", "tuned")]
+    rows.append(
+        ("median ‖r_i − r_j‖² to the successful neighbors", *(shown(distance, 5) for distance in distances)),
+    )
+    return Table(("", "base", "tuned"), rows)
+
+
+def neighborhood_table(facts: Mapping[str, Any]) -> Table:
+    """Quantiles of size and similarity."""
+    keys = list(facts["sizes"])
+    rows = [("size", *(f"{facts['sizes'][key]:.0f}" for key in keys))]
+    if facts["similarities"]:
+        rows.append(("similarity", *(f"{facts['similarities'][key]:.3f}" for key in keys)))
+    return Table(("", *(f"{key.removeprefix('q')} %" for key in keys)), rows)
+
+
+def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row an epoch."""
+    rows = [
+        (
+            str(e["epoch"] + 1),
+            f"{e['task_loss']:.4f}",
+            f"{e['manifold_loss']:.5f}",
+            f"{e['lambda']:.3g}",
+            f"{e['gradient_norm']:.3g}",
+            f"{e['routing_entropy']:.3f}",
+            f"{100 * e['validation_accuracy']:.2f}",
+        )
+        for e in epochs
+    ]
+    header = ("epoch", "task loss", "manifold loss", "λ", "gate gradient", "routing entropy", "validation %")
+    return Table(header, rows)
+
+
+def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The unrounded figures as CSV files. Raises StorageError."""
+    results = [
+        (split, name, *(figures[name][key] for key in _FIGURES))
+        for split, figures in summary["splits"].items()
+        for name in ordered(figures)
+    ]
+    _write(folder / "results.csv", ("split", "task", *_FIGURES), results)
+    epochs = summary["epochs"]
+    _write(folder / "epochs.csv", tuple(epochs[0]), [tuple(e.values()) for e in epochs])
+    found = summary["diagnostics"]
+    layers = [
+        (
+            layer,
+            *(found[key]["routing_entropy"][n] for key in ("base", "tuned")),
+            found["routing_kl"][n],
+            found["selection_overlap"][n],
+        )
+        for n, layer in enumerate(found["layers"])
+    ]
+    header = ("layer", "base_routing_entropy", "tuned_routing_entropy", "routing_kl", "selection_overlap")
+    _write(folder / "layers.csv", header, layers)
+    loads = [
+        (layer, expert, found["base"]["expert_load"][n][expert], found["tuned"]["expert_load"][n][expert])
+        for n, layer in enumerate(found["layers"])
+        for expert in range(len(found["base"]["expert_load"][n]))
+    ]
+    _write(folder / "expert_load.csv", ("layer", "expert", "base", "tuned"), loads)
+    near = summary["neighborhoods"]
+    quantiles = [(key, near["sizes"][key], near["similarities"].get(key, "")) for key in near["sizes"]]
+    _write(folder / "neighborhoods.csv", ("quantile", "size", "similarity"), quantiles)
+
+
+def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
+    text = stream.getvalue()
+    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)

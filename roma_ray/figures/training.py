@@ -1,0 +1,78 @@
+"""Figures of the finetuning: losses by step and epoch, validation accuracy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from roma_ray.figures.style import BASE, PALETTE, TUNED, new_figure, styled
+
+
+@styled
+def loss_curves(steps: Mapping[str, Sequence[float]], epochs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Task loss, manifold loss, lambda and gradient norm by optimizer step, with each epoch's mean.
+
+    `steps` holds the columns of steps.parquet, `epochs` the records of epochs.jsonl.
+    """
+    panels = (
+        ("task_loss", "task loss (nats)", PALETTE[0]),
+        ("manifold_loss", "manifold loss (eq. 7)", PALETTE[2]),
+        ("lambda", "λ(t)", PALETTE[5]),
+        ("gradient_norm", "gate gradient norm", PALETTE[3]),
+    )
+    figure, axes = new_figure(7.2, 4.8, columns=2, rows=2)
+    at = np.asarray(steps["step"]) + 1
+    for axis, (key, label, colour) in zip(axes, panels, strict=True):
+        values = np.asarray(steps[key], dtype=float)
+        # Single steps are noisy: thin and pale. Means of epochs carry the eye. lambda has no noise.
+        noisy = key != "lambda"
+        axis.plot(at, values, color=colour, linewidth=0.8 if noisy else 1.8, alpha=0.45 if noisy else 1)
+        if noisy and epochs:
+            ends = [epoch["step"] for epoch in epochs]
+            starts = [0, *ends[:-1]]
+            middles = [(a + b) / 2 + 0.5 for a, b in zip(starts, ends, strict=True)]
+            axis.plot(
+                middles, [epoch[key] for epoch in epochs], color=colour, marker="o", linewidth=1.8, label="epoch mean"
+            )
+            axis.legend(loc="upper right")
+        axis.set_title(label)
+        _whole_numbers(axis)
+    for axis in axes[2:]:
+        axis.set_xlabel("optimizer step")
+    return figure
+
+
+@styled
+def validation_accuracy(epochs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], selected: int) -> Figure:
+    """Validation accuracy after each epoch against the base model's; `base` is the `all` comparison of that split."""
+    figure, (axis,) = new_figure(5.2, 3.4)
+    numbers = [epoch["epoch"] + 1 for epoch in epochs]
+    values = [100 * epoch["validation_accuracy"] for epoch in epochs]
+    level, error = 100 * base["base_accuracy"], 100 * base["base_stderr"]
+    axis.axhline(level, color=BASE, linestyle="--", label="base")
+    axis.axhspan(level - error, level + error, color=BASE, alpha=0.18, linewidth=0, label="base ± standard error")
+    axis.plot(numbers, values, color=TUNED, marker="o", label="tuned")
+    axis.plot(
+        [numbers[selected]],
+        [values[selected]],
+        "o",
+        markersize=12,
+        markerfacecolor="none",
+        color=TUNED,
+        label="exported",
+    )
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("validation accuracy (%)")
+    _whole_numbers(axis)
+    axis.margins(y=0.25)
+    axis.legend(loc="best", ncols=2)
+    return figure
+
+
+def _whole_numbers(axis: Axes) -> None:
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=6))

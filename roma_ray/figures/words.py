@@ -1,0 +1,120 @@
+"""What the figures say, in sentences that are derived from them: a gain only where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from roma_ray.engine.training import IDLE_RATIO
+from roma_ray.evaluation.summary import warnings_of
+
+SIGNIFICANCE = 0.05
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The result in words. `kind`: gain, loss, none (nothing shown), void (at chance level)."""
+
+    kind: str
+    headline: str
+    detail: str
+
+
+def verdict(summary: Mapping[str, Any]) -> Verdict:
+    """What the test questions say of the tuned routers."""
+    figures = summary["splits"]["test"]["all"]
+    p = figures["mcnemar_p"]
+    detail = (
+        f"On {figures['n']} test questions the base model answers {percent(figures, 'base')} rightly and the tuned one "
+        f"{percent(figures, 'tuned')}: {points(figures)} percentage points (standard errors). Tuning won {figures['won']} answers and lost "
+        f"{figures['lost']}; McNemar's exact p is {p_value(p)}."
+    )
+    guards = summary["guards"]["at_chance"]
+    if {"base/all", "tuned/all"} <= set(guards):
+        return Verdict(
+            "void",
+            "Nothing can be concluded: both models are at chance level.",
+            f"{detail} A comparison of two models that guess says nothing about the method.",
+        )
+    if p >= SIGNIFICANCE:
+        return Verdict(
+            "none", "No significant difference between tuned and base routers.", f"{detail} No gain or loss is shown."
+        )
+    if figures["difference"] > 0:
+        return Verdict("gain", "The tuned routers answer significantly more questions rightly.", detail)
+    return Verdict("loss", "The tuned routers answer significantly fewer questions rightly.", detail)
+
+
+def by_task(summary: Mapping[str, Any]) -> str:
+    """How many tasks changed significantly, corrected for their number; empty where there is a single task."""
+    tasks = {name: f for name, f in summary["splits"]["test"].items() if name != "all"}
+    if len(tasks) < 2:
+        return ""
+    changed = holm({name: figures["mcnemar_p"] for name, figures in tasks.items()})
+    better = sorted(name for name in changed if tasks[name]["difference"] > 0)
+    worse = sorted(set(changed) - set(better))
+    if not changed:
+        return (
+            f"None of the {len(tasks)} tasks changed significantly on its own (Holm's correction, {SIGNIFICANCE:.0%})."
+        )
+    parts = [f"{label}: {', '.join(names)}" for label, names in (("better", better), ("worse", worse)) if names]
+    return f"Tasks that changed significantly (Holm's correction for {len(tasks)} tasks, {SIGNIFICANCE:.0%}): {'; '.join(parts)}."
+
+
+def holm(p_values: Mapping[str, float], level: float = SIGNIFICANCE) -> set[str]:
+    """Names whose hypothesis Holm's step-down procedure rejects at that family-wise level."""
+    rejected: set[str] = set()
+    for n, name in enumerate(sorted(p_values, key=lambda key: (p_values[key], key))):
+        if p_values[name] > level / (len(p_values) - n):
+            break
+        rejected.add(name)
+    return rejected
+
+
+def notes(summary: Mapping[str, Any], kind: str) -> list[str]:
+    """What a reader must know before using the result; `kind` is the regularizer's."""
+    lines = warnings_of(summary)
+    probe = summary["probe"]
+    if kind != "none" and probe["gradient_ratio"] < IDLE_RATIO:
+        lines.append(
+            f"the regularizer was idle: its gradient on the gates was {probe['gradient_ratio']:.2%} of the task term's at the start, "
+            "so this run says little about it"
+        )
+    before, after = (summary["diagnostics"][key]["task_silhouette"] for key in ("base", "tuned"))
+    if before is not None and after is not None and after < before:
+        lines.append(
+            f"tasks lie less apart in routing space than before (silhouette {before:+.3f} to {after:+.3f}): the manifold was not aligned"
+        )
+    lines.append(
+        "one training seed: the standard errors are those of the questions drawn, not of the training's own randomness"
+    )
+    return lines
+
+
+def safety(summary: Mapping[str, Any]) -> str:
+    """What was risked for the result: answers lost, and how far the routing moved."""
+    figures, found = summary["splits"]["test"]["all"], summary["diagnostics"]
+    right = round(figures["base_accuracy"] * figures["n"])
+    share = f" ({figures['lost'] / right:.1%} of the {right} that it had right)" if right else ""
+    return (
+        f"Tuning lost {figures['lost']} test answers that the base model had right{share} and won {figures['won']}. The last prompt token keeps "
+        f"{min(found['selection_overlap']):.1%} to {max(found['selection_overlap']):.1%} of its experts, by layer; KL to the base routing is at most "
+        f"{max(found['routing_kl']):.3g} nats. Only these questions were measured: other uses of the model (long text, other "
+        "languages, safety behaviour) were not."
+    )
+
+
+def percent(figures: Mapping[str, Any], who: str) -> str:
+    """An accuracy with its standard error: `61.20 ± 1.10 %`."""
+    return f"{100 * figures[f'{who}_accuracy']:.2f} ± {100 * figures[f'{who}_stderr']:.2f} %"
+
+
+def points(figures: Mapping[str, Any]) -> str:
+    """The paired difference in percentage points with its standard error."""
+    return f"{100 * figures['difference']:+.2f} ± {100 * figures['difference_stderr']:.2f}"
+
+
+def p_value(p: float) -> str:
+    """A p-value of three digits; very small ones as a bound."""
+    return "< 1e-6" if p < 1e-6 else f"{p:.3g}"
