@@ -1,0 +1,31 @@
+"""What every test starts from: no hub, no telemetry, one thread, a storage of its own, property tests that repeat."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+# Before any library reads them.
+os.environ.update(
+    HF_HUB_OFFLINE="1",
+    TRANSFORMERS_OFFLINE="1",
+    TOKENIZERS_PARALLELISM="false",
+    MLFLOW_DISABLE_TELEMETRY="true",
+    RAY_USAGE_STATS_ENABLED="0",
+)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# The first example of a test pays for its imports, so a deadline says more about the machine than about the code.
+settings.register_profile("roma", deadline=None, derandomize=True)
+settings.load_profile("roma")
+
+
+@pytest.fixture(autouse=True)
+def _own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No test, and no command that it starts, may write into the user's own storage."""
+    folder = tmp_path_factory.getbasetemp() / "default-storage"
+    monkeypatch.setenv("ROMA_RAY_STORAGE", str(folder))
+    return folder
