@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +58,7 @@ def lay_out(features_NC: np.ndarray, seed: int) -> Layout:
         return Layout(np.asarray(reducer.fit_transform(points.astype(np.float32))), "UMAP")
 
 
-def _umap():  # type: ignore[no-untyped-def]
+def _umap() -> Any:
     """The module, or None where it is not installed or cannot compile (numba without a writable cache)."""
     try:
         with warnings.catch_warnings():
@@ -104,7 +105,8 @@ def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Map
             groups.insert(0, (f"{len(set(tasks)) - len(shown)} other tasks", rest, OTHER, "."))
         handles = [
             axis.scatter(
-                *layout.points[mask].T,
+                layout.points[mask, 0],
+                layout.points[mask, 1],
                 s=size,
                 c=colour,
                 marker=marker,

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -104,8 +105,8 @@ def draw(setup: Setup, stages: Mapping[str, Stage], summary: Mapping[str, Any], 
 _CAPTIONS = {
     "accuracy": (
         "Accuracy by task",
-        "Test questions, both models on the same ones. Bars show one standard error of each accuracy; the comparison is paired, so judge it "
-        "by the table's difference and p-value, not by whether bars overlap.",
+        "Test questions, both models on the same ones. Bars show one standard error of each accuracy; the comparison is "
+        "paired, so judge it by the table's difference and p-value, not by whether bars overlap.",
     ),
     "loss_curves": ("Finetuning", "Each optimizer step (pale) and each epoch's mean."),
     "validation_accuracy": (
@@ -175,7 +176,11 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
     }
     for name in (PAGE, MARKDOWN, CARD):
         text = _environment().get_template(name).render(values)
-        write_atomically(stage.path / name, lambda aside, text=text: aside.write_text(text, encoding="utf-8") and None)
+        write_atomically(stage.path / name, partial(_write_text, text))
+
+
+def _write_text(text: str, path: Path) -> None:
+    path.write_text(text, encoding="utf-8")
 
 
 def _environment() -> Environment:

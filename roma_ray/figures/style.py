@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
+from typing import ParamSpec
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -14,6 +15,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from roma_ray.artifacts import write_atomically
+
+P = ParamSpec("P")
 
 # Okabe and Ito's palette, told apart with any colour vision; base and tuned have their own two colours throughout.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8B7A00", "#000000")
@@ -42,14 +45,14 @@ _STYLE = {
 }
 
 
-def styled[**P](draw: Callable[P, Figure]) -> Callable[P, Figure]:
+def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
     """Give a figure function the common look without touching matplotlib's global settings."""
 
+    @wraps(draw)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> Figure:
         with matplotlib.rc_context(_STYLE):
             return draw(*args, **kwargs)
 
-    wrapped.__name__, wrapped.__doc__ = draw.__name__, draw.__doc__
     return wrapped
 
 

@@ -32,7 +32,7 @@ class Table:
     """Text to show. The first column holds names, the others figures."""
 
     header: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -84,7 +84,7 @@ def manifold_table(found: Mapping[str, Any]) -> Table:
     def shown(value: float | None, digits: int = 3) -> str:
         return "not defined" if value is None else f"{value:.{digits}f}"
 
-    rows = [
+    rows: list[tuple[str, ...]] = [
         ("task silhouette, embedding", shown(found["embedding_silhouette"]), shown(found["embedding_silhouette"])),
         ("task silhouette, routing", shown(found["base"]["task_silhouette"]), shown(found["tuned"]["task_silhouette"])),
     ]
@@ -108,7 +108,7 @@ def manifold_table(found: Mapping[str, Any]) -> Table:
 def neighborhood_table(facts: Mapping[str, Any]) -> Table:
     """Quantiles of size and similarity."""
     keys = list(facts["sizes"])
-    rows = [("size", *(f"{facts['sizes'][key]:.0f}" for key in keys))]
+    rows: list[tuple[str, ...]] = [("size", *(f"{facts['sizes'][key]:.0f}" for key in keys))]
     if facts["similarities"]:
         rows.append(("similarity", *(f"{facts['similarities'][key]:.3f}" for key in keys)))
     return Table(("", *(f"{key.removeprefix('q')} %" for key in keys)), rows)

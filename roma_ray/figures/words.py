@@ -97,10 +97,11 @@ def safety(summary: Mapping[str, Any]) -> str:
     figures, found = summary["splits"]["test"]["all"], summary["diagnostics"]
     right = round(figures["base_accuracy"] * figures["n"])
     share = f" ({figures['lost'] / right:.1%} of the {right} that it had right)" if right else ""
+    kept, moved = found["selection_overlap"], found["routing_kl"]
     return (
-        f"Tuning lost {figures['lost']} test answers that the base model had right{share} and won {figures['won']}. The last prompt token keeps "
-        f"{min(found['selection_overlap']):.1%} to {max(found['selection_overlap']):.1%} of its experts, by layer; KL to the base routing is at most "
-        f"{max(found['routing_kl']):.3g} nats. Only these questions were measured: other uses of the model (long text, other "
+        f"Tuning lost {figures['lost']} test answers that the base model had right{share} and won {figures['won']}. "
+        f"The last prompt token keeps {min(kept):.1%} to {max(kept):.1%} of its experts, by layer; KL to the base routing is "
+        f"at most {max(moved):.3g} nats. Only these questions were measured: other uses of the model (long text, other "
         "languages, safety behaviour) were not."
     )
 
