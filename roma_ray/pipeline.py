@@ -137,5 +137,5 @@ def _stage(
         )
     if name == "evaluate":
         inputs = (done["extract"], done["embed"], done["neighbors"], done["finetune"])
-    return runners.call(evaluate, setup, questions, *inputs, progress=progress)
+        return runners.call(evaluate, setup, questions, *inputs, progress=progress)
     return report(setup, done, progress)
