@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
-from importlib import resources
 from pathlib import Path
 
+from roma_ray.assets import assets_path
 from roma_ray.config import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.jsonl import read_jsonl
@@ -65,11 +65,11 @@ def asset(name: str) -> Path:
     Raises:
         QuestionError: there is no such file.
     """
-    folder = Path(str(resources.files("roma_ray"))) / "assets"
-    path = (folder / name).resolve()
-    if not path.is_relative_to(folder.resolve()) or not path.is_file():
-        held = ", ".join(sorted(p.name for p in folder.iterdir() if p.is_file())) if folder.is_dir() else "nothing"
-        raise QuestionError(f"no file '{name}' ships with roma-ray (its assets hold: {held or 'nothing'})")
+    folder = assets_path()
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts or not path.is_file():
+        held = ", ".join(sorted(f"questions/{p.name}" for p in (folder / "questions").glob("*"))) or "no question file"
+        raise QuestionError(f"no file '{printable(name)}' ships with roma-ray (its assets hold {held})")
     return path
 
 

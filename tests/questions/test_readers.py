@@ -13,7 +13,7 @@ import pytest
 
 from roma_ray.config import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
-from roma_ray.questions import jsonl
+from roma_ray.questions import jsonl, readers
 from roma_ray.questions.readers import asset, iter_questions, read_questions
 from roma_ray.questions.records import Question, Rejected
 
@@ -253,6 +253,8 @@ def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
         asset("../config.py")
     with pytest.raises(QuestionError, match="ships with roma-ray"):
         read_questions([QuestionSource(path="assets:none.jsonl")])
+    with pytest.raises(QuestionError, match="ships with roma-ray"):
+        asset("nul\x00")
     with pytest.raises(ConfigError, match="sources is empty"):
         read_questions([])
 
@@ -289,6 +291,14 @@ def test_rows_stream_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
     first = next(stream)
     assert isinstance(first, Question)
     assert first.id == "q0"
+
+
+def test_files_of_the_package_are_named_by_assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "questions").mkdir()
+    write(tmp_path / "questions" / "train.jsonl", line(id=...))
+    monkeypatch.setattr(readers, "assets_path", lambda: tmp_path)
+    questions, _ = read_questions([QuestionSource(path="assets:questions/train.jsonl")])
+    assert [q.id for q in questions] == ["train.jsonl:1"]
 
 
 # -- Parquet -------------------------------------------------------------------------------------------------------
