@@ -78,7 +78,7 @@ def model_facts(path: str, *, revision: str | None = None, trust_remote_code: bo
     config = snapshot.config(trust_remote_code=trust_remote_code)
     rule = family(config)
     with torch.device("meta"):
-        model = _model_class(config, with_lm_head=True)(config)
+        model = model_class_of(config, with_lm_head=True)(config)
     routers = find_routers(model)
     if not routers:
         raise ModelError(f"{path} is a {rule.model_type} model without any MoE layer: {refusal(rule.model_type)}")
@@ -129,7 +129,7 @@ def load_slice(
     keys = _wanted_keys(
         snapshot, start, end, total, embeddings=start == 0 or (with_lm_head and tied), with_lm_head=with_lm_head
     )
-    model_class = _model_class(config, with_lm_head=with_lm_head)
+    model_class = model_class_of(config, with_lm_head=with_lm_head)
     if attention == "sdpa" and not model_class._supports_sdpa:
         attention = "eager"
     model = _load(model_class, sliced, snapshot, keys, dtype, device, attention, experts_backend)
@@ -180,7 +180,8 @@ def _forward_arguments(part: Slice, inputs: Tensor, attention_mask_BS: Tensor) -
     return {**arguments, "inputs_embeds": inputs.to(part.device, part.dtype)}
 
 
-def _model_class(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
+def model_class_of(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
+    """The class that transformers ships for this configuration. Raises ModelError when it ships none."""
     mapping = (AutoModelForCausalLM if with_lm_head else AutoModel)._model_mapping
     if type(config) not in mapping:
         raise ModelError(refusal(config.model_type))
@@ -217,7 +218,7 @@ def _load(
     experts_backend: str,
 ) -> PreTrainedModel:
     """Let transformers itself convert and place the tensors; what it would fill at random is an error here."""
-    with ExitStack() as stack, _no_progress_bars():
+    with ExitStack() as stack, _quiet_loading():
         lazy = snapshot.lazy_tensors(list(keys), stack)
         state = {keys[key]: tensor for key, tensor in lazy.items()}
         absent = _stand_ins(model_class, config, state, dtype)
@@ -229,6 +230,7 @@ def _load(
             device_map={"": device},
             attn_implementation=attention,
             experts_implementation=experts_backend,
+            ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
     problems = {
@@ -248,13 +250,15 @@ def _load(
 
 
 @contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """transformers draws a bar for every load, in every worker; ours are the only bars on the screen."""
-    shown = transformers_logging.is_progress_bar_enabled()
+def _quiet_loading() -> Iterator[None]:
+    """No bar for every load in every worker, and no report: what is missing or foreign becomes one error of ours."""
+    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     finally:
+        transformers_logging.set_verbosity(verbosity)
         if shown:
             transformers_logging.enable_progress_bar()
 

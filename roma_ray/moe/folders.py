@@ -1,0 +1,56 @@
+"""Checkpoint folders that appear whole: written aside, synced, renamed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from roma_ray.errors import CheckpointError, StorageError
+
+MANIFEST = "roma.json"
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise.
+
+    An older checkpoint of ours at `target` is replaced. Raises CheckpointError when something else is there, and
+    StorageError when the storage is full or not writable.
+    """
+    target = target.absolute()
+    if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists and is not a checkpoint of roma-ray; choose another place or remove it")
+    mark = uuid.uuid4().hex[:8]
+    aside = target.with_name(f".{target.name}.{mark}.tmp")
+    old = target.with_name(f".{target.name}.{mark}.old")
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in sorted(aside.iterdir()):
+            _sync(path)
+        _sync(aside)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
+        _sync(target.parent)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            os.replace(old, target)
+        raise StorageError(
+            f"cannot write {target}: {error.strerror or error}. Free some space or choose another place."
+        ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,70 @@
+"""What a whole model's files say of its routers without loading it: shapes, the keys they are stored under, their values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from roma_ray.errors import ModelError
+from roma_ray.moe.routers import find_routers, router_parameters
+from roma_ray.moe.slices import model_class_of, model_facts
+from roma_ray.moe.snapshot import Snapshot, open_snapshot
+
+
+def router_shapes(path: str, *, revision: str | None = None) -> tuple[dict[str, Any], dict[str, tuple[int, ...]]]:
+    """Return `model_facts` and the shape of every tunable router tensor by its whole-model name. Raises ModelError."""
+    facts = model_facts(path, revision=revision)
+    model = _skeleton(open_snapshot(path, revision))
+    shapes = {
+        f"{router.whole_name}.{name}": tuple(parameter.shape)
+        for router in find_routers(model)
+        for name, parameter in router_parameters(router).items()
+    }
+    return facts, shapes
+
+
+def checkpoint_keys(snapshot: Snapshot, names: Sequence[str]) -> dict[str, str]:
+    """Map whole-model tensor names to the keys that the checkpoint's files have for them.
+
+    They differ where transformers renames on loading (Mixtral's files say `block_sparse_moe.gate`). Raises ModelError
+    when a tensor is absent, or stored merged with others so that it cannot be exchanged alone.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+    model = _skeleton(snapshot)
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    skeleton = model.state_dict()
+    wanted, found = set(names), dict[str, str]()
+    for key in snapshot.weight_map:
+        name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, skeleton)
+        if name in wanted and merged is None:
+            found[name] = key
+    missing = sorted(wanted - found.keys())
+    if missing:
+        raise ModelError(
+            f"{snapshot.path} has no tensor of its own for {missing[0]} ({len(missing)} of {len(wanted)} are missing)"
+        )
+    return found
+
+
+def base_tensors(path: str, names: Sequence[str], *, revision: str | None = None) -> dict[str, Tensor]:
+    """Read some tensors of a checkpoint by their whole-model names, in the type they are stored in. Raises ModelError."""
+    snapshot = open_snapshot(path, revision)
+    keys = checkpoint_keys(snapshot, names)
+    with ExitStack() as stack:
+        lazy = snapshot.lazy_tensors(list(keys.values()), stack)
+        return {name: lazy[key][...] for name, key in keys.items()}
+
+
+def _skeleton(snapshot: Snapshot) -> PreTrainedModel:
+    config = snapshot.config()
+    with torch.device("meta"):
+        return model_class_of(config, with_lm_head=True)(config)

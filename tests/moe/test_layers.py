@@ -1,0 +1,97 @@
+"""Names of layers and tokens (the paper's ablations)."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roma_ray.errors import ConfigError
+from roma_ray.moe.layers import select_layers, token_positions
+
+SIXTEEN = tuple(range(16))
+
+
+@pytest.mark.parametrize(
+    ("spec", "want"),
+    [
+        ("L5", (11, 12, 13, 14, 15)),
+        ("F2", (0, 1)),
+        ("M3", (6, 7, 8)),
+        ("M4", (6, 7, 8, 9)),
+        ("F2M3", (0, 1, 6, 7, 8)),
+        ("F1M2L2", (0, 7, 8, 14, 15)),
+        ("All", SIXTEEN),
+        ("all", SIXTEEN),
+        ("L16", SIXTEEN),
+        ([12, 3], (3, 12)),
+        ((11,), (11,)),
+    ],
+)
+def test_layers(spec, want) -> None:
+    assert select_layers(spec, SIXTEEN) == want
+
+
+def test_layers_count_moe_layers_only() -> None:
+    assert select_layers("L2", [1, 3, 5, 7]) == (5, 7)
+    assert select_layers("M2", [1, 3, 5, 7]) == (3, 5)
+    assert select_layers([3], [1, 3, 5]) == (3,)
+
+
+@pytest.mark.parametrize(
+    ("spec", "match"),
+    [
+        ("F9L9", "overlap"),
+        ("L2L3", "overlap"),
+        ("F7M3", "overlap"),
+        ("L17", "16 MoE layers"),
+        ("L0", "not a name"),
+        ("X5", "not a name"),
+        ("", "not a name"),
+        ("L5,", "not a name"),
+        ("l5", "not a name"),
+        ([], "no layers"),
+        ([3, 3], "twice"),
+        ([3, 16], "not MoE layers"),
+    ],
+)
+def test_bad_layers(spec, match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        select_layers(spec, SIXTEEN)
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "want"),
+    [
+        ("Last1", 9, (8,)),
+        ("Last3", 9, (6, 7, 8)),
+        ("First2", 9, (0, 1)),
+        ("Mid3", 9, (3, 4, 5)),
+        ("M2", 9, (3, 4)),
+        ("First1Last1", 9, (0, 8)),
+        ("Last3", 2, (0, 1)),
+        ("First1Last1", 1, (0,)),
+        ("All", 3, (0, 1, 2)),
+    ],
+)
+def test_tokens(spec: str, length: int, want: tuple[int, ...]) -> None:
+    assert token_positions(spec, length) == want
+
+
+@pytest.mark.parametrize(
+    ("spec", "length"), [("Last1", 0), ("Last1Last2", 9), ("Last", 9), ("Last0", 9), ("Final1", 9)]
+)
+def test_bad_tokens(spec: str, length: int) -> None:
+    with pytest.raises(ConfigError):
+        token_positions(spec, length)
+
+
+@given(st.integers(1, 60), st.integers(1, 60))
+def test_middle_is_where_the_paper_puts_it(count: int, total: int) -> None:
+    if count > total:
+        with pytest.raises(ConfigError):
+            select_layers(f"M{count}", range(total))
+        return
+    start = (total - count) // 2
+    assert select_layers(f"M{count}", range(total)) == tuple(range(start, start + count))
+    assert token_positions(f"Mid{count}", total) == tuple(range(start, start + count))
