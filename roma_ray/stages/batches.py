@@ -17,7 +17,7 @@ from roma_ray.engine.setup import set_threads
 from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import WorkerError
 from roma_ray.stages.cluster import Cluster
-from roma_ray.stages.environment import quiet_libraries
+from roma_ray.stages.environment import quiet_data, quiet_libraries
 from roma_ray.stages.failures import explained
 
 ATTEMPTS = ".attempts"
@@ -141,6 +141,7 @@ def _stream(
 ) -> Iterator[Report]:
     import ray.data
 
+    quiet_data()
     settings = cluster.config.ray
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,17 @@ class Cluster:
     ) -> None:
         """Find the cluster; connects at once to an existing one. Raises WorkerError when it cannot be reached."""
         quiet_ray()
-        import ray
-
         self.config, self.say = config, say
-        self.address = None if ray.is_initialized() else find_address(address or config.ray.address)
         self._started = False
-        self._saved: dict[str, str | None] = {}
-        if self.address is not None:
+        self._saved = {name: os.environ.get(name) for name in _AUTH_VARIABLES}
+        # Ray reads this when it is imported. A client that sends a token works with clusters of either kind, so one that
+        # exists is sent.
+        self.address = find_address(address or config.ray.address)
+        if self.address is not None and "RAY_AUTH_MODE" not in os.environ and token_known():
+            os.environ["RAY_AUTH_MODE"] = "token"
+        if self.connected:
+            self.address = None
+        elif self.address is not None:
             self._attach(self.address)
 
     @property
@@ -62,7 +67,6 @@ class Cluster:
             os.environ.pop(name, None)
             if value is not None:
                 os.environ[name] = value
-        self._saved = {}
 
     def device(self) -> str:
         """`cuda` when the workers have GPUs (CUDA or ROCm) and the configuration does not refuse them, else `cpu`.
@@ -121,14 +125,10 @@ class Cluster:
     def _attach(self, address: str) -> None:
         import ray
 
-        for name in _AUTH_VARIABLES:
-            self._saved.setdefault(name, os.environ.get(name))
-        # A client that sends a token works with either kind of cluster, so one that exists is sent.
-        if "RAY_AUTH_MODE" not in os.environ and token_known():
-            os.environ["RAY_AUTH_MODE"] = "token"
         environment = {} if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else forwarded()
         try:
-            ray.init(address=address, runtime_env={"env_vars": environment} if environment else None, **_QUIET)
+            with _stderr_dropped():
+                ray.init(address=address, runtime_env={"env_vars": environment} if environment else None, **_QUIET)
         except ray.exceptions.AuthenticationError as error:
             raise WorkerError(
                 f"the Ray cluster at {address} refused this process ({_first_line(error)}). {_AUTH_HELP}"
@@ -137,7 +137,6 @@ class Cluster:
             # Ray says nothing of tokens when one is missing: the connection just fails, though the port answers.
             remedy = f"Something answers there. {_AUTH_HELP} {_REACH_HELP}" if _answers(address) else _REACH_HELP
             raise WorkerError(f"cannot use the Ray cluster at {address}: {_first_line(error)}. {remedy}") from None
-        _quiet_loggers()
         self.say(self.describe())
 
     def _start(self) -> None:
@@ -146,21 +145,18 @@ class Cluster:
         # A token of its own: nobody else can use this cluster, and no ~/.ray/auth_token is left behind, which would turn
         # authentication on for the next `ray start` on this machine.
         if "RAY_AUTH_MODE" not in os.environ:
-            for name in _AUTH_VARIABLES:
-                self._saved.setdefault(name, os.environ.get(name))
-            os.environ["RAY_AUTH_MODE"] = "token"
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         # Logical CPUs only: more of them than cores, so that Ray's own tasks never wait for a worker to end.
         cpus = max(8, 4 * len(os.sched_getaffinity(0)))
         try:
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
+            with _stderr_dropped():
+                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
         except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
             raise WorkerError(
                 f"Ray does not start on this machine: {_first_line(error)}. `roma-ray local` runs the same without Ray."
             ) from error
         self._started = True
-        _quiet_loggers()
         self.say(self.describe())
 
 
@@ -181,6 +177,21 @@ def open_cluster(
         yield cluster
     finally:
         cluster.close()
+
+
+@contextlib.contextmanager
+def _stderr_dropped() -> Iterator[None]:
+    """Drop what Ray's core writes straight to stderr while it connects; what matters comes as an exception."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
 
 
 def find_address(wanted: str | None) -> str | None:
@@ -218,14 +229,6 @@ def token_known() -> bool:
         bool(os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"))
         or (Path.home() / ".ray" / "auth_token").is_file()
     )
-
-
-def _quiet_loggers() -> None:
-    """Ray Data and Train speak through their own loggers; their files in the session folder keep everything."""
-    for name in ("ray.data", "ray.train"):
-        for handler in logging.getLogger(name).handlers:
-            if type(handler) is not logging.FileHandler:
-                handler.setLevel(logging.CRITICAL)
 
 
 def _first_line(error: BaseException) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 
 _LIBRARIES = {
@@ -12,8 +13,9 @@ _LIBRARIES = {
 }
 _RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # The core's own log on stderr; its files in the session folder stay.
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
     # How long Ray Train takes to see that a worker ended; its own 2 s add up over short runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
 }
@@ -32,6 +34,13 @@ def quiet_ray() -> None:
     quiet_libraries()
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
+
+
+def quiet_data() -> None:
+    """Leave Ray Data's log to its files in the session folder; call it when `ray.data` has been imported."""
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.CRITICAL)
 
 
 def forwarded() -> dict[str, str]:
