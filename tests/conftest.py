@@ -25,7 +25,9 @@ settings.load_profile("roma")
 
 @pytest.fixture(autouse=True)
 def _own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """No test, and no command that it starts, may write into the user's own storage."""
+    """No test, and no command that it starts, may reach the user's own storage, cluster or tracking server."""
     folder = tmp_path_factory.getbasetemp() / "default-storage"
     monkeypatch.setenv("ROMA_RAY_STORAGE", str(folder))
+    for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
     return folder
