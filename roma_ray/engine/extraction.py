@@ -149,7 +149,7 @@ class Extractor:
         for row in rows:
             ids = (*self.prompts[row].prompt_ids, *(t for c in self.prompts[row].choice_ids for t in c))
             if max(ids) >= self.vocabulary:
-                errors[row] = f"token {max(ids)} is beyond the model's vocabulary of {self.vocabulary}"
+                errors.setdefault(row, f"token {max(ids)} is beyond the model's vocabulary of {self.vocabulary}")
         result = self._survivors(rows, errors)
         if result.hidden_TD is not None:
             _write_tensor(batch_activations(self.work.folder, batch), result.hidden_TD)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -47,7 +48,9 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
     started = time.monotonic()
     with stage.exclusive():
         config = setup.config
-        questions, rejected = read_questions([_resolved(source) for source in config.questions.sources])
+        questions, rejected = read_questions(
+            [_resolved(source) for source in config.questions.sources], seed=config.seed
+        )
         questions = assign_splits(
             questions,
             validation_fraction=config.questions.validation_fraction,
@@ -88,8 +91,8 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
 def _identity(source: QuestionSource) -> dict[str, Any]:
     facts = source.model_dump(mode="json")
     if source.path is not None:
-        # The content, not the place: a moved file is the same questions.
-        facts["path"] = file_digest(resolve_question_path(source.path))
+        # The content and the name (rows without ids are named after it), not the place: a moved file is the same questions.
+        facts["path"] = [Path(source.path).name, file_digest(resolve_question_path(source.path))]
     return facts
 
 
