@@ -193,7 +193,9 @@ def test_the_check_sees_what_it_must_see(file: str, source: str) -> None:
 
 
 def test_the_check_lets_pass_what_is_allowed() -> None:
-    source = "from roma_ray.manifold import losses\nfrom . import setup\nimport torch\nfrom roma_ray.errors import RomaError"
+    source = (
+        "from roma_ray.manifold import losses\nfrom . import setup\nimport torch\nfrom roma_ray.errors import RomaError"
+    )
     assert [_forbidden(found) for found in imports_of(PACKAGE / "engine" / "x.py", source)] == [None] * 4
 
 
