@@ -71,9 +71,14 @@ def report(setup: Setup, stages: Mapping[str, Stage], progress: Progress) -> Sta
             meter.advance(1)
             _write_texts(setup, stage, summary, pictures)
             meter.advance(1)
-        stage.finish(
-            facts={"figures": len(pictures), "verdict": words.verdict(summary).kind}, seconds=time.monotonic() - started
-        )
+        verdict = words.verdict(summary)
+        facts = {
+            "figures": len(pictures),
+            "verdict": verdict.kind,
+            "headline": verdict.headline,
+            "detail": verdict.detail,
+        }
+        stage.finish(facts=facts, seconds=time.monotonic() - started)
     return stage
 
 
