@@ -200,7 +200,12 @@ def find_address(wanted: str | None) -> str | None:
     if address == "local":
         return None
     if address and address != "auto":
-        return address.removeprefix("http://") if address.startswith("http://") else address
+        if "://" in address:
+            raise ConfigError(
+                f"the Ray address {address} is not of the form host:6379. (http://host:8265 is the address for `ray job submit`; "
+                "ray:// clients are not supported: submit a job, or run on a node of the cluster.)"
+            )
+        return address
     # Where `ray start` leaves the address of its latest cluster; the cluster may be gone.
     file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
     try:
