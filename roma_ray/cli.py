@@ -6,6 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -67,17 +68,70 @@ def _quiet_libraries() -> None:
 @run_options
 @click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the run's summary as JSON.")
 @click.option("--quiet", is_flag=True, help="No progress, only the result.")
-def local(config: Any, summary_path: str | None, quiet: bool) -> None:
+@click.option("--track", is_flag=True, help="Write the report and record the run in MLflow, as `run` does.")
+def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> None:
     """Run the whole method in this process and print base against tuned routers."""
     from roma_ray.artifacts import write_json
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run
     from roma_ray.terminal import open_progress
 
-    finished = run(resolve(config), open_progress(quiet))
+    setup, progress = resolve(config), open_progress(quiet)
+    with _observer(setup, progress, track) as observer:
+        finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
     if summary_path:
         write_json(summary_path, finished.summary)
     print_result(finished.summary)
+    if track:
+        _say_report(finished)
+
+
+def _observer(setup: Any, progress: Any, on: bool) -> AbstractContextManager[Any]:
+    """What follows a run: MLflow where it is on, else nobody."""
+    from roma_ray.pipeline import NOBODY
+
+    if not on:
+        return nullcontext(NOBODY)
+    from roma_ray.tracking import tracked
+
+    return tracked(setup, progress)
+
+
+def _say_report(finished: Any) -> None:
+    click.echo(f"report: {finished.stages['report'].path / 'report.html'}")
+
+
+@main.command()
+@run_options
+def report(config: Any) -> None:
+    """Write the report of a finished run, where there is none yet, and print where it is."""
+    from roma_ray.pipeline import revisit
+    from roma_ray.terminal import open_progress
+
+    finished = revisit(_setup_of_finished(config), open_progress(quiet=False))
+    _say_report(finished)
+
+
+@main.command()
+@run_options
+def track(config: Any) -> None:
+    """Deliver to MLflow what it lacks of a run, finished or not (after an outage, or of a run that was not recorded)."""
+    from roma_ray.pipeline import replay
+    from roma_ray.terminal import open_progress
+
+    setup = _setup_of_finished(config)
+    with _observer(setup, open_progress(quiet=False), True) as observer:
+        replay(setup, observer)
+
+
+def _setup_of_finished(config: Any) -> Any:
+    """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
+    from roma_ray.engine.setup import resolve
+    from roma_ray.pipeline import locate
+
+    first = resolve(config)
+    others = [resolve(config, device=device) for device in ("cuda", "cpu")] if config.device == "auto" else []
+    return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -97,7 +151,9 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @ray_options
 def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
     """Run the whole method on a Ray cluster and print base against tuned routers."""
-    print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
+    finished = _on_ray(config, address, summary_path, quiet, "report")
+    print_result(finished.summary)
+    _say_report(finished)
 
 
 def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str) -> Any:
@@ -111,7 +167,9 @@ def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: b
     progress = open_progress(quiet)
     with open_cluster(config, address, progress.say) as cluster:
         device = cluster.device()
-        finished = run_pipeline(resolve(config, device=device), progress, ray_runners(cluster, device), until)
+        setup = resolve(config, device=device)
+        with _observer(setup, progress, config.tracking.enabled) as observer:
+            finished = run_pipeline(setup, progress, ray_runners(cluster, device), until, observer)
     if summary_path:
         write_json(summary_path, finished.summary or {name: str(s.path) for name, s in finished.stages.items()})
     return finished

@@ -17,6 +17,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.paired import evaluate, evaluate_stage
+from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
@@ -110,6 +111,32 @@ def run(
     finished = Run(setup, stages, summary)
     observer.finished(finished)
     return finished
+
+
+def revisit(setup: Setup, progress: Progress) -> Run:
+    """A run whose evaluation is complete, its report written where there is none. Raises ArtifactError."""
+    planned = locate(setup)
+    missing = [name for name in STAGES[:-1] if not planned[name].complete]
+    if missing:
+        raise ArtifactError(
+            f"the run of this configuration is not finished in {setup.store.root} (missing: {', '.join(missing)}). Give the options "
+            "that it was started with, or run it: `roma-ray run` (on Ray) or `roma-ray local`."
+        )
+    return run(setup, progress, until="report")
+
+
+def replay(setup: Setup, observer: Observer) -> None:
+    """Tell an observer of the stages that are complete, as if they just were; computes nothing. Raises ArtifactError."""
+    planned = locate(setup)
+    done = {name: stage for name, stage in planned.items() if stage.complete}
+    if not done:
+        raise ArtifactError(f"nothing of this configuration's run is finished in {setup.store.root}; run it first")
+    observer.started(planned)
+    for stage in done.values():
+        observer.stage_finished(stage)
+    if "evaluate" in done:
+        seconds = sum(stage.manifest()["seconds"] for stage in done.values())
+        observer.finished(Run(setup, done, summarise_run(setup, done, seconds)))
 
 
 def _save_config(stage: Stage, resolved: str) -> None:

@@ -203,7 +203,7 @@ def tune(
 
         def tell(epoch: dict[str, Any]) -> None:
             progress.say(describe_epoch(epoch))
-            _append(stage.path / LIVE, epoch)
+            _append(stage.path / LIVE, {**epoch, "time": round(time.time(), 3)})
             on_epoch(stage)
 
         if not (stage.path / OUTCOME).exists():
@@ -280,7 +280,10 @@ def epochs_of(stage: Stage) -> list[dict[str, Any]]:
 
 
 def live_epochs(stage: Stage) -> list[dict[str, Any]]:
-    """The epoch records so far, with `questions_per_second`, of a finetuning in any state; half-written lines are left out."""
+    """The epoch records so far, with `questions_per_second` and `time` (s since 1970), of a finetuning in any state.
+
+    Half-written lines are left out.
+    """
     records = []
     with contextlib.suppress(FileNotFoundError):
         for line in (stage.path / LIVE).read_text(errors="replace").splitlines():
