@@ -16,8 +16,8 @@ from roma_ray.engine.prepare import prepare, questions_stage
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
-from roma_ray.evaluation.paired import evaluate, evaluate_stage
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.paired import evaluate, evaluate_stage
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
