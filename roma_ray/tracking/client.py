@@ -22,12 +22,17 @@ _ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     "GIT_PYTHON_REFRESH": "quiet",
 }
+_REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
 _METRICS_A_CALL = 1000
 _PLAIN_A_CALL = 100
 
 
 class Unavailable(Exception):
     """MLflow could not be reached or refused; the text says why. Never leaves the tracker."""
+
+
+class Refused(Unavailable):
+    """MLflow answered, and will not take this; other things it may take."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class RunState:
     """What MLflow holds of a run; times in milliseconds."""
 
     id: str
+    start: int
     status: str
     tags: dict[str, str]
     params: set[str]
@@ -101,7 +107,14 @@ class Client:
                 max_results=1000,
             )
             return [
-                RunState(r.info.run_id, r.info.status, dict(r.data.tags), set(r.data.params), set(r.data.metrics))
+                RunState(
+                    r.info.run_id,
+                    r.info.start_time,
+                    r.info.status,
+                    dict(r.data.tags),
+                    set(r.data.params),
+                    set(r.data.metrics),
+                )
                 for r in found
             ]
 
@@ -109,7 +122,7 @@ class Client:
         """A new run."""
         with _translated():
             run = self._client.create_run(self.experiment_id, start_time=start, tags=dict(tags), run_name=name)
-            return RunState(run.info.run_id, run.info.status, dict(run.data.tags), set(), set())
+            return RunState(run.info.run_id, run.info.start_time, run.info.status, dict(run.data.tags), set(), set())
 
     def log(
         self,
@@ -199,7 +212,8 @@ def _translated() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
-        raise Unavailable(_reason(error)) from error
+        refused = getattr(error, "error_code", None) in _REFUSALS
+        raise (Refused if refused else Unavailable)(_reason(error)) from error
 
 
 def _blocks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:

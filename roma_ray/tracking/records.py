@@ -61,7 +61,7 @@ def stage_parameters(stage: Stage) -> dict[str, str]:
 
 def flat(value: Any, joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Leaves of nested data with their joined keys; long lists of plain values stay whole."""
-    if isinstance(value, Mapping) and value:
+    if isinstance(value, Mapping) and (value or not prefix):
         for key, part in value.items():
             yield from flat(part, joint, f"{prefix}{joint}{key}" if prefix else str(key))
     elif isinstance(value, list) and any(isinstance(part, dict) for part in value):
@@ -246,4 +246,9 @@ def finish_time(stage: Stage) -> int:
 
 def start_time(stage: Stage) -> int:
     """When the work on a stage began: of a complete one its end less its duration, else now."""
-    return finish_time(stage) - round(1000 * stage.manifest()["seconds"]) if stage.complete else now()
+    return finish_time(stage) - duration(stage) if stage.complete else now()
+
+
+def duration(stage: Stage) -> int:
+    """How long the work on a complete stage took, in milliseconds."""
+    return round(1000 * stage.manifest()["seconds"])

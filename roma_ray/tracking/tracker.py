@@ -18,7 +18,7 @@ from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.tracking import records
-from roma_ray.tracking.client import Client, RunState, Unavailable, one_at_a_time
+from roma_ray.tracking.client import Client, Refused, RunState, Unavailable, one_at_a_time
 
 PIPELINE = "pipeline"
 # While MLflow is down, a try costs up to some 20 s; between stages and epochs it is tried no more often than this.
@@ -45,6 +45,7 @@ class Tracker:
         self._runs: dict[str, RunState] = {}
         self._steps: dict[tuple[str, str], set[int]] = {}
         self._waiting: dict[str, None] = {}
+        self._refused: set[str] = set()
         self._down_since: float | None = None
         self._monitor: Any = None
         self._working = False
@@ -106,8 +107,12 @@ class Tracker:
         try:
             self._connect()
             for name in list(self._waiting):
-                self._project(name)
-                del self._waiting[name]
+                try:
+                    self._project(name)
+                except Refused as error:
+                    self._say_refused(name, error)
+                else:
+                    del self._waiting[name]
             self._watch_machine()
         except Unavailable as error:
             self._stop_monitor()
@@ -122,6 +127,12 @@ class Tracker:
         self._down_since = None
         if was_down:
             self.progress.say("MLflow is back: what was recorded meanwhile is delivered")
+
+    def _say_refused(self, name: str, error: Refused) -> None:
+        """MLflow takes other things, but not this: tell it once, go on with the others."""
+        if name not in self._refused:
+            self.progress.say(f"MLflow at {records.shown(self.uri)} does not take all of `{name}`: {error}")
+            self._refused.add(name)
 
     def _connect(self) -> None:
         if self._client is not None:
@@ -171,14 +182,17 @@ class Tracker:
             self._client.log(run, tags={_DELIVERED: receipt} if receipt else {_ERROR: self.failure})
             if receipt and _ERROR in run.tags:
                 self._client.remove_tag(run, _ERROR)
-            self._client.set_status(run, wanted, self._end(name))
+            self._client.set_status(run, wanted, self._end(name, run))
 
-    def _end(self, name: str) -> int:
+    def _end(self, name: str, run: RunState) -> int:
         """When a run ended: with its stage, where that is complete, also if MLflow hears of it later."""
         stages = self.planned.values() if name == PIPELINE else [self.planned[name]]
-        if (self._working and name == PIPELINE) or not any(stage.complete for stage in stages):
+        done = [stage for stage in stages if stage.complete]
+        if (self._working and name == PIPELINE) or not done:
             return records.now()
-        return max(records.finish_time(stage) for stage in stages if stage.complete)
+        latest, longest = max(map(records.finish_time, done)), max(map(records.duration, done))
+        # Manifests note whole seconds; a short stage must not end before it began.
+        return max(latest, run.start + longest)
 
     def _receipt(self, name: str) -> str:
         """What, once noted on a run, says that all of it is there; empty for what is not complete."""
