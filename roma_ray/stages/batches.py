@@ -6,6 +6,7 @@ storage: a batch that killed its worker twice is searched for the rows that do i
 
 from __future__ import annotations
 
+import json
 import shutil
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import WorkerError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_data, quiet_libraries
-from roma_ray.stages.failures import explained
+from roma_ray.stages.failures import explained, packed, unpacked
 
 ATTEMPTS = ".attempts"
 # Deaths of a worker on one batch: after so many the rows are tried one by one, and after as many more the run ends.
@@ -73,14 +74,22 @@ class BatchWorker:
         self.do: Callable[[int], Report] | None = None
 
     def __call__(self, item: dict[str, Any]) -> dict[str, list[Any]]:
-        """Do one batch and return its report, a list of one value a column. Raises RomaError."""
+        """Do one batch; its report and, where it failed, why: a list of one value a column."""
         batch = int(item["item"][0])
+        report, failure = Report(batch, 0, 0, 0, 0.0), ""
+        try:
+            report = self._do(batch)
+        except Exception as error:  # noqa: BLE001 - the border of the process; the driver raises it
+            failure = json.dumps(packed(error))
+        return {**{name: [value] for name, value in asdict(report).items()}, "failure": [failure]}
+
+    def _do(self, batch: int) -> Report:
         marks = Marks(self.work.folder, self.token, batch)
         if self.do is None:
             self.do = self._open(marks)
         report = self._attempt(self.do, batch, marks)
         marks.clear()
-        return {name: [value] for name, value in asdict(report).items()}
+        return report
 
     def _open(self, marks: Marks) -> Callable[[int], Report]:
         if marks.unfinished("open", "opened") >= _OPENINGS:
@@ -160,4 +169,6 @@ def _stream(
         num_gpus=settings.gpus_per_worker if device == "cuda" else None,
     )
     for row in reports.iter_rows():
+        if row["failure"]:
+            raise unpacked([json.loads(row["failure"])], work.name, work.folder)
         yield Report(int(row["batch"]), int(row["rows"]), int(row["tokens"]), int(row["errors"]), float(row["seconds"]))

@@ -6,9 +6,10 @@ import contextlib
 import os
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from roma_ray import errors
 from roma_ray.errors import RomaError, WorkerError
 
 FOLDER = ".failures"
@@ -23,6 +24,22 @@ def keep_traceback(folder: str | Path, text: str) -> Path | None:
     except OSError:
         return None
     return path
+
+
+def packed(error: BaseException) -> dict[str, str]:
+    """A failure as plain data: Ray keeps the text of what a worker raises, but not always its class."""
+    return {"kind": type(error).__name__, "text": _plain(error), "traceback": traceback.format_exc()}
+
+
+def unpacked(failures: Sequence[Mapping[str, str]], name: str, folder: str | Path) -> RomaError:
+    """The error that the user sees for packed failures of the stage `name`: the first one's, expected ones before bugs."""
+    path = keep_traceback(folder, "\n\n".join(f["traceback"] for f in failures))
+    where = f"\nThe worker's traceback: {path}" if path else ""
+    for failure in failures:
+        kind = getattr(errors, failure["kind"], None)
+        if isinstance(kind, type) and issubclass(kind, RomaError):
+            return kind(failure["text"] + where)
+    return WorkerError(f"{name}: a worker failed: {failures[0]['kind']}: {failures[0]['text']}{where}")
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:

@@ -12,20 +12,18 @@ import math
 import shutil
 import tempfile
 import threading
-import traceback
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from roma_ray import errors
 from roma_ray.artifacts import read_manifest
 from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, Trainer, TrainJob
 from roma_ray.engine.setup import set_threads
 from roma_ray.errors import RomaError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_libraries
-from roma_ray.stages.failures import explain, keep_traceback
+from roma_ray.stages.failures import explain, packed, unpacked
 from roma_ray.stages.live import FILE, LiveReader, LiveWriter
 
 RUNS = ".train"
@@ -47,7 +45,7 @@ def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
         failures = _follow(lambda: _fit(cluster, job, workers, token, device), live, folder)
         shutil.rmtree(folder / RUNS, ignore_errors=True)
         if failures:
-            _raise(failures, folder)
+            raise unpacked(failures, "finetune", folder)
         for line in (folder / EPOCHS).read_text().splitlines():
             live.tell(json.loads(line))
         (folder / FILE).unlink(missing_ok=True)
@@ -143,7 +141,7 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
             pass
         except RomaError as error:
             # Expected failures would only repeat themselves, so they are returned: a raise would restart the workers.
-            failure = {"kind": type(error).__name__, "text": str(error), "traceback": traceback.format_exc()}
+            failure = packed(error)
             world.fail()
     return [found for found in world.collect(failure) if found]
 
@@ -174,9 +172,3 @@ def questions_before(job: TrainJob) -> int:
     rows = int(read_manifest(job.neighbors)["facts"]["training"])
     epochs, steps = divmod(step, math.ceil(rows / job.finetune.batch_size))
     return epochs * rows + min(rows, steps * job.finetune.batch_size)
-
-
-def _raise(failures: list[dict[str, str]], folder: Path) -> None:
-    path = keep_traceback(folder, "\n\n".join(f["traceback"] for f in failures))
-    where = f"\nThe worker's traceback: {path}" if path else ""
-    raise getattr(errors, failures[0]["kind"])(failures[0]["text"] + where)

@@ -1,0 +1,113 @@
+"""Planned batches on Ray Data: the same files as in one process, whatever happens to the workers."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from roma_ray.artifacts import file_digest
+from roma_ray.engine.extraction import PLAN, Extractor, ExtractWork, activation_dtype, batch_table
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.tables import read_table
+from roma_ray.errors import ModelError, WorkerError
+from roma_ray.pipeline import Run
+from roma_ray.stages.batches import ATTEMPTS, BatchWorker, Marks
+from roma_ray.stages.cluster import Cluster
+from roma_ray.stages.extract import extract_on_ray
+from tests.stages.support import DeadlyWork, FailingWork
+
+
+def fields(run: Run, folder: Path) -> dict[str, Any]:
+    """The extraction of a finished run, with an empty folder to do it again in."""
+    folder.mkdir()
+    shutil.copy(run.stages["extract"].path / PLAN, folder / PLAN)
+    setup = run.setup
+    return {
+        "folder": str(folder),
+        "questions": str(run.stages["questions"].path / TABLE),
+        "model": setup.model,
+        "cut": setup.cut,
+        "tokens": (setup.config.routing.tokens,),
+        "rule": "raw",
+        "activation_dtype": activation_dtype(setup),
+    }
+
+
+def same_files(folder: Path, other: Path) -> None:
+    names = sorted(p.name for p in (other / "batches").iterdir())
+    assert names == sorted(p.name for p in (folder / "batches").iterdir())
+    for name in names:
+        assert file_digest(folder / "batches" / name) == file_digest(other / "batches" / name), name
+
+
+def test_a_killed_worker_and_a_poison_row(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    """A worker that dies once costs nothing; a row that always kills is set aside as if it had been excluded."""
+    plan = json.loads((local_run.stages["extract"].path / PLAN).read_text())
+    poison = plan[1][len(plan[1]) // 2]
+    given = fields(local_run, tmp_path / "ray")
+    work = DeadlyWork(**given, poison=(poison,), dies_once_at=len(plan) - 2)
+    reports = list(extract_on_ray(cluster, "cpu")(work, range(len(plan))))
+
+    assert sorted(r.batch for r in reports) == list(range(len(plan)))
+    assert (tmp_path / "ray" / ".died").exists()
+    assert not (tmp_path / "ray" / ATTEMPTS).exists()
+    errors = {row: e for n in range(len(plan)) for row, e in _errors(tmp_path / "ray", n) if e}
+    assert errors == {poison: "killed its worker"}
+
+    expected = Extractor(ExtractWork(**fields(local_run, tmp_path / "here")))
+    for number in range(len(plan)):
+        expected(number, frozenset([poison]))
+    same_files(tmp_path / "ray", tmp_path / "here")
+    for number in set(range(len(plan))) - {1}:
+        name = batch_table(tmp_path, number).name
+        assert file_digest(tmp_path / "ray" / "batches" / name) == file_digest(
+            local_run.stages["extract"].path / "batches" / name
+        )
+
+
+def _errors(folder: Path, batch: int) -> list[tuple[int, str | None]]:
+    table = read_table(batch_table(folder, batch), ["row", "error"])
+    return list(zip(table.column("row").to_pylist(), table.column("error").to_pylist(), strict=True))
+
+
+@pytest.mark.parametrize(("bug", "kind", "text"), [(False, ModelError, "no such model"), (True, WorkerError, "Zero")])
+def test_failures_are_one_message(
+    local_run: Run, cluster: Cluster, tmp_path: Path, bug: bool, kind: type[Exception], text: str
+) -> None:
+    """What a worker raises reaches the user as that one message, with the traceback in the file that it names."""
+    work = FailingWork(**fields(local_run, tmp_path / "ray"), bug=bug)
+    with pytest.raises(kind) as caught:
+        list(extract_on_ray(cluster, "cpu")(work, [0, 1]))
+    message, _, place = str(caught.value).partition("\nThe worker's traceback: ")
+    assert text in message
+    assert "\n" not in message
+    assert "Traceback" not in message
+    assert "support.py" in Path(place).read_text()
+
+
+def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Path) -> None:
+    """A batch that kills though no row alone does, and a model that cannot be loaded, end in a message."""
+    worker = BatchWorker(ExtractWork(**fields(local_run, tmp_path / "ray")), "token", 1)
+    marks = Marks(str(tmp_path / "ray"), "token", 0)
+    for _ in range(4):
+        marks.add("batch")
+    assert "batch_tokens" in worker({"item": [0]})["failure"][0]
+    assert worker({"item": [1]})["failure"] == [""]
+
+    other = Marks(str(tmp_path / "ray"), "token", 2)
+    for _ in range(3):
+        other.add("open")
+    failure = json.loads(BatchWorker(worker.work, "token", 1)({"item": [2]})["failure"][0])
+    assert failure["kind"] == "WorkerError"
+    assert "loading the model killed" in failure["text"]
+
+
+def test_marks_are_of_one_run_of_the_driver(tmp_path: Path) -> None:
+    """A driver that was killed leaves marks behind; they do not count against the rows of the next run."""
+    Marks(str(tmp_path), "first", 7).add("batch")
+    assert Marks(str(tmp_path), "first", 7).lines.count("batch") == 1
+    assert Marks(str(tmp_path), "second", 7).lines == []
