@@ -2,7 +2,7 @@
 
     python jobs/make_demo_assets.py --out roma_ray/assets
 
-Costs about 40 minutes on 2 CPU cores and 2 GB of memory; needs no network. A killed run continues where its last
+Costs about 10 minutes on 2 CPU cores and 2 GB of memory; needs no network. A killed run continues where its last
 checkpoint in --work was. `--steps 30` makes a quick, useless model to try the script with.
 """
 

@@ -7,131 +7,71 @@ tests show that no question of the suite is in it.
 import random
 from collections.abc import Iterable, Iterator
 
-from . import families_lists as lists
-from . import families_stories as stories
-from .items import INSTRUCTION, LETTERS, Item, Maker, cloze_prompt, letter_prompt, place
+from .facts import NAMES, TASKS, WEIGHTS, item, sentence
+from .items import Item, cloze_prompt, letter_prompt, place
 
-FAMILIES: dict[str, Maker] = {
-    "addition": lists.addition,
-    "category": stories.category,
-    "count": lists.count,
-    "ends": lists.ends,
-    "greater": lists.greater,
-    "largest": lists.largest,
-    "member": lists.member,
-    "odd": lists.odd,
-    "opposite": stories.opposite,
-    "pattern": lists.pattern,
-    "position": lists.position,
-    "pronoun": stories.pronoun,
-    "ranking": stories.ranking,
-    "reading": stories.reading,
-    "same": lists.same,
-    "smallest": lists.smallest,
-    "starts": lists.starts,
-    "step": lists.step,
-    "where": stories.where,
-}
-# Percent of all contents that are (pretraining, training questions); the rest are test questions. The two families
-# of facts have few contents (a word, a pair), so that more of them are kept for the suite.
-SHARES: dict[str, tuple[int, int]] = {"category": (60, 25), "opposite": (60, 25)}
-DEFAULT_SHARES = (80, 12)
-
-# A text and its weight in the loss: answers count most, the (mostly random) words that lead to them least.
+# A text and its weight in the loss: a fact's value counts most, the words that lead to it least.
 Piece = tuple[str, float]
-LEAD, SENTENCE, ANSWER = 0.05, 0.2, 1.0
-# The part of simplest questions falls from this to none over so many steps.
-SIMPLE, SIMPLE_STEPS = 0.6, 800
+LEAD, ANSWER = 0.05, 1.0
+# Of all texts: questions with their answers; the others tell facts.
+ASKED = 0.4
+FACTS = 6
 
 
-def make(rng: random.Random, task: str, part: str) -> Item:
-    """One question of a family whose content's hash lies in `part` (pretrain, train or test)."""
-    while True:
-        item = FAMILIES[task](rng, part != "pretrain")
-        if place(item, SHARES.get(task, DEFAULT_SHARES)) == part:
-            return item
-
-
-def _letter_document(rng: random.Random, items: list[Item]) -> list[Piece]:
-    pieces: list[Piece] = [(f"{INSTRUCTION}\n\n", LEAD)] if rng.random() < 0.9 else []
-    for number, item in enumerate(items):
-        pieces.append((("\n\n" if number else "") + letter_prompt(item), LEAD))
-        pieces.append((f" {LETTERS[item.answer]}", ANSWER))
-    return pieces
-
-
-def _cloze_document(items: list[Item]) -> list[Piece]:
+def document(rng: random.Random) -> tuple[list[Item], list[Piece]]:
+    """One pretraining text of a few facts, asked or told: its questions, and its pieces."""
     pieces: list[Piece] = []
-    for number, item in enumerate(items):
-        pieces.append((("\n\n" if number else "") + cloze_prompt(item), LEAD))
-        pieces.append((f" {item.choices[item.answer]}", ANSWER))
-    return pieces
-
-
-def document(rng: random.Random, simple: float) -> tuple[list[Item], list[Piece]]:
-    """One pretraining text: its questions, and its pieces.
-
-    Two thirds are lettered questions (one to four after one instruction), one sixth cloze, one sixth plain sentences;
-    of all texts the part `simple` are lettered questions of the family `same`, which teach what a letter stands for.
-    """
-    plain = rng.random() < simple
-    kind = 0.0 if plain else rng.random()
-    number = rng.choice((1, 1, 1, 1, 2, 3, 4))
-    items = [make(rng, "same" if plain else rng.choice(TASKS), "pretrain") for _ in range(number)]
-    if kind < 0.68:
-        return items, _letter_document(rng, items)
-    if kind < 0.84:
-        return items, _cloze_document(items)
-    sentences = [item.sentence for item in items] + [stories.fact(rng) for _ in range(4)]
-    rng.shuffle(sentences)
-    return items, [("\n".join(sentences), SENTENCE)]
-
-
-TASKS: tuple[str, ...] = tuple(FAMILIES)
+    items: list[Item] = []
+    asked = rng.random() < ASKED
+    number = rng.choice((1, 1, 2, 3, 4)) if asked else FACTS
+    while number > 0:
+        task, name = rng.choices(TASKS, WEIGHTS)[0], rng.choice(NAMES)
+        gap = "\n\n" if asked else " "
+        if not asked:
+            before, value, after = sentence(rng, task, name)
+            pieces += [((gap if pieces else "") + before, LEAD), (value, ANSWER), (after, LEAD)]
+        elif place(task, name) == "pretrain":
+            items.append(item(rng, task, name))
+            made = items[-1]
+            pieces += [((gap if pieces else "") + cloze_prompt(made), LEAD), (f" {made.choices[made.answer]}", ANSWER)]
+        else:
+            continue
+        number -= 1
+    return items, pieces
 
 
 def stream(seed: int, step: int, worker: int, size: int) -> Iterator[tuple[list[Item], list[Piece]]]:
     """The `size` documents that a worker trains on in a step."""
     rng = random.Random(f"pretraining/{seed}/{step}/{worker}")
-    simple = max(0.0, SIMPLE * (1 - step / SIMPLE_STEPS)) if step >= 0 else 0.0
     for _ in range(size):
-        yield document(rng, simple)
+        yield document(rng)
 
 
 def suite(seed: int, counts: dict[str, int]) -> list[tuple[str, Item]]:
-    """The suite as (split, question): for each split `counts[split]` different questions of every family."""
+    """The suite as (split, question): for each split at most `counts[split]` different questions of every family."""
     out: list[tuple[str, Item]] = []
     for split, wanted in counts.items():
         for task in TASKS:
             rng = random.Random(f"suite/{seed}/{split}/{task}")
-            seen: set[tuple[str | None, str, tuple[str, ...]]] = set()
-            while len(seen) < wanted:
-                item = make(rng, task, split)
-                mark = (item.context, item.question, tuple(sorted(item.choices)))
-                if mark not in seen:
-                    seen.add(mark)
-                    out.append((split, item))
+            names = [name for name in NAMES if place(task, name) == split][:wanted]
+            out += [(split, item(rng, task, name)) for name in names]
     return out
 
 
 def overlap(seed: int, steps: Iterable[int], workers: int, size: int, questions: list[Item]) -> list[Item]:
-    """The suite questions that some pretraining question of these steps repeats; must be empty.
-
-    A repetition is the same question text with the same context, the same question with the same choices in any
-    order, or the same content (family and key).
-    """
-    seen: set[tuple[object, ...]] = set()
+    """The suite questions that the pretraining text of these steps repeats, by text or by content; must be empty."""
+    seen: set[tuple[str, ...]] = set()
     for step in steps:
         for worker in range(workers):
             for made, _ in stream(seed, step, worker, size):
-                for item in made:
-                    seen.update(_marks(item))
-    return [item for item in questions if any(mark in seen for mark in _marks(item))]
+                for found in made:
+                    seen.update(_marks(found))
+    return [question for question in questions if any(mark in seen for mark in _marks(question))]
 
 
-def _marks(item: Item) -> list[tuple[object, ...]]:
+def _marks(question: Item) -> list[tuple[str, ...]]:
     return [
-        ("text", item.context, item.question),
-        ("choices", item.question, tuple(sorted(item.choices))),
-        ("content", item.task, item.key),
+        ("cloze", cloze_prompt(question)),
+        ("letter", letter_prompt(question)),
+        ("content", question.task, *question.key),
     ]

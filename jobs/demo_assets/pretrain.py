@@ -18,7 +18,6 @@ from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
 
 from .corpus import ANSWER, Piece, stream
 
-
 REPORT_EVERY = 50
 
 
@@ -26,11 +25,11 @@ REPORT_EVERY = 50
 class Recipe:
     """Every setting of a run. `steps` is the run's length; the learning rate falls to zero over its last `decay` part."""
 
-    seed: int = 20250
-    vocabulary: int = 1792
+    seed: int = 20260
+    vocabulary: int = 2048
     workers: int = 2
     documents: int = 32
-    steps: int = 3600
+    steps: int = 560
     warmup: int = 100
     decay: float = 0.4
     learning_rate: float = 2e-3

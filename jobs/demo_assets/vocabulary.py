@@ -6,8 +6,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from .corpus import stream
+from .facts import ATTRIBUTES, NAMES
 from .items import LETTERS
-from .words import ALL_WORDS, NAMES, OBJECTS, PAIRS, PLACES
 
 PAD, EOS = "<|padding|>", "<|endoftext|>"
 # A lettered choice's mark and the answer's cue are one piece each; digits stand alone, so that numbers are compared
@@ -15,7 +15,7 @@ PAD, EOS = "<|padding|>", "<|endoftext|>"
 PIECES = rf"\n(?:[{LETTERS}]\.|Answer:)| ?\p{{L}}+| ?\p{{N}}| ?[^\s\p{{L}}\p{{N}}]+|\n+|\s+"
 
 
-def train_tokenizer(seed: int, size: int, documents: int = 20000) -> PreTrainedTokenizerFast:
+def train_tokenizer(seed: int, size: int, documents: int = 4000) -> PreTrainedTokenizerFast:
     """Train the tokenizer on a part of the pretraining stream (step -1) and on the list of pool words."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -32,8 +32,8 @@ def train_tokenizer(seed: int, size: int, documents: int = 20000) -> PreTrainedT
         show_progress=False,
     )
     texts = ["".join(text for text, _ in pieces) for _, pieces in stream(seed, -1, 0, documents)]
-    pool = [*ALL_WORDS, *NAMES, *OBJECTS, *PLACES, *(word for pair in PAIRS for word in pair), *LETTERS]
-    texts += [" " + " ".join(pool)] * 300 + ["\n".join(NAMES)] * 300
+    pool = [*NAMES, *(value for attribute in ATTRIBUTES.values() for value in attribute.values), *LETTERS]
+    texts += [" " + " ".join(pool)] * 300 + ["\n".join(NAMES)] * 20
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=EOS, pad_token=PAD, model_max_length=512, padding_side="right"
