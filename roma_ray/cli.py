@@ -239,13 +239,14 @@ def inspect(path: str, base: str | None) -> None:
 
 @main.command()
 @click.option("--storage", help="The storage to check; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-def doctor(storage: str | None) -> None:
+@click.option("--address", help="The Ray cluster to check (host:6379); default: the one in sight.")
+def doctor(storage: str | None, address: str | None) -> None:
     """Check versions, devices and storage, each with a remedy; exit 1 when something is broken."""
     _quiet_libraries()
     from roma_ray.doctor import examine
 
     broken = False
-    for check in examine(storage):
+    for check in examine(storage, address):
         mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[check.state]
         click.echo(f"{mark}  {check.name}: {check.detail}")
         if check.remedy:

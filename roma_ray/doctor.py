@@ -24,7 +24,11 @@ _NEEDED = (
     ("peft", (0, 21), (0, 22), "pip install 'peft>=0.21,<0.22'"),
     ("pydantic", (2, 9), (3,), "pip install 'pydantic>=2.9,<3'"),
     ("pyarrow", (17,), (26,), "pip install 'pyarrow>=17,<26'"),
+    ("ray", (2, 50), (3,), "pip install 'ray[default,train,tune,data]>=2.50,<3'"),
+    ("mlflow", (3, 10), (4,), "pip install 'mlflow>=3.10,<4,!=3.18.*'"),
 )
+# 3.18.0 pins parts of itself that were never published.
+_UNFIT = {("mlflow", (3, 18))}
 _FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 _LEAST_FREE_BYTES = 2 << 30
 
@@ -39,14 +43,18 @@ class Check:
     remedy: str = ""
 
 
-def examine(storage: str | None = None) -> Iterator[Check]:
-    """Run all checks of this machine."""
+def examine(storage: str | None = None, address: str | None = None) -> Iterator[Check]:
+    """Run all checks of this machine and of the Ray cluster in sight."""
     yield _python()
     yield from _versions()
     yield _faiss()
     yield _minilm()
     yield from _devices()
     yield from _storage(storage)
+    if _installed("ray"):
+        from roma_ray.cluster_doctor import examine_cluster
+
+        yield from examine_cluster(address, storage)
 
 
 def _python() -> Check:
@@ -65,7 +73,7 @@ def _versions() -> Iterator[Check]:
             yield Check(package, "broken", "not installed", remedy)
             continue
         numbers = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
-        fits = lowest <= numbers < too_new
+        fits = lowest <= numbers < too_new and (package, numbers) not in _UNFIT
         yield Check(package, "ok" if fits else "broken", version, "" if fits else remedy)
 
 

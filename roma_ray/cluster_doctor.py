@@ -1,0 +1,140 @@
+"""What `roma-ray doctor` finds out about a cluster: authentication, nodes, GPUs by kind, versions, and the storage from each node."""
+
+from __future__ import annotations
+
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from roma_ray.artifacts import Store
+from roma_ray.config import load_config
+from roma_ray.doctor import Check
+from roma_ray.errors import RomaError
+from roma_ray.stages.cluster import Cluster, find_address, token_known
+
+_NODE_SECONDS = 60
+_COMPARED = ("ray", "torch", "transformers", "roma-ray")
+
+
+def examine_cluster(address: str | None, storage: str | None) -> Iterator[Check]:
+    """Check authentication and the cluster in sight; starts none."""
+    yield _authentication()
+    try:
+        if find_address(address) is None:
+            yield Check("ray cluster", "ok", "none in sight; `roma-ray run` starts one on this machine")
+            return
+        cluster = Cluster(load_config(), address)
+    except RomaError as error:
+        yield Check("ray cluster", "broken", str(error))
+        return
+    try:
+        yield Check("ray cluster", "ok", cluster.describe())
+        yield from _nodes(storage)
+    finally:
+        cluster.close()
+
+
+def _authentication() -> Check:
+    mode, token = os.environ.get("RAY_AUTH_MODE"), token_known()
+    detail = f"RAY_AUTH_MODE is {mode or 'not set'}; a token is {'known' if token else 'not known'} here"
+    if mode is None and token:
+        return Check(
+            "ray authentication",
+            "note",
+            detail,
+            "`ray start --head` will ask for the token, and `ray job submit` sends none unless RAY_AUTH_MODE=token is set: set it "
+            "on both sides (or RAY_AUTH_MODE=disabled on both)",
+        )
+    if mode == "token" and not token:
+        return Check(
+            "ray authentication",
+            "broken",
+            detail,
+            "set RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's token, or copy the head's ~/.ray/auth_token",
+        )
+    return Check("ray authentication", "ok", detail)
+
+
+def _nodes(storage: str | None) -> Iterator[Check]:
+    """One probe task a node: its versions and whether it sees and writes the driver's storage."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    root = Store(storage).root
+    probe = root / f".doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        probe.mkdir(parents=True)
+        (probe / "driver").write_text(probe.name)
+    except OSError as error:
+        yield Check("storage", "broken", f"{root}: {error}", "choose another with --storage")
+        return
+    here = versions()
+    task = ray.remote(num_cpus=0, max_retries=0)(probe_node)
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    pending = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(str(probe))
+        for node in nodes
+    ]
+    ray.wait(pending, num_returns=len(pending), timeout=_NODE_SECONDS)
+    for node, reference in zip(nodes, pending, strict=True):
+        yield from _judge(node, reference, probe, here)
+    for file in probe.iterdir():
+        file.unlink()
+    probe.rmdir()
+
+
+def _judge(node: dict[str, Any], reference: Any, probe: Path, here: dict[str, str]) -> Iterator[Check]:
+    import ray
+
+    name = f"node {node['NodeManagerAddress']}"
+    try:
+        found = ray.get(reference, timeout=1)
+    except ray.exceptions.RayError as error:
+        text = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        yield Check(name, "broken", f"cannot run a task: {text[0]}", "install roma-ray there, with the same versions")
+        return
+    resources = node["Resources"]
+    kinds = [r.partition(":")[2] for r in resources if r.startswith("accelerator_type:")]
+    gpus = f"{resources.get('GPU', 0):.0f} GPU(s){' ' + ', '.join(kinds) if kinds else ''}"
+    yield Check(name, "ok", f"{resources.get('CPU', 0):.0f} logical CPUs, {gpus}")
+    differ = [f"{k} {found['versions'].get(k)} (here {v})" for k, v in here.items() if found["versions"].get(k) != v]
+    if differ:
+        yield Check(name, "broken", f"other versions: {', '.join(differ)}", "install the same versions on every node")
+    written = (probe / found["wrote"]).is_file() if found["wrote"] else False
+    if found["read"] != probe.name or not written:
+        yield Check(
+            name,
+            "broken",
+            f"does not share the storage {probe.parent} ({found['error'] or 'its files are not visible here'})",
+            "give a folder that every node sees (NFS, FSx, Filestore) with --storage or $ROMA_RAY_STORAGE",
+        )
+    else:
+        yield Check(name, "ok", f"reads and writes {probe.parent}")
+
+
+def versions() -> dict[str, str]:
+    """Versions that must be the same on every node."""
+    found = {"python": ".".join(platform.python_version_tuple()[:2])}
+    for package in _COMPARED:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def probe_node(folder: str) -> dict[str, Any]:
+    """Runs on a node: read the driver's probe, write one back."""
+    result: dict[str, Any] = {"versions": versions(), "read": "", "wrote": "", "error": ""}
+    try:
+        result["read"] = (Path(folder) / "driver").read_text()
+        name = uuid.uuid4().hex[:8]
+        (Path(folder) / name).write_text("seen")
+        result["wrote"] = name
+    except OSError as error:
+        result["error"] = f"{error.strerror}: {error.filename}"
+    return result
