@@ -25,16 +25,16 @@ help:
 
 venv: $(INSTALLED)
 
-# The stamp is written last, so an interrupted install is taken up again. Without --no-compile pip would spend a minute on
-# byte code of 23,000 files, most of which nothing here imports.
+# The stamp is written last, so an interrupted install is taken up again. Not with pip's --no-compile: where
+# PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would compile its imports: twelve seconds more.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "roma-ray needs Python 3.11 or newer; $(PYTHON) is not. Try: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || \
 	  { echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
-	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install --no-compile --constraint constraints.txt $(TORCH); }
+	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install --constraint constraints.txt $(TORCH); }
 	@echo "installing roma-ray[$(EXTRAS)] with the versions of constraints.txt: a few minutes and about 2.5 GB"
-	@$(PIP) install --quiet --no-compile --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: venv
