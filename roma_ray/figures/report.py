@@ -102,7 +102,7 @@ def draw(setup: Setup, stages: Mapping[str, Stage], summary: Mapping[str, Any], 
         "drift": results.drift(found, test["all"]),
     }
     return [
-        Picture(name, *_CAPTIONS[name], save(figure, folder, name), round(78 * figure.get_figwidth()))
+        Picture(name, *_CAPTIONS[name], save(figure, folder, name), round(76 * figure.get_figwidth()))
         for name, figure in figures.items()
     ]
 

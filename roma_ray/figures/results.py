@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from roma_ray.figures.style import BASE, PALETTE, TUNED, new_figure, shorten, styled
 
@@ -66,6 +67,7 @@ def drift(diagnostics: Mapping[str, Any], overall: Mapping[str, Any]) -> Figure:
     answers.bar_label(bars, padding=2)
     answers.set_title("test answers changed")
     answers.margins(y=0.15)
+    answers.yaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     for axis in (divergence, kept):
         axis.set_xlabel("layer")
     for axis in (divergence, kept, answers):
