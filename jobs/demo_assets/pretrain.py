@@ -29,7 +29,7 @@ class Recipe:
     vocabulary: int = 2048
     workers: int = 2
     documents: int = 32
-    steps: int = 560
+    steps: int = 720
     warmup: int = 100
     decay: float = 0.4
     learning_rate: float = 2e-3
@@ -197,7 +197,7 @@ def train_worker(
 ) -> None:
     """Train one worker's share; rank 0 saves `model.pt` and a checkpoint to resume from, and prints progress."""
     torch.set_num_threads(1)
-    folder = Path(work)
+    folder = Path(work).resolve()
     if recipe.workers > 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=recipe.workers)

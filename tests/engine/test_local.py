@@ -71,7 +71,7 @@ def comparable(summary: dict[str, object]) -> dict[str, object]:
 
 
 def wait_for(root: Path, storage: str, pattern: str, count: int, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(list((root / storage).glob(pattern))) < count:
         assert process.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < deadline
