@@ -38,7 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $@
 
 demo: venv
-	$(BIN)/roma-ray local
+	$(BIN)/roma-ray run
 
 test: venv
 	$(BIN)/python -m pytest

@@ -70,7 +70,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             "place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
         ) from error
     finally:
-        aside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -21,7 +21,20 @@ INSTRUCTION = "Answer with the letter of the right choice."
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are errors."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, data: Any) -> Any:
+        """YAML's yes, no, on and off are booleans; taken as 1 and 0 they would hide a mistake."""
+        if isinstance(data, Mapping):
+            for name, value in data.items():
+                field = cls.model_fields.get(str(name))
+                if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                    raise ValueError(f"`{name}` is not a yes-or-no setting")
+        return data
 
 
 class QuestionSource(Section):
@@ -125,7 +138,7 @@ class NeighborsConfig(Section):
 
     method: Literal["knn", "epsilon", "random"] = "knn"
     """`random` is the ablation's control."""
-    k: int = Field(default=3, ge=1)
+    k: int = Field(default=3, ge=1, le=10_000)
     """Neighbors of a question (knn, random)."""
     epsilon: float = Field(default=0.5, ge=-1, le=1)
     """Least similarity (epsilon)."""
@@ -220,6 +233,7 @@ class TrackingConfig(Section):
     """An MLflow server (http://host:5000) or database (sqlite:////absolute/path.db); default $MLFLOW_TRACKING_URI, else
     mlflow.db in the storage."""
     experiment: str = Field(default="roma-ray", min_length=1, max_length=250)
+    """Name of the MLflow experiment that holds all runs."""
     system_metrics: bool = True
     """Record CPU, memory, disk, network and GPU use of the driver's machine while the pipeline works."""
     log_model: bool = False
@@ -240,7 +254,7 @@ class Config(Section):
 
     name: str = "run"
     """Shown in tables and trackers; not part of any fingerprint."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cuda` also names ROCm devices, as in torch. `auto` takes a GPU where there is one."""
     threads: int = Field(default=1, ge=1)
@@ -262,6 +276,17 @@ class Config(Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that stands twice in one section: one of the two would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"`{key}` stands twice in one section{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
     """Read a configuration (default: the embedded one) and apply `a.b=c` overrides.
 
@@ -269,7 +294,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     """
     source = Path(path) if path is not None else Path(__file__).parent / "assets" / "demo.yaml"
     try:
-        data = yaml.safe_load(source.read_text(encoding="utf-8"))
+        data = yaml.load(source.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {source}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:

@@ -65,7 +65,8 @@ account. Both are this project's own work (Apache-2.0), made by one script from 
 experts with 2 active, byte-level BPE tokenizer of {recipe.vocabulary:,} tokens at most (any UTF-8 text has tokens). It knows nothing but
 {len(NAMES)} invented people and {len(TASKS)} facts about each, told in short sentences, some of them more often than others.
 
-**Suite** (`questions/`): {len(TASKS)} families, one a kind of fact, {asked["train"]:,} training and {asked["test"]:,} test questions of four choices.
+**Suite** (`questions/`): {len(TASKS)} families, one a kind of fact, {asked["train"]:,} training and {asked["test"]:,} test questions
+of four choices.
 
 **Cost**: {recipe.steps:,} steps, {seconds / 60:.0f} minutes of training on 2 CPU cores. The run has two one-thread workers and
 sums their gradients in one order, so that the same machine and versions give the same bits; another kind of

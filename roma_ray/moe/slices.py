@@ -67,7 +67,7 @@ class Slice:
         return self.model.config.dtype
 
 
-def model_facts(path: str, *, revision: str | None = None, trust_remote_code: bool = False) -> dict[str, Any]:
+def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """Return what can be known of a model without its weights, as plain JSON-able values.
 
     Keys: `model_type`, `scoring`, `num_layers`, `moe_layers` (list), `num_experts`, `top_k`, `hidden_size`, `vocab_size`,
@@ -75,7 +75,7 @@ def model_facts(path: str, *, revision: str | None = None, trust_remote_code: bo
     Raises ModelError.
     """
     snapshot = open_snapshot(path, revision)
-    config = snapshot.config(trust_remote_code=trust_remote_code)
+    config = snapshot.config()
     rule = family(config)
     with torch.device("meta"):
         model = model_class_of(config, with_lm_head=True)(config)
@@ -107,7 +107,6 @@ def load_slice(
     experts_backend: str = "eager",
     attention: str = "sdpa",
     with_lm_head: bool,
-    trust_remote_code: bool = False,
 ) -> Slice:
     """Load layers [start, stop) of a safetensors checkpoint, reading only the tensors that they need.
 
@@ -117,7 +116,7 @@ def load_slice(
     states. Raises ModelError for a model that cannot be tuned or sliced, and for missing, foreign or damaged weights.
     """
     snapshot = open_snapshot(path, revision)
-    config = snapshot.config(trust_remote_code=trust_remote_code)
+    config = snapshot.config()
     family(config)
     total = config.num_hidden_layers
     end = total if stop is None else stop

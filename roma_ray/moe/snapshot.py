@@ -41,10 +41,10 @@ class Snapshot:
             raise ModelError(f"{self.path} has no file {name}")
         return _download(self.path, name, self.revision)
 
-    def config(self, *, trust_remote_code: bool = False) -> PreTrainedConfig:
+    def config(self) -> PreTrainedConfig:
         """Return the model's configuration. Raises ModelError for an unknown model type or a quantized checkpoint."""
         try:
-            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=trust_remote_code)
+            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
         except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
             model_type = _model_type(self.folder)
             why = refusal(model_type) if model_type else f"its config.json cannot be read: {error}"
