@@ -44,9 +44,10 @@ def accuracy_bars(figures: Mapping[str, Mapping[str, Any]]) -> Figure:
     labels = ["all tasks" if name == "all" else shorten(name) for name in names]
     axis.set_yticks(place, [f"{label} (n={figures[name]['n']})" for label, name in zip(labels, names, strict=True)])
     axis.set_xlim(0, 100)
+    axis.set_ylim(-0.6, len(names) - 0.4)
     axis.set_xlabel("accuracy (%), ± one standard error")
     axis.grid(False, axis="y")
-    figure.legend(loc="outside upper right", ncols=2)
+    figure.legend(loc="outside upper left", ncols=2)
     return figure
 
 

@@ -27,7 +27,7 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
     p = figures["mcnemar_p"]
     detail = (
         f"On {figures['n']} test questions the base model answers {percent(figures, 'base')} rightly and the tuned one "
-        f"{percent(figures, 'tuned')}: {points(figures)} percentage points (standard errors). Tuning won {figures['won']} answers and lost "
+        f"{percent(figures, 'tuned')}: {points(figures)} percentage points (standard errors). Answers won: {figures['won']}, lost: "
         f"{figures['lost']}; McNemar's exact p is {p_value(p)}."
     )
     guards = summary["guards"]["at_chance"]
@@ -96,10 +96,10 @@ def safety(summary: Mapping[str, Any]) -> str:
     """What was risked for the result: answers lost, and how far the routing moved."""
     figures, found = summary["splits"]["test"]["all"], summary["diagnostics"]
     right = round(figures["base_accuracy"] * figures["n"])
-    share = f" ({figures['lost'] / right:.1%} of the {right} that it had right)" if right else ""
+    share = f" ({figures['lost'] / right:.1%} of {right})" if right else ""
     kept, moved = found["selection_overlap"], found["routing_kl"]
     return (
-        f"Tuning lost {figures['lost']} test answers that the base model had right{share} and won {figures['won']}. "
+        f"Test answers that the base model had right and tuning lost: {figures['lost']}{share}; won: {figures['won']}. "
         f"The last prompt token keeps {min(kept):.1%} to {max(kept):.1%} of its experts, by layer; KL to the base routing is "
         f"at most {max(moved):.3g} nats. Only these questions were measured: other uses of the model (long text, other "
         "languages, safety behaviour) were not."

@@ -45,7 +45,7 @@ def test_the_verdict_is_what_the_figures_show(won: int, lost: int, kind: str) ->
     assert found.kind == kind
     assert ("significantly more" in found.headline) == (kind == "gain")
     assert ("significantly fewer" in found.headline) == (kind == "loss")
-    assert f"won {won} answers and lost {lost}" in found.detail
+    assert f"won: {won}, lost: {lost}" in found.detail
     assert f"{100 * (won - lost) / 200:+.2f}" in found.detail
 
 
@@ -80,8 +80,7 @@ def test_an_idle_regularizer_and_a_worse_alignment_are_told() -> None:
 
 def test_safety_counts_lost_answers_against_those_that_were_right() -> None:
     text = safety(summary(3, 5))
-    assert "lost 5 test answers" in text
-    assert "5.0% of the 100" in text
+    assert "lost: 5 (5.0% of 100); won: 3" in text
     assert "50.0% to 75.0%" in text
 
 
