@@ -141,6 +141,7 @@ class Cluster:
 
     def _start(self) -> None:
         import ray
+        import torch
 
         # A token of its own: nobody else can use this cluster, and no ~/.ray/auth_token is left behind, which would turn
         # authentication on for the next `ray start` on this machine.
@@ -148,11 +149,13 @@ class Cluster:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         # Logical CPUs only: more of them than cores, so that Ray's own tasks never wait for a worker to end.
-        cpus = max(8, 4 * len(os.sched_getaffinity(0)))
+        # Not many more, for Ray starts an idle process for each.
+        cpus = max(4, 2 * len(os.sched_getaffinity(0)))
+        gpus = torch.cuda.device_count() if self.device() == "cuda" else 0
         try:
             with _stderr_dropped():
-                ray.init(address="local", num_cpus=cpus, include_dashboard=False, **_QUIET)
-        except (ConnectionError, ValueError, RuntimeError, OSError, ray.exceptions.RayError) as error:
+                ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **_QUIET)
+        except Exception as error:  # noqa: BLE001 - the bare class is what Ray raises when a part of it does not start
             raise WorkerError(
                 f"Ray does not start on this machine: {_first_line(error)}. `roma-ray local` runs the same without Ray."
             ) from error

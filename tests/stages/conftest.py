@@ -68,7 +68,7 @@ def setup(local_run: Run) -> Setup:
 @pytest.fixture(scope="session")
 def cluster(world: Config, environment: dict[str, str]) -> Iterator[Cluster]:
     """A cluster that this process starts, with three training workers."""
-    names = ("RAY_TMPDIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
+    names = ("HOME", "RAY_TMPDIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.delenv(name, raising=False)
