@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from roma_ray.figures.style import OTHER, colours, new_figure, shorten, styled
 
 MOST_QUESTIONS = 2000
-MOST_TASKS = 10
+MOST_TASKS = 12
 _NEIGHBORS = 15
 # Below this, a neighborhood graph says nothing that the principal components do not.
 _FEWEST_FOR_UMAP = 12
@@ -92,14 +92,14 @@ def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Map
 
     `silhouettes` are printed with the panels: they, not the eye, say whether tasks are apart.
     """
-    figure, axes = new_figure(9.6, 3.9, columns=len(maps))
+    figure, axes = new_figure(9.6, 4.1, columns=len(maps))
     largest = [name for name, _ in Counter(sorted(tasks)).most_common(MOST_TASKS)]
     shown = sorted(largest)
     look = colours(shown)
     labels = np.asarray(tasks)
     for axis, (title, layout) in zip(axes, maps.items(), strict=True):
         rest = ~np.isin(labels, shown)
-        size = float(np.clip(3000 / max(1, len(labels)), 5, 30))
+        size = float(np.clip(9000 / max(1, len(labels)), 8, 36))
         groups = [(name, labels == name, *look[name]) for name in shown]
         if rest.any():
             groups.insert(0, (f"{len(set(tasks)) - len(shown)} other tasks", rest, OTHER, "."))
@@ -120,5 +120,5 @@ def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Map
         axis.set_title(title if score is None else f"{title}\ntask silhouette {score:+.3f}")
         axis.set(xticks=[], yticks=[], xlabel=f"{layout.method} 1", ylabel=f"{layout.method} 2")
     names = [shorten(name, 28) for name, *_ in groups]
-    figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), markerscale=1.6)
+    figure.legend(handles, names, loc="outside lower center", ncols=min(6, len(names)), markerscale=(50 / size) ** 0.5)
     return figure

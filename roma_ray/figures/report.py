@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from html import escape
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
 
 from roma_ray.artifacts import Stage, write_atomically
 from roma_ray.engine.embedding import read_embeddings
@@ -64,13 +65,10 @@ def report(setup: Setup, stages: Mapping[str, Stage], progress: Progress) -> Sta
     inputs = {name: done for name, done in stages.items() if name != "report"}
     with stage.exclusive():
         summary = summarise_run(setup, inputs, sum(done.manifest()["seconds"] for done in inputs.values()))
-        with progress.meter("report", 3, "parts") as meter:
-            pictures = draw(setup, inputs, summary, stage.path / FIGURES)
-            meter.advance(1)
-            tables.write_csv_files(stage.path / TABLES, summary)
-            meter.advance(1)
-            _write_texts(setup, stage, summary, pictures)
-            meter.advance(1)
+        with progress.meter("report", len(_CAPTIONS), "figures") as meter:
+            pictures = draw(setup, inputs, summary, stage.path / FIGURES, meter.advance)
+        tables.write_csv_files(stage.path / TABLES, summary)
+        _write_texts(setup, stage, summary, pictures)
         verdict = words.verdict(summary)
         facts = {
             "figures": len(pictures),
@@ -82,29 +80,36 @@ def report(setup: Setup, stages: Mapping[str, Stage], progress: Progress) -> Sta
     return stage
 
 
-def draw(setup: Setup, stages: Mapping[str, Stage], summary: Mapping[str, Any], folder: Path) -> list[Picture]:
+def draw(
+    setup: Setup,
+    stages: Mapping[str, Stage],
+    summary: Mapping[str, Any],
+    folder: Path,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Picture]:
     """Draw every figure into `folder`, in the report's order."""
     test, found, epochs = summary["splits"]["test"], summary["diagnostics"], summary["epochs"]
+    base = summary["splits"]["validation"]["all"]
     steps = read_table(stages["finetune"].path / STEPS).to_pydict()
     near = read_table(stages["neighbors"].path / NEIGHBORS, ["neighbors", "similarities"])
     sizes = np.array([len(n) for n in near.column("neighbors").to_pylist()])
     similarities = near.column("similarities").combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    figures = {
-        "accuracy": results.accuracy_bars(test),
-        "loss_curves": training.loss_curves(steps, epochs),
-        "validation_accuracy": training.validation_accuracy(
-            epochs, summary["splits"]["validation"]["all"], summary["selected_epoch"]
-        ),
-        "task_maps": task_maps(setup, stages, found),
-        "routing_entropy": routing.routing_entropy(found),
-        "expert_load": routing.expert_load(found),
-        "neighborhoods": routing.neighborhoods(summary["neighborhoods"], sizes, similarities),
-        "drift": results.drift(found, test["all"]),
+    figures: dict[str, Callable[[], Figure]] = {
+        "accuracy": lambda: results.accuracy_bars(test),
+        "loss_curves": lambda: training.loss_curves(steps, epochs),
+        "validation_accuracy": lambda: training.validation_accuracy(epochs, base, summary["selected_epoch"]),
+        "routing_entropy": lambda: routing.routing_entropy(found),
+        "expert_load": lambda: routing.expert_load(found),
+        "neighborhoods": lambda: routing.neighborhoods(summary["neighborhoods"], sizes, similarities),
+        "drift": lambda: results.drift(found, test["all"]),
+        "task_maps": lambda: task_maps(setup, stages, found),
     }
-    return [
-        Picture(name, *_CAPTIONS[name], save(figure, folder, name), round(76 * figure.get_figwidth()))
-        for name, figure in figures.items()
-    ]
+    pictures = []
+    for name, make in figures.items():
+        figure = make()
+        pictures.append(Picture(name, *_CAPTIONS[name], save(figure, folder, name), round(76 * figure.get_figwidth())))
+        advance(1)
+    return pictures
 
 
 _CAPTIONS = {
@@ -136,7 +141,7 @@ _CAPTIONS = {
 }
 
 
-def task_maps(setup: Setup, stages: Mapping[str, Stage], found: Mapping[str, Any]) -> Any:
+def task_maps(setup: Setup, stages: Mapping[str, Stage], found: Mapping[str, Any]) -> Figure:
     """The figure of the three spaces over at most 2000 test questions. Raises ArtifactError."""
     table = read_table(stages["evaluate"].path / RESULTS, ["row", "task", "split", "base_routing", "tuned_routing"])
     facts = table_facts(table)

@@ -127,8 +127,8 @@ def test_maps_colour_the_largest_tasks_and_gather_the_rest() -> None:
     layout = projection.Layout(np.zeros((len(tasks), 2)), "PCA")
     figure = projection.task_maps({"a": layout, "b": layout}, tasks, {"a": 0.25, "b": None})
     names = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert names[0] == "4 other tasks"
-    assert len(names) == 11
+    assert names[0] == "2 other tasks"
+    assert len(names) == 13
     assert "+0.250" in figure.axes[0].get_title()
     assert figure.axes[1].get_title() == "b"
 
