@@ -18,7 +18,8 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_table, write_table
 from roma_ray.errors import ArtifactError
-from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors, successful_set
+from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
+from roma_ray.manifold.search import TILE_SCORES
 from roma_ray.manifold.summary import NeighborSummary, summarise
 
 VERSION = 1
@@ -60,9 +61,12 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
         training_N &= usable
         correct_N = torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
         settings = config.neighbors
+        embeddings_NC = read_embeddings(embeddings)
+        successful_N = successful_set(correct_N, training_N)
+        progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
         found = find_neighbors(
-            read_embeddings(embeddings),
-            successful_set(correct_N, training_N),
+            embeddings_NC,
+            successful_N,
             training_N=training_N,
             ids=table.column("id").to_pylist(),
             text_keys=embedding_texts(questions, config.embedding.context),
@@ -80,6 +84,13 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
         facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum())}
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     return stage
+
+
+def describe_search(questions: int, width: int, successful: int) -> str:
+    """The line that states the search and its memory: embeddings (fp32 as read, fp64 for ranking) and one block of scores."""
+    held = questions * width * (4 + 8) + successful * width * 4
+    block = min(TILE_SCORES, BLOCK_ROWS * successful) * 4
+    return f"neighbors: searching {successful:,} successes, about {(held + block) / 2**20:,.0f} MiB of memory"
 
 
 def describe(facts: dict[str, Any]) -> str:

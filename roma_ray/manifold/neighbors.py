@@ -26,6 +26,8 @@ from roma_ray.manifold.similarity import (
 from roma_ray.manifold.summary import EMPTY_LIMIT, QUANTILES, quantiles
 
 Method = Literal["knn", "epsilon", "random"]
+# Questions whose scores against all successes are held at once.
+BLOCK_ROWS = 2048
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ def find_neighbors(
     seed: int = 0,
     backend: BackendName = "auto",
     device: str | torch.device | None = None,
-    batch_rows: int = 2048,
+    batch_rows: int = BLOCK_ROWS,
 ) -> Neighborhoods:
     """N(x_i) and W_ij (eq. 3, 4, 6) of the queried questions (all training questions unless given).
 

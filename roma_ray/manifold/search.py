@@ -16,7 +16,7 @@ from roma_ray.errors import ConfigError, NeighborError
 BackendName = Literal["auto", "faiss", "torch"]
 
 # Scores of one tile: 2^24 fp32 numbers, 64 MB, whatever the numbers of queries and candidates.
-_TILE_SCORES = 2**24
+TILE_SCORES = 2**24
 # The GPU index of FAISS returns no more than this many candidates a query.
 _FAISS_GPU_TOP = 2048
 
@@ -38,7 +38,7 @@ class TorchSearch:
         self.candidates_MC = candidates_MC.to(device, torch.float32)
 
     def _tiles(self, queries: int) -> list[tuple[int, Tensor]]:
-        rows = max(1, _TILE_SCORES // max(1, queries))
+        rows = max(1, TILE_SCORES // max(1, queries))
         return [(start, self.candidates_MC[start : start + rows]) for start in range(0, len(self.candidates_MC), rows)]
 
     def top(self, queries_BC: Tensor, count: int) -> tuple[Tensor, Tensor]:

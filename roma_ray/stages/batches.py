@@ -138,6 +138,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         wanted = cluster.config.ray.extract_workers if stage == "extract" else cluster.config.ray.embed_workers
         workers = cluster.workers(stage, wanted, len(batches), device)
         token = uuid.uuid4().hex[:12]
+        cluster.say(f"{stage}: {len(batches)} batches on {workers} worker(s), {device}")
         with explained(stage, work.folder):
             yield from _stream(cluster, work, batches, workers, token, device)
         shutil.rmtree(Path(work.folder) / ATTEMPTS, ignore_errors=True)

@@ -155,7 +155,8 @@ class Cluster:
         try:
             with _stderr_dropped():
                 ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **_QUIET)
-        except Exception as error:  # noqa: BLE001 - the bare class is what Ray raises when a part of it does not start
+        # The bare class is what Ray itself raises when a part of it does not start.
+        except Exception as error:
             raise WorkerError(
                 f"Ray does not start on this machine: {_first_line(error)}. `roma-ray local` runs the same without Ray."
             ) from error

@@ -39,6 +39,7 @@ def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
         micro = math.ceil(job.finetune.batch_size / job.finetune.micro_batch_size)
         workers = cluster.workers("finetune", cluster.config.ray.finetune_workers, micro, device)
         folder, token = Path(job.folder), uuid.uuid4().hex[:12]
+        cluster.say(f"finetune: {workers} worker(s), {device}")
         if not (folder / CHECKPOINT).exists():
             (folder / FILE).unlink(missing_ok=True)
         live = LiveReader(folder, token, report, advance)
