@@ -86,12 +86,12 @@ def stage_metrics(stage: Stage) -> list[Value]:
         found += _step_metrics(stage, at)
     if stage.complete and stage.name == "evaluate":
         found += [Value(key, value, 0, at) for key, value in _layers(read_evaluation(stage)["diagnostics"])]
-        found += headline(stage)
+        found += accuracies(stage)
     return found
 
 
-def headline(evaluation: Stage) -> list[Value]:
-    """Accuracies and their comparison, by split and task: `test/all/difference`."""
+def accuracies(evaluation: Stage) -> list[Value]:
+    """All comparisons by split and task: `test/all/difference`."""
     at = finish_time(evaluation)
     splits = read_evaluation(evaluation)["splits"]
     return [
@@ -99,6 +99,15 @@ def headline(evaluation: Stage) -> list[Value]:
         for split, tasks in splits.items()
         for task, figures in tasks.items()
         for key, number in figures.items()
+    ]
+
+
+def headline(evaluation: Stage) -> list[Value]:
+    """What a table of pipelines shows: the whole test comparison, and the difference of each task."""
+    return [
+        value
+        for value in accuracies(evaluation)
+        if value.key.startswith("test/all/") or (value.key.startswith("test/") and value.key.endswith("/difference"))
     ]
 
 

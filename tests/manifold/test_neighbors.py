@@ -139,7 +139,7 @@ def test_an_imprecise_index_gives_the_same_neighbors(method, monkeypatch):
 def test_tiles_of_candidates_join(monkeypatch):
     table = literal.make_table(rows=200, distinct=40)
     whole = [found(table, method=method, epsilon=0.3) for method in ("knn", "epsilon")]
-    monkeypatch.setattr("roma_ray.manifold.search._TILE_SCORES", 500)
+    monkeypatch.setattr("roma_ray.manifold.search.TILE_SCORES", 500)
     for method, expected in zip(("knn", "epsilon"), whole, strict=True):
         assert_same(found(table, method=method, epsilon=0.3), expected)
 
