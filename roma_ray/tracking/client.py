@@ -23,6 +23,8 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
 }
 _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "RESOURCE_DOES_NOT_EXIST", "INVALID_STATE"}
+# Makes the UI open the view of training runs, not the one of language-model traces.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 _METRICS_A_CALL = 1000
 _PLAIN_A_CALL = 100
 
@@ -92,7 +94,7 @@ class Client:
         if found is None:
             # Without a server MLflow would put artifacts into a folder relative to this process.
             location = artifacts.absolute().as_uri() if artifacts else None
-            return str(self._client.create_experiment(name, artifact_location=location))
+            return str(self._client.create_experiment(name, artifact_location=location, tags=_KIND))
         if found.lifecycle_stage == "deleted":
             raise Unavailable(f"its experiment {name!r} was deleted; restore it, or set tracking.experiment")
         return str(found.experiment_id)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import calendar
+import contextlib
+import getpass
 import hashlib
 import json
 import os
@@ -201,6 +203,8 @@ def tags(setup: Setup, planned: Mapping[str, Stage]) -> dict[str, str]:
         "roma.storage": str(setup.store.root),
         **{f"roma.stage.{name}": stage.fingerprint for name, stage in planned.items()},
     }
+    with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
+        found["mlflow.user"] = getpass.getuser()
     if planned["evaluate"].complete:
         found["roma.evaluation_pin"] = planned["evaluate"].manifest()["facts"]["pin"]
     return found | git_tags()

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-from roma_ray.artifacts import Stage
+from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
@@ -200,7 +200,7 @@ class Tracker:
             if self.status.get(PIPELINE) != "FINISHED":
                 return ""
             done = [stage for stage in self.planned.values() if stage.complete]
-            return " ".join(f"{stage.name}:{stage.manifest()['finished']}" for stage in done)
+            return fingerprint({stage.name: [stage.fingerprint, stage.manifest()["finished"]] for stage in done})
         stage = self.planned[name]
         return str(stage.manifest()["finished"]) if stage.complete else ""
 
