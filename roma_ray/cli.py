@@ -71,19 +71,34 @@ def _quiet_libraries() -> None:
 @click.option("--track", is_flag=True, help="Write the report and record the run in MLflow, as `run` does.")
 def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> None:
     """Run the whole method in this process and print base against tuned routers."""
-    from roma_ray.artifacts import write_json
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run
     from roma_ray.terminal import open_progress
 
+    _check_place(summary_path)
     setup, progress = resolve(config), open_progress(quiet)
     with _observer(setup, progress, track) as observer:
         finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
-    if summary_path:
-        write_json(summary_path, finished.summary)
     print_result(finished.summary)
     if track:
         _say_report(finished)
+    _write_summary(summary_path, finished)
+
+
+def _check_place(summary_path: str | None) -> None:
+    """Refuse a summary file that cannot be written before the work, not after it. Raises ConfigError."""
+    from roma_ray.errors import ConfigError
+
+    if summary_path and not os.access(Path(summary_path).absolute().parent, os.W_OK):
+        raise ConfigError(f"--summary {summary_path}: its folder does not exist or cannot be written")
+
+
+def _write_summary(summary_path: str | None, finished: Any) -> None:
+    """Write what was made: the summary, or of a part of the pipeline its stages' folders."""
+    from roma_ray.artifacts import write_json
+
+    if summary_path:
+        write_json(summary_path, finished.summary or {name: str(s.path) for name, s in finished.stages.items()})
 
 
 def _observer(setup: Any, progress: Any, on: bool) -> AbstractContextManager[Any]:
@@ -157,21 +172,20 @@ def run(config: Any, address: str | None, summary_path: str | None, quiet: bool)
 
 
 def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str) -> Any:
-    from roma_ray.artifacts import write_json
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run as run_pipeline
     from roma_ray.stages.cluster import open_cluster
     from roma_ray.stages.runners import ray_runners
     from roma_ray.terminal import open_progress
 
+    _check_place(summary_path)
     progress = open_progress(quiet)
     with open_cluster(config, address, progress.say) as cluster:
         device = cluster.device()
         setup = resolve(config, device=device)
         with _observer(setup, progress, config.tracking.enabled) as observer:
             finished = run_pipeline(setup, progress, ray_runners(cluster, device), until, observer)
-    if summary_path:
-        write_json(summary_path, finished.summary or {name: str(s.path) for name, s in finished.stages.items()})
+    _write_summary(summary_path, finished)
     return finished
 
 

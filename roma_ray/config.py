@@ -32,7 +32,10 @@ class Section(BaseModel):
         if isinstance(data, Mapping):
             for name, value in data.items():
                 field = cls.model_fields.get(str(name))
-                if isinstance(value, bool) and field is not None and field.annotation is not bool:
+                truth = isinstance(value, bool) or (
+                    isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value)
+                )
+                if truth and field is not None and field.annotation is not bool:
                     raise ValueError(f"`{name}` is not a yes-or-no setting")
         return data
 
@@ -311,8 +314,29 @@ def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> 
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        faults = "\n".join(f"  {_explain(dict(fault))}" for fault in error.errors())
-        raise ConfigError(f"{origin}: {error.error_count()} setting(s) are not valid:\n{faults}") from None
+        # Alternatives of one setting, and a list that a bad item left empty, each add a fault of their own: one line a place.
+        faults: dict[str, str] = {}
+        for fault in error.errors():
+            place = _place(fault["loc"])
+            if not any(other.startswith(f"{place}.") for other in faults):
+                faults.setdefault(place, _explain(dict(fault), place))
+        listed = "\n".join(f"  {line}" for line in faults.values())
+        raise ConfigError(f"{origin}: {len(faults)} setting(s) are not valid:\n{listed}") from None
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """A fault's place as the user wrote it: pydantic appends the alternative of a union that it tried."""
+    parts = list(location)
+    while (
+        len(parts) > 1
+        and isinstance(parts[-1], str)
+        and parts[-1] not in _names_at(parts[:-1])
+        and _names_at(parts[:-2])
+    ):
+        if parts[-1].isidentifier() and parts[-1] not in {"str", "float", "int"}:
+            break
+        parts.pop()
+    return ".".join(str(part) for part in parts)
 
 
 def apply_override(data: dict[str, Any], override: str) -> None:
@@ -322,7 +346,7 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not all(parts):
         raise ConfigError(f"--set {override!r}: write it as section.key=value, e.g. finetune.epochs=1")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
     node: Any = data
@@ -336,10 +360,9 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
-def _explain(fault: dict[str, Any]) -> str:
+def _explain(fault: dict[str, Any], where: str) -> str:
     """One readable line for a pydantic fault, with the nearest valid name for an unknown key."""
     location = [str(part) for part in fault["loc"]]
-    where = ".".join(location)
     if fault["type"] != "extra_forbidden":
         return f"{where}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r:.80})"
     known = _names_at(fault["loc"][:-1])

@@ -97,7 +97,9 @@ def run(
     stages: dict[str, Stage] = {}
     for name in STAGES[: STAGES.index(until) + 1]:
         skipped = planned[name].complete
-        if not skipped:
+        if skipped:
+            planned[name].verify()
+        else:
             observer.stage_started(planned[name])
         stages[name] = stage = _stage(name, setup, stages, progress, runners, observer)
         progress.say(

@@ -309,8 +309,10 @@ def gather(stage: Stage, batches: int, ids: Sequence[str]) -> dict[str, Any]:
         (json.loads(t.schema.metadata[b"roma"]) for t in tables if t.schema.metadata.get(b"roma") != b"{}"), None
     )
     if facts is None:
+        reason = tables[0].column("error")[0].as_py()
         raise ModelError(
-            "every question failed in extraction; the reasons are in the tables under " + str(stage.path / "batches")
+            f"every question failed in extraction, the first one with: {reason}. All reasons are in the tables under "
+            f"{stage.path / 'batches'}; remove {stage.path} to try again"
         )
     table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).sort_by("row")
     if table.column("id").to_pylist() != list(ids):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from dataclasses import dataclass
 from functools import lru_cache
@@ -16,9 +17,11 @@ from roma_ray.errors import ModelError, QuestionError
 if TYPE_CHECKING:
     from roma_ray.moe.slices import Slice
 
-# Below this size a local checkpoint is hashed whole; above it, by header and evenly spaced samples.
+# Larger safetensors files are hashed by header, small tensors and samples of large ones.
 _WHOLE_DIGEST_BYTES = 256 << 20
-_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+# Routers are far smaller (OLMoE's: 256 KiB), experts' fused weights far larger.
+_WHOLE_TENSOR_BYTES = 8 << 20
+_SAMPLE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,9 @@ def resolve(config: Config, *, device: str | None = None) -> Setup:
 
     `device` overrides `auto` (the caller may know of GPUs on other machines). Raises ModelError, ConfigError, StorageError.
     """
-    from roma_ray.moe.layers import select_layers
+    from roma_ray.moe.layers import select_layers, token_positions
 
+    token_positions(config.routing.tokens, 1)  # refuses an unknown name before any work
     store = Store(config.storage)
     path = resolve_path(config.model.path)
     facts = _model_facts(path, config.model.revision)
@@ -162,14 +166,31 @@ def model_identity(model: ModelConfig, path: str) -> str:
 
 
 def _content_digest(path: Path) -> str:
-    size = path.stat().st_size
-    if size <= _WHOLE_DIGEST_BYTES:
+    """SHA-256 of a file's bytes; of a large safetensors file: its header, every small tensor whole, large ones by samples.
+
+    Routers are small, so two checkpoints that differ in one gate always differ here.
+    """
+    if path.suffix != ".safetensors" or path.stat().st_size <= _WHOLE_DIGEST_BYTES:
         return file_digest(path)
-    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as stream:
-        for number in range(_SAMPLES):
-            stream.seek(number * (size - _SAMPLE_BYTES) // (_SAMPLES - 1))
-            digest.update(stream.read(_SAMPLE_BYTES))
+        length = stream.read(8)
+        header = stream.read(int.from_bytes(length, "little"))
+        digest = hashlib.sha256(length + header)
+        try:
+            spans = [fact["data_offsets"] for name, fact in json.loads(header).items() if name != "__metadata__"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{path} is not a safetensors file") from None
+        first = 8 + len(header)
+        for start, stop in sorted(spans):
+            size = stop - start
+            samples = (
+                [(0, size)]
+                if size <= _WHOLE_TENSOR_BYTES
+                else [(0, _SAMPLE), (size // 2, _SAMPLE), (size - _SAMPLE, _SAMPLE)]
+            )
+            for offset, count in samples:
+                stream.seek(first + start + offset)
+                digest.update(stream.read(count))
     return digest.hexdigest()
 
 

@@ -28,7 +28,7 @@ from roma_ray.manifold import diagnostics
 from roma_ray.moe.checkpoints import load_adapter
 from roma_ray.moe.slices import Slice
 
-VERSION = 1
+VERSION = 2
 RESULTS = "results.parquet"
 SUMMARY = "evaluation.json"
 _DIAGNOSED_ROWS = 2000
@@ -107,7 +107,7 @@ def evaluate(
 
 def evaluation_pin(questions: Stage, prompt: dict[str, Any], rows: Sequence[int]) -> str:
     """Hash of rows, prompts, metric and its version: scores with different pins are not comparable."""
-    table = read_table(questions.path / TABLE, ["id", "prompt_ids", "choice_ids", "answer"]).take(
+    table = read_table(questions.path / TABLE, ["id", "task", "split", "prompt_ids", "choice_ids", "answer"]).take(
         pa.array(rows, pa.int64())
     )
     return fingerprint({"rows": table.to_pylist(), "prompt": prompt, "version": VERSION})

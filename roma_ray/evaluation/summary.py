@@ -1,12 +1,14 @@
 """The summary of a run as documented JSON, and its table in words.
 
-Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, layers}; `splits` {split: {task or "all":
-{n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p}}};
-`epochs` (one record each: task_loss, manifold_loss, lambda, learning_rate, gradient_norm, routing_entropy,
-validation_accuracy); `probe` (gradient norms of both terms on the gates, their ratio, lambda); `selected_epoch`;
-`neighborhoods` (sizes, similarities, empties); `diagnostics`; `guards`; `rejected`; `errors`; `evaluation_pin`;
-`fingerprints` {stage: fingerprint}; `paths` {stage: folder}; `stage_seconds`; `wall_seconds`; `peak_memory_bytes` (largest
-resident set of this process); `versions`.
+Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, layers, trained_parameters}; `splits`
+{split: {task or "all": {n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr,
+lost, won, mcnemar_p}}}; `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda,
+learning_rate, gradient_norm, routing_entropy, validation_accuracy); `probe` (gradient norms of both terms on the
+gates, their ratio, lambda); `selected_epoch`; `neighborhoods` (sizes, similarities, empties); `diagnostics`;
+`guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `paths` {stage: folder};
+`stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again); `peak_memory_bytes` (largest
+resident set of this process); `versions`. Scores in results.parquet are plain log-likelihoods; `cloze` predictions
+follow `cloze_score`.
 """
 
 from __future__ import annotations

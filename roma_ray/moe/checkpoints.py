@@ -225,6 +225,12 @@ def export_adapter(
     from roma_ray.moe.reference import export_reference
 
     checkpoint = read_adapter(adapter)
+    if out.resolve() == adapter.resolve():
+        raise CheckpointError(f"{out} is the adapter itself, which the export would replace: choose another place")
+    if form == "reference" and out.is_dir():
+        raise CheckpointError(f"{out} is a folder: name the file to write, for example {out / 'router_ft.pt'}")
+    if form == "merged" and (out / PEFT_CONFIG).exists():
+        raise CheckpointError(f"{out} holds an adapter, which the export would replace: choose another place")
     if form == "merged":
         save_merged(checkpoint, out, base=base, revision=revision)
     elif form == "reference":

@@ -9,9 +9,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from roma_ray.errors import CheckpointError, StorageError
+from roma_ray.errors import CheckpointError, RomaError, StorageError
 
 MANIFEST = "roma.json"
+
+
+@contextmanager
+def refusing_malformed(path: Path) -> Iterator[None]:
+    """Turn what a file of the wrong shape makes the reading code raise into one CheckpointError that names it.
+
+    Foreign files can be wrong in more ways than checks can list; none of them may end in a traceback.
+    """
+    try:
+        yield
+    except RomaError:
+        raise
+    except (
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+        RuntimeError,
+        OSError,
+    ) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise CheckpointError(f"{path} is malformed ({type(error).__name__}: {reason:.160})") from None
 
 
 @contextmanager

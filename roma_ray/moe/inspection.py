@@ -19,7 +19,7 @@ from roma_ray.moe.checkpoints import (
     read_adapter,
     read_manifest,
 )
-from roma_ray.moe.folders import MANIFEST
+from roma_ray.moe.folders import MANIFEST, refusing_malformed
 from roma_ray.moe.reference import read_reference
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.moe.slices import model_facts
@@ -37,6 +37,11 @@ def inspect(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
     anything foreign, truncated, non-finite or with pickled code, saying why.
     """
     path = Path(path)
+    with refusing_malformed(path):
+        return _inspect(path, base)
+
+
+def _inspect(path: Path, base: str | None) -> dict[str, Any]:
     if not path.exists():
         raise CheckpointError(f"there is nothing at {path}")
     if path.is_file():
@@ -52,7 +57,11 @@ def inspect(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
 
 def describe(path: str | Path, *, base: str | None = None) -> str:
     """Return `inspect`'s answer as lines for the screen. Raises CheckpointError, ModelError."""
-    found = inspect(path, base=base)
+    with refusing_malformed(Path(path)):
+        return _lines(path, inspect(path, base=base))
+
+
+def _lines(path: str | Path, found: Mapping[str, Any]) -> str:
     titles = {
         "adapter": "PEFT adapter of tuned routers",
         "merged": "whole model with tuned routers",

@@ -20,6 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+TOTAL = "all"
+"""What tables call the line over all tasks; no task may be named so."""
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MIN_CHOICES = 2
 MAX_CHOICES = len(LETTERS)
@@ -107,6 +109,8 @@ def make_question(
     if not 0 <= answer < len(texts):
         raise BadRow(f"answer {answer} is out of range: there are {len(texts)} choices, counted from 0")
     passage = None if context is None else _text(context, "context") or None
+    if task == TOTAL:
+        raise BadRow(f"the task name {TOTAL!r} is kept for the totals; name the task otherwise")
     return Question(_name(id, "id"), _name(task, "task"), text, texts, answer, passage, split, file, line)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from roma_ray.artifacts import Stage
+from roma_ray.config import QuestionSource
 from roma_ray.engine.finetuning import ADAPTER
-from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.prepare import TABLE, prepare
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts, read_table
+from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.paired import RESULTS, by_split_and_task, evaluate, evaluation_pin
 from roma_ray.evaluation.summary import result_rows, warnings_of
 from roma_ray.pipeline import Run, run
@@ -129,3 +132,34 @@ def test_warnings_name_what_a_reader_must_know(finished: Run) -> None:
     text = "\n".join(warnings_of(summary))
     for part in ("chance", "9 prompts", "2 test questions", "3 rows", "4 questions"):
         assert part in text
+
+
+def test_the_pin_follows_the_split(finished: Run, tmp_path: Path) -> None:
+    pins = []
+    for seed in (0, 1):
+        source = tmp_path / "plain.jsonl"
+        rows = [
+            json.loads(line)
+            for line in Path(finished.setup.config.questions.sources[0].path or "").read_text().splitlines()
+        ]
+        source.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "split"}) + "\n" for row in rows))
+        questions = finished.setup.config.questions.model_copy(update={"sources": (QuestionSource(path=str(source)),)})
+        config = finished.setup.config.model_copy(
+            update={"questions": questions, "seed": seed, "storage": str(tmp_path / "s")}
+        )
+        pins.append(evaluation_pin(prepare(resolve(config), Silence()), {}, range(len(rows))))
+    assert pins[0] != pins[1]
+
+
+@pytest.mark.parametrize(
+    "part", ["extract/*/batches/000000.safetensors", "finetune/*/adapter/adapter_model.safetensors"]
+)
+def test_a_finished_artifact_that_changed_is_refused_on_the_next_run(tmp_path: Path, part: str) -> None:
+    setup = resolve(make_world(tmp_path, count=30))
+    run(setup, Silence())
+    (file,) = setup.store.root.glob(part)
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(ArtifactError, match="not what was written"):
+        run(setup, Silence())

@@ -142,7 +142,7 @@ def head(environment: dict[str, str], temporary: Path) -> Iterator[dict[str, str
 def submit(shell: dict[str, str], folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     """`ray job submit` with these words after it."""
     command = [sys.executable, "-m", "ray.scripts.scripts", "job", "submit", *words]
-    return subprocess.run(command, cwd=folder, env=shell, capture_output=True, text=True, timeout=400, check=False)
+    return subprocess.run(command, cwd=folder, env=shell, capture_output=True, text=True, timeout=900, check=False)
 
 
 def test_submitted_jobs(local_run: Run, world: Config, head: dict[str, str], temporary: Path, tmp_path: Path) -> None:

@@ -1,0 +1,64 @@
+"""What a run resolves once: a model's identity, the tuned layers, names refused before any work."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from roma_ray.config import ModelConfig
+from roma_ray.engine import setup as resolution
+from roma_ray.engine.setup import model_identity, resolve
+from roma_ray.errors import ConfigError, ModelError
+from tests.world import make_world
+
+
+def test_tuned_layers_and_cut(tmp_path: Path) -> None:
+    setup = resolve(make_world(tmp_path, count=9))
+    assert setup.layers == (4, 5)
+    assert setup.cut == 4
+    assert setup.layer_columns == [4, 5]
+    assert setup.model.experts_backend == "eager"
+
+
+@pytest.mark.parametrize("routing", [{"tokens": "Foo"}, {"layers": "L99"}, {"layers": "Foo"}])
+def test_unknown_names_are_refused_before_any_work(tmp_path: Path, routing: dict[str, str]) -> None:
+    with pytest.raises(ConfigError):
+        resolve(make_world(tmp_path, count=9, routing=routing))
+    assert not (tmp_path / "storage").exists()
+
+
+def write_model(folder: Path, gate: float, expert: float) -> str:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    tensors = {
+        "model.layers.0.mlp.experts": torch.full((512, 512), expert),
+        "model.layers.0.mlp.gate.weight": torch.full((8, 64), gate),
+        "model.norm.weight": torch.ones(64),
+    }
+    save_file(tensors, folder / "model.safetensors")
+    return str(folder)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_models_that_differ_in_one_gate_are_different(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole: bool
+) -> None:
+    if not whole:
+        monkeypatch.setattr(resolution, "_WHOLE_DIGEST_BYTES", 1000)
+        monkeypatch.setattr(resolution, "_WHOLE_TENSOR_BYTES", 8 * 64 * 4)
+    paths = [
+        write_model(tmp_path / str(n), gate, expert)
+        for n, (gate, expert) in enumerate([(1, 1), (2, 1), (1, 2), (1, 1)])
+    ]
+    names = [model_identity(ModelConfig(path=path), path) for path in paths]
+    assert names[0] == names[3]
+    assert len(set(names)) == 3
+
+
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(ModelError, match="safetensors"):
+        model_identity(ModelConfig(path=str(tmp_path)), str(tmp_path))
