@@ -89,13 +89,11 @@ def test_killed_drivers(local_run: Run, world: Config, environment: dict[str, st
     same_as(local_run, storage)
     assert "epoch 1:" in log.read_text()
 
-    again = time.monotonic()
     repeated = start(environment, config, log, "--summary", str(tmp_path / "summary.json"))
     assert repeated.wait(timeout=120) == 0
     assert times(storage) == after
     # Nothing to do: not even a cluster is started.
     assert "ray 2" not in log.read_text()
-    assert time.monotonic() - again < 60
     assert json.loads((tmp_path / "summary.json").read_text())["splits"] == local_run.summary["splits"]
 
 
