@@ -109,6 +109,10 @@ class Store:
             )
         self.root = Path(text).expanduser().absolute()
 
+    def check(self) -> None:
+        """Raise StorageError when nothing can be written here: told before any work, and before anything else is."""
+        write_text(self.root / ".writable", "")
+
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> Stage:
         """The stage of that name for these settings and inputs (name -> fingerprint); changes nothing on disk."""
         identity = {"stage": name, "version": version, "settings": dict(settings), "inputs": dict(inputs)}

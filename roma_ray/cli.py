@@ -77,6 +77,7 @@ def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> No
 
     _check_place(summary_path)
     setup, progress = resolve(config), open_progress(quiet)
+    setup.store.check()
     with _observer(setup, progress, track) as observer:
         finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
     print_result(finished.summary)
@@ -183,6 +184,7 @@ def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: b
     with open_cluster(config, address, progress.say) as cluster:
         device = cluster.device()
         setup = resolve(config, device=device)
+        setup.store.check()
         with _observer(setup, progress, config.tracking.enabled) as observer:
             finished = run_pipeline(setup, progress, ray_runners(cluster, device), until, observer)
     _write_summary(summary_path, finished)

@@ -245,6 +245,8 @@ class TrackingConfig(Section):
     @field_validator("uri")
     @classmethod
     def _served(cls, value: str | None) -> str | None:
+        if value is not None and value.rstrip("/") in {"sqlite:", "sqlite:///:memory:"}:
+            raise ValueError("this database is gone when the run ends; name a file: sqlite:////absolute/path.db")
         if value is not None and (value.startswith("file:") or not (value == "databricks" or ":" in value)):
             raise ValueError(
                 "give a server (http://...) or a database (sqlite:///...): MLflow keeps no plain folders any more"
@@ -363,8 +365,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
 def _explain(fault: dict[str, Any], where: str) -> str:
     """One readable line for a pydantic fault, with the nearest valid name for an unknown key."""
     location = [str(part) for part in fault["loc"]]
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
+        # The section's own words name the setting; its whole content would only bury them.
+        return f"{where}: {message}" if where else message
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg'].removeprefix('Value error, ')} (got {fault.get('input')!r:.80})"
+        return f"{where}: {message} (got {fault.get('input')!r:.80})"
     known = _names_at(fault["loc"][:-1])
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
     hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"

@@ -4,7 +4,7 @@ Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, lay
 {split: {task or "all": {n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr,
 lost, won, mcnemar_p}}}; `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda,
 learning_rate, gradient_norm, routing_entropy, validation_accuracy); `probe` (gradient norms of both terms on the
-gates, their ratio, lambda); `selected_epoch`; `neighborhoods` (sizes, similarities, empties); `diagnostics`;
+gates, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties); `diagnostics`;
 `guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `paths` {stage: folder};
 `stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again); `peak_memory_bytes` (largest
 resident set of this process); `versions`. Scores in results.parquet are plain log-likelihoods; `cloze` predictions

@@ -214,7 +214,9 @@ def markdown(text: Any) -> str:
 def base_model_name(setup: Setup) -> str:
     """The model's hub id, or its folder's name: a published card names no path of this machine."""
     path = setup.config.model.path
-    return path if not Path(setup.model.path).is_dir() or ":" in path else Path(path).name
+    if path.startswith("assets:"):
+        return f"roma_ray/assets/{path.removeprefix('assets:')}"
+    return path if not Path(setup.model.path).is_dir() else Path(path).name
 
 
 def card_header(setup: Setup, summary: Mapping[str, Any]) -> str:

@@ -125,6 +125,9 @@ class Cluster:
     def _attach(self, address: str) -> None:
         import ray
 
+        # Ray itself would try for a quarter of an hour. A ray:// or bootstrap address has its own rules.
+        if "://" not in address and not _answers(address):
+            raise WorkerError(f"cannot use the Ray cluster at {address}: nothing answers there. {_REACH_HELP}")
         environment = {} if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else forwarded()
         try:
             with _stderr_dropped():

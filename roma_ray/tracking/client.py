@@ -97,6 +97,8 @@ class Client:
             return str(self._client.create_experiment(name, artifact_location=location, tags=_KIND))
         if found.lifecycle_stage == "deleted":
             raise Unavailable(f"its experiment {name!r} was deleted; restore it, or set tracking.experiment")
+        if not found.experiment_id:
+            raise Unavailable("what answers there is no MLflow server")
         return str(found.experiment_id)
 
     def runs(self, tag: str, value: str) -> list[RunState]:
@@ -213,7 +215,8 @@ def _translated() -> Iterator[None]:
 
     try:
         yield
-    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError) as error:
+    # ImportError: a database without its driver; ValueError: an address that is none.
+    except (MlflowException, SQLAlchemyError, sqlite3.Error, OSError, ImportError, ValueError) as error:
         refused = getattr(error, "error_code", None) in _REFUSALS
         raise (Refused if refused else Unavailable)(_reason(error)) from error
 

@@ -82,6 +82,8 @@ def stage_metrics(stage: Stage) -> list[Value]:
     if stage.complete:
         manifest = stage.manifest()
         facts = {**manifest["facts"], "seconds": manifest["seconds"]}
+        if "selected_epoch" in facts:
+            facts["selected_epoch"] += 1  # as the epochs' steps here count: from 1
         numbers = [(key, v) for key, v in flat(facts, "/") if isinstance(v, int | float) and not isinstance(v, bool)]
         found += [Value(metric_name(key), float(value), 0, at) for key, value in numbers]
     if stage.complete and stage.name == "finetune":
