@@ -38,7 +38,6 @@ def environment(temporary: Path) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": path,
-        "HOME": str(temporary),
     }
     dropped = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "ROMA_RAY_STORAGE")
     return {name: value for name, value in os.environ.items() if name not in dropped} | settings
@@ -68,12 +67,14 @@ def setup(local_run: Run) -> Setup:
 @pytest.fixture(scope="session")
 def cluster(world: Config, environment: dict[str, str]) -> Iterator[Cluster]:
     """A cluster that this process starts, with three training workers."""
-    names = ("HOME", "RAY_TMPDIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
+    names = ("RAY_TMPDIR", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "PYTHONPATH")
     with pytest.MonkeyPatch.context() as patch:
         for name in ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN"):
             patch.delenv(name, raising=False)
         for name in names:
             patch.setenv(name, environment[name])
+        # Where Ray would leave a token.
+        patch.setenv("HOME", str(temporary))
         settings = world.ray.model_copy(update={"extract_workers": 2, "finetune_workers": 3})
         with open_cluster(world.model_copy(update={"ray": settings}), "local") as opened:
             opened.connect()

@@ -112,6 +112,7 @@ def head(environment: dict[str, str], temporary: Path) -> Iterator[dict[str, str
     folder = temporary / "h"
     settings = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
     # Jobs run the `python` that the head finds on its PATH, and know nothing of the submitter's.
+    settings.pop("PYTHONPATH")
     settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log = temporary / "head.log"
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--num-cpus=8"]
