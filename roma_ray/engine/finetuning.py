@@ -17,6 +17,7 @@ from roma_ray.artifacts import Stage, write_json, write_text
 from roma_ray.config import FinetuneConfig
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.heads import FRESH, Heads
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.prepare import TABLE
@@ -90,22 +91,23 @@ class TrainJob:
         world: World = ALONE,
         report: Callable[[dict[str, Any]], None] = lambda epoch: None,
         advance: Callable[[int, str], None] = lambda count, note: None,
+        heads: Heads = FRESH,
     ) -> tuple[Slice, Outcome]:
         """Train as one of the workers of `world`, resuming from the checkpoint where there is one."""
-        head = self.load_head()
-        outcome = finetune(
-            head,
-            self.open_data(),
-            self.finetune,
-            layers=self.layers,
-            seed=self.seed,
-            world=world,
-            checkpoint=Path(self.folder) / CHECKPOINT,
-            report=report,
-            advance=advance,
-        )
-        if world.rank == 0:
-            self._export(head, outcome)
+        with heads.lend(self.model, self.cut) as head:
+            outcome = finetune(
+                head,
+                self.open_data(),
+                self.finetune,
+                layers=self.layers,
+                seed=self.seed,
+                world=world,
+                checkpoint=Path(self.folder) / CHECKPOINT,
+                report=report,
+                advance=advance,
+            )
+            if world.rank == 0:
+                self._export(head, outcome)
         return head, outcome
 
     def _export(self, head: Slice, outcome: Outcome) -> None:

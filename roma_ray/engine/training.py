@@ -135,6 +135,7 @@ def finetune(
     _check_moved(masters, pretrained, frozen, head, state)
     final = {f"final_{key}": value for key, value in objective.probe(probe_rows).items() if key != "weight"}
     selected = state.best_epoch if config.select == "best_validation" else config.epochs - 1
+    masters.detach()
     return Outcome(masters.state(), state.epochs, {**state.probe, **final}, selected, state.table())
 
 
