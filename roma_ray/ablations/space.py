@@ -48,7 +48,7 @@ class Factor(Section):
 
     setting: str | None = None
     values: tuple[Any, ...] = ()
-    levels: dict[str, dict[str, Any]] = {}
+    levels: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_form(self) -> Factor:
@@ -121,10 +121,10 @@ class SpaceFile(Section):
 
     name: str = Field(default="sweep", min_length=1, max_length=200)
     base: str | dict[str, Any] = "assets:demo.yaml"
-    set: dict[str, Any] = {}
-    one_at_a_time: dict[str, Factor] = {}
+    set: dict[str, Any] = Field(default_factory=dict)
+    one_at_a_time: dict[str, Factor] = Field(default_factory=dict)
     grid: tuple[dict[str, tuple[Any, ...]], ...] = ()
-    sample: dict[str, Range] = {}
+    sample: dict[str, Range] = Field(default_factory=dict)
     samples: int = Field(default=0, ge=0)
     """How many trials are drawn from `sample`."""
     search: Literal["random", "optuna"] = "random"
@@ -259,7 +259,9 @@ def _listed(file: SpaceFile, centre: Config, origin: str) -> Iterator[Trial]:
         yield _trial(centre, {"seed": seed}, (), centre, origin)
         for factor, what in file.one_at_a_time.items():
             for level, changes in what.changes():
-                yield _trial(centre, {**changes, "seed": seed}, ((factor, level),), centre, f"{origin}: {factor}, {level}")
+                yield _trial(
+                    centre, {**changes, "seed": seed}, ((factor, level),), centre, f"{origin}: {factor}, {level}"
+                )
         for number, grid in enumerate(file.grid):
             for values in itertools.product(*grid.values()):
                 changes = dict(zip(grid, values, strict=True))
@@ -283,9 +285,7 @@ def _trial(
     name = ", ".join(f"{factor} {level}" for factor, level in factors) if others else CENTRE
     if config.seed != centre.seed:
         name += f", seed {config.seed}"
-    return Trial(
-        fingerprint(mine), name, config, factors, differing, group=fingerprint(seedless), centre=not others
-    )
+    return Trial(fingerprint(mine), name, config, factors, differing, group=fingerprint(seedless), centre=not others)
 
 
 def _with_centre(file: SpaceFile, trials: list[Trial]) -> Iterator[Trial]:
