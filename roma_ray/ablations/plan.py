@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roma_ray.ablations.space import Space, Trial
+from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
 from roma_ray.engine.embedding import embed_stage
@@ -81,33 +81,47 @@ def make_plan(space: Space, device: str | None = None) -> Plan:
 
 
 def resolve_all(space: Space, configs: Sequence[Config], device: str | None) -> list[Setup]:
-    """Each configuration's set-up; what they share is extracted once, so each knows of all cuts and token rules.
+    """Each configuration's set-up; what trials share is extracted once, so each knows of all cuts and token rules.
 
-    Raises ConfigError (naming the setting, when a trial's layers or tokens do not fit the model), ModelError.
+    Raises ConfigError (when a trial's layers or tokens do not fit the model), ModelError.
     """
     models: dict[str, Setup] = {}
-    setups = []
-    for config in configs:
+
+    def of_model(config: Config) -> Setup:
         # All trials of one model share its facts: reading and hashing a checkpoint takes seconds.
         parts = config.model_dump_json(include={"model", "device", "threads", "storage"})
         if parts not in models:
             models[parts] = resolve(config, device=device)
-        setups.append(with_config(models[parts], config))
-    return share(setups)
+        return with_config(models[parts], config)
+
+    setups = [of_model(config) for config in configs]
+    # What optuna may still draw is extracted beforehand too.
+    later = [of_model(config) for config in possible_extractions(space)]
+    return share(setups, later)
 
 
-def with_config(setup: Setup, config: Config) -> Setup:
-    """The set-up of another configuration of the same model. Raises ConfigError."""
+def with_config(near: Setup, config: Config) -> Setup:
+    """The set-up of another configuration of the same model, on the same shared extraction. Raises ConfigError."""
     from roma_ray.moe.layers import select_layers, token_positions
 
     token_positions(config.routing.tokens, 1)
-    layers = select_layers(config.routing.layers, setup.moe_layers)
-    return dataclasses.replace(setup, config=config, layers=layers)
+    layers = select_layers(config.routing.layers, near.moe_layers)
+    return dataclasses.replace(near, config=config, layers=layers)
 
 
-def share(setups: Sequence[Setup]) -> list[Setup]:
-    """The set-ups, those that can share an extraction told of all cuts and token rules among them."""
-    return list(setups)
+def share(setups: Sequence[Setup], later: Sequence[Setup] = ()) -> list[Setup]:
+    """The set-ups, each told of the cuts and token rules of all that ask the same questions of the same model."""
+
+    def together(setup: Setup) -> str:
+        return f"{questions_stage(setup).fingerprint} {setup.model_identity} {setup.model} {setup.config.extraction}"
+
+    cuts: dict[str, set[int]] = {}
+    rules: dict[str, set[str]] = {}
+    keys = [together(setup) for setup in (*setups, *later)]
+    for key, setup in zip(keys, (*setups, *later), strict=True):
+        cuts.setdefault(key, set()).add(setup.cut)
+        rules.setdefault(key, set()).add(setup.config.routing.tokens)
+    return [setup.shared(cuts[key], rules[key]) for key, setup in zip(keys, setups, strict=False)]
 
 
 def locate(setup: Setup) -> dict[str, Stage]:

@@ -148,7 +148,8 @@ def make_tables(sweep: Sweep, findings: Findings) -> list[tuple[str, str, Table]
     made = []
     for number, factor in enumerate(sweep.space.file.one_at_a_time):
         header = ("level", "seeds", "validation %", "test %", "gain over base", "difference to centre", "p", "p, Holm")
-        rows: list[tuple[str, ...]] = [("base model", "", percent(findings.base_validation), _accuracy(findings.base_accuracy, findings.base_stderr), "", "", "", "")]  # fmt: skip
+        base = _accuracy(findings.base_accuracy, findings.base_stderr)
+        rows: list[tuple[str, ...]] = [("base model", "", percent(findings.base_validation), base, "", "", "", "")]
         if model:
             header = (*header, f"paper, {paper.MODELS[model]}", "its gain")
             rows = [(*rows[0], f"{paper.BASE[model]:.1f}", "")]
@@ -205,7 +206,8 @@ def headline(findings: Findings) -> str:
     best, centre = findings.results[0], findings.centre
     if centre is None or best.centre:
         gain = best.gain
-        return f"The centre is the best on validation questions; on {findings.questions} test questions it gains {_points(gain)} points on the base model."
+        asked = f"on {findings.questions} test questions"
+        return f"The centre is the best on validation questions; {asked} it gains {_points(gain)} points on the base model."
     near = best.to_centre
     text = f"Best on validation questions: {best.name} ({percent(best.validation)} %, the centre {percent(centre.validation)} %)."
     if near is None:
@@ -254,10 +256,16 @@ def notes(sweep: Sweep, findings: Findings) -> list[str]:
 def unfinished(sweep: Sweep) -> Table | None:
     """The trials without a result, with the reason."""
     rows = [
-        (state.trial.name, state.state, str(state.epoch), "" if state.validation_accuracy is None else percent(state.validation_accuracy), state.error.split("\n")[0])
+        (
+            state.trial.name,
+            state.state,
+            str(state.epoch),
+            "" if state.validation_accuracy is None else percent(state.validation_accuracy),
+            state.error.split("\n")[0],
+        )
         for state in sweep.states.values()
         if state.state != DONE
-    ]  # fmt: skip
+    ]
     return Table(("trial", "state", "epochs", "validation %", "reason"), rows) if rows else None
 
 

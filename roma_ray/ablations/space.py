@@ -302,6 +302,14 @@ def _check_ranges(file: SpaceFile, centre: Config, origin: str) -> None:
             _trial(centre, {key: value}, (), centre, f"{origin}: sample")
 
 
+def possible_extractions(space: Space) -> Iterator[Config]:
+    """Configurations with every layer and token choice that optuna may draw: what is extracted must be known beforehand."""
+    choices = {key: r.choice for key, r in space.file.sample.items() if key.startswith("routing.") and r.choice}
+    if space.file.search == "optuna":
+        for values in itertools.product(*choices.values()):
+            yield space.sampled(dict(zip(choices, values, strict=True))).config
+
+
 def put(data: dict[str, Any], key: str, value: Any, origin: str) -> None:
     """Set `a.b` in nested settings. Raises ConfigError for one that is none, or that no trial can vary."""
     parts = key.split(".")

@@ -91,7 +91,8 @@ def _train(
     advance: Callable[[int, str], None],
     heads: Heads,
 ) -> None:
-    job.run(report=report, advance=advance, heads=heads)
+    with heads.lend(job.model, job.cut) as head:
+        job.run(report=report, advance=advance, head=head)
 
 
 def closing(tuned: Stage, judged: Stage) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from roma_ray.artifacts import Stage, fingerprint, write_json
-from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.cache import open_states
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.heads import FRESH, Heads
@@ -30,7 +30,7 @@ from roma_ray.manifold import diagnostics
 from roma_ray.moe.checkpoints import load_adapter
 from roma_ray.moe.slices import Slice
 
-VERSION = 2
+VERSION = 3
 RESULTS = "results.parquet"
 SUMMARY = "evaluation.json"
 _DIAGNOSED_ROWS = 2000
@@ -83,13 +83,13 @@ def evaluate(
             "rule": prompt.cloze_score if prompt.format == "cloze" else "raw",
             "batch_tokens": setup.config.extraction.batch_tokens,
         }
-        cache = ActivationCache(extraction.path)
+        states = open_states(setup.model, extraction.path, setup.cut)
         kept = base_stage(setup, extraction, arguments)
         with heads.lend(setup.model, setup.cut) as head:
             with progress.meter("evaluate", 2 * len(rows), "questions", len(rows) * kept.complete) as meter:
 
                 def score() -> Scores:
-                    return score_rows(head, cache, prompts, rows, **arguments, advance=meter.advance)
+                    return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
 
                 base = base_scores(kept, rows, score)
                 load_adapter(tuned.path / ADAPTER, head)
