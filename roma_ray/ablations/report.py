@@ -142,12 +142,15 @@ def levels(sweep: Sweep, factor: str) -> list[str]:
     return [CENTRE, *listed] if CENTRE in tagged else listed
 
 
+_HEADER = ("level", "seeds", "validation %", "test %", "gain over base", "difference to centre", "p", "p, Holm")
+
+
 def make_tables(sweep: Sweep, findings: Findings) -> list[tuple[str, str, Table]]:
     """(figure's name, heading, table) of each factor."""
     model = sweep.space.file.paper
     made = []
     for number, factor in enumerate(sweep.space.file.one_at_a_time):
-        header = ("level", "seeds", "validation %", "test %", "gain over base", "difference to centre", "p", "p, Holm")
+        header: tuple[str, ...] = _HEADER
         base = _accuracy(findings.base_accuracy, findings.base_stderr)
         rows: list[tuple[str, ...]] = [("base model", "", percent(findings.base_validation), base, "", "", "", "")]
         if model:
@@ -155,7 +158,7 @@ def make_tables(sweep: Sweep, findings: Findings) -> list[tuple[str, str, Table]
             rows = [(*rows[0], f"{paper.BASE[model]:.1f}", "")]
         for level in levels(sweep, factor):
             found, theirs = findings.of(factor, level), paper.result(model, factor, level)
-            row = (level, *(_cells(found) if found else ("", "not finished", "", "", "", "", "")))
+            row: tuple[str, ...] = (level, *(_cells(found) if found else ("", "not finished", "", "", "", "", "")))
             if model:
                 row = (*row, *(("", "") if theirs is None else (f"{theirs:.1f}", f"{theirs - paper.BASE[model]:+.1f}")))
             rows.append(row)

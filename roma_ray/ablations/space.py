@@ -267,8 +267,8 @@ def _listed(file: SpaceFile, centre: Config, origin: str) -> Iterator[Trial]:
                 changes = dict(zip(grid, values, strict=True))
                 tag = "grid" if len(file.grid) == 1 else f"grid {number + 1}"
                 yield _trial(centre, {**changes, "seed": seed}, ((tag, _joined(changes)),), centre, f"{origin}: {tag}")
-        for values in drawn if file.search == "random" else []:
-            yield _trial(centre, {**values, "seed": seed}, (("sample", _joined(values)),), centre, f"{origin}: sample")
+        for sample in drawn if file.search == "random" else []:
+            yield _trial(centre, {**sample, "seed": seed}, (("sample", _joined(sample)),), centre, f"{origin}: sample")
 
 
 def _trial(

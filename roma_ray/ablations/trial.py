@@ -55,12 +55,12 @@ def with_train(work: Work, report: Report) -> dict[str, Any]:
 
 def do_trial(
     work: Work,
-    report: Report,
+    hear: Report,
     heads: Heads,
     trainer: Trainer | None = None,
     call: Callable[..., Any] = call_here,
 ) -> dict[str, Any]:
-    """Do what is missing of a trial; `report` hears of each epoch. Returns the closing record. Raises RomaError.
+    """Do what is missing of a trial; `hear` is told of each epoch. Returns the closing record. Raises RomaError.
 
     `trainer` trains, and `call` calls the evaluation, in place of this process.
     """
@@ -70,12 +70,12 @@ def do_trial(
     near = patiently(lambda: neighbors(setup, questions, extraction, embeddings, silence))
     train: Trainer = trainer or partial(_train, heads=heads)
 
-    def each(job: TrainJob, tell: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
+    def each(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
         def told(epoch: dict[str, Any]) -> None:
-            tell(epoch)
+            report(epoch)
             # The closing record stands for the last one: a scheduler must not stop a trial whose training is done.
             if epoch["epoch"] + 1 < setup.config.finetune.epochs:
-                report({"epoch": epoch["epoch"] + 1, "validation_accuracy": epoch["validation_accuracy"]})
+                hear({"epoch": epoch["epoch"] + 1, "validation_accuracy": epoch["validation_accuracy"]})
 
         train(job, told, advance)
 
