@@ -6,11 +6,10 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from roma_ray.ablations.plan import Plan, hours
-from roma_ray.ablations.report import progress_line
+from roma_ray.ablations.report import PAGE, progress_line
 from roma_ray.ablations.results import read_findings
 from roma_ray.ablations.sweep import DONE, FAILED, RUNNING, STOPPED, State, Sweep
 from roma_ray.engine.progress import Progress
@@ -113,9 +112,11 @@ class InMlflow:
         self.tracker.changed(_run(state))
 
     def finished(self, sweep: Sweep) -> None:
-        page = sweep.stage.path / "report.html"
+        page = sweep.stage.path / PAGE
         failed = sweep.having(FAILED)
-        text = f"{len(failed)} trial(s) failed: {', '.join(state.trial.name for state in failed)}"[:500] if failed else ""
+        text = (
+            f"{len(failed)} trial(s) failed: {', '.join(state.trial.name for state in failed)}"[:500] if failed else ""
+        )
         self.tracker.finished(page if page.exists() else None, _facts(sweep), text)
 
 
@@ -137,7 +138,15 @@ def _facts(sweep: Sweep) -> Mapping[str, float]:
 def _run(state: State) -> TrialRun:
     trial, planned = state.trial, state.planned
     return TrialRun(
-        trial.id, trial.name, planned.setup, planned.stages, trial.factors, trial.centre, state.state, state.epoch, state.error
+        trial.id,
+        trial.name,
+        planned.setup,
+        planned.stages,
+        trial.factors,
+        trial.centre,
+        state.state,
+        state.epoch,
+        state.error,
     )
 
 
@@ -152,8 +161,3 @@ def in_mlflow(plan: Plan, progress: Progress) -> Iterator[InMlflow]:
         raise
     finally:
         tracker.close()
-
-
-def report_path(sweep: Sweep) -> Path:
-    """Where the sweep's page is."""
-    return sweep.stage.path / "report.html"

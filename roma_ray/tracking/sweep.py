@@ -132,7 +132,10 @@ class SweepTracker(Delivery):
         everywhere = [set(records.parameters(trial.setup.config).items()) for trial in self.trials.values()]
         # What all trials have in common is the sweep's; what differs is theirs alone.
         self._log_params(run, dict(sorted(set.intersection(*everywhere))) if everywhere else {})
-        tags = {"roma.model": self.setup.config.model.path, "roma.storage": str(self.setup.store.root)} | records.git_tags()
+        tags = {
+            "roma.model": self.setup.config.model.path,
+            "roma.storage": str(self.setup.store.root),
+        } | records.git_tags()
         self._client.log(run, tags={key: value for key, value in tags.items() if run.tags.get(key) != value})
         at = records.now()
         self._log_metrics(run, [Value(key, value, 0, at) for key, value in self._facts.items()])
@@ -159,7 +162,11 @@ class SweepTracker(Delivery):
         self._client.log(run, tags={key: value for key, value in tags.items() if run.tags.get(key) != value})
         self._log_metrics(run, _once(values))
         if evaluation.complete:
-            for path, folder in ((tuned.path / ADAPTER, "adapter"), (tuned.path / EPOCHS, None), (tuned.path / STEPS, None)):
+            for path, folder in (
+                (tuned.path / ADAPTER, "adapter"),
+                (tuned.path / EPOCHS, None),
+                (tuned.path / STEPS, None),
+            ):
                 self._client.upload(run, path, folder)
             self._client.upload(run, evaluation.path / SUMMARY)
 
