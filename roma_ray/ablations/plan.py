@@ -65,8 +65,9 @@ class Plan:
 
 
 def make_plan(space: Space, device: str | None = None) -> Plan:
-    """Resolve every trial against the model. Raises ModelError, ConfigError, QuestionError, StorageError."""
-    setups = resolve_all(space, [trial.config for trial in space.trials], device)
+    """Resolve every trial against the model; changes nothing on disk. Raises ModelError, ConfigError, QuestionError, StorageError."""
+    check_searchable(space)
+    setups = resolve_all(space, device)
     merged: dict[str, Planned] = {}
     for trial, setup in zip(space.trials, setups, strict=True):
         planned = Planned(trial, setup, locate(setup))
@@ -80,8 +81,8 @@ def make_plan(space: Space, device: str | None = None) -> Plan:
     return Plan(space, setups[0].model.device, tuple(merged.values()))
 
 
-def resolve_all(space: Space, configs: Sequence[Config], device: str | None) -> list[Setup]:
-    """Each configuration's set-up; what trials share is extracted once, so each knows of all cuts and token rules.
+def resolve_all(space: Space, device: str | None) -> list[Setup]:
+    """Each trial's set-up; what trials share is extracted once, so each knows of all cuts and token rules.
 
     Raises ConfigError (when a trial's layers or tokens do not fit the model), ModelError.
     """
@@ -94,7 +95,12 @@ def resolve_all(space: Space, configs: Sequence[Config], device: str | None) -> 
             models[parts] = resolve(config, device=device)
         return with_config(models[parts], config)
 
-    setups = [of_model(config) for config in configs]
+    setups = []
+    for trial in space.trials:
+        try:
+            setups.append(of_model(trial.config))
+        except ConfigError as error:
+            raise ConfigError(f"{trial.name}: {error}") from None
     # What optuna may still draw is extracted beforehand too.
     later = [of_model(config) for config in possible_extractions(space)]
     return share(setups, later)

@@ -23,6 +23,7 @@ from __future__ import annotations
 import copy
 import difflib
 import itertools
+import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +37,7 @@ from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section, load_config, parse_config, read_settings
 from roma_ray.errors import ConfigError
 
-MOST_TRIALS = 5000
+MOST_TRIALS = 2000
 CENTRE = "centre"
 # Settings that decide where a run lives and is shown, not what comes out.
 _OUTSIDE = ("name", "storage", "tracking", "ray")
@@ -89,8 +90,6 @@ class Range(Section):
 
     def draw(self, generator: random.Random) -> Any:
         """One value."""
-        import math
-
         if self.uniform is not None:
             return generator.uniform(*self.uniform)
         if self.log_uniform is not None:
@@ -210,13 +209,13 @@ def load_space(path: str | Path | None = None, overrides: Sequence[str] = (), st
     except ValidationError as error:
         raise ConfigError(f"{source}: {_faults(error)}") from None
     centre = _centre(file, source, overrides, storage)
+    if _size(file) > MOST_TRIALS:
+        raise ConfigError(f"{source}: more than {MOST_TRIALS} trials; a smaller grid, or `sample`, says as much")
     found: dict[str, Trial] = {}
     for trial in _listed(file, centre, str(source)):
         same = found.get(trial.id)
         factors = tuple(dict.fromkeys([*(same.factors if same else ()), *trial.factors]))
         found[trial.id] = replace(same or trial, factors=factors)
-        if len(found) > MOST_TRIALS:
-            raise ConfigError(f"{source}: more than {MOST_TRIALS} trials; a smaller grid, or `sample`, says as much")
     _check_ranges(file, centre, str(source))
     return Space(file, centre, tuple(_with_centre(file, list(found.values()))))
 
@@ -250,6 +249,13 @@ def load_config_data(data: dict[str, Any], overrides: Sequence[str], origin: str
     return parse_config(data, origin)
 
 
+def _size(file: SpaceFile) -> int:
+    """How many trials the file names, repeats counted."""
+    levels = sum(len(factor.values) + len(factor.levels) for factor in file.one_at_a_time.values())
+    products = sum(math.prod(len(values) for values in grid.values()) for grid in file.grid)
+    return (1 + levels + products + file.samples) * max(1, len(file.seeds))
+
+
 def _listed(file: SpaceFile, centre: Config, origin: str) -> Iterator[Trial]:
     """Every trial that the file names, the centre first, with repeats."""
     seeds = file.seeds or (centre.seed,)
@@ -278,8 +284,8 @@ def _trial(
     for key, value in changes.items():
         put(data, key, value, origin)
     config = parse_config(data, origin)
-    mine, theirs = identifying(config), identifying(centre)
-    differing = {key: value for key, value in _flat(mine) if dict(_flat(theirs)).get(key, _ABSENT) != value}
+    mine, theirs = identifying(config), dict(_flat(identifying(centre)))
+    differing = {key: value for key, value in _flat(mine) if theirs.get(key, _ABSENT) != value}
     seedless = {key: value for key, value in mine.items() if key != "seed"}
     others = {key: value for key, value in differing.items() if key != "seed"}
     name = ", ".join(f"{factor} {level}" for factor, level in factors) if others else CENTRE

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from roma_ray.ablations.plan import Plan, Planned, check_searchable, describe, locate, with_config
+from roma_ray.ablations.plan import Plan, Planned, describe, locate, with_config
 from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import Work, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
@@ -142,7 +142,6 @@ def run_sweep(
 
     `do` does a trial in place of its real work (for measuring what the rest costs).
     """
-    check_searchable(plan.space)
     for line in describe(plan):
         progress.say(line)
     sweep = open_sweep(plan)
