@@ -10,7 +10,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
-EXTRAS ?= minilm,faiss,hub,dev
+EXTRAS ?= minilm,faiss,hub,search,dev
 # Installed only where torch cannot be imported: a build that is already there is kept.
 TORCH ?= torch==2.13.0
 
