@@ -59,7 +59,7 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
             "findings": findings,
             "headline": headline(findings),
             "notes": notes(sweep, findings),
-            "lines": describe(sweep.plan),
+            "lines": describe(sweep.plan)[1:3],
             "pictures": pictures,
             "ranking": ranking(findings),
             "tables": tables,

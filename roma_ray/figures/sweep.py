@@ -53,7 +53,7 @@ def factor_bars(
             patch.set_hatch("///")
             patch.set_edgecolor("white")
     axis.axhline(100 * base, color=BASE, linestyle="--", label="base model")
-    axis.axhspan(100 * (base - base_stderr), 100 * (base + base_stderr), color=BASE, alpha=0.18, linewidth=0)
+    axis.axhspan(100 * (base - base_stderr), 100 * (base + base_stderr), color=BASE, alpha=0.18, linewidth=0, zorder=0)
     given = [n for n, bar in enumerate(bars) if bar.paper is not None]
     if given:
         values = [100 * (bars[n].paper or 0.0) for n in given]
