@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from roma_ray.pipeline import Run
 from roma_ray.stages.cluster import Cluster
 from roma_ray.tracking.client import Client
 from tests.stages.support import counts_epochs, dies_once
+from tests.stages.test_driver import kill_when
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -189,8 +192,20 @@ def test_schedulers_and_searches(local_run: Run, world: Config, cluster: Cluster
     assert {state.planned.setup.cuts for state in drawn} == {(4, 5)}
 
 
-def test_trials_of_several_workers_never_wait_for_each_other(world: Config, cluster: Cluster) -> None:
-    """As many as have room for all their workers; none is a refusal."""
+def test_trials_of_several_workers(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path) -> None:
+    """Ray Train inside Tune; as many at a time as have room for all their workers; none is a refusal."""
+    # On the finished run's own storage, so that its training alone is left to do.
+    space = space_of(world, tmp_path, grid={"finetune.epochs": [1]}, set={})
+    shared = world.storage
+    centre = space.centre.model_copy(update={"storage": shared})
+    trials = tuple(dataclasses.replace(t, config=t.config.model_copy(update={"storage": shared})) for t in space.trials)
+    plan = make_plan(dataclasses.replace(space, centre=centre, trials=trials), "cpu")
+    sweep = run_sweep(plan, cluster, Silence())
+    assert {state.state for state in sweep.states.values()} == {DONE}, failures(sweep)
+    one = next(state for state in sweep.states.values() if not state.trial.centre)
+    assert one.seconds is not None
+    assert one.planned.stages["finetune"].manifest()["facts"]["selected_epoch"] == 0
+
     room = make_room(cluster, "cpu", 10, None)  # three workers a trial
     cpus = cluster.resource("CPU")
     assert room.resources == {"cpu": 0.1}
@@ -200,6 +215,35 @@ def test_trials_of_several_workers_never_wait_for_each_other(world: Config, clus
     crowded = Cluster(cluster.config.model_copy(update={"ray": settings}))
     with pytest.raises(ConfigError, match="no trial of 100 workers fits"):
         make_room(crowded, "cpu", 10, None)
+
+
+def test_a_killed_driver(local_run: Run, world: Config, environment: dict[str, str], tmp_path: Path) -> None:
+    """kill -9 of `roma-ray tune` among its trials: the same command does the others, and nothing finished again."""
+    space_of(
+        world, tmp_path, one_at_a_time={"rate": {"setting": "finetune.epochs", "values": [1, 3]}}, max_concurrent=1
+    )
+    log, judged = tmp_path / "log", tmp_path / "storage" / "evaluate"
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "roma_ray.cli", "tune", "--space", str(tmp_path / "space.yaml")]
+        with open(log, "wb") as stream:
+            return subprocess.Popen(
+                [*command, "--address", "local", "--set", "tracking.enabled=false", "--set", "ray.extract_workers=1"],
+                env=environment, stdout=stream, stderr=stream, start_new_session=True,
+            )  # fmt: skip
+
+    kill_when(start(), lambda: any(judged.glob(f"*/{MANIFEST}")), log)
+    before = manifests(tmp_path / "storage")
+    assert 1 <= sum(name.startswith("evaluate/") for name in before) < 3
+    last = start()
+    assert last.wait(timeout=400) == 0, log.read_text()
+    after = manifests(tmp_path / "storage")
+    assert {name: after[name] for name in before} == before
+    assert sum(name.startswith("evaluate/") for name in after) == 3
+    assert "Traceback" not in log.read_text()
+    (centre,) = [name for name in after if name.startswith(f"finetune/{local_run.stages['finetune'].fingerprint}")]
+    single = local_run.stages["finetune"].path / WEIGHTS
+    assert file_digest(tmp_path / "storage" / Path(centre).parent / WEIGHTS) == file_digest(single)
 
 
 def test_a_report_of_nothing(world: Config, tmp_path: Path) -> None:
