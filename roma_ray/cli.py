@@ -136,6 +136,9 @@ def report(config: Any, sweep: str | None) -> None:
 
 
 def _report_sweep(sweep: str, storage: str | None) -> None:
+    from roma_ray.stages.environment import quiet_ray
+
+    quiet_ray()
     from roma_ray.ablations.command import revisit
     from roma_ray.ablations.report import find_sweep_file
     from roma_ray.ablations.space import load_space

@@ -77,6 +77,10 @@ class LiveBoard:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the table as it is; lines and bars go on below it."""
         self._live.stop()
 
     def show(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,17 @@ from roma_ray.engine.progress import Progress
 from roma_ray.errors import ModelError, QuestionError
 from roma_ray.figures.tables import Table
 from roma_ray.stages.cluster import open_cluster
+from roma_ray.stages.runners import measure_near
 
 
 def dry_run(space: Space) -> list[str]:
     """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away."""
     try:
-        return describe(make_plan(space))
+        try:
+            return describe(make_plan(space))
+        except ModelError:
+            # A GPU that was never measured: what trials share is the same on a CPU.
+            return describe(make_plan(space, "cpu"))
     except (ModelError, QuestionError) as error:
         return without_model(space, error)
 
@@ -33,12 +38,15 @@ def run(
 ) -> Sweep:
     """Run what is missing of a sweep and write its report. Failed trials are in its states. Raises RomaError."""
     with open_cluster(space.centre, address, progress.say) as cluster, ExitStack() as open_until_the_end:
-        plan = make_plan(space, cluster.device())
+        device = cluster.device()
+        plan = make_plan(space, device, measure_near(cluster, device, progress))
         Store(space.centre.storage).check()
         followers: list[Observer] = [LiveTable(board) if board is not None else Lines(progress)]
         if space.centre.tracking.enabled:
             followers.append(open_until_the_end.enter_context(in_mlflow(plan, progress)))
         sweep = run_sweep(plan, cluster, progress, followers, stop_on_failure=stop_on_failure)
+        if board is not None:
+            board.close()  # the report has a bar of its own
         write_report(sweep, progress)
         for follower in followers:
             follower.finished(sweep)
@@ -54,9 +62,12 @@ def revisit(space: Space, progress: Progress) -> tuple[Sweep, Path | None]:
 
 def _plans(space: Space) -> Sequence[Plan]:
     """The sweep here, and, as `device: auto` may have meant a cluster's GPUs, on the other kind of device."""
-    first = make_plan(space)
-    others = ("cuda", "cpu") if space.centre.device == "auto" else ()
-    return [first, *(make_plan(space, device) for device in others if device != first.device)]
+    found = []
+    for device in ("cuda", "cpu") if space.centre.device == "auto" else (None,):
+        # On GPUs that no run ever used there is nothing to look for.
+        with suppress(ModelError) if device == "cuda" else nullcontext():
+            found.append(make_plan(space, device))
+    return found
 
 
 def failures(sweep: Sweep) -> list[str]:

@@ -24,6 +24,9 @@ class Board(Protocol):
     def show(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Replace what is shown."""
 
+    def close(self) -> None:
+        """Leave what is shown as it is."""
+
 
 class Lines:
     """A line for each trial that starts or ends: for logs."""
@@ -54,8 +57,7 @@ class LiveTable:
     def changed(self, sweep: Sweep, state: State) -> None:
         self.board.show(*table_of(sweep))
 
-    def finished(self, sweep: Sweep) -> None:
-        self.board.show(*table_of(sweep))
+    def finished(self, sweep: Sweep) -> None: ...
 
 
 def table_of(sweep: Sweep) -> tuple[str, Sequence[str], list[Sequence[str]]]:

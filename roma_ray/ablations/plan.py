@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +16,8 @@ from roma_ray.engine.extraction import extract_stage
 from roma_ray.engine.finetuning import finetune_stage
 from roma_ray.engine.neighborhoods import neighbors_stage
 from roma_ray.engine.prepare import questions_stage
-from roma_ray.engine.setup import Setup, resolve
-from roma_ray.errors import ConfigError
+from roma_ray.engine.setup import ModelSpec, Setup, resolve
+from roma_ray.errors import ConfigError, ModelError
 from roma_ray.evaluation.paired import evaluate_stage
 
 SHARED = ("questions", "extract", "embed", "neighbors")
@@ -64,10 +64,21 @@ class Plan:
         return list(found.values())
 
 
-def make_plan(space: Space, device: str | None = None) -> Plan:
-    """Resolve every trial against the model; changes nothing on disk. Raises ModelError, ConfigError, QuestionError, StorageError."""
+Measure = Callable[[ModelSpec], dict[str, Any]]
+
+
+def unmeasured(spec: ModelSpec) -> dict[str, Any]:
+    """In place of measuring a GPU's experts backends, where nothing may be started. Raises ModelError."""
+    raise ModelError("no run of this model has measured its experts implementation in this storage")
+
+
+def make_plan(space: Space, device: str | None = None, measure: Measure = unmeasured) -> Plan:
+    """Resolve every trial against the model, with `measure` for what a GPU has not told yet.
+
+    Raises ModelError, ConfigError, QuestionError, StorageError.
+    """
     check_searchable(space)
-    setups = resolve_all(space, device)
+    setups = resolve_all(space, device, measure)
     merged: dict[str, Planned] = {}
     for trial, setup in zip(space.trials, setups, strict=True):
         planned = Planned(trial, setup, locate(setup))
@@ -81,7 +92,7 @@ def make_plan(space: Space, device: str | None = None) -> Plan:
     return Plan(space, setups[0].model.device, tuple(merged.values()))
 
 
-def resolve_all(space: Space, device: str | None) -> list[Setup]:
+def resolve_all(space: Space, device: str | None, measure: Measure) -> list[Setup]:
     """Each trial's set-up; what trials share is extracted once, so each knows of all cuts and token rules.
 
     Raises ConfigError (when a trial's layers or tokens do not fit the model), ModelError.
@@ -92,7 +103,7 @@ def resolve_all(space: Space, device: str | None) -> list[Setup]:
         # All trials of one model share its facts: reading and hashing a checkpoint takes seconds.
         parts = config.model_dump_json(include={"model", "device", "threads", "storage"})
         if parts not in models:
-            models[parts] = resolve(config, device=device)
+            models[parts] = resolve(config, device=device, measure=measure)
         return with_config(models[parts], config)
 
     setups = []

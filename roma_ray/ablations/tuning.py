@@ -35,8 +35,6 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nothing is resumed from Tune's own state, and writing it costs more than a short trial.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 Do = Callable[[Any, Callable[[dict[str, Any]], None]], dict[str, Any]]
