@@ -118,14 +118,97 @@ def _say_report(finished: Any) -> None:
 
 
 @main.command()
+@click.argument("sweep", required=False, type=click.Path())
 @run_options
-def report(config: Any) -> None:
-    """Write the report of a finished run, where there is none yet, and print where it is."""
+def report(config: Any, sweep: str | None) -> None:
+    """Write the report of a finished run, where there is none yet, and print where it is.
+
+    With SWEEP, the space file or the folder of a sweep: the report of its trials as far as they are.
+    """
     from roma_ray.pipeline import revisit
     from roma_ray.terminal import open_progress
 
+    if sweep is not None:
+        _report_sweep(sweep, config.storage)
+        return
     finished = revisit(_setup_of_finished(config), open_progress(quiet=False))
     _say_report(finished)
+
+
+def _report_sweep(sweep: str, storage: str | None) -> None:
+    from roma_ray.stages.environment import quiet_ray
+
+    quiet_ray()
+    from roma_ray.ablations.command import revisit
+    from roma_ray.ablations.report import find_sweep_file
+    from roma_ray.ablations.space import load_space
+    from roma_ray.terminal import open_progress
+
+    found, page = revisit(load_space(find_sweep_file(sweep), storage=storage), open_progress(quiet=False))
+    _print_sweep(found)
+    click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
+
+
+@main.command()
+@click.option("--space", type=click.Path(), help="YAML space file; default: the embedded one.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
+)
+@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
+@click.option("--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight.")
+@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
+@click.option("--stop-on-failure", is_flag=True, help="End the sweep with the first failed trial.")
+@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the trials' results as JSON.")
+def tune(
+    space: str | None,
+    overrides: tuple[str, ...],
+    storage: str | None,
+    address: str | None,
+    dry_run: bool,
+    stop_on_failure: bool,
+    quiet: bool,
+    summary_path: str | None,
+) -> None:
+    """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
+    _quiet_libraries()
+    from roma_ray.ablations.space import load_space
+    from roma_ray.terminal import LiveBoard, LiveProgress, open_progress
+
+    _check_place(summary_path)
+    loaded = load_space(space, overrides, storage)
+    from roma_ray.stages.environment import quiet_ray
+
+    quiet_ray()
+    from roma_ray.ablations import command
+
+    if dry_run:
+        click.echo("\n".join(command.dry_run(loaded)))
+        return
+    progress = open_progress(quiet)
+    with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
+        sweep = command.run(loaded, progress, board, address, stop_on_failure=stop_on_failure)
+    _print_sweep(sweep)
+    if summary_path:
+        from roma_ray.artifacts import write_json
+
+        write_json(summary_path, command.summary(sweep))
+    click.echo(f"report: {sweep.stage.path / 'report.html'}")
+    sys.exit(1 if command.failures(sweep) else 0)
+
+
+def _print_sweep(sweep: Any) -> None:
+    """Print the ranking, and what failed."""
+    from roma_ray.ablations.command import failures, result
+    from roma_ray.terminal import print_table
+
+    found = result(sweep)
+    if found is not None:
+        text, table = found
+        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
+        click.echo(text)
+    for line in failures(sweep):
+        click.echo(f"failed: {line}", err=True)
 
 
 @main.command()

@@ -89,6 +89,8 @@ class QuestionsConfig(Section):
     """Part held out for testing, by seed, when the sources declare no test rows."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the splits and of data sets' samples; default: the run's own. With it set, `seed` varies the training alone."""
     prompt: PromptConfig = PromptConfig()
 
 
@@ -304,6 +306,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type or value.
     """
     source = Path(path) if path is not None else Path(__file__).parent / "assets" / "demo.yaml"
+    data = read_settings(source)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(source))
+
+
+def read_settings(source: Path) -> dict[str, Any]:
+    """A YAML file's settings as plain data. Raises ConfigError when it cannot be read, is no YAML, or has a key twice."""
     try:
         data = yaml.load(source.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
@@ -312,9 +322,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, str(source))
+    return data
 
 
 def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> Config:

@@ -16,12 +16,14 @@ from roma_ray.artifacts import Stage, fingerprint, write_json
 from roma_ray.engine.cache import open_states
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.heads import FRESH, Heads
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_prompts, read_table, write_table
+from roma_ray.evaluation.base import base_scores, base_stage
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, at_chance, check_not_identical, overlap
 from roma_ray.evaluation.statistics import compare
 from roma_ray.manifold import diagnostics
@@ -64,6 +66,7 @@ def evaluate(
     neighbors: Stage,
     tuned: Stage,
     progress: Progress,
+    heads: Heads = FRESH,
 ) -> Stage:
     """Score every question with base and exported tuned routers. Raises GuardError, CacheError, CheckpointError."""
     stage = evaluate_stage(setup, tuned)
@@ -81,11 +84,16 @@ def evaluate(
             "batch_tokens": setup.config.extraction.batch_tokens,
         }
         states = open_states(setup.model, extraction.path, setup.cut)
-        head = setup.model.load(setup.cut, None, with_lm_head=True)
-        with progress.meter("evaluate", 2 * len(rows), "questions") as meter:
-            base = score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
-            load_adapter(tuned.path / ADAPTER, head)
-            after = score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
+        kept = base_stage(setup, extraction, arguments)
+        with heads.lend(setup.model, setup.cut) as head:
+            with progress.meter("evaluate", 2 * len(rows), "questions", len(rows) * kept.complete) as meter:
+
+                def score() -> Scores:
+                    return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
+
+                base = base_scores(kept, rows, score)
+                load_adapter(tuned.path / ADAPTER, head)
+                after = score()
         check_not_identical(base.scores, after.scores)
         columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
         _write(stage, prompts, base, after, columns)

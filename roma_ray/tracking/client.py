@@ -104,12 +104,19 @@ class Client:
     def runs(self, tag: str, value: str) -> list[RunState]:
         """The experiment's runs that have this tag, oldest first."""
         with _translated():
-            found = self._client.search_runs(
-                [self.experiment_id],
-                filter_string=f"tags.`{tag}` = '{value}'",
-                order_by=["attributes.start_time ASC"],
-                max_results=1000,
-            )
+            found, token = [], None
+            while True:
+                page = self._client.search_runs(
+                    [self.experiment_id],
+                    filter_string=f"tags.`{tag}` = '{value}'",
+                    order_by=["attributes.start_time ASC"],
+                    max_results=1000,
+                    page_token=token,
+                )
+                found += page
+                token = page.token
+                if not token:
+                    break
             return [
                 RunState(
                     r.info.run_id,
