@@ -135,7 +135,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         if not batches:
             return
         cluster.connect()
-        wanted = cluster.config.ray.extract_workers if stage == "extract" else cluster.config.ray.embed_workers
+        wanted = getattr(cluster.config.ray, f"{stage}_workers")
         workers = cluster.workers(stage, wanted, len(batches), device)
         token = uuid.uuid4().hex[:12]
         cluster.say(f"{stage}: {len(batches)} batches on {workers} worker(s), {device}")
