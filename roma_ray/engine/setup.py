@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -70,10 +72,24 @@ class Setup:
     moe_layers: tuple[int, ...]
     layers: tuple[int, ...]
     """Tuned layers, whole-model indices."""
+    hidden_size: int
+    cuts: tuple[int, ...]
+    """Layers after whose attention the extraction keeps the states: this run's cut, or those of all trials of a grid."""
+    token_rules: tuple[str, ...]
+    """Token rules whose routing the extraction keeps: this run's, or those of all trials of a grid."""
 
     @property
     def cut(self) -> int:
+        """The first tuned layer. All that lies below its experts is a constant function of the prompt."""
         return self.layers[0]
+
+    def shared(self, cuts: Iterable[int], token_rules: Iterable[str]) -> Setup:
+        """The same run on an extraction that also serves others: with these cuts and token rules besides its own."""
+        return dataclasses.replace(
+            self,
+            cuts=tuple(sorted({self.cut, *cuts})),
+            token_rules=tuple(sorted({self.config.routing.tokens, *token_rules})),
+        )
 
     @property
     def layer_columns(self) -> list[int]:
@@ -114,7 +130,16 @@ def resolve(config: Config, *, device: str | None = None) -> Setup:
     spec = ModelSpec(path, config.model.revision, dtype, backend, config.model.attention, chosen, config.threads)
     layers = select_layers(config.routing.layers, facts["moe_layers"])
     return Setup(
-        config, store, spec, model_identity(config.model, path), facts["num_layers"], tuple(facts["moe_layers"]), layers
+        config,
+        store,
+        spec,
+        model_identity(config.model, path),
+        facts["num_layers"],
+        tuple(facts["moe_layers"]),
+        layers,
+        facts["hidden_size"],
+        cuts=(layers[0],),
+        token_rules=(config.routing.tokens,),
     )
 
 

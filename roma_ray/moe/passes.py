@@ -105,7 +105,7 @@ def _around(
 ) -> Callable[..., Tensor]:
     """The forward of one layer with the parts left out that are known already or not wanted."""
     forward = block.forward
-    keep_N = None if keep is None else torch.tensor(keep, device=attention.packing.ids_T.device)
+    keep_N = None if keep is None else torch.tensor(keep, dtype=torch.long, device=attention.packing.ids_T.device)
     if keep_N is not None:
         stack.enter_context(trimmed_layer(index, keep_N))
 
