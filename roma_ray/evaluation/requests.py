@@ -206,7 +206,9 @@ class _Scorer:
         rows = self.plan[batch]
         chosen = [self.requests[row] for row in rows]
         # The first batch alone is counted: the counter slows a pass down several times.
-        scored = self.model.score([r.path for r in chosen], [r.continuation for r in chosen], count=batch == 0)
+        scored = self.model.score(
+            batch, [r.path for r in chosen], [r.continuation for r in chosen], count=batch == 0
+        )
         columns: dict[str, Any] = {"request": rows}
         for name in ("base", "tuned"):
             found = scored.answers.get(name)

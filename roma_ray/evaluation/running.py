@@ -1,24 +1,28 @@
 """A judged model at work: log-likelihoods of continuations, and generations.
 
-B sequences, S longest sequence, P read positions, V vocabulary.
+T flat tokens, N tokens whose logits are read, P tokens of a continuation, D width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from roma_ray.errors import GuardError
+from roma_ray.evaluation.padded import lay_out_sheets, sheet_logits
 from roma_ray.evaluation.subject import Subject
-from roma_ray.evaluation.tree import Path
+from roma_ray.evaluation.tree import Path, grow
 from roma_ray.moe.checkpoints import RouterCheckpoint, put_routers, read_adapter
-from roma_ray.moe.slices import Slice, slice_hidden, slice_logits
+from roma_ray.moe.packing import Packing, Segment, pack
+from roma_ray.moe.passes import run_packed
+from roma_ray.moe.slices import Slice
 
 
 @dataclass
@@ -70,67 +74,105 @@ def modules_parameter(modules: dict[str, Any], key: str) -> Tensor:
     return parameter
 
 
-@dataclass(frozen=True)
-class _Sheet:
-    """Some padded sequences and what is read from them."""
+class Scorer(Protocol):
+    """Scores continuations after contexts."""
 
-    ids_BS: Tensor
-    mask_BS: Tensor
-    positions_BP: Tensor
-    reads: list[tuple[int, int, int]]
-    """(request, sequence, first of its columns in `positions_BP`)."""
+    def score(
+        self, batch: int, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False
+    ) -> Result:
+        """(log-likelihood, whether greedy) of each continuation, whose tokens its path's last positions predict.
+
+        `count` also counts the floating-point operations, in a pass of its own.
+        """
 
 
-class Scorer:
-    """Scores continuations with a model's trunk (or none) and head."""
+class SliceScorer:
+    """Base and tuned from one pass through the trunk, on packed token trees."""
 
     def __init__(self, subject: Subject, trunk: Slice | None, head: Slice, routers: Routers | None) -> None:
         self.subject, self.trunk, self.head, self.routers = subject, trunk, head, routers
 
     @torch.inference_mode()
-    def score(self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False) -> Result:
-        """(log-likelihood, whether greedy) of each continuation, whose tokens its path's last positions predict.
-
-        `count` also counts the floating-point operations, in a pass of its own.
-        """
-        result = Result(answers={name: [None] * len(paths) for name in self.subject.names})
-        for sheet in _sheets(paths, continuations, self.subject.batch_tokens):
-            result.tokens += int(sheet.mask_BS.sum())
-            inputs = self._timed(result, "trunk", lambda sheet=sheet: self._trunk(sheet))
+    def score(
+        self, batch: int, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False
+    ) -> Result:
+        """As `Scorer.score`."""
+        tree = grow(paths)
+        packing = pack([Segment(s.ids, s.parent) for s in tree.segments])
+        read = [
+            [packing.flat(segment, offset) for segment, offset in tree.places(path, len(tokens))]
+            for path, tokens in zip(paths, continuations, strict=True)
+        ]
+        keep = sorted({place for places in read for place in places})
+        column = {place: n for n, place in enumerate(keep)}
+        rows = [[column[place] for place in places] for places in read]
+        result = Result(tokens=len(packing))
+        states_TD = timed(result, "trunk", self.head.device, lambda: self._trunk(packing))
+        for name in self.subject.names:
+            logits_NV, states_TD = timed(
+                result, name, self.head.device, lambda name=name, states=states_TD: self._head(name, packing, states, keep)
+            )
+            result.answers[name] = [
+                likelihood(logits_NV[places], tokens) for places, tokens in zip(rows, continuations, strict=True)
+            ]
+        if count:
+            entering = self._trunk(packing)
+            parts: dict[str, Callable[[], Any]] = {"trunk": lambda: self._trunk(packing)}
             for name in self.subject.names:
-                logits_BPV = self._timed(result, name, lambda name=name, x=inputs, s=sheet: self._head(name, x, s))
-                for request, sequence, first in sheet.reads:
-                    wanted = continuations[request]
-                    rows_PV = logits_BPV[sequence, first : first + len(wanted)]
-                    result.answers[name][request] = likelihood(rows_PV, wanted)
-            if count:
-                self._count(result, inputs, sheet)
+                parts[name] = lambda name=name: self._head(name, packing, entering, keep)
+            count_flops(result, parts)
         return result
 
-    def _trunk(self, sheet: _Sheet) -> Tensor:
-        return sheet.ids_BS if self.trunk is None else slice_hidden(self.trunk, sheet.ids_BS, sheet.mask_BS)
+    def _trunk(self, packing: Packing) -> Tensor | None:
+        return None if self.trunk is None else run_packed(self.trunk, packing).states
 
-    def _head(self, name: str, inputs: Tensor, sheet: _Sheet) -> Tensor:
+    def _head(self, name: str, packing: Packing, states_TD: Tensor | None, keep: Sequence[int]) -> Any:
         if self.routers is not None:
             self.routers.put(name)
-        return slice_logits(self.head, inputs, sheet.mask_BS, sheet.positions_BP)
+        return run_packed(self.head, packing, states_TD, keep=keep).states, states_TD
 
-    def _timed(self, result: Result, part: str, run: Callable[[], Tensor]) -> Tensor:
-        device = self.head.device
-        started = now(device)
-        value = run()
-        result.seconds[part] = result.seconds.get(part, 0.0) + now(device) - started
-        return value
 
-    def _count(self, result: Result, inputs: Tensor, sheet: _Sheet) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
+class WholeScorer:
+    """A stock model, alone, on padded batches."""
 
-        parts = {"trunk": lambda: self._trunk(sheet)}
-        parts |= {name: (lambda name=name: self._head(name, inputs, sheet)) for name in self.subject.names}
-        for part, run in parts.items():
-            with FlopCounterMode(display=False) as counter:
-                run()
-            result.flops[part] = result.flops.get(part, 0) + counter.get_total_flops()
+    def __init__(self, subject: Subject, model: PreTrainedModel) -> None:
+        self.subject, self.model = subject, model
+
+    @torch.inference_mode()
+    def score(
+        self, batch: int, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False
+    ) -> Result:
+        """As `Scorer.score`."""
+        answers: list[Any] = [None] * len(paths)
+        result = Result(answers={"base": answers}, seconds={"trunk": 0.0})
+        for sheet in lay_out_sheets(paths, continuations, self.subject.batch_tokens):
+            result.tokens += int(sheet.mask_BS.sum())
+            run = partial(sheet_logits, self.model, sheet)
+            logits_BPV = timed(result, "base", self.model.device, run)
+            for request, sequence, first in sheet.reads:
+                wanted = continuations[request]
+                answers[request] = likelihood(logits_BPV[sequence, first : first + len(wanted)], wanted)
+            if count:
+                count_flops(result, {"base": run})
+        return result
+
+
+def timed(result: Result, part: str, device: torch.device, run: Callable[[], Any]) -> Any:
+    """What `run` returns; its time is added to the part's."""
+    started = now(device)
+    value = run()
+    result.seconds[part] = result.seconds.get(part, 0.0) + now(device) - started
+    return value
+
+
+def count_flops(result: Result, parts: Mapping[str, Callable[[], Any]]) -> None:
+    """Count the floating-point operations of some calls and add them to their parts'."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    for part, run in parts.items():
+        with FlopCounterMode(display=False) as counter:
+            run()
+        result.flops[part] = result.flops.get(part, 0) + counter.get_total_flops()
 
 
 def likelihood(logits_PV: Tensor, tokens: Path) -> tuple[float, bool]:
@@ -139,53 +181,6 @@ def likelihood(logits_PV: Tensor, tokens: Path) -> tuple[float, bool]:
     logp_PV = torch.log_softmax(logits_PV.float(), dim=-1)
     greedy = bool((logits_PV.argmax(-1) == wanted_P).all())
     return float(logp_PV.gather(1, wanted_P[:, None]).sum()), greedy
-
-
-def _sheets(paths: Sequence[Path], continuations: Sequence[Path], budget: int) -> list[_Sheet]:
-    """Padded batches of at most `budget` tokens; a path that begins another one is read from it."""
-    ordered = sorted(set(paths))
-    # Sorted, a path stands right before those that go on from it.
-    longest: dict[Path, Path] = {}
-    for number in range(len(ordered) - 1, -1, -1):
-        path = ordered[number]
-        after = ordered[number + 1] if number + 1 < len(ordered) else ()
-        longest[path] = longest[after] if after[: len(path)] == path else path
-    readers: dict[Path, list[int]] = {}
-    for request, path in enumerate(paths):
-        readers.setdefault(longest[path], []).append(request)
-    rows = sorted(readers, key=lambda p: (-len(p), p))
-    sheets, group = [], list[Path]()
-    for row in rows:
-        if group and len(group[0]) * (len(group) + 1) > budget:
-            sheets.append(_sheet(group, readers, paths, continuations))
-            group = []
-        group.append(row)
-    if group:
-        sheets.append(_sheet(group, readers, paths, continuations))
-    return sheets
-
-
-def _sheet(
-    rows: Sequence[Path], readers: dict[Path, list[int]], paths: Sequence[Path], continuations: Sequence[Path]
-) -> _Sheet:
-    reads, positions = [], []
-    for sequence, row in enumerate(rows):
-        # Requests that end at one place (single-token choices of a question) read it once.
-        wanted: dict[tuple[int, int], int] = {}
-        columns: list[int] = []
-        for request in readers[row]:
-            stop, length = len(paths[request]), len(continuations[request])
-            if (stop, length) not in wanted:
-                wanted[stop, length] = len(columns)
-                columns += range(stop - length, stop)
-            reads.append((request, sequence, wanted[stop, length]))
-        positions.append(columns)
-    return _Sheet(_padded(rows, 0), _padded([(1,) * len(r) for r in rows], 0), _padded(positions, -1), reads)
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max(len(r) for r in rows)
-    return torch.tensor([[*r, *[fill] * (width - len(r))] for r in rows], dtype=torch.long)
 
 
 def now(device: torch.device) -> float:
@@ -229,13 +224,11 @@ class Writer:
 def load_scorer(subject: Subject) -> Scorer:
     """Load a subject's trunk and head, in the judged type. Raises ModelError, CheckpointError, GuardError."""
     if not subject.sliced:
-        model = subject.load_whole()
-        layers = model.config.get_text_config().num_hidden_layers
-        return Scorer(subject, None, Slice(model, 0, layers, layers, subject.model.path, None), None)
+        return WholeScorer(subject, subject.load_whole())
     trunk = subject.model.load(0, subject.cut, with_lm_head=False) if subject.cut else None
     head = subject.model.load(subject.cut, None, with_lm_head=True)
     routers = None if subject.adapter is None else Routers(head, subject.adapter)
-    return Scorer(subject, trunk, head, routers)
+    return SliceScorer(subject, trunk, head, routers)
 
 
 def load_writer(subject: Subject) -> Writer:

@@ -46,27 +46,37 @@ class Tree:
         return found[::-1]
 
 
-def grow(paths: Sequence[Path]) -> Tree:
-    """The tree of these paths, none of them empty; the same for any order of them."""
+LEAST_SHARED = 8
+"""Fewer common tokens are computed for each path: a root segment without ancestors has the faster attention."""
+
+
+def grow(paths: Sequence[Path], least: int = LEAST_SHARED) -> Tree:
+    """The tree of these paths, none of them empty; the same for any order of them.
+
+    What only `least - 1` tokens or fewer of a segment would share is not shared.
+    """
     ordered = sorted(set(paths))
     segments: list[Segment] = []
     leaf: dict[Path, int] = {}
-    # Ranges of sorted paths that agree up to `depth`, whose next segment follows `parent`.
-    waiting = [(0, len(ordered), 0, -1)]
+    # Ranges of sorted paths that agree up to `depth`; what they have from `begin` on is in no segment yet.
+    waiting = [(0, len(ordered), 0, 0, -1)]
     while waiting:
-        low, high, depth, parent = waiting.pop()
+        low, high, depth, begin, parent = waiting.pop()
         starts = [n for n in range(low, high) if n == low or ordered[n][depth] != ordered[n - 1][depth]]
-        children = list(zip(starts, [*starts[1:], high], strict=True))
-        for first, stop in children:
+        for first, stop in zip(starts, [*starts[1:], high], strict=True):
             shared = common_prefix(ordered[first], ordered[stop - 1])
-            number = len(segments)
-            segments.append(Segment(ordered[first][depth:shared], parent, depth))
-            # Sorted, so of these only the first can end here.
+            # Sorted, so of these only the first can end where they part.
             ended = len(ordered[first]) == shared
-            if ended:
-                leaf[ordered[first]] = number
+            alone = stop - first == 1
+            split = alone or shared - begin >= least
+            if split or ended:
+                leaf_or_inner = len(segments)
+                segments.append(Segment(ordered[first][begin:shared], parent, begin))
+                if ended:
+                    leaf[ordered[first]] = leaf_or_inner
             if first + ended < stop:
-                waiting.append((first + ended, stop, shared, number))
+                rest = (first + ended, stop, shared)
+                waiting.append((*rest, shared, len(segments) - 1) if split else (*rest, begin, parent))
     return Tree(tuple(segments), leaf)
 
 
@@ -82,10 +92,10 @@ def common_prefix(one: Path, other: Path) -> int:
 
 
 def plan_paths(paths: Sequence[Path], batch_tokens: int) -> list[list[int]]:
-    """Batches of path numbers whose trees have at most `batch_tokens` tokens (a longer path is alone).
+    """Batches of path numbers whose trees have about `batch_tokens` tokens (a longer path is alone).
 
-    Neighbors in dictionary order share most, so they go into one batch: a tree's size is then the sum of what each path adds
-    to the one before it.
+    Neighbors in dictionary order share most, so they go into one batch: a tree's size is then about the sum of what each path
+    adds to the one before it.
     """
     order = sorted(range(len(paths)), key=lambda n: (paths[n], n))
     batches: list[list[int]] = []
@@ -93,7 +103,8 @@ def plan_paths(paths: Sequence[Path], batch_tokens: int) -> list[list[int]]:
     previous: Path = ()
     for number in order:
         path = paths[number]
-        added = len(path) - common_prefix(previous, path)
+        shared = common_prefix(previous, path)
+        added = len(path) - (shared if shared >= LEAST_SHARED else 0)
         if batches and size + added <= batch_tokens:
             batches[-1].append(number)
             size += added
