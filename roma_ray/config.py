@@ -217,6 +217,9 @@ class EvaluationConfig(Section):
     """Tokens of a planned batch of log-likelihoods; what requests begin with in common counts once."""
     generation_batch: int = Field(default=16, ge=1)
     """Prompts that are continued together."""
+    keep_states: bool = False
+    """Keep the trunk's states and the base's answers: later adapters with the same first tuned layer run the head alone.
+    They take tokens x width x bytes of the type on the storage."""
 
 
 class RayConfig(Section):

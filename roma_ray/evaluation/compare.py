@@ -17,7 +17,7 @@ from roma_ray.artifacts import Store, read_manifest
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.evaluation.judge import METRICS, read_benchmarks
-from roma_ray.evaluation.paired import RESULTS
+from roma_ray.evaluation.paired import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, mcnemar, standard_error
 
 MACRO = "macro average"
@@ -80,8 +80,8 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
         return path
     found: list[Path] = []
     for prefix in filter(None, (name, look_up(name))):
-        if len(prefix) >= _LEAST_PREFIX:
-            found += [p for stage in _STAGES for p in sorted((store.root / stage).glob(f"{_escaped(prefix)}*"))]
+        if len(prefix) >= _LEAST_PREFIX and prefix.isalnum():
+            found += [p for stage in _STAGES for p in sorted((store.root / stage).glob(f"{prefix}*"))]
         if found:
             break
     if len(found) != 1:
@@ -92,22 +92,19 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
     return found[0]
 
 
-def _escaped(text: str) -> str:
-    return "".join(c if c.isalnum() else "?" for c in text)
-
-
 def read_column(name: str, folder: Path, which: str) -> Column:
     """The base's or the tuned model's values of a finished evaluation. Raises ArtifactError."""
     stage = read_manifest(folder)["stage"]
     if stage == "benchmarks":
         table = read_table(folder / METRICS).to_pydict()
         pins = {task: figures["pin"] for task, figures in read_benchmarks(folder)["tasks"].items()}
-        keys = [(t, m if f == "none" else f"{m},{f}") for t, m, f in zip(*(table[c] for c in ("task", "metric", "filter")), strict=True)]
+        keys = [
+            (t, m if f == "none" else f"{m},{f}")
+            for t, m, f in zip(*(table[c] for c in ("task", "metric", "filter")), strict=True)
+        ]
         questions, measured = table["doc"], table[which]
     elif stage == "evaluate":
-        from roma_ray.evaluation.paired import read_verdicts
-
-        keys, questions, measured, pins = read_verdicts(folder / RESULTS, folder, which)
+        keys, questions, measured, pins = read_verdicts(folder, which)
     else:
         raise ArtifactError(f"{folder} is a {stage} stage, not an evaluation")
     values: dict[tuple[str, str], dict[Any, float]] = {}
@@ -143,7 +140,9 @@ def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = F
     shared = [key for key in first.values if any(key in other.values for other in columns[1:])]
     if not shared:
         raise GuardError(f"{first.label} and the other runs have no benchmark in common")
-    differing = sorted({f"{t} ({c.label})" for t, m in shared for c in columns if c.pins.get(t, first.pins[t]) != first.pins[t]})
+    differing = sorted(
+        {f"{t} ({c.label})" for t, m in shared for c in columns if c.pins.get(t, first.pins[t]) != first.pins[t]}
+    )
     if differing and not allow_different_pins:
         raise GuardError(
             f"not the same questions, prompts or metric: {', '.join(differing)}. Their scores are not comparable; to see them side "
@@ -188,11 +187,7 @@ def _p(before: np.ndarray, after: np.ndarray) -> float | None:
 
 def _macro(metric: str, keys: Sequence[tuple[str, str]], columns: Sequence[Column]) -> Row | None:
     """Unweighted mean over the tasks that all columns have under one pin; None for fewer than two."""
-    keys = [
-        key
-        for key in keys
-        if all(key in c.values and c.pins[key[0]] == columns[0].pins[key[0]] for c in columns)
-    ]
+    keys = [key for key in keys if all(key in c.values and c.pins[key[0]] == columns[0].pins[key[0]] for c in columns)]
     if len(keys) < 2:
         return None
     cells = []

@@ -42,13 +42,16 @@ def cost_of(subject: Subject, answered: Sequence[Answers], questions: int) -> di
     facts = [answers.facts for answers in answered]
     tokens = sum(f["tokens"] for f in facts)
     seconds = {part: sum(f["model_seconds"].get(part, 0.0) for f in facts) for part in ("trunk", *subject.names)}
-    counted = next((f["counted_flops"] for f in facts if f["counted_flops"]), {})
+    counted: dict[str, Any] = next((f["counted_flops"] for f in facts if f["counted_flops"]), {})
     return {
         "questions": questions,
         "tokens_per_question": tokens / max(questions, 1),
         "flops_per_token": flops_per_token(subject.skeleton()),
         "counted": counted,
         "questions_per_second": {
-            name: questions / (seconds["trunk"] + seconds[name]) for name in subject.names if seconds[name] > 0
+            name: questions / (seconds["trunk"] + seconds[name])
+            for name in subject.names
+            # Where the trunk was not run its time is not known.
+            if seconds[name] > 0 and not any(f["reused_batches"] for f in facts)
         },
     }

@@ -25,7 +25,7 @@ def findings(
     tasks: Mapping[str, Task],
     results: Mapping[str, Mapping[str, Any]],
     truncated: int,
-    training: Sequence[tuple[str, Sequence[str]]],
+    training: Sequence[tuple[str, Sequence[str]]] | None,
 ) -> dict[str, Any]:
     """The guards' findings; empty lists and zeros are good news. Raises GuardError when base and tuned answer the same."""
     if subject.adapter is not None:
@@ -43,7 +43,8 @@ def findings(
         ],
         "truncated": truncated,
         "too_many_truncated": truncated > TRUNCATED_LIMIT * max(requests, 1),
-        "seen_in_training": seen_in_training(samples, tasks, training),
+        "training_known": training is not None,
+        "seen_in_training": seen_in_training(samples, tasks, training or []),
     }
 
 

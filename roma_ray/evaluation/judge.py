@@ -84,11 +84,12 @@ def judge(
     store: Store,
     execute: Executor,
     progress: Progress,
-    training: Sequence[tuple[str, Sequence[str]]] = (),
+    training: Sequence[tuple[str, Sequence[str]]] | None = None,
 ) -> Stage:
     """Judge the subject, base and tuned, on the wanted tasks; what is there already is not computed again.
 
-    `training`: texts and choices of the questions that the tuned model was trained on, to be looked for in the benchmarks.
+    `training`: texts and choices of the questions that the tuned model was trained on, to be looked for in the benchmarks;
+    None where that is not known.
     Raises ConfigError, QuestionError, ModelError, CheckpointError, GuardError, StorageError, WorkerError.
     """
     from roma_ray.evaluation.lm import JudgeLM
@@ -170,7 +171,7 @@ def run_lm_eval(lm: Any, tasks: Sequence[Task | Group], wanted: Wanted) -> dict[
     single = {t.task_name: t for item in tasks for t in (item.get_all_tasks() if isinstance(item, Group) else [item])}
     # As lm-eval's own command seeds them.
     random.seed(0)
-    np.random.seed(_FEWSHOT_SEED)  # noqa: NPY002 - lm-eval draws from the global generator
+    np.random.seed(_FEWSHOT_SEED)
     try:
         found = evaluate(
             lm,

@@ -69,7 +69,9 @@ def read_rows(file: Path) -> Iterator[Row]:
             for batch in pq.ParquetFile(file).iter_batches():
                 yield from batch.to_pylist()
             return
-        with gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream:
+        with (
+            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream
+        ):
             for line in stream:
                 if line.strip():
                     row = json.loads(line)

@@ -13,19 +13,22 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roma_ray.artifacts import Stage, Store, write_json
+from roma_ray.artifacts import Stage, Store, write_atomically, write_json
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.tables import read_table, table_facts, write_table
 from roma_ray.engine.work import Executor, Report
-from roma_ray.errors import ArtifactError
+from roma_ray.errors import ArtifactError, CacheError
 from roma_ray.evaluation.subject import Subject
 from roma_ray.evaluation.tree import Path as TokenPath
 from roma_ray.evaluation.tree import plan_paths
+
+if TYPE_CHECKING:
+    from roma_ray.evaluation.running import Kept
 
 VERSION = 1
 REQUESTS, PLAN, ANSWERS = "requests.parquet", "plan.json", "answers.parquet"
@@ -97,7 +100,7 @@ def answer(
     else:
         started = time.monotonic()
         with stage.exclusive():
-            _run(kind, unique, table, subject, stage, execute, progress)
+            _run(kind, unique, table, subject, store, stage, execute, progress)
             facts = _gather(kind, stage, len(unique))
             stage.finish(facts=facts, seconds=time.monotonic() - started)
     place = {request: n for n, request in enumerate(unique)}
@@ -137,6 +140,7 @@ def _run(
     requests: Sequence[Any],
     table: pa.Table,
     subject: Subject,
+    store: Store,
     stage: Stage,
     execute: Executor,
     progress: Progress,
@@ -148,7 +152,12 @@ def _run(
     plan: list[list[int]] = json.loads(plan_file.read_text())
     pending = [n for n in range(len(plan)) if not batch_file(stage.path, n).exists()]
     done = len(requests) - sum(len(plan[n]) for n in pending)
-    work = RequestWork(str(stage.path), kind, subject)
+    states = None
+    if kind == "loglikelihood" and subject.keep_states and subject.cut:
+        # The tuned gates alone are left out of the identity: every adapter with this first tuned layer shares the states.
+        settings = {**stage.identity["settings"], "adapter": None, "cut": subject.cut}
+        states = str(store.stage("states", settings, {}, VERSION).path)
+    work = RequestWork(str(stage.path), kind, subject, states)
     unit = "requests" if kind == "loglikelihood" else "generations"
     with progress.meter("evaluate", len(requests), unit, done) as meter:
         for report in execute(work, pending):
@@ -182,6 +191,8 @@ class RequestWork:
     folder: str
     kind: str
     subject: Subject
+    states: str | None = None
+    """Folder of the trunk's states, where they are kept for later adapters."""
     name: str = "evaluate"
 
     def open(self) -> Callable[[int], Report]:
@@ -205,18 +216,64 @@ class _Scorer:
         started = time.monotonic()
         rows = self.plan[batch]
         chosen = [self.requests[row] for row in rows]
+        kept = read_kept(self.work.states, batch, len(rows))
         # The first batch alone is counted: the counter slows a pass down several times.
         scored = self.model.score(
-            batch, [r.path for r in chosen], [r.continuation for r in chosen], count=batch == 0
+            [r.path for r in chosen], [r.continuation for r in chosen], count=batch == 0, kept=kept
         )
+        if self.work.states is not None and scored.kept is not None:
+            write_kept(self.work.states, batch, scored.kept)
         columns: dict[str, Any] = {"request": rows}
         for name in ("base", "tuned"):
             found = scored.answers.get(name)
             columns[name] = [None] * len(rows) if found is None else [value for value, _ in found]
             columns[f"{name}_greedy"] = [None] * len(rows) if found is None else [greedy for _, greedy in found]
-        facts = {"seconds": scored.seconds, "tokens": scored.tokens, "flops": scored.flops}
+        facts = {
+            "seconds": scored.seconds,
+            "tokens": scored.tokens,
+            "flops": scored.flops,
+            "reused": kept is not None,
+        }
         write_table(batch_file(self.work.folder, batch), columns, _SCORED, facts)
         return Report(batch, len(rows), scored.tokens, 0, time.monotonic() - started)
+
+
+def _kept_file(folder: str, batch: int) -> Path:
+    return Path(folder) / f"{batch:06d}.safetensors"
+
+
+def write_kept(folder: str, batch: int, kept: Kept) -> None:
+    """Keep a batch's states and base answers, atomically. Raises StorageError."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {
+        "states": kept.states_TD.cpu().contiguous(),
+        "base": torch.tensor([value for value, _ in kept.base], dtype=torch.float64),
+        "greedy": torch.tensor([greedy for _, greedy in kept.base]),
+    }
+    write_atomically(_kept_file(folder, batch), lambda aside: save_file(tensors, aside))
+
+
+def read_kept(folder: str | None, batch: int, count: int) -> Kept | None:
+    """What an earlier evaluation kept of a batch of `count` requests; None where there is nothing. Raises CacheError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from roma_ray.evaluation.running import Kept
+
+    if folder is None or not _kept_file(folder, batch).exists():
+        return None
+    path = _kept_file(folder, batch)
+    try:
+        tensors = load_file(path)
+        base = list(zip(tensors["base"].tolist(), tensors["greedy"].tolist(), strict=True))
+        kept = Kept(tensors["states"], base)
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise CacheError(f"{path} cannot be read ({error}); remove {folder} to compute it again") from None
+    if len(base) != count:
+        raise CacheError(f"{path} holds {len(base)} answers instead of {count}; remove {folder} to compute it again")
+    return kept
 
 
 class _Writer:
@@ -252,13 +309,14 @@ def _gather(kind: str, stage: Stage, count: int) -> dict[str, Any]:
     write_table(stage.path / ANSWERS, whole.to_pydict(), schema)
     facts = [table_facts(t) for t in tables]
     seconds = {part: sum(f["seconds"].get(part, 0.0) for f in facts) for part in ("trunk", "base", "tuned")}
-    counted = next((f["flops"] | {"tokens": f["tokens"]} for f in facts if f["flops"]), {})
+    counted: dict[str, Any] = next((f["flops"] | {"tokens": f["tokens"]} for f in facts if f["flops"]), {})
     return {
         "requests": count,
         "batches": len(plan),
         "tokens": sum(f["tokens"] for f in facts),
         "model_seconds": seconds,
         "counted_flops": counted,
+        "reused_batches": sum(bool(f.get("reused")) for f in facts),
     }
 
 

@@ -34,6 +34,7 @@ class Result:
     seconds: dict[str, float] = field(default_factory=dict)
     """Of the trunk, which both share, and of each model's head."""
     flops: dict[str, int] = field(default_factory=dict)
+    kept: Kept | None = None
 
 
 class Routers:
@@ -74,15 +75,23 @@ def modules_parameter(modules: dict[str, Any], key: str) -> Tensor:
     return parameter
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a batch leaves for later adapters of the same cut: the trunk's states and the base's answers."""
+
+    states_TD: Tensor
+    base: list[tuple[float, bool]]
+
+
 class Scorer(Protocol):
     """Scores continuations after contexts."""
 
     def score(
-        self, batch: int, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False
+        self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False, kept: Kept | None = None
     ) -> Result:
         """(log-likelihood, whether greedy) of each continuation, whose tokens its path's last positions predict.
 
-        `count` also counts the floating-point operations, in a pass of its own.
+        `count` also counts the floating-point operations, in a pass of its own. `kept` is an earlier result's, of the same paths.
         """
 
 
@@ -94,7 +103,7 @@ class SliceScorer:
 
     @torch.inference_mode()
     def score(
-        self, batch: int, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False
+        self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False, kept: Kept | None = None
     ) -> Result:
         """As `Scorer.score`."""
         tree = grow(paths)
@@ -105,31 +114,34 @@ class SliceScorer:
         ]
         keep = sorted({place for places in read for place in places})
         column = {place: n for n, place in enumerate(keep)}
-        rows = [[column[place] for place in places] for places in read]
         result = Result(tokens=len(packing))
-        states_TD = timed(result, "trunk", self.head.device, lambda: self._trunk(packing))
-        for name in self.subject.names:
-            logits_NV, states_TD = timed(
-                result, name, self.head.device, lambda name=name, states=states_TD: self._head(name, packing, states, keep)
-            )
-            result.answers[name] = [
-                likelihood(logits_NV[places], tokens) for places, tokens in zip(rows, continuations, strict=True)
-            ]
-        if count:
-            entering = self._trunk(packing)
-            parts: dict[str, Callable[[], Any]] = {"trunk": lambda: self._trunk(packing)}
-            for name in self.subject.names:
-                parts[name] = lambda name=name: self._head(name, packing, entering, keep)
-            count_flops(result, parts)
+        device = self.head.device
+        if kept is None:
+            states_TD = timed(result, "trunk", device, partial(self._trunk, packing))
+        else:
+            states_TD, result.answers["base"] = kept.states_TD, kept.base
+        heads = {n: partial(self._head, n, packing, states_TD, keep) for n in self.subject.names}
+        for name, run in heads.items():
+            if name not in result.answers:
+                logits_NV = timed(result, name, device, run)
+                result.answers[name] = [
+                    likelihood(logits_NV[[column[place] for place in places]], tokens)
+                    for places, tokens in zip(read, continuations, strict=True)
+                ]
+        if count and kept is None:
+            count_flops(result, {"trunk": partial(self._trunk, packing), **heads})
+        if kept is None and states_TD is not None:
+            result.kept = Kept(states_TD, result.answers["base"])
         return result
 
     def _trunk(self, packing: Packing) -> Tensor | None:
         return None if self.trunk is None else run_packed(self.trunk, packing).states
 
-    def _head(self, name: str, packing: Packing, states_TD: Tensor | None, keep: Sequence[int]) -> Any:
+    def _head(self, name: str, packing: Packing, states_TD: Tensor | None, keep: Sequence[int]) -> Tensor:
         if self.routers is not None:
             self.routers.put(name)
-        return run_packed(self.head, packing, states_TD, keep=keep).states, states_TD
+        logits_NV: Tensor = run_packed(self.head, packing, states_TD, keep=keep).states
+        return logits_NV
 
 
 class WholeScorer:
@@ -140,7 +152,7 @@ class WholeScorer:
 
     @torch.inference_mode()
     def score(
-        self, batch: int, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False
+        self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False, kept: Kept | None = None
     ) -> Result:
         """As `Scorer.score`."""
         answers: list[Any] = [None] * len(paths)

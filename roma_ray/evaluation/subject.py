@@ -37,6 +37,7 @@ class Subject:
     """Whether roma-ray knows the model's routers; a dense model is run whole."""
     batch_tokens: int
     generation_batch: int
+    keep_states: bool
 
     @property
     def cut(self) -> int:
@@ -83,11 +84,7 @@ class Subject:
 
     def load_whole(self) -> PreTrainedModel:
         """The whole model as stock transformers loads it, in the judged type. Raises ModelError."""
-        if self.sliced:
-            model = self.model.load(0, None, with_lm_head=True).model
-        else:
-            model = self._load_stock()
-        return model
+        return self.model.load(0, None, with_lm_head=True).model if self.sliced else self._load_stock()
 
     def _load_stock(self) -> PreTrainedModel:
         import torch
@@ -164,6 +161,7 @@ def resolve_subject(config: Config, *, adapter: str | None, device: str | None =
         sliced=sliced,
         batch_tokens=settings.batch_tokens,
         generation_batch=settings.generation_batch,
+        keep_states=settings.keep_states,
     )
     return subject if adapter is None else with_adapter(subject, adapter, judged.model_type, config.model.dtype)
 

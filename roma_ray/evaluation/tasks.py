@@ -50,7 +50,9 @@ def load_tasks(
         elif manager is not None and not name.endswith(QUESTIONS) and name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise ConfigError(
-                f"lm-eval has no task {name!r}" + (f"; near it: {', '.join(near)}" if near else "") + ". Question files end in "
+                f"lm-eval has no task {name!r}"
+                + (f"; near it: {', '.join(near)}" if near else "")
+                + ". Question files end in "
                 f"{', '.join(QUESTIONS)}, your own task files in .yaml"
             )
     if not allow_code:
@@ -134,7 +136,7 @@ def local_dataset(local: dict[str, Any], **_: Any) -> DatasetDict:
         )
     made = {split: Dataset.from_list(found) for split, found in rows.items() if split in local["splits"]}
     # Splits that only few-shot examples need may be missing; asking for examples from one is refused later.
-    empty = {name: [] for name in made[judged].column_names}
+    empty: dict[str, list[Any]] = {name: [] for name in made[judged].column_names}
     for split in local["splits"]:
         if split not in made:
             made[split] = Dataset.from_dict(empty, features=made[judged].features)
@@ -199,4 +201,3 @@ def has_examples(task: Task) -> bool:
     """Whether a task has examples to draw few-shot prompts from."""
     docs = task.fewshot_docs()
     return docs is not None and len(list(docs)) > 0
-
