@@ -102,7 +102,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights; `auto` is the checkpoint's own. Gates always train as fp32 masters."""
     experts_backend: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
-    """Experts implementation of transformers; `auto` is eager on CPU, grouped_mm on GPUs; kept with the run."""
+    """Experts implementation of transformers; `auto` is eager on a CPU; on a GPU it is measured once and kept in the
+    storage. batched_mm is for a few tokens at a time: on prompts it is many times slower."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 

@@ -24,6 +24,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import ModelSpec, Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.training import ALONE, IDLE_RATIO, Outcome, World, finetune
+from roma_ray.engine.verification import verify_sample
 from roma_ray.errors import StorageError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.slices import Slice
@@ -62,6 +63,8 @@ class TrainJob:
     batch_tokens: int
     seed: int
     finetune: FinetuneConfig
+    cached: bool = True
+    """Whether the extraction kept the activations."""
 
     def load_head(self) -> Slice:
         """The layers from the cut up, with `lm_head`."""
@@ -100,6 +103,8 @@ class TrainJob:
 
         `head` is `load_head()` of this or another run of the same model and cut; it is left as it was.
         """
+        if world.rank == 0 and self.cached:
+            verify_sample(self.model, self.extraction, self.questions, self.cut)
         head = self.load_head() if head is None else head
         outcome = finetune(
             head,
@@ -184,6 +189,7 @@ def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, n
         batch_tokens=config.extraction.batch_tokens,
         seed=config.seed,
         finetune=config.finetune,
+        cached=config.extraction.cache,
     )
 
 

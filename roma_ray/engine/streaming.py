@@ -18,6 +18,7 @@ from torch import Tensor
 
 from roma_ray.engine.extractor import Batches, ExtractWork, Result, batch_table, run_part, write_tensors
 from roma_ray.engine.forward import choice_scores
+from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
 from roma_ray.moe.whole import model_sizes
@@ -34,7 +35,7 @@ def stream(
     say: Callable[[str], None],
 ) -> None:
     """Extract the pending batches, one slice after another. Raises ModelError when no layer fits into the limit."""
-    chain = plan_chain(work, memory_gb)
+    chain = plan_chain(work.model, memory_gb)
     say(f"extraction streams {len(chain)} slices of at most {memory_gb:g} GB of weights")
     # Another limit is another chain, whose slices must not take up what these leave.
     place = f"{STREAM}/{memory_gb:g}"
@@ -51,15 +52,18 @@ def stream(
     shutil.rmtree(Path(work.folder) / STREAM, ignore_errors=True)
 
 
-def plan_chain(work: ExtractWork, memory_gb: float) -> list[tuple[int, int]]:
-    """Consecutive layer ranges whose weights fit into the limit, as few as there can be."""
-    sizes = model_sizes(work.model.path, revision=work.model.revision)
-    itemsize = getattr(torch, work.model.dtype).itemsize
+def plan_chain(model: ModelSpec, memory_gb: float, *, least: bool = False) -> list[tuple[int, int]]:
+    """Consecutive layer ranges whose weights fit into the limit, as few as there can be.
+
+    `least`: a layer that is larger than the limit runs alone. Raises ModelError for such a layer otherwise.
+    """
+    sizes = model_sizes(model.path, revision=model.revision)
+    itemsize = getattr(torch, model.dtype).itemsize
     budget = memory_gb * 1e9 / itemsize
     layers = list(sizes.layers)
     layers[0] += sizes.embedding
     layers[-1] += sizes.head
-    if max(layers) > budget:
+    if max(layers) > budget and not least:
         need = max(layers) * itemsize / 1e9
         raise ModelError(f"extraction.memory_gb={memory_gb:g} holds no single layer; the largest needs {need:.2f} GB")
     chain, start, held = [], 0, 0

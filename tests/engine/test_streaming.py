@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from roma_ray.artifacts import file_digest
-from roma_ray.engine.extraction import extract, extract_stage, extract_work
+from roma_ray.engine.extraction import extract
 from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import Setup, resolve
@@ -29,12 +29,11 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
     name: str, layers_at_once: int, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     run: Run = request.getfixturevalue(name)
-    whole = extract_work(run.setup, run.stages["questions"], run.stages["extract"])
     # The first layer counts with the embeddings, so it is the one that a limit must hold.
-    limit = layers_at_once * max_layer_gb(whole)
+    limit = layers_at_once * max_layer_gb(run.setup.model.path)
     setup = limited(run, tmp_path, memory_gb=limit)
     questions = prepare(setup, Silence())
-    chain = plan_chain(extract_work(setup, questions, extract_stage(setup, questions)), limit)
+    chain = plan_chain(setup.model, limit)
     assert len(chain) == (6 if layers_at_once == 1 else 2)
     assert [start for start, _ in chain[1:]] == [stop for _, stop in chain[:-1]]
     opened: list[tuple[int, int]] = []
@@ -67,11 +66,11 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
         assert file_digest(file) == file_digest(stage.path / "batches" / file.name), file.name
 
 
-def max_layer_gb(work: Any) -> float:
+def max_layer_gb(path: str) -> float:
     """What plan_chain needs for one layer of the tiny model, fp32."""
     from roma_ray.moe.whole import model_sizes
 
-    sizes = model_sizes(work.model.path)
+    sizes = model_sizes(path)
     return max(sizes.layers[0] + sizes.embedding, sizes.layers[-1] + sizes.head) * 4 / 1e9
 
 

@@ -141,23 +141,28 @@ class Circle:
         return parts
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5])
-def test_any_number_of_workers_gives_the_same_bits(letter_run: Run, workers: int) -> None:
-    job = job_of(letter_run)
-    alone = train(job)
+def train_on(workers: int, job: TrainJob, **arguments: Any) -> list[Any]:
+    """The same run on several workers, each in a thread."""
     table: list[Any] = [None] * workers
     barrier = threading.Barrier(workers, timeout=120)
     outcomes: list[Any] = [None] * workers
 
     def work(rank: int) -> None:
-        outcomes[rank] = train(job, world=Circle(rank, workers, table, barrier))
+        outcomes[rank] = train(job, world=Circle(rank, workers, table, barrier), **arguments)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for outcome in outcomes:
+    return outcomes
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_any_number_of_workers_gives_the_same_bits(letter_run: Run, workers: int) -> None:
+    job = job_of(letter_run)
+    alone = train(job)
+    for outcome in train_on(workers, job):
         assert_same(alone, outcome)
 
 
@@ -188,6 +193,23 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(letter_run: Run, t
         assert_same(straight, resumed)
         # The last step of an epoch is saved with the epoch's end, so at most one step is done again.
         assert len(redone) <= total - stop + 1
+
+
+def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bits(letter_run: Run, tmp_path: Path) -> None:
+    job = job_of(letter_run, checkpoint_steps=1)
+    straight = train(job)
+    checkpoint = tmp_path / "elastic.safetensors"
+    left = [3]
+
+    def advance(count: int, note: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(job, checkpoint=checkpoint, advance=advance)
+    for outcome in train_on(3, job, checkpoint=checkpoint):
+        assert_same(straight, outcome)
 
 
 def test_a_damaged_checkpoint_is_a_named_error(letter_run: Run, tmp_path: Path) -> None:
