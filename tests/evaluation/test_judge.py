@@ -20,6 +20,7 @@ from roma_ray.engine.progress import Silence
 from roma_ray.engine.tables import read_table
 from roma_ray.engine.work import Report, Work, serial
 from roma_ray.errors import ConfigError, GuardError, QuestionError
+from roma_ray.evaluation import tasks
 from roma_ray.evaluation.judge import METRICS, RESPONSES, Wanted, configure, judge, read_benchmarks
 from roma_ray.evaluation.requests import batch_file
 from roma_ray.evaluation.subject import Subject, resolve_subject
@@ -49,10 +50,10 @@ def judged(judge_world: JudgeWorld, subject: Subject, tmp_path_factory: pytest.T
 def stock_samples(world: JudgeWorld, model: str, adapter: str | None, wanted: Wanted) -> dict[str, Any]:
     """What stock lm-eval answers with its own Hugging Face model."""
     builder = PromptBuilder(load_tokenizer(model, None), world.config.questions.prompt)
-    tasks = leaves(load_tasks(wanted.tasks, data_dir=wanted.data_dir, builder=builder, allow_code=False))
-    configure(tasks, wanted)
+    single = leaves(load_tasks(wanted.tasks, data_dir=wanted.data_dir, builder=builder, allow_code=False))
+    configure(single, wanted)
     lm = HFLM(pretrained=model, peft=adapter, device="cpu", dtype="float32", batch_size=4)
-    found = stock_evaluate(lm, {"tasks": tasks, "groups": {}}, bootstrap_iters=0)
+    found = stock_evaluate(lm, {"tasks": single, "groups": {}}, bootstrap_iters=0)
     samples: dict[str, Any] = found["samples"]
     return samples
 
@@ -224,11 +225,15 @@ def test_an_adapter_that_tunes_nothing_is_an_error(judge_world: JudgeWorld, tmp_
         judge(judge_world.config, subject, wanted_of(judge_world, "piqa"), Store(tmp_path), serial, Silence())
 
 
-def test_wrong_requests_are_named(judge_world: JudgeWorld, subject: Subject, tmp_path: Path) -> None:
-    def ask(*tasks: str, **settings: Any) -> None:
-        wanted = replace(wanted_of(judge_world, *tasks), **settings)
+def test_wrong_requests_are_named(
+    judge_world: JudgeWorld, subject: Subject, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ask(*names: str, **settings: Any) -> None:
+        wanted = replace(wanted_of(judge_world, *names), **settings)
         judge(judge_world.config, subject, wanted, Store(tmp_path), serial, Silence())
 
+    # Like an unknown name, but without reading all of lm-eval's files.
+    monkeypatch.setattr(tasks, "_ALL", "piqa")
     with pytest.raises(ConfigError, match=r"no task 'piqaa'; near it: .*piqa"):
         ask("piqaa")
     with pytest.raises(QuestionError, match=r"arc_easy/test.jsonl"):

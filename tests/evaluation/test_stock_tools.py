@@ -41,9 +41,11 @@ with torch.inference_mode():
     whole = load(merged)(ids).logits
 import lm_eval.evaluator
 lm_eval.evaluator.add_env_info = lambda results: None  # asks pip and the compiler for seconds
+from lm_eval.tasks import TaskManager
 arguments = f"pretrained={base},peft={adapter},dtype=float32"
 found = lm_eval.evaluator.simple_evaluate(
-    model="hf", model_args=arguments, tasks=[task], device="cpu", batch_size=4, bootstrap_iters=0
+    model="hf", model_args=arguments, tasks=[task], device="cpu", batch_size=4, bootstrap_iters=0,
+    task_manager=TaskManager(include_defaults=False),
 )
 samples = {s["doc_id"]: [r[0][0] for r in s["resps"]] for s in found["samples"]["stock_check"]}
 print("RESULT", json.dumps({
