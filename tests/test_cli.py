@@ -234,3 +234,17 @@ def test_inspect_refuses_what_is_no_checkpoint_and_runs_none_of_it(tmp_path: Pat
     for path, done in zip(paths, found, strict=True):
         assert_readable(done, path.name)
     assert not (tmp_path / "executed").exists(), "a checkpoint's pickled code was run"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["evaluate", "--limit", "5"], "without --tasks"),
+        (["evaluate", "--tasks", "piqa", "--base-only", "--adapter", "x"], "contradict"),
+        (["compare", "nothing-here"], "no finished evaluation"),
+    ],
+)
+def test_evaluations_that_make_no_sense_are_one_message(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(main, arguments)
+    assert done.exit_code == 1
+    assert message in done.output

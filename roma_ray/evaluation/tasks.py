@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import jinja2
 import lm_eval.tasks
 import lm_eval.utils
 from datasets import Dataset, DatasetDict
@@ -94,6 +95,10 @@ def _named(manager: TaskManager, name: str, folder: Path | None) -> list[Task | 
         built = manager.load([name])
     except QuestionError:
         raise
+    except (KeyError, TypeError, ValueError, jinja2.TemplateError) as error:
+        if not name.endswith(TASK_FILES):
+            raise
+        raise ConfigError(f"the task file {name} cannot be used: {type(error).__name__}: {error}") from None
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise QuestionError(
             f"the data of {name} cannot be had: {str(error).splitlines()[0]}. Without the hub, give the files with --data-dir"

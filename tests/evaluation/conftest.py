@@ -15,7 +15,7 @@ from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.pipeline import run
-from tests.world import make_world
+from tests.world import WORDS, make_world
 
 ROLLING = {
     "task": "own_rolling",
@@ -77,6 +77,8 @@ def judge_world(tmp_path_factory: pytest.TempPathFactory) -> JudgeWorld:
     for task in (ROLLING, GENERATION):
         (root / f"{task['task']}.yaml").write_text(yaml.safe_dump(task))
     questions = root / "benchmark.jsonl"
+    # The first one is longer than the model's longest input.
+    records[0]["context"] = " ".join(WORDS * 20)
     write_rows(questions, [{**r, "split": "test"} for r in records[:20]])
     tasks = (str(questions), "piqa", "winogrande", str(root / "own_rolling.yaml"), str(root / "own_generation.yaml"))
     return JudgeWorld(config, str(finished.stages["finetune"].path / ADAPTER), data, tasks)

@@ -123,3 +123,41 @@ def test_runs_are_found_by_path_fingerprint_and_run_id(tmp_path: Path) -> None:
     assert alone[1].values["one", "acc"] == dict(enumerate(map(float, VERDICTS["b"]["one"])))
     both = open_columns([f"{first}:base", str(second)], store, lambda name: None)
     assert both[0].values == both[1].values
+
+
+def test_the_command_prints_writes_and_tracks(tmp_path: Path) -> None:
+    from click.testing import CliRunner
+    from mlflow import MlflowClient
+
+    from roma_ray.cli import main
+    from roma_ray.config import load_config
+    from roma_ray.tracking.benchmarks import fingerprint_of
+
+    store = Store(tmp_path)
+    path = make_run(store, "run", "b")
+
+    def call(*arguments: str) -> str:
+        done = CliRunner().invoke(main, ["compare", *arguments, "--storage", str(tmp_path)])
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    printed = call(path.name)
+    assert printed.startswith(f"| benchmark | metric | n | {path.name}:base | {path.name} | difference | p |")
+    page = tmp_path / "table.html"
+    call(str(path), "--out", str(page), "--track")
+    assert "<table>" in page.read_text()
+    call(str(path), "--track")
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
+    (run,) = client.search_runs([experiment.experiment_id])
+    table = client.load_table(experiment.experiment_id, "comparison.json", [run.info.run_id])
+    assert list(table["task"]) == ["one", "two", MACRO]
+    assert {a.path for a in client.list_artifacts(run.info.run_id)} == {
+        f"comparison.{s}" for s in ("json", "md", "html", "csv")
+    }
+    judged = client.create_run(
+        experiment.experiment_id, tags={"roma.stage": "benchmarks", "roma.fingerprint": path.name}
+    )
+    config = load_config().model_copy(update={"storage": str(tmp_path)})
+    assert fingerprint_of(config, store, judged.info.run_id) == path.name
+    assert fingerprint_of(config, store, "f" * 32) is None

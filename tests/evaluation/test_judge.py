@@ -103,6 +103,8 @@ def test_what_is_written(judge_world: JudgeWorld, judged: Stage) -> None:
             assert f["tuned"] == pytest.approx(own["results"][task][metric]), (task, metric)
     assert set(found["tasks"]["piqa"]["metrics"]) == {"acc,none", "acc_norm,none"}
     assert set(found["tasks"]["winogrande"]["metrics"]) == {"acc,none"}
+    guards = found["guards"]
+    assert (guards["truncated"], guards["too_many_truncated"], guards["training_known"]) == (3, True, False)
     cost = found["cost"]
     assert set(cost["questions_per_second"]) == {"base", "tuned"}
     counted = cost["counted"]
@@ -233,9 +235,10 @@ def test_wrong_requests_are_named(
         judge(judge_world.config, subject, wanted, Store(tmp_path), serial, Silence())
 
     # Like an unknown name, but without reading all of lm-eval's files.
-    monkeypatch.setattr(tasks, "_ALL", "piqa")
+    monkeypatch.setattr(tasks, "_folder_of", lambda name: "piqa")
     with pytest.raises(ConfigError, match=r"no task 'piqaa'; near it: .*piqa"):
         ask("piqaa")
+    monkeypatch.undo()
     with pytest.raises(QuestionError, match=r"arc_easy/test.jsonl"):
         ask("arc_easy")
     with pytest.raises(ConfigError, match="its train split has none"):
