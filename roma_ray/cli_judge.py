@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import click
 
-from roma_ray.artifacts import Store, write_text
+from roma_ray.artifacts import MANIFEST, Store, read_manifest, write_text
 from roma_ray.config import Config
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.prepare import TABLE
@@ -18,13 +19,12 @@ from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError
 from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
-from roma_ray.evaluation.subject import resolve_subject
+from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
-from roma_ray.pipeline import locate
 from roma_ray.pipeline import run as run_pipeline
 from roma_ray.stages.batches import ray_executor
 from roma_ray.stages.cluster import open_cluster
-from roma_ray.stages.runners import ray_runners
+from roma_ray.stages.runners import measure_near, ray_runners
 from roma_ray.terminal import open_progress, print_table
 from roma_ray.tracking import benchmarks as tracking
 
@@ -45,36 +45,44 @@ def evaluate_tasks(
         device = cluster.device()
         store = Store(config.storage)
         store.check()
-        alone = base_only or (adapter is None and not _tunable(config, device, progress))
+        on = partial(resolve_subject, config, device=device, measure=measure_near(cluster, device, progress))
+        alone = base_only or (adapter is None and not _tunable(on(adapter=None), progress))
         training: Texts | None = None
         if not alone and adapter is None:
-            setup = resolve(config, device=device)
+            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
             run = run_pipeline(setup, progress, ray_runners(cluster, device), "finetune")
             adapter = str(run.stages["finetune"].path / ADAPTER)
         if adapter is not None:
-            training = training_texts(config, adapter, device)
-        subject = resolve_subject(config, adapter=adapter, device=device)
-        stage = judge(config, subject, wanted, store, ray_executor(cluster, "evaluate", device), progress, training)
+            training = training_texts(store, adapter)
+        stage = judge(
+            config, on(adapter=adapter), wanted, store, ray_executor(cluster, "evaluate", device), progress, training
+        )
     if config.tracking.enabled:
         tracking.record(config, store, stage, progress)
     return stage.path
 
 
-def _tunable(config: Config, device: str, progress: Progress) -> bool:
-    """Whether the configured model has routers to tune; a dense one is judged alone, and that is said."""
-    subject = resolve_subject(config, adapter=None, device=device)
+def _tunable(subject: Subject, progress: Progress) -> bool:
+    """Whether the model has routers to tune; a dense one is judged alone, and that is said."""
     if not subject.sliced:
-        progress.say(f"{config.model.path} has no routers that roma-ray tunes: it is judged alone")
+        progress.say(f"{subject.model.path} has no routers that roma-ray tunes: it is judged alone")
     return subject.sliced
 
 
-def training_texts(config: Config, adapter: str, device: str) -> Texts | None:
-    """Questions that an adapter was trained on, where it is the configured run's own; None where that is not known."""
-    planned = locate(resolve(config, device=device))
-    tuned, questions = planned["finetune"], planned["questions"]
-    if not questions.complete or Path(adapter).resolve().parent != tuned.path.resolve():
+def training_texts(store: Store, adapter: str) -> Texts | None:
+    """Questions that an adapter was trained on, where this storage has its run; None where that is not known."""
+    manifest = Path(adapter).resolve().parent / MANIFEST
+    if not manifest.is_file():
         return None
-    table = read_table(questions.path / TABLE, ["question", "choices", "split"]).to_pylist()
+    # Finetuning depends on extraction, which depends on the questions.
+    extraction = read_manifest(manifest.parent)["identity"]["inputs"].get("extract", "")
+    folder = store.root / "extract" / extraction
+    if not extraction or not (folder / MANIFEST).is_file():
+        return None
+    questions = store.root / "questions" / read_manifest(folder)["identity"]["inputs"]["questions"]
+    if not (questions / MANIFEST).is_file():
+        return None
+    table = read_table(questions / TABLE, ["question", "choices", "split"]).to_pylist()
     return [(row["question"], row["choices"]) for row in table if row["split"] == "train"]
 
 
@@ -84,9 +92,15 @@ def print_benchmarks(folder: Path) -> None:
     paired = found["model"]["adapter"] is not None
     header: tuple[str, ...] = ("benchmark", "metric", "shots", "n", "base %")
     rows = []
-    for task, figures in found["tasks"].items():
+    # Of a group that was asked for, MMLU say, the whole is shown; its tasks are in the files.
+    inner = {task for group in found["groups"].values() for task in group["tasks"]}
+    shown = {task: figures for task, figures in found["tasks"].items() if task not in inner} | found["groups"]
+    for task, figures in shown.items():
+        shots = figures.get(
+            "num_fewshot", found["tasks"][figures["tasks"][0]]["num_fewshot"] if "tasks" in figures else 0
+        )
         for metric, f in figures["metrics"].items():
-            row = [task, metric.removesuffix(",none"), str(figures["num_fewshot"]), str(f["n"]), _percent(f, "base")]
+            row = [task, metric.removesuffix(",none"), str(shots), str(f["n"]), _percent(f, "base")]
             if paired:
                 p = "" if f["mcnemar_p"] is None else f"{f['mcnemar_p']:.3g}"
                 row += [_percent(f, "tuned"), f"{100 * f['difference']:+.2f} ± {100 * f['difference_stderr']:.2f}", p]

@@ -97,14 +97,19 @@ def read_column(name: str, folder: Path, which: str) -> Column:
     stage = read_manifest(folder)["stage"]
     if stage == "benchmarks":
         table = read_table(folder / METRICS).to_pydict()
-        pins = {task: figures["pin"] for task, figures in read_benchmarks(folder)["tasks"].items()}
+        found = read_benchmarks(folder)
+        # A group that was asked for, MMLU say, is one benchmark.
+        group_of = {task: name for name, group in found["groups"].items() for task in group["tasks"]}
+        pins = {name: figures["pin"] for name, figures in {**found["tasks"], **found["groups"]}.items()}
+        tasks = [group_of.get(task, task) for task in table["task"]]
         keys = [
-            (t, m if f == "none" else f"{m},{f}")
-            for t, m, f in zip(*(table[c] for c in ("task", "metric", "filter")), strict=True)
+            (task, metric if key == "none" else f"{metric},{key}")
+            for task, metric, key in zip(tasks, table["metric"], table["filter"], strict=True)
         ]
-        questions, measured = table["doc"], table[which]
+        questions, measured = list(zip(table["task"], table["doc"], strict=True)), table[which]
     elif stage == "evaluate":
-        keys, questions, measured, pins = read_verdicts(folder, which)
+        keys, named, measured, pins = read_verdicts(folder, which)
+        questions = [("", name) for name in named]
     else:
         raise ArtifactError(f"{folder} is a {stage} stage, not an evaluation")
     values: dict[tuple[str, str], dict[Any, float]] = {}

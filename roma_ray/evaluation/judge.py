@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -108,7 +109,8 @@ def judge(
         lm.which, lm.truncated = name, 0
         results[name] = run_lm_eval(lm, tasks, wanted)
     pins = {name: pin_of(single[name], samples) for name, samples in results["base"]["samples"].items()}
-    settings = {"pins": pins, "limit": wanted.limit}
+    known = None if training is None else fingerprint([[text, list(choices)] for text, choices in training])
+    settings = {"pins": pins, "limit": wanted.limit, "training": known}
     inputs = {f"requests{n}": a.stage.fingerprint for n, a in enumerate(lm.answered)}
     stage = store.stage("benchmarks", settings, inputs, VERSION)
     if stage.complete:
@@ -129,6 +131,7 @@ def judge(
                 "layers": list(subject.layers),
             },
             "tasks": task_figures(rows, single, pins, results),
+            "groups": group_figures(rows, members_of(tasks), pins, paired="tuned" in results),
             "guards": findings(subject, single, results, lm.truncated, training),
             "cost": cost_of(subject, lm.answered, sum(len(s) for s in _by_doc(results["base"]))),
             "versions": library_versions(),
@@ -203,8 +206,28 @@ def published(found: Mapping[str, Any], subject: Subject, wanted: Wanted) -> dic
         "apply_chat_template": wanted.chat_template,
     }
     kept["lm_eval_version"] = __version__
-    plain: dict[str, Any] = json.loads(json.dumps(kept, default=handle_non_serializable).replace("NaN", "null"))
-    return plain
+    for config in kept["configs"].values():
+        # A question file's rows are in the table of answers; here they would bury the rest.
+        if isinstance(config.get("dataset_kwargs"), dict):
+            config["dataset_kwargs"] = {k: v for k, v in config["dataset_kwargs"].items() if k != "rows"}
+    cleaned: dict[str, Any] = _finite(json.loads(json.dumps(kept, default=handle_non_serializable)))
+    return cleaned
+
+
+def _finite(value: Any) -> Any:
+    """Plain data with null for what is no number, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def members_of(tasks: Sequence[Task | Group]) -> dict[str, list[str]]:
+    """The single tasks of each group that was asked for."""
+    from lm_eval.api.group import Group
+
+    return {item.name: [t.task_name for t in item.get_all_tasks()] for item in tasks if isinstance(item, Group)}
 
 
 def pin_of(task: Task, samples: Sequence[Mapping[str, Any]]) -> str:
@@ -281,13 +304,6 @@ def task_figures(
     results: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """{task: {pin, version, num_fewshot, metrics: {"metric,filter": figures}}}; with a tuned model the figures are paired."""
-    values: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
-    for task, key, metric, base, tuned in zip(
-        rows["task"], rows["filter"], rows["metric"], rows["base"], rows["tuned"], strict=True
-    ):
-        pair = values.setdefault((task, f"{metric},{key}"), ([], []))
-        pair[0].append(base)
-        pair[1].append(tuned)
     figures: dict[str, Any] = {
         name: {
             "pin": pins[name],
@@ -297,10 +313,41 @@ def task_figures(
         }
         for name, task in tasks.items()
     }
-    for (name, metric), (base, tuned) in values.items():
-        paired = "tuned" in results
-        figures[name]["metrics"][metric] = compare_values(base, tuned) if paired else summarise_values(base)
+    for (name, metric), (base, tuned) in _values(rows, {}).items():
+        figures[name]["metrics"][metric] = _figures(base, tuned, paired="tuned" in results)
     return figures
+
+
+def group_figures(
+    rows: Mapping[str, Sequence[Any]], members: Mapping[str, Sequence[str]], pins: Mapping[str, str], *, paired: bool
+) -> dict[str, Any]:
+    """{group: {pin, tasks, metrics}}, over all questions of its tasks: as lm-eval weighs tasks by their size."""
+    figures: dict[str, Any] = {
+        name: {"pin": fingerprint({t: pins[t] for t in tasks}), "tasks": list(tasks), "metrics": {}}
+        for name, tasks in members.items()
+    }
+    group_of = {task: name for name, tasks in members.items() for task in tasks}
+    for (name, metric), (base, tuned) in _values(rows, group_of).items():
+        if name in figures:
+            figures[name]["metrics"][metric] = _figures(base, tuned, paired=paired)
+    return figures
+
+
+def _values(
+    rows: Mapping[str, Sequence[Any]], group_of: Mapping[str, str]
+) -> dict[tuple[str, str], tuple[list[float], list[float]]]:
+    """Base and tuned values by (task or its group, "metric,filter")."""
+    values: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    columns = (rows[name] for name in ("task", "filter", "metric", "base", "tuned"))
+    for task, key, metric, base, tuned in zip(*columns, strict=True):
+        pair = values.setdefault((group_of.get(task, task), f"{metric},{key}"), ([], []))
+        pair[0].append(base)
+        pair[1].append(tuned)
+    return values
+
+
+def _figures(base: Sequence[float], tuned: Sequence[float], *, paired: bool) -> dict[str, Any]:
+    return compare_values(base, tuned) if paired else summarise_values(base)
 
 
 def read_benchmarks(folder: str | Path) -> dict[str, Any]:
@@ -308,7 +355,7 @@ def read_benchmarks(folder: str | Path) -> dict[str, Any]:
 
     Keys: `model` {path, identity, dtype, adapter, adapter_identity, layers}; `tasks` {task: {pin, version, num_fewshot, metrics
     {"metric,filter": n, base, base_stderr and, paired, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p}}};
-    `guards`; `cost`; `versions`. Raises ArtifactError.
+    `groups` {group: {pin, tasks, metrics}}; `guards`; `cost`; `versions`. Raises ArtifactError.
     """
     path = Path(folder) / SUMMARY
     try:

@@ -16,7 +16,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.models.utils import normalize_gen_kwargs
 
 from roma_ray.engine.prepare import load_tokenizer
-from roma_ray.errors import ConfigError
+from roma_ray.errors import ConfigError, ModelError
 from roma_ray.evaluation.requests import Answers, Scorable, Writable
 from roma_ray.evaluation.subject import Subject
 
@@ -32,6 +32,7 @@ class JudgeLM(HFLM):
         # One batch for all rolling windows: how requests are batched is the plan's business.
         super().__init__(pretrained=subject.skeleton(), tokenizer=tokenizer, backend="causal", batch_size=1 << 40)
         self.subject, self.ask = subject, ask
+        self._vocabulary: int = self.model.get_input_embeddings().num_embeddings
         self.which = "base"
         self.truncated = 0
         """Requests of the current run whose start was cut off to fit the model."""
@@ -51,6 +52,11 @@ class JudgeLM(HFLM):
         """The request cut on the left to the longest input, as stock cuts it."""
         assert context
         assert 0 < len(continuation) <= self.max_length
+        if max(*context, *continuation) >= self._vocabulary:
+            raise ModelError(
+                f"the tokenizer of {self.subject.model.path} gives token {max(*context, *continuation)}, beyond the model's "
+                f"vocabulary of {self._vocabulary}: tokenizer and model do not belong together"
+            )
         room = self.max_length + 1 - len(continuation)
         self.truncated += len(context) > room
         return Scorable(tuple(context[-room:]), tuple(continuation))

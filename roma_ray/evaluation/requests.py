@@ -22,7 +22,7 @@ from roma_ray.artifacts import Stage, Store, write_atomically, write_json
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.tables import read_table, table_facts, write_table
 from roma_ray.engine.work import Executor, Report
-from roma_ray.errors import ArtifactError, CacheError
+from roma_ray.errors import ArtifactError, CacheError, ModelError
 from roma_ray.evaluation.subject import Subject
 from roma_ray.evaluation.tree import Path as TokenPath
 from roma_ray.evaluation.tree import plan_paths
@@ -196,8 +196,19 @@ class RequestWork:
     name: str = "evaluate"
 
     def open(self) -> Callable[[int], Report]:
-        """Load the model; returns the function that answers one planned batch."""
-        return _Scorer(self) if self.kind == "loglikelihood" else _Writer(self)
+        """Load the model; returns the function that answers one planned batch, which raises ModelError."""
+        import torch
+
+        do: Callable[[int], Report] = _Scorer(self) if self.kind == "loglikelihood" else _Writer(self)
+        setting = "batch_tokens" if self.kind == "loglikelihood" else "generation_batch"
+
+        def answer_batch(batch: int) -> Report:
+            try:
+                return do(batch)
+            except torch.OutOfMemoryError as error:
+                raise ModelError(f"memory ran out on a batch of requests; lower evaluation.{setting}") from error
+
+        return answer_batch
 
 
 class _Scorer:

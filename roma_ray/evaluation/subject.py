@@ -6,12 +6,14 @@ language model of transformers, dense ones among them, is loaded whole and judge
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.artifacts import fingerprint
+from roma_ray.artifacts import Store, fingerprint
 from roma_ray.config import Config
+from roma_ray.engine.backends import kept_backend, measure_backends
 from roma_ray.engine.setup import ModelSpec, model_identity, resolve_device, resolve_path, set_threads
 from roma_ray.errors import CheckpointError, ConfigError, ModelError
 from roma_ray.moe.checkpoints import read_adapter
@@ -125,8 +127,14 @@ class Subject:
             return model_class_of(self.config, with_lm_head=True)(self.config)
 
 
-def resolve_subject(config: Config, *, adapter: str | None, device: str | None = None) -> Subject:
-    """The configured model, with the adapter's routers or alone.
+def resolve_subject(
+    config: Config,
+    *,
+    adapter: str | None,
+    device: str | None = None,
+    measure: Callable[[ModelSpec], dict[str, Any]] | None = None,
+) -> Subject:
+    """The configured model, with the adapter's routers or alone; `device` and `measure` as for `engine.setup.resolve`.
 
     The adapter is judged in the type that it was exported in. Raises ModelError, CheckpointError, ConfigError.
     """
@@ -148,13 +156,23 @@ def resolve_subject(config: Config, *, adapter: str | None, device: str | None =
     stored = str(getattr(judged, "dtype", None) or torch.float32).removeprefix("torch.")
     dtype = stored if config.model.dtype == "auto" else config.model.dtype
     backend = config.model.experts_backend
-    if backend == "auto":
-        backend = "eager" if chosen == "cpu" else "grouped_mm"
-    spec = ModelSpec(path, config.model.revision, dtype, backend, config.model.attention, chosen, config.threads)
+    spec = ModelSpec(
+        path,
+        config.model.revision,
+        dtype,
+        "eager" if backend == "auto" else backend,
+        config.model.attention,
+        chosen,
+        config.threads,
+    )
+    identity = model_identity(config.model, path)
+    if sliced and backend == "auto" and chosen == "cuda":
+        kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
+        spec = replace(spec, experts_backend=kept)
     settings = config.evaluation
     subject = Subject(
         model=spec,
-        model_identity=model_identity(config.model, path),
+        model_identity=identity,
         adapter=None,
         adapter_identity=None,
         layers=(),

@@ -29,7 +29,7 @@ def record(config: Config, store: Store, stage: Stage, progress: Progress) -> No
     tags |= {f"roma.pin.{records.task_name(task)}": figures["pin"] for task, figures in found["tasks"].items()}
     values = {
         f"{records.task_name(task)}/{metric.replace(',', '.').removesuffix('.none')}/{name}": figure
-        for task, figures in found["tasks"].items()
+        for task, figures in {**found["tasks"], **found["groups"]}.items()
         for metric, some in figures["metrics"].items()
         for name, figure in some.items()
         if isinstance(figure, int | float)

@@ -103,7 +103,11 @@ def make_run(store: Store, name: str, label: str, *, tuned: bool = True) -> Path
     write_table(stage.path / METRICS, columns, _METRICS)
     write_json(
         stage.path / SUMMARY,
-        {"tasks": {t: {"pin": "p"} for t in ("one", "two")}, "model": {"adapter": "x" if tuned else None}},
+        {
+            "tasks": {t: {"pin": "p"} for t in ("one", "two")},
+            "groups": {},
+            "model": {"adapter": "x" if tuned else None},
+        },
     )
     stage.finish(facts={}, seconds=0.0)
     return stage.path
@@ -120,7 +124,7 @@ def test_runs_are_found_by_path_fingerprint_and_run_id(tmp_path: Path) -> None:
             find_run(name, store)
     alone = open_columns([str(first)], store, lambda name: None)
     assert [c.label for c in alone] == [f"{first}:base", str(first)]
-    assert alone[1].values["one", "acc"] == dict(enumerate(map(float, VERDICTS["b"]["one"])))
+    assert list(alone[1].values["one", "acc"].values()) == list(map(float, VERDICTS["b"]["one"]))
     both = open_columns([f"{first}:base", str(second)], store, lambda name: None)
     assert both[0].values == both[1].values
 
