@@ -107,8 +107,8 @@ class BatchWorker:
         if deaths >= 2 * _DEATHS or (deaths >= _DEATHS and not isinstance(do, Separable)):
             raise WorkerError(
                 f"{self.work.name}: batch {batch} killed its worker {deaths} times and no single question is to blame; most "
-                "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size, evaluation.batch_tokens), or use fewer workers on a "
-                f"node (ray.{self.work.name}_workers)."
+                "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size, evaluation.batch_tokens), or use "
+                f"fewer workers on a node (ray.{self.work.name}_workers)."
             )
         excluded: frozenset[int] = frozenset()
         if deaths >= _DEATHS:
