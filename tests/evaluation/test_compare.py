@@ -13,7 +13,7 @@ from roma_ray.artifacts import Store, write_json
 from roma_ray.engine.tables import write_table
 from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.evaluation.compare import MACRO, Column, compare_columns, find_run, open_columns, plain
-from roma_ray.evaluation.judge import _METRICS, METRICS, SUMMARY
+from roma_ray.evaluation.judge import _METRICS, METRICS, SUMMARY, group_figures, read_benchmarks
 from roma_ray.evaluation.statistics import bootstrap_interval, mcnemar
 from roma_ray.figures.comparison import render
 
@@ -85,7 +85,9 @@ def test_the_forms_hold_the_same_figures() -> None:
     assert f"{100 * VERDICTS['a']['one'].mean():.2f} ±" in markdown
 
 
-def make_run(store: Store, name: str, label: str, *, tuned: bool = True) -> Path:
+def make_run(
+    store: Store, name: str, label: str, *, tuned: bool = True, groups: dict[str, list[str]] | None = None
+) -> Path:
     stage = store.stage("benchmarks", {"name": name}, {}, 1)
     rows = [
         (t, n, float(v), float(w))
@@ -101,14 +103,13 @@ def make_run(store: Store, name: str, label: str, *, tuned: bool = True) -> Path
         "tuned": [r[3] if tuned else None for r in rows],
     }
     write_table(stage.path / METRICS, columns, _METRICS)
-    write_json(
-        stage.path / SUMMARY,
-        {
-            "tasks": {t: {"pin": "p"} for t in ("one", "two")},
-            "groups": {},
-            "model": {"adapter": "x" if tuned else None},
-        },
-    )
+    pins = {"one": "p", "two": "p"}
+    summary = {
+        "tasks": {task: {"pin": pin} for task, pin in pins.items()},
+        "groups": group_figures(columns, groups or {}, pins, paired=tuned),
+        "model": {"adapter": "x" if tuned else None},
+    }
+    write_json(stage.path / SUMMARY, summary)
     stage.finish(facts={}, seconds=0.0)
     return stage.path
 
@@ -127,6 +128,17 @@ def test_runs_are_found_by_path_fingerprint_and_run_id(tmp_path: Path) -> None:
     assert list(alone[1].values["one", "acc"].values()) == list(map(float, VERDICTS["b"]["one"]))
     both = open_columns([f"{first}:base", str(second)], store, lambda name: None)
     assert both[0].values == both[1].values
+
+
+def test_a_group_is_one_benchmark(tmp_path: Path) -> None:
+    path = make_run(Store(tmp_path), "run", "b", groups={"both": ["one", "two"]})
+    (row,) = compare_columns(open_columns([str(path)], Store(tmp_path), lambda name: None)).rows
+    assert (row.task, row.n) == ("both", 120)
+    pooled = np.concatenate([VERDICTS["b"][t] for t in ("one", "two")])
+    assert row.cells[1] is not None
+    assert row.cells[1].score == pytest.approx(pooled.mean())
+    figures = read_benchmarks(path)["groups"]["both"]["metrics"]["acc,none"]
+    assert (figures["n"], figures["tuned"]) == (120, pytest.approx(pooled.mean()))
 
 
 def test_the_command_prints_writes_and_tracks(tmp_path: Path) -> None:
