@@ -97,9 +97,12 @@ def judge(
     from roma_ray.evaluation.tasks import leaves, load_tasks
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    tokenizer = load_tokenizer(subject.model.path, subject.model.revision)
-    builder = PromptBuilder(tokenizer, config.questions.prompt)
     started = time.monotonic()
+
+    def builder() -> PromptBuilder:
+        tokenizer = load_tokenizer(subject.model.path, subject.model.revision)
+        return PromptBuilder(tokenizer, config.questions.prompt)
+
     tasks = load_tasks(wanted.tasks, data_dir=wanted.data_dir, builder=builder, allow_code=wanted.allow_code)
     single = leaves(tasks)
     configure(single, wanted)

@@ -6,7 +6,7 @@ Import this file only where lm-eval is needed.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,9 @@ TASK_FILES = (".yaml", ".yml")
 
 
 def load_tasks(
-    names: Sequence[str], *, data_dir: str | None, builder: PromptBuilder, allow_code: bool
+    names: Sequence[str], *, data_dir: str | None, builder: Callable[[], PromptBuilder], allow_code: bool
 ) -> list[Task | Group]:
-    """Tasks and groups by lm-eval's names, `.yaml` task files and question files.
+    """Tasks and groups by lm-eval's names, `.yaml` task files and question files, whose prompts `builder` makes.
 
     Raises ConfigError (unknown names, task files with code), QuestionError (files, data sets that cannot be had).
     """
@@ -64,7 +64,7 @@ def load_tasks(
     loaded: list[Task | Group] = []
     for name in names:
         if name.endswith(QUESTIONS):
-            loaded += question_tasks(QuestionSource(path=name), builder)
+            loaded += question_tasks(QuestionSource(path=name), builder())
         else:
             loaded += _named(manager, name, folder)
     return loaded

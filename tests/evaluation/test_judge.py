@@ -50,7 +50,7 @@ def judged(judge_world: JudgeWorld, subject: Subject, tmp_path_factory: pytest.T
 def stock_samples(world: JudgeWorld, model: str, adapter: str | None, wanted: Wanted) -> dict[str, Any]:
     """What stock lm-eval answers with its own Hugging Face model."""
     builder = PromptBuilder(load_tokenizer(model, None), world.config.questions.prompt)
-    single = leaves(load_tasks(wanted.tasks, data_dir=wanted.data_dir, builder=builder, allow_code=False))
+    single = leaves(load_tasks(wanted.tasks, data_dir=wanted.data_dir, builder=lambda: builder, allow_code=False))
     configure(single, wanted)
     lm = HFLM(pretrained=model, peft=adapter, device="cpu", dtype="float32", batch_size=4)
     found = stock_evaluate(lm, {"tasks": single, "groups": {}}, bootstrap_iters=0)

@@ -12,7 +12,13 @@ from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.evaluation.local_data import find_files, read_splits
 from roma_ray.evaluation.task_files import check_task_file
 from roma_ray.evaluation.tasks import leaves, load_tasks
+from roma_ray.questions.prompts import PromptBuilder
 from tests.evaluation.conftest import write_rows
+
+
+def unused() -> PromptBuilder:
+    raise AssertionError("no question file is among these tasks")
+
 
 FOUR = {"question": "What melts?", "choices": ["ice", "tea", "air", "sun"], "answer": "A"}
 RECORDS: dict[str, dict[str, Any]] = {
@@ -45,7 +51,7 @@ def test_records_of_all_eight_benchmarks_give_the_stock_prompts(tmp_path: Path) 
         name = "mmlu" if task.startswith("mmlu") else task
         write_rows(tmp_path / name / f"{JUDGED.get(task, 'test')}.jsonl", [record])
     write_rows(tmp_path / "mmlu" / "dev.jsonl", [{**FOUR, "subject": "virology"}])
-    tasks = leaves(load_tasks(list(RECORDS), data_dir=str(tmp_path), builder=None, allow_code=False))  # type: ignore[arg-type]
+    tasks = leaves(load_tasks(list(RECORDS), data_dir=str(tmp_path), builder=unused, allow_code=False))
     for name, (text, choices, target) in EXPECTED.items():
         task = tasks[name]
         (doc,) = task.eval_docs
@@ -108,7 +114,7 @@ def test_task_files_with_code_are_refused_before_it_runs(tmp_path: Path, text: s
     path = tmp_path / "own.yaml"
     path.write_text(text)
     with pytest.raises(ConfigError, match=r"would run code .*--allow-code"):
-        load_tasks([str(path)], data_dir=None, builder=None, allow_code=False)  # type: ignore[arg-type]
+        load_tasks([str(path)], data_dir=None, builder=unused, allow_code=False)
     assert not mark.exists()
     check_task_file(path, allow_code=True)
 
@@ -118,4 +124,4 @@ def test_a_template_reaches_no_internals(tmp_path: Path) -> None:
     task = {**yaml.safe_load(PLAIN), "doc_to_text": "{{ question.__class__.__mro__ }}"}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
     with pytest.raises(ConfigError, match="SecurityError"):
-        load_tasks([str(tmp_path / "own.yaml")], data_dir=str(tmp_path / "data"), builder=None, allow_code=False)  # type: ignore[arg-type]
+        load_tasks([str(tmp_path / "own.yaml")], data_dir=str(tmp_path / "data"), builder=unused, allow_code=False)
