@@ -42,7 +42,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Files beside one another that are one room.
-ONE_ROOM = {"cluster_doctor": "doctor", "config_section": "config", "config_baselines": "config"}
+ONE_ROOM = {
+    "cluster_doctor": "doctor",
+    "config_section": "config",
+    "config_baselines": "config",
+    "comparison": "pipeline",
+}
 
 # Library -> the rooms that may import it; a library that is not here may be used anywhere but at the top of the CLI.
 ONLY_IN = {

@@ -95,9 +95,7 @@ class Bench:
 
     def blinded(self) -> Bench:
         """The same bench without the test questions' answers; it shares the loaded models."""
-        prompts = [
-            dataclasses.replace(p, answer=HIDDEN) if p.split == "test" else p for p in self.data.prompts
-        ]
+        prompts = [dataclasses.replace(p, answer=HIDDEN) if p.split == "test" else p for p in self.data.prompts]
         return dataclasses.replace(self, data=dataclasses.replace(self.data, prompts=prompts))
 
     def score(self, rows: Sequence[int], *, tokens: str = "Last1") -> Scores:

@@ -51,9 +51,7 @@ class C3po(Method):
             for number, row in enumerate(batch):
                 found[row] = (scores[number], routing_QLE[number].cpu().numpy())
             bench.advance(len(batch), self.name)
-        return Answers(
-            list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows])
-        )
+        return Answers(list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows]))
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The new routing [Q, L, E] of the batch's questions."""
@@ -116,9 +114,7 @@ class C3poMode(C3po):
             for number, row in enumerate(batch):
                 found[row] = (scores[number], routing_QLE[number].cpu().numpy())
             bench.advance(len(batch), self.name)
-        return Answers(
-            list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows])
-        )
+        return Answers(list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows]))
 
 
 class Neighborhood:

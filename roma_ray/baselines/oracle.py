@@ -55,9 +55,7 @@ def optimise(bench: Bench, rows: Sequence[int], aims: Sequence[int], settings: O
     return _descend(run, losses, settings.steps, settings.step_size)
 
 
-def _descend(
-    run: HeadRun, losses: Callable[[Tensor], tuple[Tensor, Tensor]], steps: int, step_size: float
-) -> Optimum:
+def _descend(run: HeadRun, losses: Callable[[Tensor], tuple[Tensor, Tensor]], steps: int, step_size: float) -> Optimum:
     """The best of `steps` + 1 iterates for each question."""
     start_QLE = run.own_routing().clamp_min(_LEAST)
     z_QLE = start_QLE.log().requires_grad_()

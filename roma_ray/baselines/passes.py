@@ -6,7 +6,7 @@ Q questions of a batch, C most choices, B sequences, P read positions, V vocabul
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -41,7 +41,8 @@ class HeadRun:
 
         Entries beyond a question's choices are minus infinity. Without `routing_QLE` the head routes by itself.
         """
-        layout, replaced = self.layout, nullcontext()
+        layout = self.layout
+        replaced: AbstractContextManager[None] = nullcontext()
         if routing_QLE is not None:
             owner = torch.tensor(layout.owner, device=self.head.device)
             positions_B = torch.tensor([layout.prompt_lengths[n] - 1 for n in layout.owner], device=self.head.device)

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from roma_ray.artifacts import Stage, write_atomically, write_json
+from roma_ray.artifacts import Stage, fingerprint, write_atomically, write_json
 from roma_ray.baselines.bench import Bench, Cost, open_bench
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.costs import counted, trunk_cost
@@ -59,7 +59,7 @@ def seeds_of(setup: Setup, name: str, count: int) -> list[int]:
     return list(range(first, first + (count if METHODS[name].seeded else 1)))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MethodsWork:
     """The methods as planned batches: batch n is method n with all its seeds."""
 
@@ -73,11 +73,23 @@ class MethodsWork:
     def folder(self) -> str:
         return str(self.setup.store.root / STAGE)
 
+    @property
+    def identity(self) -> str:
+        """What makes two of these the same work."""
+        stages = [method_stage(self.setup, self.stages, name, self.setup.config.seed) for name in self.methods]
+        return fingerprint({"stages": [str(stage.path) for stage in stages], "seeds": self.seeds})
+
     def open(self) -> Callable[[int], Report]:
         """Open the bench; returns the function that runs one method."""
         set_threads(self.setup.model.threads)
         bench = open_bench(self.setup, self.stages)
         return lambda batch: self.run(bench, batch)
+
+    def next_stage(self, batch: int) -> Stage:
+        """The first stage of a method that is not complete, or its last."""
+        seeds = seeds_of(self.setup, self.methods[batch], self.seeds)
+        stages = [method_stage(self.setup, self.stages, self.methods[batch], seed) for seed in seeds]
+        return next((stage for stage in stages if not stage.complete), stages[-1])
 
     def run(self, bench: Bench, batch: int) -> Report:
         """Run one method with all its seeds; a failure is written down and named by the driver."""
@@ -88,7 +100,7 @@ class MethodsWork:
             try:
                 run_method(bench, METHODS[name], seed, stage)
             # Whatever one method's fault is, the others' rows are kept; it is named, and the command ends with 1.
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - the border between methods
                 bench.drop_models()
                 note_failure(stage, error)
                 failed += 1
@@ -124,9 +136,7 @@ def run_method(bench: Bench, method: Method, seed: int, stage: Stage) -> None:
         if method.trains:
             fitted, chosen = _choose(bench, given, stage, method, prepared, seed)
         else:
-            clock = time.monotonic()
-            fitted, chosen = method.fit(given, prepared, 0.0, seed), {}
-            chosen["fit_seconds"] = time.monotonic() - clock
+            fitted, chosen = method.fit(given, prepared, 0.0, seed), {"fit_seconds": 0.0}
         clock = time.monotonic()
         answers = method.predict(given, fitted, bench.rows["test"], seed)
         predicting = time.monotonic() - clock
@@ -185,9 +195,7 @@ def _choose(
     }
 
 
-def _costs(
-    bench: Bench, given: Bench, method: Method, fitted: Fitted, seed: int, seconds: float
-) -> dict[str, float]:
+def _costs(bench: Bench, given: Bench, method: Method, fitted: Fitted, seed: int, seconds: float) -> dict[str, float]:
     """Operations and time of one question; what starts from cached activations pays for the trunk too."""
     rows = bench.rows["test"]
     flops = counted(rows, lambda sample: method.predict(given, fitted, sample, seed))

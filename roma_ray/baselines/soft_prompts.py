@@ -162,7 +162,9 @@ def train(
                 summed += float(value.detach())
             torch.nn.utils.clip_grad_norm_([weight], base.clip_norm)
             step += 1
-            optimizer.param_groups[0]["lr"] = learning_rate * min(1.0, step / max(1, round(base.warmup_fraction * total)))
+            optimizer.param_groups[0]["lr"] = learning_rate * min(
+                1.0, step / max(1, round(base.warmup_fraction * total))
+            )
             optimizer.step()
             bench.advance(len(rows), f"loss {summed:.3f}")
         means.append(summed / len(rows_of_training))

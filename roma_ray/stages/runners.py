@@ -8,6 +8,7 @@ from typing import Any
 from roma_ray.artifacts import Store
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import Runners
+from roma_ray.stages.baselines import baselines_on_ray
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.embed import embed_on_ray
 from roma_ray.stages.extract import extract_on_ray
@@ -22,6 +23,7 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         embed=embed_on_ray(cluster, device),
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
+        baselines=baselines_on_ray(cluster, device),
     )
 
 
