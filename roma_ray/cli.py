@@ -261,10 +261,12 @@ def baselines(
 
 def print_comparison(summary: Mapping[str, Any]) -> None:
     """Print the table of all methods, what was equal for all, and what the oracle means."""
-    from roma_ray.evaluation.methods import HEADER, budget_line, describe_oracle, table_rows
+    from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle, result_rows
     from roma_ray.terminal import print_table
 
-    print_table(f"{summary['name']}: {summary['questions']} test questions", HEADER, table_rows(summary))
+    title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
+    print_table(title, RESULTS, result_rows(summary))
+    print_table("costs, trunk included", COSTS, cost_rows(summary))
     click.echo(budget_line(summary))
     if summary["oracle"]:
         click.echo(describe_oracle(summary["oracle"]))

@@ -160,26 +160,16 @@ def _error(values: np.ndarray) -> float:
     return standard_error(values)
 
 
-HEADER = (
-    "method",
-    "accuracy %",
-    "to base",
-    "p",
-    "over seeds",
-    "rate",
-    "trained",
-    "training s",
-    "MFLOPs/question",
-    "questions/s",
-)
+RESULTS = ("method", "accuracy %", "to base", "McNemar p", "over seeds", "learning rate")
+COSTS = ("method", "trained parameters", "training s", "MFLOPs a question", "questions/s")
 
 
-def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The comparison as text, a row a method, failed ones too."""
+def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Accuracies as text, a row a method, failed ones too."""
     rows = []
     for found in summary["methods"]:
         if "failure" in found:
-            rows.append((found["name"], "failed", *[""] * (len(HEADER) - 2)))
+            rows.append((found["name"], "failed", *[""] * (len(RESULTS) - 2)))
             continue
         base = found["name"] == "base"
         deviation, rate = found["seed_deviation"], found["learning_rate"]
@@ -191,13 +181,24 @@ def table_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 "" if base else f"{found['mcnemar_p']:.3g}",
                 "" if deviation is None else f"± {100 * deviation:.2f} ({found['seeds']})",
                 "" if rate is None else f"{rate:g}",
-                f"{found['trained_parameters']:,}",
-                f"{found['train_seconds']:.1f}",
-                f"{found['flops_per_question'] / 1e6:,.1f}",
-                f"{found['questions_per_second']:,.0f}",
             )
         )
     return rows
+
+
+def cost_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What each method costs as text, a row a method (Figure 5)."""
+    return [
+        (
+            found["name"],
+            f"{found['trained_parameters']:,}",
+            f"{found['train_seconds']:.1f}",
+            f"{found['flops_per_question'] / 1e6:,.1f}",
+            f"{found['questions_per_second']:,.0f}",
+        )
+        for found in summary["methods"]
+        if "failure" not in found
+    ]
 
 
 def budget_line(summary: Mapping[str, Any]) -> str:

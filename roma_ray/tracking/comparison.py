@@ -17,7 +17,7 @@ from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
-from roma_ray.evaluation.methods import HEADER, SPLIT, budget_line, describe_oracle, table_rows
+from roma_ray.evaluation.methods import COSTS, RESULTS, SPLIT, budget_line, cost_rows, describe_oracle, result_rows
 from roma_ray.tracking import records
 from roma_ray.tracking.client import Client, RunState, Unavailable, Value, one_at_a_time
 
@@ -136,9 +136,12 @@ class ComparisonTracker:
 
 def table_text(summary: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in (HEADER, ["---"] * len(HEADER), *table_rows(summary))]
-    oracle = ["", describe_oracle(summary["oracle"])] if summary["oracle"] else []
-    return "\n".join([f"{summary['questions']} test questions; {budget_line(summary)}", "", *lines, *oracle])
+    lines = [f"{summary['questions']} test questions; {budget_line(summary)}"]
+    for header, rows in ((RESULTS, result_rows(summary)), (COSTS, cost_rows(summary))):
+        lines += ["", *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))]
+    if summary["oracle"]:
+        lines += ["", describe_oracle(summary["oracle"])]
+    return "\n".join(lines)
 
 
 def _seed_values(stage: Stage, number: int) -> list[Value]:

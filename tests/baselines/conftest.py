@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,19 @@ BASELINES = {
 }
 
 
+def lengthen_choices(path: Path) -> None:
+    """Give each choice a second and some a third word, so that continuations have several tokens."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows:
+        row["choices"] = [f"{c} {'east west' if n else 'north'}" for n, c in enumerate(row["choices"])]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def prepared(root: Path, family: str = "olmoe", **sections: Any) -> tuple[Setup, dict[str, Any]]:
     """A tiny world run up to its neighborhoods."""
     config = make_world(root, family, count=60, baselines=BASELINES, **sections)
+    if "questions" in sections:
+        lengthen_choices(root / "questions.jsonl")
     setup = resolve(config, device="cpu")
     return setup, dict(run(setup, Silence(), until="neighbors").stages)
 
