@@ -16,10 +16,11 @@ from roma_ray.artifacts import Stage
 from roma_ray.config import FinetuneConfig
 from roma_ray.config_baselines import BaselinesConfig
 from roma_ray.engine.answers import Answers
-from roma_ray.engine.batches import plan_batches, prompt_shape
+from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.embedding import embedding_texts, read_embeddings
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.finetuning import train_job
+from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.neighborhoods import usable_rows
 from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.scoring import Scores, score_rows
@@ -78,10 +79,10 @@ class Bench:
     @property
     def whole(self) -> Slice:
         """All layers, for methods that change what the trunk sees."""
-        if self.setup.cut == 0:
-            return self.head
         if "whole" not in self._heads:
-            self._heads["whole"] = self.setup.model.load(0, None, with_lm_head=True)
+            self._heads["whole"] = (
+                self.head if self.setup.cut == 0 else self.setup.model.load(0, None, with_lm_head=True)
+            )
         return self._heads["whole"]
 
     @property
@@ -102,7 +103,7 @@ class Bench:
         """The head's answers to the questions, with the routing rows of the tuned layers' tokens."""
         data = self.data
         return score_rows(
-            self.head, data.cache, data.prompts, rows, tokens=tokens, rule=data.rule, batch_tokens=data.batch_tokens
+            self.head, data.states, data.prompts, rows, tokens=tokens, rule=data.rule, batch_tokens=data.batch_tokens
         )
 
     def answer(self, rows: Sequence[int]) -> Answers:
@@ -117,10 +118,10 @@ class Bench:
         return float(np.mean([prompts[row].answer == c for row, c in zip(answers.rows, chosen, strict=True)]))
 
     def batches(self, rows: Sequence[int], *, copies: int = 1) -> list[list[int]]:
-        """Planned batches of rows within `extraction.batch_tokens` padded tokens; a row counts `copies` times."""
-        shapes = [prompt_shape(self.data.prompts[row]) for row in rows]
-        plan = plan_batches([s[0] for s in shapes], [copies * s[1] for s in shapes], self.data.batch_tokens)
-        return [[rows[n] for n in batch] for batch in plan]
+        """Planned batches of rows within `extraction.batch_tokens` tokens; a row counts `copies` times."""
+        prefix = self.data.states.prefix
+        sizes = [copies * own_tokens(self.data.prompts[row], prefix) for row in rows]
+        return [[rows[n] for n in batch] for batch in plan_batches(sizes, self.data.batch_tokens)]
 
     def neighbors_of(self, rows: Sequence[int]) -> Neighborhoods:
         """The k nearest successful training questions of any questions (eq. 3, 5, 6), never one with an equal text."""

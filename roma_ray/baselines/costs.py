@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from roma_ray.baselines.bench import Bench, Cost
 from roma_ray.engine.forward import lay_out
-from roma_ray.moe.slices import slice_hidden
+from roma_ray.moe.passes import run_packed
 
 SAMPLE = 32
 """Questions whose operations are counted."""
@@ -25,16 +25,15 @@ def counted(rows: Sequence[int], answer: Callable[[Sequence[int]], object]) -> f
 
 
 def trunk_cost(bench: Bench, rows: Sequence[int]) -> Cost:
-    """What the layers below the cut cost a question: paid by every method that starts from cached activations."""
-    if bench.setup.cut == 0:
-        return Cost(0.0, 0.0)
+    """What lies below the tuned experts costs a question: paid by every method that starts from cached activations."""
+    cut = bench.setup.cut
     sample = list(rows)[:SAMPLE]
-    trunk = bench.setup.model.load(0, bench.setup.cut, with_lm_head=False)
-    layout = lay_out([bench.data.prompts[row] for row in sample]).to(str(trunk.device))
+    trunk = bench.setup.model.load(0, cut + 1, with_lm_head=False)
+    layout = lay_out([bench.data.prompts[row] for row in sample], prefix=bench.data.states.prefix)
 
     def run(_rows: Sequence[int] = ()) -> None:
         with torch.inference_mode():
-            slice_hidden(trunk, layout.ids_BS, layout.mask_BS)
+            run_packed(trunk, layout.packing, after_attention=[cut], keep=[])
 
     flops = counted(sample, run)
     run()

@@ -38,7 +38,7 @@ class InContext(Method):
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The whole model's answers to the longer prompts."""
         prompts = self.prompts(bench, rows)
-        return Answers(list(rows), score_whole(bench, bench.whole.model, prompts))
+        return Answers(list(rows), score_whole(bench, prompts))
 
     def prompts(self, bench: Bench, rows: Sequence[int]) -> list[Prompt]:
         """The questions' prompts with their demonstrations, the nearest one last; as many as fit `prompt.max_tokens`."""

@@ -1,6 +1,6 @@
 """A batch of questions through the head, differentiable, with its routing at the last prompt token replaced where wanted.
 
-Q questions of a batch, C most choices, B sequences, P read positions, V vocabulary, L tuned layers, E experts.
+Q questions of a batch, C most choices, T flat tokens, N kept tokens, V vocabulary, L tuned layers, E experts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
-from roma_ray.engine.cache import head_input
-from roma_ray.engine.forward import Layout, lay_out, routing_positions
+from roma_ray.engine.forward import Layout, lay_out
 from roma_ray.moe.overriding import override_routing
+from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
-from roma_ray.moe.slices import slice_logits
 from roma_ray.questions.prompts import Prompt
 
 
@@ -28,60 +27,68 @@ class HeadRun:
     """
 
     def __init__(self, bench: Bench, rows: Sequence[int]) -> None:
-        self.bench, self.head = bench, bench.head
+        self.head, states = bench.head, bench.data.states
         self.prompts = [bench.data.prompts[row] for row in rows]
-        layout = lay_out(self.prompts)
-        self.inputs = head_input(self.head, bench.data.cache, rows, self.prompts, layout)
-        self.layout = layout.to(str(self.head.device))
+        self.layout = lay_out(self.prompts, prefix=states.prefix)
+        self.states_TD = states.packed(rows, self.layout)
         self.routers = [self.head.routers[n] for n in bench.columns]
-        self.reading = ChoiceReading(self.layout, self.prompts)
+        self.last_1Q = torch.tensor([self.layout.ends], device=self.head.device)
+        self.keep = self.layout.keep(self.last_1Q)
+        self.reading = ChoiceReading(self.layout, self.keep, self.head.device)
 
     def likelihoods(self, routing_QLE: Tensor | None = None) -> Tensor:
         """Log-likelihood of every choice [Q, C], fp32 with graph, under r = `routing_QLE` at the last prompt token.
 
         Entries beyond a question's choices are minus infinity. Without `routing_QLE` the head routes by itself.
         """
-        layout = self.layout
         replaced: AbstractContextManager[None] = nullcontext()
         if routing_QLE is not None:
-            owner = torch.tensor(layout.owner, device=self.head.device)
-            positions_B = torch.tensor([layout.prompt_lengths[n] - 1 for n in layout.owner], device=self.head.device)
-            replaced = override_routing(self.head.model, self.routers, routing_QLE[owner], positions_B)
+            replaced = override_routing(self.head.model, self.routers, routing_QLE[None], self.last_1Q)
         with replaced:
-            logits_BPV = slice_logits(self.head, self.inputs, layout.mask_BS, layout.score_positions_BP)
-        return self.reading(logits_BPV)
+            return self.reading(self._run())
 
     def own_routing(self) -> Tensor:
         """The head's own r at the last prompt token: [Q, L, E], fp32."""
-        positions_BP = routing_positions(self.layout, "Last1")
-        with read_routing(self.head.model, self.routers, positions_BP) as tape, torch.no_grad():
-            slice_logits(self.head, self.inputs, self.layout.mask_BS, self.layout.score_positions_BP[:, :1])
-        return tape.routing_BPLE[list(self.layout.first), 0]
+        with read_routing(self.head.model, self.routers, self.last_1Q) as tape, torch.no_grad():
+            self._run()
+        return tape.routing_BPLE[0]
+
+    def _run(self) -> Tensor:
+        out = run_packed(self.head, self.layout.packing, self.states_TD, resume=True, keep=self.keep)
+        return out.states
 
 
 class ChoiceReading:
     """Where each token of each choice is predicted, so that all log-likelihoods are one gather and one sum."""
 
-    def __init__(self, layout: Layout, prompts: Sequence[Prompt]) -> None:
-        places: list[tuple[int, int, int, int, int]] = []
-        for sequence, (number, which) in enumerate(zip(layout.owner, layout.choice, strict=True)):
-            choices = range(len(prompts[number].choice_ids)) if which < 0 else [which]
-            for choice in choices:
-                for position, token in enumerate(prompts[number].choice_ids[choice]):
-                    places.append((sequence, position, token, number, choice))
-        device = layout.ids_BS.device
-        self.index = torch.tensor(places, device=device).T
-        widths = [len(p.choice_ids) for p in prompts]
-        self.absent_QC = torch.arange(max(widths))[None] >= torch.tensor(widths)[:, None]
-        self.absent_QC = self.absent_QC.to(device)
+    def __init__(self, layout: Layout, keep: Sequence[int], device: torch.device) -> None:
+        assert not layout.gold_only
+        place = {token: n for n, token in enumerate(keep)}
+        found = [
+            (place[token], target, number, choice)
+            for number, (prompt, question) in enumerate(zip(layout.prompts, layout.score_tokens, strict=True))
+            for choice, tokens in enumerate(question)
+            for token, target in zip(tokens, prompt.choice_ids[choice], strict=True)
+        ]
+        self.index = torch.tensor(found, device=device).T
+        self.absent_QC = absent_choices(layout.prompts).to(device)
 
-    def __call__(self, logits_BPV: Tensor) -> Tensor:
-        """Log-likelihoods [Q, C] from the logits at the layout's score positions."""
-        sequence, position, token, number, choice = self.index
-        logp = torch.log_softmax(logits_BPV.float(), dim=-1)[sequence, position, token]
-        empty_QC = torch.zeros(self.absent_QC.shape, device=logp.device)
-        likelihoods_QC = empty_QC.index_put((number, choice), logp, accumulate=True)
-        return likelihoods_QC.masked_fill(self.absent_QC, -torch.inf)
+    def __call__(self, logits_NV: Tensor) -> Tensor:
+        """Log-likelihoods [Q, C] from the logits at the kept tokens."""
+        row, target, number, choice = self.index
+        return summed(torch.log_softmax(logits_NV.float(), dim=-1)[row, target], number, choice, self.absent_QC)
+
+
+def absent_choices(prompts: Sequence[Prompt]) -> Tensor:
+    """Mask [Q, C] of the places beyond each question's choices."""
+    widths = torch.tensor([len(p.choice_ids) for p in prompts])
+    return torch.arange(int(widths.max()))[None] >= widths[:, None]
+
+
+def summed(logp: Tensor, number: Tensor, choice: Tensor, absent_QC: Tensor) -> Tensor:
+    """Token log-likelihoods added up by question and choice: [Q, C], minus infinity where there is no choice."""
+    empty_QC = torch.zeros(absent_QC.shape, device=logp.device)
+    return empty_QC.index_put((number, choice), logp, accumulate=True).masked_fill(absent_QC, -torch.inf)
 
 
 def task_loss(likelihoods_QC: Tensor, aims: Sequence[int], prompts: Sequence[Prompt], over: str) -> Tensor:

@@ -43,7 +43,6 @@ class RouterMethod(Method):
             seed=seed,
             advance=bench.advance,
         )
-        bench.drop_models()
         facts = {"epochs": outcome.epochs, "probe": outcome.probe}
         return Fitted(outcome.gates, sum(gate.numel() for gate in outcome.gates.values()), facts)
 

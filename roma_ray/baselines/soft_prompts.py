@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.passes import loss_kind, task_loss
-from roma_ray.baselines.whole_model import score_whole, whole_likelihoods
+from roma_ray.baselines.whole_model import padded_likelihoods, score_padded
 from roma_ray.config import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import chunks, epoch_order
@@ -53,7 +53,7 @@ class SoftPrompt(Method):
                 prompts = [bench.data.prompts[row] for row in rows]
                 # Of a continuation only the right one is trained on; letters stand in one sequence anyway.
                 gold_only = over == "continuation"
-                found_QC = whole_likelihoods(model, prompts, before=self.before(bench), gold_only=gold_only)
+                found_QC = padded_likelihoods(model, prompts, before=self.before(bench), gold_only=gold_only)
                 return task_loss(found_QC, [p.answer for p in prompts], prompts, over).sum()
 
             losses = train(bench, weight, loss, learning_rate, seed)
@@ -65,7 +65,7 @@ class SoftPrompt(Method):
             with torch.no_grad():
                 weight.copy_(fitted.tensors["positions"])
             prompts = [bench.data.prompts[row] for row in rows]
-            return Answers(list(rows), score_whole(bench, model, prompts, before=self.before(bench)))
+            return Answers(list(rows), score_padded(bench, model, prompts, before=self.before(bench)))
 
     def _peft_config(self, bench: Bench) -> Any:
         raise NotImplementedError

@@ -17,7 +17,7 @@ from roma_ray.baselines.registry import METHODS
 from roma_ray.config_baselines import C3poConfig, OracleConfig
 from roma_ray.engine.forward import lay_out, task_losses
 from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
-from roma_ray.moe.slices import slice_logits
+from roma_ray.moe.passes import run_packed
 
 SETTINGS = OracleConfig(steps=6, step_size=0.3)
 
@@ -31,12 +31,11 @@ def test_scores_and_losses_are_the_engines(bench: Bench) -> None:
         assert mine[: len(theirs)] == pytest.approx(theirs, abs=1e-5)
         assert all(value == -torch.inf for value in mine[len(theirs) :]), row
     prompts = [bench.data.prompts[row] for row in rows]
-    layout = lay_out(prompts, gold_only=bench.data.cloze)
-    from roma_ray.engine.cache import head_input
-
-    inputs = head_input(bench.head, bench.data.cache, rows, prompts, layout)
-    logits_BPV = slice_logits(bench.head, inputs, layout.mask_BS, layout.score_positions_BP)
-    expected = task_losses(logits_BPV, layout, prompts, over=loss_kind(bench))
+    layout = lay_out(prompts, prefix=bench.data.states.prefix, gold_only=bench.data.cloze)
+    keep = layout.keep()
+    states_TD = bench.data.states.packed(rows, layout)
+    out = run_packed(bench.head, layout.packing, states_TD, resume=True, keep=keep)
+    expected = task_losses(out.states, keep, layout, over=loss_kind(bench))
     mine_Q = task_loss(likelihoods_QC, [p.answer for p in prompts], prompts, loss_kind(bench))
     torch.testing.assert_close(mine_Q.sum(), expected)
 
@@ -168,14 +167,14 @@ def test_mixing_keeps_distributions() -> None:
 
 @pytest.mark.parametrize("name", ["oracle", "c3po"])
 def test_memory_is_bounded_by_the_batch(letter: Bench, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No pass holds more padded tokens than `extraction.batch_tokens`, neighbors included, whatever is asked at once."""
+    """No pass holds more tokens (what all share aside) than `extraction.batch_tokens`, neighbors included, whatever is asked at once."""
     most = 0
     real = HeadRun.__init__
 
     def counting(self: HeadRun, bench: Bench, rows: list[int]) -> None:
         nonlocal most
         real(self, bench, rows)
-        most = max(most, self.layout.ids_BS.numel())
+        most = max(most, len(self.layout.packing) - bench.data.states.prefix)
 
     monkeypatch.setattr(HeadRun, "__init__", counting)
     small = dataclasses.replace(letter, data=dataclasses.replace(letter.data, batch_tokens=200))

@@ -124,6 +124,6 @@ def test_flops_are_those_of_the_whole_model(letter: Bench) -> None:
 
     rows = letter.rows["test"][:8]
     prompts = [letter.data.prompts[row] for row in rows]
-    whole = counted(rows, lambda sample: score_whole(letter, letter.whole.model, prompts))
+    whole = counted(rows, lambda sample: score_whole(letter, prompts))
     parts = counted(rows, letter.answer) + trunk_cost(letter, rows).flops
     assert parts == pytest.approx(whole, rel=0.02)

@@ -12,7 +12,7 @@ from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.dense_backprop import DefaultVectors
 from roma_ray.baselines.icl import InContext, demonstrations
 from roma_ray.baselines.registry import METHODS
-from roma_ray.baselines.whole_model import score_whole
+from roma_ray.baselines.whole_model import score_padded, score_whole
 from roma_ray.engine.embedding import embedding_texts
 from roma_ray.moe.masters import frozen_digest
 from roma_ray.moe.routers import find_routers
@@ -183,8 +183,9 @@ def test_soft_prompts_train_positions_and_nothing_of_the_base(letter: Bench, nam
 
 
 def test_the_whole_model_answers_as_the_head_does(bench: Bench) -> None:
-    """Base answers by the whole model without cache equal those from cached activations: one judge for both kinds."""
+    """Packed whole, padded whole, and the head from cached activations: one judge for all kinds of methods."""
     rows = bench.rows["test"]
-    whole = score_whole(bench, bench.whole.model, [bench.data.prompts[row] for row in rows])
-    for mine, theirs in zip(whole, bench.answer(rows).scores, strict=True):
-        assert mine == pytest.approx(theirs, abs=1e-4)
+    prompts = [bench.data.prompts[row] for row in rows]
+    for found in (score_whole(bench, prompts), score_padded(bench, bench.whole.model, prompts)):
+        for mine, theirs in zip(found, bench.answer(rows).scores, strict=True):
+            assert mine == pytest.approx(theirs, abs=1e-4)
