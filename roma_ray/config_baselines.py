@@ -13,6 +13,7 @@ class OracleConfig(Section):
     steps: int = Field(default=20, ge=1)
     """Adam steps on log r of the last prompt token; the best iterate is kept, the start included."""
     step_size: float = Field(default=0.2, gt=0)
+    """Of Adam."""
 
 
 class C3poConfig(Section):
