@@ -33,6 +33,8 @@ class Family:
 
     model_type: str
     scoring: Scoring
+    experts_return_pair: bool = False
+    """Whether its layers unpack a pair from their experts block."""
 
 
 _SCORING = {
@@ -74,7 +76,7 @@ def family(config: PreTrainedConfig) -> Family:
     """Return the family of a transformers configuration. Raises ModelError for any that cannot be tuned, saying why."""
     model_type = getattr(config, "model_type", "") or "unknown"
     if model_type in _SCORING:
-        return Family(model_type, _SCORING[model_type])
+        return Family(model_type, _SCORING[model_type], experts_return_pair=model_type == "gpt_oss")
     raise ModelError(refusal(model_type))
 
 

@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import Family, Scoring, family
+from roma_ray.moe.packing import seen_positions
 from roma_ray.moe.routers import Router
 
 _SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit, functional.sigmoid)
@@ -110,7 +111,7 @@ class _Replacement:
 
     def _rows(self, flat_TE: Tensor) -> tuple[Tensor, Tensor]:
         """Flat token index and r of every position that is replaced."""
-        positions_BP = self.positions_BP.to(flat_TE.device)
+        positions_BP = seen_positions(self.router.layer, self.positions_BP.to(flat_TE.device))
         batch = positions_BP.shape[0]
         assert flat_TE.shape[0] % batch == 0, f"{flat_TE.shape[0]} tokens are not a whole batch of {batch} rows"
         starts_B1 = torch.arange(batch, device=flat_TE.device)[:, None] * (flat_TE.shape[0] // batch)

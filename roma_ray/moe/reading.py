@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roma_ray.moe.families import Family, family
+from roma_ray.moe.packing import seen_positions
 from roma_ray.moe.routers import Router, routing_from_logits
 
 
@@ -37,7 +38,7 @@ class RoutingTape:
     def _record(self, router: Router, logits_TE: Tensor) -> None:
         experts = logits_TE.shape[-1]
         flat_TE = logits_TE.reshape(-1, experts)
-        positions_BP = self._positions_BP.to(flat_TE.device)
+        positions_BP = seen_positions(router.layer, self._positions_BP.to(flat_TE.device))
         batch = positions_BP.shape[0]
         assert flat_TE.shape[0] % batch == 0, f"{flat_TE.shape[0]} tokens are not a whole batch of {batch} rows"
         length = flat_TE.shape[0] // batch

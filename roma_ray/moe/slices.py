@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import family, refusal
+from roma_ray.moe.packing import ATTENTION
 from roma_ray.moe.routers import Router, find_routers
 from roma_ray.moe.slice_config import slice_config
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
@@ -227,7 +228,7 @@ def _load(
             state_dict={**state, **absent},
             dtype=dtype,
             device_map={"": device},
-            attn_implementation=attention,
+            attn_implementation=ATTENTION[attention],
             experts_implementation=experts_backend,
             ignore_mismatched_sizes=True,
             output_loading_info=True,
