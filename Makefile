@@ -1,5 +1,6 @@
 # make demo   from a fresh clone: virtual environment, pinned install, the whole method on the embedded model
 # make test   the test suite            make check   ruff and mypy            make clean   remove what these made
+# make fuzz   100,000 damaged files through every reader (INPUTS=... for another number)
 #
 # Needs Python 3.11 or newer with its venv module, pip, and nothing else. Settings, all on the command line:
 #   make venv PYTHON=python3.12                      another interpreter
@@ -14,11 +15,13 @@ EXTRAS ?= minilm,faiss,hub,dev
 # Installed only where torch cannot be imported: a build that is already there is kept.
 TORCH ?= torch==2.13.0
 
+INPUTS ?= 100000
+
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test check format pin clean
+.PHONY: help venv demo test fuzz check format pin clean
 
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
@@ -42,6 +45,9 @@ demo: venv
 
 test: venv
 	$(BIN)/python -m pytest
+
+fuzz: venv
+	$(BIN)/python -m tests.fuzzing --inputs $(INPUTS)
 
 check: venv
 	$(BIN)/ruff check .

@@ -46,7 +46,9 @@ def main() -> int:
             code, out, err = -1, "", f"hung: no end long after {PATIENCE} s an input"
         if code:
             failures += 1
-            print(f"{target.name:<24} FAILED ({f'signal {-code}' if code < 0 else f'exit {code}'})\n{out}{'' if out else err[-3000:]}")
+            print(
+                f"{target.name:<24} FAILED ({f'signal {-code}' if code < 0 else f'exit {code}'})\n{out}{'' if out else err[-3000:]}"
+            )
             print(f"    its last input: {folder / LAST}", flush=True)
             continue
         inputs, accepted, refused, slowest = out.split()[-4:]
@@ -74,7 +76,9 @@ def child(name: str, folder: str, inputs: int, seed: int) -> int:
 
 def in_short(error: BaseException) -> str:
     """Where the project's code was, what was raised, and the input that did it."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if "roma_ray" in f.filename or "fuzzing" in f.filename]
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if "roma_ray" in f.filename or "fuzzing" in f.filename
+    ]
     place = f"{frames[-1].filename.rpartition('roma_ray/')[2]}:{frames[-1].lineno}" if frames else "?"
     notes = " ".join(getattr(error, "__notes__", []))
     return f"    {place} {type(error).__name__}: {str(error)[:300]}\n      {' '.join(notes.split())[:700]}"

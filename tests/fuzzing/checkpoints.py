@@ -19,6 +19,7 @@ from roma_ray.moe.inspection import describe
 from roma_ray.moe.reference import read_reference
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.moe.slices import model_facts
+from roma_ray.moe.whole import base_tensors
 from tests.fuzzing.damage import VALUES, damaged, damaged_json
 from tests.fuzzing.runner import Target
 
@@ -79,7 +80,6 @@ _TENSORS = st.sampled_from(
         torch.zeros(1, 1).expand(4, 6),
         torch.zeros(4, 6, device="meta"),
         torch.nn.Parameter(torch.zeros(4, 6)),
-        torch.quantize_per_tensor(torch.zeros(4, 6), 1.0, 0, torch.qint8),
     ]
 )
 _KEYS = st.sampled_from(
@@ -176,9 +176,34 @@ def model_configurations(folder: Path) -> Opened:
     return st.one_of(*[damaged_json({**c, **extra}) for c in configs for extra in ({}, remote)]), read
 
 
+def model_weights(folder: Path) -> Opened:
+    """A stranger's safetensors files and the index that says which of them holds what."""
+    from tests.tiny import save_tiny, tiny_moe
+
+    target = folder / "model"
+    save_tiny(tiny_moe("olmoe", num_hidden_layers=4), target, max_shard_size="40KB")
+    index = target / "model.safetensors.index.json"
+    shard = sorted(target.glob("*.safetensors"))[0]
+    files = {path: path.read_bytes() for path in (index, shard)}
+    names = [f"model.layers.{n}.mlp.gate.weight" for n in range(4)]
+    expected = {name: tensor.clone() for name, tensor in base_tensors(str(target), names).items()}
+
+    def read(named: tuple[int, bytes]) -> None:
+        for path, data in files.items():
+            path.write_bytes(data)
+        list(files)[named[0]].write_bytes(named[1])
+        for name, tensor in base_tensors(str(target), names).items():
+            assert tensor.shape == expected[name].shape
+
+    return st.one_of(
+        damaged_json(json.loads(files[index])).map(lambda d: (0, d)), damaged([files[shard]]).map(lambda d: (1, d))
+    ), read
+
+
 CHECKPOINTS = (
     Target("routing JSON", routing_json, 15),
     Target("router_ft.pt", router_ft, 10),
     Target("adapter folders", adapters, 10),
     Target("model configurations", model_configurations, 2),
+    Target("model weights", model_weights, 2),
 )
