@@ -205,6 +205,18 @@ class FinetuneConfig(Section):
     regularizer: RegularizerConfig = RegularizerConfig()
 
 
+class PlacementConfig(Section):
+    """What a stage's workers need of a node beside CPUs and GPUs."""
+
+    accelerator: str | None = None
+    """Kind of GPU, as Ray names it: A100, H100, AMD-Instinct-MI300X-OAM ... Default: any; for finetuning the kind with
+    the most room, since its workers must be alike. Not asked for on a CPU."""
+    labels: dict[str, str] = {}
+    """Labels that the node must have, as in Ray's selectors: `gpu-vendor: amd`, `pool: "!head"`, `gpu-type: in(a100, h100)`."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory that Ray sets aside for each worker. Default: none, and only CPUs and GPUs are counted."""
+
+
 class RayConfig(Section):
     """Where `roma-ray run` and the jobs run. No part of any fingerprint: the results are the same bits anywhere."""
 
@@ -221,6 +233,14 @@ class RayConfig(Section):
     """Logical CPUs that Ray sets aside for a worker: a fraction, so that Ray's own tasks always find a CPU."""
     gpus_per_worker: float = Field(default=1.0, gt=0)
     """GPUs of a worker on a cluster that has any; a fraction lets workers share one."""
+    extract: PlacementConfig = PlacementConfig()
+    embed: PlacementConfig = PlacementConfig()
+    finetune: PlacementConfig = PlacementConfig()
+    evaluate: PlacementConfig = PlacementConfig()
+    """Where the work of one process (neighbors, evaluation) runs when the driver's machine has no GPU."""
+    wait_seconds: int = Field(default=0, ge=0)
+    """On a cluster that scales: ask for the workers' nodes, and wait so long for them. Then name the number of workers
+    and `device: cuda`, for neither can be counted before the nodes are there. 0: the nodes that are there must do."""
     max_failures: int = Field(default=3, ge=0)
     """Deaths of finetuning workers that are answered by a restart from the last checkpoint."""
     no_progress_seconds: int = Field(default=1800, ge=10)

@@ -19,8 +19,9 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import Stage, write_atomically, write_json
+from roma_ray.artifacts import Stage, note_device, write_atomically, write_json
 from roma_ray.engine.batches import is_letter, plan_batches, prompt_shape
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, predict, routing_positions
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
@@ -126,6 +127,7 @@ class ExtractWork:
 
     def open(self) -> Callable[[int], Report]:
         """Load trunk and head; returns the function that extracts one planned batch."""
+        note_device(self.folder, device_kind(self.model.device))
         return Extractor(self)
 
 

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage
+from roma_ray.artifacts import Stage, note_device
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import embedding_texts, read_embeddings
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.prepare import TABLE, training_rows
@@ -79,6 +80,7 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
             backend=settings.backend,
         )
         _write(stage, found)
+        note_device(stage.path, device_kind("cpu"))  # where the ranking is decided, whatever searched
         summary = summarise(found)
         successful = int((correct_N & training_N).sum())
         facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum())}

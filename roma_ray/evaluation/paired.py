@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, fingerprint, write_json
+from roma_ray.artifacts import Stage, fingerprint, note_device, write_json
 from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
@@ -80,6 +81,7 @@ def evaluate(
             "rule": prompt.cloze_score if prompt.format == "cloze" else "raw",
             "batch_tokens": setup.config.extraction.batch_tokens,
         }
+        note_device(stage.path, device_kind(setup.model.device))
         cache = ActivationCache(extraction.path)
         head = setup.model.load(setup.cut, None, with_lm_head=True)
         with progress.meter("evaluate", 2 * len(rows), "questions") as meter:
