@@ -1,5 +1,6 @@
 # make demo   from a fresh clone: virtual environment, pinned install, the whole method on the embedded model
 # make test   the test suite            make check   ruff and mypy            make clean   remove what these made
+# make chaos  every fault on a simulated cluster of three nodes, as a table
 # make fuzz   100,000 damaged files through every reader (INPUTS=... for another number)
 #
 # Needs Python 3.11 or newer with its venv module, pip, and nothing else. Settings, all on the command line:
@@ -21,7 +22,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test fuzz check format pin clean
+.PHONY: help venv demo test fuzz chaos check format pin clean
 
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
@@ -48,6 +49,10 @@ test: venv
 
 fuzz: venv
 	$(BIN)/python -m tests.fuzzing --inputs $(INPUTS)
+
+# The faults of storage mount file systems in memory, so they need root.
+chaos: venv
+	$(BIN)/python -m tests.chaos
 
 check: venv
 	$(BIN)/ruff check .

@@ -26,7 +26,7 @@ from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import ModelSpec, Setup
-from roma_ray.engine.tables import read_prompts, read_table, write_table
+from roma_ray.engine.tables import WRITING, read_prompts, read_table, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.reading import read_routing
@@ -322,7 +322,7 @@ def gather(stage: Stage, batches: int, ids: Sequence[str]) -> dict[str, Any]:
     table = table.replace_schema_metadata({"roma": json.dumps(facts)})
     import pyarrow.parquet as pq
 
-    write_atomically(stage.path / ROWS, lambda aside: pq.write_table(table, aside, compression="zstd"))
+    write_atomically(stage.path / ROWS, lambda aside: pq.write_table(table, aside, **WRITING))
     errors = len(table) - table.column("error").null_count
     correct = sum(table.column("is_correct").to_pylist())
     tokens = sum(n or 0 for n in table.column("tokens").to_pylist())

@@ -30,10 +30,10 @@ def main() -> int:
     folder = Path(tempfile.mkdtemp(prefix="rc-", dir="/tmp"))
     config = make_world(
         folder / "world",
-        count=160,
+        count=90,
         extraction={"batch_tokens": 256},
         embedding={"batch_size": 1},
-        finetune={"epochs": 4, "batch_size": 8, "micro_batch_size": 3, "checkpoint_steps": 2},
+        finetune={"epochs": 2, "batch_size": 8, "micro_batch_size": 3, "checkpoint_steps": 2},
         ray={"extract_workers": 3, "embed_workers": 3, "finetune_workers": 3},
     )
     reference = run(resolve(config, device="cpu"), Silence())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
 import shutil
 import socket
@@ -16,11 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import MANIFEST
+from roma_ray.artifacts import MANIFEST, Stage
 from roma_ray.config import Config
+from roma_ray.errors import ArtifactError
 from roma_ray.pipeline import STAGES, Run
 from tests.chaos.simulated import Driver, Nodes
-from tests.stages.support import digests
 
 # What is there as soon as a stage has begun to do what a fault may interrupt, and its workers' titles.
 BEGUN = {
@@ -67,62 +67,61 @@ class Scene:
 
         return ready
 
-    def start(self, storage: Path, *words: str, uri: str | None = None, local: bool = False) -> Driver:
-        """A driver of the whole method; tracked where there is a server."""
+    def start(self, storage: Path, until: str, *words: str, uri: str | None = None) -> Driver:
+        """A driver that runs up to a stage on the cluster (or the whole method as `local`); tracked where there is a server."""
         tracking = self.config.tracking.model_copy(
             update={"enabled": uri is not None, "uri": uri, "system_metrics": False}
         )
         config = self.config.model_copy(update={"storage": str(storage), "tracking": tracking})
         file = self.folder / f"config-{storage.name}.yaml"
         file.write_text(config.to_yaml())
-        where = ["local"] if local else ["evaluate", "--address", self.nodes.address]
+        where = ["local"] if until == "local" else [until, "--address", self.nodes.address]
         self.count += 1
         log = self.folder / f"driver-{self.count}.log"
         return Driver([*where, "--config", str(file), *words], self.nodes.environment, log)
 
-    def same(self, storage: Path) -> None:
-        """Every file of the undisturbed run is here to the bit, its rows once each, and nothing else beside them."""
-        for name, digest in digests(self.reference).items():
-            stage, fingerprint, file = name.split("/", 2)
-            manifest = json.loads((storage / stage / fingerprint / MANIFEST).read_text())
-            assert manifest["files"].get(file, {}).get("sha256") == digest, f"{name} differs"
-        for stage in self.reference.stages:
-            known = set(self.reference.stages[stage].manifest()["files"])
-            got = set(json.loads((self.place(storage, stage) / MANIFEST).read_text())["files"])
-            assert got == known, f"{stage} holds other files: {sorted(got ^ known)[:3]}"
+    def same(self, storage: Path, until: str) -> None:
+        """Every file of the undisturbed run up to a stage is here to the bit, so its rows once each, and no other file."""
+        for name in STAGES[: STAGES.index(until) + 1]:
+            expected = self.reference.stages[name]
+            got = Stage(self.place(storage, name), name, expected.identity)
+            got.verify()
+            files, known = got.manifest()["files"], expected.manifest()["files"]
+            differing = sorted(f for f in {*files, *known} if files.get(f) != known.get(f) and f != "config.yaml")
+            assert not differing, f"{name}: {differing[:3]} differ"
 
 
 def worker_killed(stage: str, scene: Scene) -> None:
     """kill -9 of one worker in the middle of a stage."""
     storage = scene.storage(stage)
-    driver = scene.start(storage)
+    driver = scene.start(storage, stage)
     driver.wait_until(scene.begun(storage, stage))
     _, victim = driver.wait_until(lambda: scene.nodes.processes(TITLES[stage]))[0]
     os.kill(victim, 9)
     driver.end()
-    scene.same(storage)
+    scene.same(storage, stage)
 
 
 def node_removed(stage: str, scene: Scene) -> None:
     """A node with workers of the stage goes away; another takes its place."""
     storage = scene.storage(stage)
-    driver = scene.start(storage)
+    driver = scene.start(storage, stage)
     driver.wait_until(scene.begun(storage, stage))
     victim, _ = driver.wait_until(lambda: scene.nodes.processes(TITLES[stage]))[0]
     scene.nodes.remove(victim)
     scene.nodes.add()
     driver.end()
-    scene.same(storage)
+    scene.same(storage, stage)
 
 
 def driver_killed(stage: str, scene: Scene) -> None:
     """kill -9 of the driver in a stage, and the same command again."""
     storage = scene.storage(stage)
-    first = scene.start(storage)
+    first = scene.start(storage, stage)
     first.wait_until(scene.begun(storage, stage))
     first.kill()
-    scene.start(storage).end()
-    scene.same(storage)
+    scene.start(storage, stage).end()
+    scene.same(storage, stage)
 
 
 @contextmanager
@@ -146,32 +145,32 @@ def storage_full(scene: Scene) -> None:
     """No room left in extraction: a message and exit code 1; with room again the same command goes on."""
     with small_disk(scene, "700k") as place:
         storage = place / "s"
-        driver = scene.start(storage)
+        driver = scene.start(storage, "extract")
         driver.end(1)
         assert "No space left on device" in driver.said
         assert "finished work is kept" in driver.said
         assert "Traceback (most recent" not in driver.said
         remount(place, "size=64m")
-        scene.start(storage).end()
-        scene.same(storage)
+        scene.start(storage, "extract").end()
+        scene.same(storage, "extract")
 
 
 def storage_read_only(scene: Scene) -> None:
     """The storage turns read-only in extraction: a message and exit code 1; writable again, the same command goes on."""
     with small_disk(scene, "64m") as place:
         storage = place / "s"
-        driver = scene.start(storage)
+        driver = scene.start(storage, "extract")
         driver.wait_until(scene.begun(storage, "extract"))
         remount(place, "ro")
         driver.end(1)
         assert "Read-only file system" in driver.said
         assert "Traceback (most recent" not in driver.said
-        again = scene.start(storage)
+        again = scene.start(storage, "extract")
         again.end(1)
         assert "Read-only file system" in again.said
         remount(place, "rw")
-        scene.start(storage).end()
-        scene.same(storage)
+        scene.start(storage, "extract").end()
+        scene.same(storage, "extract")
 
 
 def _touch_up(path: Path, how: str) -> None:
@@ -184,33 +183,39 @@ def _touch_up(path: Path, how: str) -> None:
 
 
 def artifacts_damaged(how: str, scene: Scene) -> None:
-    """One bit, or half, of the largest file and of the manifest of each stage: refused by name, recomputed when removed."""
-    storage = scene.storage("report" if "report" in scene.reference.stages else None) or scene.storage()
+    """One bit, or half, of a stage's largest file, or of its manifest: refused by name; recomputed once it is removed."""
+    storage = scene.storage()
     for name, stage in scene.reference.stages.items():
-        shutil.copytree(stage.path, storage / name / stage.fingerprint, dirs_exist_ok=True)
+        shutil.copytree(stage.path, storage / name / stage.fingerprint)
     for name, stage in scene.reference.stages.items():
-        folder = scene.place(storage, name)
-        files = stage.manifest()["files"]
-        for victim in (max(files, key=lambda f: (files[f]["bytes"], f)), MANIFEST):
+        folder, files = scene.place(storage, name), stage.manifest()["files"]
+        for victim in (MANIFEST, max(files, key=lambda f: (files[f]["bytes"], f))):
+            good = (folder / victim).read_bytes()
             _touch_up(folder / victim, how)
-            refused = scene.start(storage, local=True)
-            refused.end(1)
-            assert str(folder) in refused.said, refused.said
-            shutil.rmtree(folder)
-            scene.start(storage, local=True).end()
-            scene.same(storage)
+            with contextlib.suppress(ArtifactError):
+                Stage(folder, name, stage.identity).verify()
+                raise AssertionError(f"{folder / victim} was believed")
+            if victim != MANIFEST and name in ("extract", "finetune"):
+                refused = scene.start(storage, "local")
+                refused.end(1)
+                assert str(folder / victim) in refused.said, refused.said
+                shutil.rmtree(folder)
+                scene.start(storage, "local").end()
+            else:
+                (folder / victim).write_bytes(good)
+    scene.same(storage, "evaluate")
 
 
 def two_drivers(scene: Scene) -> None:
     """Two drivers on one run: the second refuses and names the first, which ends as if alone."""
     storage = scene.storage()
-    first = scene.start(storage)
+    first = scene.start(storage, "extract")
     first.wait_until(scene.begun(storage, "extract"))
-    second = scene.start(storage)
+    second = scene.start(storage, "extract")
     second.end(1)
     assert f"pid {first.process.pid}" in second.said, second.said
     first.end()
-    scene.same(storage)
+    scene.same(storage, "extract")
 
 
 @contextmanager
@@ -272,15 +277,15 @@ def tracking_server_gone(scene: Scene) -> None:
     uri = f"http://127.0.0.1:{port}"
     with server(scene, port, folder) as again:
         calm = scene.storage("finetune")
-        scene.start(calm, uri=uri).end()
+        scene.start(calm, "finetune", uri=uri).end()
         expected = _recorded(uri, 1)
         disturbed = scene.storage("finetune")
-        driver = scene.start(disturbed, "--set", "tracking.experiment=disturbed", uri=uri)
+        driver = scene.start(disturbed, "finetune", "--set", "tracking.experiment=disturbed", uri=uri)
         driver.wait_until(scene.begun(disturbed, "finetune"))
         again.stop()  # type: ignore[attr-defined]
         gone = time.monotonic()
         driver.end()
-        scene.same(disturbed)
+        scene.same(disturbed, "finetune")
         time.sleep(max(0.0, SERVER_SECONDS - (time.monotonic() - gone)))
         again()
         file = scene.folder / f"config-{disturbed.name}.yaml"
