@@ -151,6 +151,9 @@ class NeighborsConfig(Section):
     (1 - cos)^2 and does not carry over: here it would weigh a neighbor at cosine 0.6 as exp(-2.5) = 0.08."""
     backend: Literal["auto", "torch", "faiss"] = "auto"
     """Search library; the answer is the same."""
+    exact_up_to: int = Field(default=200_000, ge=1)
+    """knn over more successes than this goes by inverted lists, which find at least 95 % of the neighbors; the share is
+    measured in each run and printed. (The epsilon-ball is always exact.)"""
 
     @model_validator(mode="after")
     def _epsilon_fits(self) -> NeighborsConfig:
