@@ -6,7 +6,7 @@ import functools
 import os
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +143,16 @@ def track(config: Any) -> None:
 def _setup_of_finished(config: Any) -> Any:
     """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
     from roma_ray.engine.setup import resolve
+    from roma_ray.errors import ModelError
     from roma_ray.pipeline import locate
 
-    first = resolve(config)
-    others = [resolve(config, device=device) for device in ("cuda", "cpu")] if config.device == "auto" else []
+    def nothing_kept(spec: Any) -> dict[str, Any]:
+        raise ModelError("no run of this model has measured its experts implementation in this storage")
+
+    first, others = resolve(config), []
+    for device in ("cuda", "cpu") if config.device == "auto" else ():
+        with suppress(ModelError):
+            others.append(resolve(config, device=device, measure=nothing_kept))
     return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)
 
 
@@ -176,14 +182,14 @@ def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: b
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run as run_pipeline
     from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.runners import ray_runners
+    from roma_ray.stages.runners import measure_near, ray_runners
     from roma_ray.terminal import open_progress
 
     _check_place(summary_path)
     progress = open_progress(quiet)
     with open_cluster(config, address, progress.say) as cluster:
         device = cluster.device()
-        setup = resolve(config, device=device)
+        setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
         setup.store.check()
         with _observer(setup, progress, config.tracking.enabled) as observer:
             finished = run_pipeline(setup, progress, ray_runners(cluster, device), until, observer)

@@ -102,7 +102,8 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of the frozen weights; `auto` is the checkpoint's own. Gates always train as fp32 masters."""
     experts_backend: Literal["auto", "eager", "grouped_mm", "batched_mm"] = "auto"
-    """Experts implementation of transformers; `auto` is eager on CPU, grouped_mm on GPUs; kept with the run."""
+    """Experts implementation of transformers; `auto` is eager on a CPU; on a GPU it is measured once and kept in the
+    storage. batched_mm is for a few tokens at a time: on prompts it is many times slower."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """Attention implementation of transformers."""
 
@@ -120,9 +121,14 @@ class ExtractionConfig(Section):
     """The one pass over all questions: routing weights, answers, and activations at the cut."""
 
     batch_tokens: int = Field(default=4096, ge=16)
-    """Padded tokens of a planned batch."""
+    """Tokens of a planned batch."""
+    cache: bool = True
+    """Keep the activations at the cut. Without, training and evaluation run the frozen layers again whenever they need them."""
     activation_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    """Type of the cached activations; `auto` is the model's own, which loses nothing."""
+    """Type of the cached activations; `auto` is the model's own (bf16 for most), which loses nothing."""
+    memory_gb: float | None = Field(default=None, gt=0)
+    """Most weights (GB) that an extraction worker holds at once; a larger model runs as a chain of layer slices. No part of
+    any fingerprint: the results are the same."""
 
 
 class EmbeddingConfig(Section):

@@ -9,34 +9,27 @@ import numpy as np
 from roma_ray.questions.prompts import Prompt
 
 
-def plan_batches(lengths: Sequence[int], counts: Sequence[int], batch_tokens: int) -> list[list[int]]:
-    """Group rows of like length into batches of at most `batch_tokens` padded tokens (a longer row is alone).
+def plan_batches(tokens: Sequence[int], batch_tokens: int) -> list[list[int]]:
+    """Group rows of like length into batches of at most `batch_tokens` tokens (a longer row is alone).
 
-    lengths: longest sequence of each row, tokens; counts: sequences of each row. Longest first, ties by row number, so
-    that the batch most likely to run out of memory runs first.
+    tokens: what each row adds to a packing. Longest first, ties by row number, so that the batch most likely to run out
+    of memory runs first and a batch's attention pads little.
     """
-    assert len(lengths) == len(counts)
-    order = np.lexsort((np.arange(len(lengths)), -np.asarray(lengths)))
+    order = np.lexsort((np.arange(len(tokens)), -np.asarray(tokens)))
     batches: list[list[int]] = []
-    sequences = longest = 0
+    total = 0
     for row in order.tolist():
-        if batches and batches[-1] and longest * (sequences + counts[row]) <= batch_tokens:
+        if batches and total + tokens[row] <= batch_tokens:
             batches[-1].append(row)
-            sequences += counts[row]
+            total += tokens[row]
         else:
             batches.append([row])
-            sequences, longest = counts[row], lengths[row]
+            total = tokens[row]
     return batches
 
 
-def prompt_shape(prompt: Prompt) -> tuple[int, int]:
-    """(longest sequence, number of sequences) that scoring a prompt runs: one for letters, one a choice for cloze."""
-    extra = max(len(ids) for ids in prompt.choice_ids) - 1
-    return len(prompt.prompt_ids) + extra, (1 if is_letter(prompt) else len(prompt.choice_ids))
-
-
 def is_letter(prompt: Prompt) -> bool:
-    """Whether every choice is one token, so that all are scored at the prompt's last position in one sequence.
+    """Whether every choice is one token, so that all are scored at the prompt's last position.
 
     True of the `letter` format always, and of a `cloze` question whose choices are single tokens.
     """

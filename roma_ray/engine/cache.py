@@ -1,58 +1,87 @@
-"""The activation cache: hidden states that enter the first tuned layer, by question row, memory-mapped.
+"""States after the attention of the first tuned layer: read from the cache, memory-mapped, or computed when they are needed.
 
-Written by extraction as flat safetensors shards; `rows.parquet` says where each question's states lie. Training, validation
-and scoring read it and never touch the trunk.
+Extraction writes them as flat safetensors shards; `rows.parquet` says where each question's states lie. Training, validation
+and scoring start from them and never touch the layers below.
+
+T flat tokens of a packing, D width.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from roma_ray.engine.batches import is_letter
-from roma_ray.engine.extraction import ROWS, batch_activations, kept_tokens
-from roma_ray.engine.forward import Layout
-from roma_ray.engine.tables import read_table
+from roma_ray.artifacts import read_manifest
+from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.extractor import batch_activations
+from roma_ray.engine.forward import Layout, own_tokens
+from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.tables import read_table, table_facts
 from roma_ray.errors import CacheError
+from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 
 _REMEDY = "remove the extraction folder and run again to rebuild it"
 
 
-class ActivationCache:
-    """Hidden states [tokens, D] of each question of a finished extraction."""
+class States(Protocol):
+    """Where a head's input comes from."""
 
-    def __init__(self, folder: str | Path) -> None:
+    @property
+    def prefix(self) -> int:
+        """Tokens of the prompts' shared segment."""
+
+    def packed(self, rows: Sequence[int], layout: Layout) -> Tensor:
+        """States [T, D] after the attention of the first tuned layer, of a layout of the questions `rows`."""
+
+
+class ActivationCache:
+    """States of each question of a finished extraction, after the attention of layer `cut`."""
+
+    def __init__(self, folder: str | Path, cut: int) -> None:
         """Open the cache of an extraction stage. Raises CacheError (truncated, foreign), ArtifactError (missing rows)."""
-        self.folder = Path(folder)
-        table = read_table(self.folder / ROWS, ["row", "batch", "offset", "tokens"])
+        self.folder, self.cut = Path(folder), cut
+        table = read_table(self.folder / ROWS, ["row", "batch", "offset", "tokens", "shard_tokens"])
+        self.prefix: int = table_facts(table)["prefix"]
         self.batch: list[int] = table.column("batch").to_pylist()
         self.offset: list[int | None] = table.column("offset").to_pylist()
         self.tokens: list[int | None] = table.column("tokens").to_pylist()
+        self._totals = dict(zip(self.batch, table.column("shard_tokens").to_pylist(), strict=True))
         self._shards: dict[int, Any] = {}
-        totals: dict[int, int] = {}
-        for batch, count in zip(self.batch, self.tokens, strict=True):
-            totals[batch] = totals.get(batch, 0) + (count or 0)
-        self._totals = totals
 
     def states(self, row: int) -> Tensor:
-        """The kept states of a question, [tokens, D] in the cache's type. Raises CacheError."""
+        """A question's own states, [tokens, D] in the cache's type: prompt after the prefix, continuations. Raises CacheError."""
         start, count = self.offset[row], self.tokens[row]
         if start is None or count is None:
             raise CacheError(f"question row {row} failed in extraction and has no activations")
         return self._shard(self.batch[row])[start : start + count]
 
+    def packed(self, rows: Sequence[int], layout: Layout) -> Tensor:
+        """States [T, D] of a layout of the questions `rows`, on the CPU in the cache's type. Raises CacheError."""
+        # Every shard holds the prefix; the first question's serves all, so the choice depends on the rows alone.
+        parts = [self._shard(self.batch[rows[0]])[: self.prefix]] if self.prefix else []
+        for row, prompt in zip(rows, layout.prompts, strict=True):
+            own = self.states(row)
+            if own.shape[0] != own_tokens(prompt, self.prefix):
+                raise CacheError(
+                    f"question row {row} has {own.shape[0]} cached tokens instead of {own_tokens(prompt, self.prefix)}; "
+                    f"{_REMEDY}"
+                )
+            parts += _of_gold(own, prompt, self.prefix) if layout.gold_only else [own]
+        return torch.cat(parts)
+
     def _shard(self, batch: int) -> Any:
         if batch not in self._shards:
-            path = batch_activations(self.folder, batch)
+            path = batch_activations(self.folder, batch, self.cut)
             _check_header(path, self._totals[batch])
             try:
                 handle = safe_open(path, framework="pt")
@@ -60,6 +89,38 @@ class ActivationCache:
             except (OSError, SafetensorError) as error:
                 raise CacheError(f"{path} cannot be read ({error}); {_REMEDY}") from None
         return self._shards[batch]
+
+
+class FrozenLayers:
+    """The layers below the tuned experts, run whenever their states are needed: `extraction.cache: false`."""
+
+    def __init__(self, trunk: Slice, cut: int, prefix: int) -> None:
+        assert (trunk.start, trunk.stop) == (0, cut + 1)
+        self.trunk, self.cut, self.prefix = trunk, cut, prefix
+
+    @torch.no_grad()
+    def packed(self, rows: Sequence[int], layout: Layout) -> Tensor:
+        """States [T, D] of a layout, on the model's device."""
+        out = run_packed(self.trunk, layout.packing, after_attention=[self.cut], keep=[])
+        return out.after_attention[self.cut]
+
+
+def open_states(model: ModelSpec, extraction: str | Path, cut: int) -> States:
+    """The cache of an extraction at `cut`, or the frozen layers where it kept none. Raises CacheError, ModelError."""
+    settings = read_manifest(extraction)["identity"]["settings"]
+    if cut in settings["cuts"]:
+        return ActivationCache(extraction, cut)
+    if settings["cuts"]:
+        raise CacheError(f"{extraction} holds the activations of layer(s) {settings['cuts']}, not of layer {cut}")
+    table = read_table(Path(extraction) / ROWS, ["row"])
+    return FrozenLayers(model.load(0, cut + 1, with_lm_head=False), cut, table_facts(table)["prefix"])
+
+
+def _of_gold(own: Tensor, prompt: Prompt, prefix: int) -> list[Tensor]:
+    """The parts of a question's states that its gold continuation alone runs on."""
+    base = len(prompt.prompt_ids) - prefix
+    start = base + sum(len(ids) - 1 for ids in prompt.choice_ids[: prompt.answer])
+    return [own[:base], own[start : start + len(prompt.choice_ids[prompt.answer]) - 1]]
 
 
 def _check_header(path: Path, tokens: int) -> None:
@@ -82,34 +143,17 @@ def _check_header(path: Path, tokens: int) -> None:
         )
 
 
-def head_input(
-    head: Slice, cache: ActivationCache, rows: Sequence[int], prompts: Sequence[Prompt], layout: Layout
-) -> Tensor:
-    """What a head runs on: the cached states that enter it, or the token ids where it starts at layer 0 (no trunk)."""
-    if head.start == 0:
-        return layout.ids_BS
-    return cached_hidden(cache, rows, prompts, layout).to(head.device, head.dtype)
+Item = TypeVar("Item")
+Made = TypeVar("Made")
 
 
-def cached_hidden(cache: ActivationCache, rows: Sequence[int], prompts: Sequence[Prompt], layout: Layout) -> Tensor:
-    """Padded head input [B, S, D] of a layout's sequences, put together from the cache.
-
-    rows: the questions' row numbers, as `prompts` in order; the states come in the cache's type, on the CPU.
-    """
-    states = [cache.states(row) for row in rows]
-    for row, prompt, state_TD in zip(rows, prompts, states, strict=True):
-        if state_TD.shape[0] != kept_tokens(prompt):
-            raise CacheError(
-                f"question row {row} has {state_TD.shape[0]} cached tokens instead of {kept_tokens(prompt)}; {_REMEDY}"
-            )
-    sequences, length = layout.mask_BS.shape
-    hidden_BSD = torch.zeros(sequences, length, states[0].shape[1], dtype=states[0].dtype)
-    for sequence, (number, choice) in enumerate(zip(layout.owner, layout.choice, strict=True)):
-        prompt, state_TD = prompts[number], states[number]
-        base = len(prompt.prompt_ids)
-        hidden_BSD[sequence, :base] = state_TD[:base]
-        if choice >= 0 and not is_letter(prompt):
-            start = base + sum(len(ids) - 1 for ids in prompt.choice_ids[:choice])
-            extra = len(prompt.choice_ids[choice]) - 1
-            hidden_BSD[sequence, base : base + extra] = state_TD[start : start + extra]
-    return hidden_BSD
+def prefetched(make: Callable[[Item], Made], items: Iterable[Item], ahead: int = 2) -> Iterator[Made]:
+    """`make` of each item, in order, made in a thread of its own while the caller works on the one before."""
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
+        waiting = []
+        for item in items:
+            waiting.append(pool.submit(make, item))
+            if len(waiting) > ahead:
+                yield waiting.pop(0).result()
+        for future in waiting:
+            yield future.result()

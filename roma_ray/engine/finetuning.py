@@ -15,7 +15,7 @@ import torch
 
 from roma_ray.artifacts import Stage, note_device, write_json, write_text
 from roma_ray.config import FinetuneConfig
-from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.cache import States, open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
@@ -25,11 +25,12 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import ModelSpec, Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.training import ALONE, IDLE_RATIO, Outcome, World, finetune
+from roma_ray.engine.verification import verify_sample
 from roma_ray.errors import StorageError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.slices import Slice
 
-VERSION = 1
+VERSION = 2
 ADAPTER = "adapter"
 CHECKPOINT = "checkpoint.safetensors"
 EPOCHS = "epochs.jsonl"
@@ -63,10 +64,16 @@ class TrainJob:
     batch_tokens: int
     seed: int
     finetune: FinetuneConfig
+    cached: bool = True
+    """Whether the extraction kept the activations."""
 
     def load_head(self) -> Slice:
         """The layers from the cut up, with `lm_head`."""
         return self.model.load(self.cut, None, with_lm_head=True)
+
+    def open_states(self) -> States:
+        """The head's input: the cache, or without one the frozen layers. Raises CacheError, ModelError."""
+        return open_states(self.model, self.extraction, self.cut)
 
     def open_data(self) -> TrainingData:
         """Open cache, prompts and neighborhoods. Raises ArtifactError, CacheError."""
@@ -75,7 +82,7 @@ class TrainJob:
         usable = usable_rows(Stage(Path(self.extraction), "extract", {})).tolist()
         return TrainingData(
             prompts=prompts,
-            cache=ActivationCache(self.extraction),
+            states=self.open_states(),
             train=neighborhoods.queried.nonzero()[:, 0].tolist(),
             validation=[n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]],
             neighborhoods=neighborhoods,
@@ -91,9 +98,15 @@ class TrainJob:
         world: World = ALONE,
         report: Callable[[dict[str, Any]], None] = lambda epoch: None,
         advance: Callable[[int, str], None] = lambda count, note: None,
-    ) -> tuple[Slice, Outcome]:
-        """Train as one of the workers of `world`, resuming from the checkpoint where there is one."""
-        head = self.load_head()
+        head: Slice | None = None,
+    ) -> Outcome:
+        """Train as one of the workers of `world`, resuming from the checkpoint where there is one.
+
+        `head` is `load_head()` of this or another run of the same model and cut; it is left as it was.
+        """
+        if world.rank == 0 and self.cached:
+            verify_sample(self.model, self.extraction, self.questions, self.cut)
+        head = self.load_head() if head is None else head
         outcome = finetune(
             head,
             self.open_data(),
@@ -107,7 +120,7 @@ class TrainJob:
         )
         if world.rank == 0:
             self._export(head, outcome)
-        return head, outcome
+        return outcome
 
     def _export(self, head: Slice, outcome: Outcome) -> None:
         """Write the adapter, the curves and the outcome's facts; the last of them marks that training is done."""
@@ -178,6 +191,7 @@ def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, n
         batch_tokens=config.extraction.batch_tokens,
         seed=config.seed,
         finetune=config.finetune,
+        cached=config.extraction.cache,
     )
 
 

@@ -1,7 +1,7 @@
-"""One padded forward pass over some questions: which sequences run, which positions are read, what comes out.
+"""One packed forward pass over some questions: which tokens run, which are read, what comes out.
 
-B sequences, S longest sequence, P read positions, D width, L layers, E experts, Q questions.
-A question is one sequence where all its choices are single tokens; else one sequence a choice (or the gold one alone).
+T flat tokens, N kept tokens, P routing positions of a question, V vocabulary rows, L layers, E experts, Q questions.
+The instruction that all prompts share is one segment, each prompt follows it, each choice's continuation its prompt.
 """
 
 from __future__ import annotations
@@ -14,103 +14,126 @@ from torch import Tensor
 
 from roma_ray.engine.batches import is_letter
 from roma_ray.moe.layers import token_positions
+from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.questions.prompts import Prompt
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The sequences of a batch of prompts, right-padded, and the positions that are read from them."""
+    """The tokens of some questions, and which of them are read."""
 
-    ids_BS: Tensor
-    mask_BS: Tensor
-    score_positions_BP: Tensor
-    """Positions whose logits predict the choice tokens; -1 pads."""
-    owner: tuple[int, ...]
-    """Question (number in the batch) of each sequence."""
-    choice: tuple[int, ...]
-    """Choice whose continuation a sequence carries; -1 where it carries none."""
-    first: tuple[int, ...]
-    """First sequence of each question."""
-    prompt_lengths: tuple[int, ...]
-    """Prompt tokens of each question."""
+    packing: Packing
+    prompts: tuple[Prompt, ...]
+    prefix: int
+    """Tokens of the shared segment; 0 for none."""
+    gold_only: bool
+    score_tokens: tuple[tuple[tuple[int, ...], ...], ...]
+    """For each question and choice that is scored: the flat tokens whose logits predict it, in order."""
+    ends: tuple[int, ...]
+    """Flat index that each question's last prompt token has."""
 
-    def to(self, device: str) -> Layout:
-        """The same layout with its tensors on a device."""
-        return Layout(
-            self.ids_BS.to(device),
-            self.mask_BS.to(device),
-            self.score_positions_BP.to(device),
-            self.owner,
-            self.choice,
-            self.first,
-            self.prompt_lengths,
-        )
+    def prompt_token(self, question: int, position: int) -> int:
+        """Flat index of a position of a question's prompt."""
+        if position < self.prefix:
+            return position
+        return self.ends[question] - len(self.prompts[question].prompt_ids) + 1 + position
+
+    def routing_positions(self, tokens: str) -> Tensor:
+        """Flat positions [Q, P] of a token rule (Last1 ...) in each prompt; -1 pads. DESIGN 5.1, 5.10."""
+        rows = [
+            [self.prompt_token(q, p) for p in token_positions(tokens, len(prompt.prompt_ids))]
+            for q, prompt in enumerate(self.prompts)
+        ]
+        width = max(map(len, rows))
+        return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+    def keep(self, *positions: Tensor) -> list[int]:
+        """The flat tokens that anything is read at, ascending: the scores' and the given routing positions."""
+        read = {t for question in self.score_tokens for choice in question for t in choice}
+        for table in positions:
+            read.update(table[table >= 0].tolist())
+        return sorted(read)
 
 
-def lay_out(prompts: Sequence[Prompt], *, gold_only: bool = False) -> Layout:
-    """Lay out the sequences that score every choice, or with `gold_only` the gold continuation alone (cloze training).
+def lay_out(prompts: Sequence[Prompt], *, prefix: int = 0, gold_only: bool = False) -> Layout:
+    """Lay out the tokens that score every choice, or with `gold_only` the gold continuation alone (cloze training).
 
-    A continuation's last token is predicted, never fed, so a sequence is prompt + continuation[:-1].
+    `prefix` is the number of tokens that all prompts share. A continuation's last token is predicted, never fed.
     """
-    sequences: list[tuple[int, ...]] = []
-    positions: list[range] = []
-    owner: list[int] = []
-    choice: list[int] = []
-    first: list[int] = []
-    for number, prompt in enumerate(prompts):
-        first.append(len(sequences))
-        last = len(prompt.prompt_ids) - 1
-        if is_letter(prompt):
-            continuations: list[tuple[int, tuple[int, ...]]] = [(-1, ())]
-        else:
-            wanted = [prompt.answer] if gold_only else range(len(prompt.choice_ids))
-            continuations = [(c, prompt.choice_ids[c][:-1]) for c in wanted]
-        for which, extra in continuations:
-            sequences.append(prompt.prompt_ids + tuple(extra))
-            positions.append(range(last, last + len(extra) + 1))
-            owner.append(number)
-            choice.append(which)
-    return Layout(
-        _pad(sequences, 0),
-        _pad([(1,) * len(s) for s in sequences], 0),
-        _pad(positions, -1),
-        tuple(owner),
-        tuple(choice),
-        tuple(first),
-        tuple(len(p.prompt_ids) for p in prompts),
-    )
+    segments: list[Segment] = []
+    if prefix:
+        shared = prompts[0].prompt_ids[:prefix]
+        assert all(p.prompt_ids[:prefix] == shared and len(p.prompt_ids) > prefix for p in prompts)
+        segments.append(Segment(shared))
+    scored: list[list[list[int]]] = []
+    ends: list[int] = []
+    total = prefix
+    for prompt in prompts:
+        segments.append(Segment(prompt.prompt_ids[prefix:], 0 if prefix else -1))
+        own = len(segments) - 1
+        total += len(segments[own].ids)
+        ends.append(total - 1)
+        scored.append([])
+        for ids in _continuations(prompt, gold_only):
+            tokens = [ends[-1]]
+            if len(ids) > 1:
+                segments.append(Segment(ids[:-1], own))
+                tokens += range(total, total + len(ids) - 1)
+                total += len(ids) - 1
+            scored[-1].append(tokens)
+    frozen = tuple(tuple(tuple(choice) for choice in question) for question in scored)
+    return Layout(pack(segments), tuple(prompts), prefix, gold_only, frozen, tuple(ends))
 
 
-def routing_positions(layout: Layout, tokens: str) -> Tensor:
-    """Positions [B, P] of a token rule (Last1 ...) in each question's first sequence; -1 elsewhere. DESIGN 5.1, 5.10."""
-    rows: list[Sequence[int]] = [()] * len(layout.owner)
-    for number, sequence in enumerate(layout.first):
-        rows[sequence] = token_positions(tokens, layout.prompt_lengths[number])
-    return _pad(rows, -1).to(layout.ids_BS.device)
+def _continuations(prompt: Prompt, gold_only: bool) -> list[tuple[int, ...]]:
+    return [prompt.choice_ids[prompt.answer]] if gold_only else list(prompt.choice_ids)
 
 
-def mean_routing(routing_BPLE: Tensor, positions_BP: Tensor, layout: Layout) -> Tensor:
-    """r_i: the mean routing row over the chosen prompt positions, [Q, L, E] in fp32, gradient kept."""
-    first = torch.tensor(layout.first, device=routing_BPLE.device)
-    present_QP = (positions_BP[first] >= 0).to(routing_BPLE.dtype)
-    total_QLE = (routing_BPLE[first] * present_QP[:, :, None, None]).sum(1)
-    return total_QLE / present_QP.sum(1)[:, None, None]
+def own_tokens(prompt: Prompt, prefix: int) -> int:
+    """Tokens that a question adds to a packing: its prompt after the shared prefix, and each continuation's fed tokens."""
+    return len(prompt.prompt_ids) - prefix + sum(len(ids) - 1 for ids in prompt.choice_ids)
 
 
-def choice_scores(logits_BPV: Tensor, layout: Layout, prompts: Sequence[Prompt]) -> list[list[float]]:
+def shared_prefix(prompts: Sequence[Prompt]) -> int:
+    """How many leading tokens all prompts share, short of any prompt's last token."""
+    first = min((p.prompt_ids for p in prompts), key=len)
+    for place, token in enumerate(first[:-1]):
+        if any(p.prompt_ids[place] != token for p in prompts):
+            return place
+    return len(first) - 1
+
+
+def letter_rows(prompts: Sequence[Prompt]) -> Tensor:
+    """The rows of `lm_head` that a cross-entropy over the choices reads: every choice's token, ascending."""
+    assert all(map(is_letter, prompts))
+    return torch.tensor(sorted({ids[0] for prompt in prompts for ids in prompt.choice_ids}))
+
+
+def mean_routing(routing_1PLE: Tensor, positions_QP: Tensor) -> Tensor:
+    """r_i: the mean routing row over a question's positions, [Q, L, E] in fp32, gradient kept.
+
+    `routing_1PLE` was read at `positions_QP` as one flat row.
+    """
+    routing_QPLE = routing_1PLE[0].unflatten(0, positions_QP.shape)
+    count_Q = (positions_QP >= 0).sum(1).to(routing_QPLE)
+    return routing_QPLE.sum(1) / count_Q[:, None, None]
+
+
+def choice_scores(logits_NV: Tensor, keep: Sequence[int], layout: Layout) -> list[list[float]]:
     """Log-likelihood of each choice of each question, natural logarithm, fp32 (eq. 2's f; lm-eval's loglikelihood)."""
-    logp_BPV = torch.log_softmax(logits_BPV.float(), dim=-1)
-    scores: list[list[float]] = [[0.0] * len(p.choice_ids) for p in prompts]
-    for sequence, (number, which) in enumerate(zip(layout.owner, layout.choice, strict=True)):
-        ids = prompts[number].choice_ids
-        if which < 0:
-            letters = torch.tensor([c[0] for c in ids], device=logp_BPV.device)
-            scores[number] = logp_BPV[sequence, 0, letters].tolist()
-        else:
-            target = torch.tensor(ids[which], device=logp_BPV.device)
-            rows_PV = logp_BPV[sequence, : len(target)]
-            scores[number][which] = rows_PV.gather(1, target[:, None]).sum().item()
-    return scores
+    logp_NV = torch.log_softmax(logits_NV.float(), dim=-1)
+    place = {token: n for n, token in enumerate(keep)}
+    rows: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    for prompt, question in zip(layout.prompts, layout.score_tokens, strict=True):
+        for tokens, ids in zip(question, _continuations(prompt, layout.gold_only), strict=True):
+            rows += [place[token] for token in tokens]
+            targets += ids
+            counts.append(len(ids))
+    picked = logp_NV[torch.tensor(rows), torch.tensor(targets)].cpu()
+    scores = iter([part.sum().item() for part in picked.split(counts)])
+    return [[next(scores) for _ in question] for question in layout.score_tokens]
 
 
 def predict(scores: Sequence[float], prompt: Prompt, rule: str) -> int:
@@ -124,28 +147,26 @@ def predict(scores: Sequence[float], prompt: Prompt, rule: str) -> int:
     return max(range(len(values)), key=lambda c: (values[c], -c))
 
 
-def task_losses(logits_BPV: Tensor, layout: Layout, prompts: Sequence[Prompt], *, over: str) -> Tensor:
-    """Sum over the batch of the task loss, eq. 8, in fp32.
+def task_losses(
+    logits_NV: Tensor, keep: Sequence[int], layout: Layout, *, over: str, rows_V: Tensor | None = None
+) -> Tensor:
+    """Sum over the questions of the task loss, eq. 8, in fp32.
 
     over: `choices` (cross-entropy among the letters), `vocabulary` (of the gold letter among all tokens) or
-    `continuation` (mean over the gold continuation's tokens of their cross-entropy among all tokens).
+    `continuation` (mean over the gold continuation's tokens of their cross-entropy among all tokens). `rows_V` are the
+    vocabulary rows that the logits hold, where not all (`choices` only).
     """
+    place = {token: n for n, token in enumerate(keep)}
+    column = {int(token): n for n, token in enumerate(rows_V)} if rows_V is not None else None
     losses = []
-    for sequence, number in enumerate(layout.owner):
-        prompt = prompts[number]
-        gold = torch.tensor(prompt.choice_ids[prompt.answer], device=logits_BPV.device)
-        logits_PV = logits_BPV[sequence, : len(gold)].float()
+    for prompt, question in zip(layout.prompts, layout.score_tokens, strict=True):
+        tokens = question[0 if layout.gold_only else prompt.answer]
+        logits_PV = logits_NV[[place[token] for token in tokens]].float()
         if over == "choices":
-            letters = torch.tensor([c[0] for c in prompt.choice_ids], device=logits_BPV.device)
-            answer = torch.tensor([prompt.answer], device=logits_BPV.device)
+            letters = [ids[0] if column is None else column[ids[0]] for ids in prompt.choice_ids]
+            answer = torch.tensor([prompt.answer], device=logits_NV.device)
             losses.append(torch.nn.functional.cross_entropy(logits_PV[:, letters], answer))
         else:
+            gold = torch.tensor(prompt.choice_ids[prompt.answer], device=logits_NV.device)
             losses.append(torch.nn.functional.cross_entropy(logits_PV, gold))
     return torch.stack(losses).sum()
-
-
-def _pad(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    width = max((len(r) for r in rows), default=0)
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], dtype=torch.long).reshape(
-        len(rows), width
-    )

@@ -1,11 +1,11 @@
-"""The objective of eq. 9 on some questions, and what it reads: cached activations, prompts, neighborhoods.
+"""The objective of eq. 9 on some questions, and what it reads: states after the cut's attention, prompts, neighborhoods.
 
-B questions of a micro-batch, S longest sequence, P read positions, D width, V vocabulary, L tuned layers, E experts.
+Q questions of a micro-batch, T flat tokens, P read positions, D width, V vocabulary rows, L tuned layers, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,17 @@ from torch import Tensor
 
 from roma_ray.config import FinetuneConfig
 from roma_ray.engine.batches import chunks
-from roma_ray.engine.cache import ActivationCache, head_input
-from roma_ray.engine.forward import lay_out, mean_routing, routing_positions, task_losses
+from roma_ray.engine.cache import States, prefetched
+from roma_ray.engine.extractor import Reading
+from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError
 from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.moe.masters import RouterMasters
+from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
-from roma_ray.moe.slices import Slice, slice_logits
+from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 
 
@@ -30,7 +32,7 @@ class TrainingData:
     """What the loop reads: everything by row number of the question table."""
 
     prompts: Sequence[Prompt]
-    cache: ActivationCache
+    states: States
     train: list[int]
     validation: list[int]
     neighborhoods: Neighborhoods
@@ -40,6 +42,17 @@ class TrainingData:
     rule: str
     cloze: bool
     batch_tokens: int
+
+
+@dataclass(frozen=True)
+class Micro:
+    """A micro-batch, ready for the head."""
+
+    rows: list[int]
+    reading: Reading
+    states_TD: Tensor
+    vocabulary_V: Tensor | None
+    """The rows of `lm_head` that the task loss reads, where not all."""
 
 
 class Objective:
@@ -55,27 +68,44 @@ class Objective:
         else:
             self.over = config.task_loss
 
-    def losses(self, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """(task, regularizer, routing entropy) summed over the rows; the first two carry the graph."""
-        prompts = [self.data.prompts[row] for row in rows]
-        layout = lay_out(prompts, gold_only=self.data.cloze)
-        inputs = head_input(self.head, self.data.cache, rows, prompts, layout)
-        layout = layout.to(self.device)
-        positions_BP = routing_positions(layout, self.data.tokens)
+    def feed(self, parts: Sequence[Sequence[int]]) -> Iterator[Micro]:
+        """The micro-batches of these rows, each read while the one before is computed."""
+        return prefetched(self.prepare, parts)
+
+    def prepare(self, rows: Sequence[int]) -> Micro:
+        """Lay out a micro-batch and read its states. Raises CacheError."""
+        layout = lay_out(
+            [self.data.prompts[row] for row in rows], prefix=self.data.states.prefix, gold_only=self.data.cloze
+        )
+        states_TD = self.data.states.packed(rows, layout)
+        vocabulary = letter_rows(layout.prompts) if self.over == "choices" else None
+        return Micro(list(rows), Reading.of(layout, (self.data.tokens,)), states_TD, vocabulary)
+
+    def losses(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor]:
+        """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph."""
+        reading, layout = micro.reading, micro.reading.layout
+        positions_QP = reading.positions[self.data.tokens]
         routers = [self.head.routers[n] for n in self.columns]
-        with read_routing(self.head.model, routers, positions_BP) as tape:
-            logits_BPV = slice_logits(self.head, inputs, layout.mask_BS, layout.score_positions_BP)
-        routing_BLE = mean_routing(tape.routing_BPLE, positions_BP, layout)
-        task = task_losses(logits_BPV, layout, prompts, over=self.over)
+        with read_routing(self.head.model, routers, reading.flat_positions) as tape:
+            out = run_packed(
+                self.head,
+                layout.packing,
+                micro.states_TD,
+                resume=True,
+                keep=reading.keep,
+                vocabulary_rows=micro.vocabulary_V,
+            )
+        routing_QLE = mean_routing(tape.routing_BPLE, positions_QP.to(self.device))
+        task = task_losses(out.states, reading.keep, layout, over=self.over, rows_V=micro.vocabulary_V)
         kind = self.config.regularizer.kind
-        targets = self.targets.take(torch.tensor(rows), torch.device(self.device))
-        penalty = regularizer_loss(kind, routing_BLE, targets=targets, parameters=self.masters.parameters())
-        entropy = -(routing_BLE * routing_BLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
+        targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
+        penalty = regularizer_loss(kind, routing_QLE, targets=targets, parameters=self.masters.parameters())
+        entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, penalty, entropy
 
-    def gradients(self, rows: Sequence[int], strength: float) -> Tensor:
+    def gradients(self, micro: Micro, strength: float) -> Tensor:
         """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
-        task, penalty, entropy = self.losses(rows)
+        task, penalty, entropy = self.losses(micro)
         # Adding an unused term would still be exact, but a run without one must be readable as such.
         loss = task if strength == 0 else task + strength * penalty
         if not torch.isfinite(loss):
@@ -95,7 +125,7 @@ class Objective:
         data = self.data
         return score_rows(
             self.head,
-            data.cache,
+            data.states,
             data.prompts,
             rows,
             tokens=data.tokens,
@@ -107,7 +137,7 @@ class Objective:
         """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force (DESIGN 5.7)."""
         gates = self.masters.parameters()
         totals = [[torch.zeros_like(g) for g in gates] for _ in range(2)]
-        for micro in chunks(rows, self.config.micro_batch_size):
+        for micro in self.feed(chunks(rows, self.config.micro_batch_size)):
             task, penalty, _ = self.losses(micro)
             for term, total in ((task, totals[0]), (penalty, totals[1])):
                 if term.requires_grad:

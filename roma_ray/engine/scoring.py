@@ -1,4 +1,4 @@
-"""Scoring from cached activations: the head alone answers the questions. Serves validation and the paired evaluation."""
+"""Scoring by the head alone, from the states after the cut's attention. Serves validation and the paired evaluation."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from roma_ray.engine.batches import plan_batches, prompt_shape
-from roma_ray.engine.cache import ActivationCache, head_input
-from roma_ray.engine.forward import choice_scores, lay_out, mean_routing, predict, routing_positions
+from roma_ray.engine.batches import plan_batches
+from roma_ray.engine.cache import States, prefetched
+from roma_ray.engine.extractor import Reading
+from roma_ray.engine.forward import choice_scores, lay_out, own_tokens, predict
+from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
-from roma_ray.moe.slices import Slice, slice_logits
+from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 
 
@@ -36,7 +39,7 @@ class Scores:
 @torch.inference_mode()
 def score_rows(
     head: Slice,
-    cache: ActivationCache,
+    states: States,
     prompts: Sequence[Prompt],
     rows: Sequence[int],
     *,
@@ -49,23 +52,21 @@ def score_rows(
 
     Batches are planned from the rows alone, so base and tuned heads see the same batches.
     """
-    shapes = [prompt_shape(prompts[row]) for row in rows]
+    plan = plan_batches([own_tokens(prompts[row], states.prefix) for row in rows], batch_tokens)
+    members = [[rows[n] for n in batch] for batch in plan]
+
+    def prepare(chosen: Sequence[int]) -> tuple[Reading, Tensor]:
+        layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
+        return Reading.of(layout, (tokens,)), states.packed(chosen, layout)
+
     found: dict[int, tuple[list[float], np.ndarray]] = {}
-    for batch in plan_batches([s[0] for s in shapes], [s[1] for s in shapes], batch_tokens):
-        members = [rows[n] for n in batch]
-        chosen = [prompts[row] for row in members]
-        layout = lay_out(chosen)
-        inputs = head_input(head, cache, members, chosen, layout)
-        layout = layout.to(str(head.device))
-        positions_BP = routing_positions(layout, tokens)
-        with read_routing(head.model, head.routers, positions_BP) as tape:
-            logits_BPV = slice_logits(head, inputs, layout.mask_BS, layout.score_positions_BP)
-        routing_QLE = mean_routing(tape.routing_BPLE, positions_BP, layout).float().cpu().numpy()
-        for n, row in enumerate(members):
-            found[row] = ([], routing_QLE[n])
-        for row, scores in zip(members, choice_scores(logits_BPV, layout, chosen), strict=True):
-            found[row][0].extend(scores)
-        advance(len(members))
+    for chosen, (reading, states_TD) in zip(members, prefetched(prepare, members), strict=True):
+        with read_routing(head.model, head.routers, reading.flat_positions) as tape:
+            out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
+        routing_QLE = reading.routing(tape.routing_BPLE)[tokens]
+        scores = choice_scores(out.states, reading.keep, reading.layout)
+        found.update({row: (scores[n], routing_QLE[n]) for n, row in enumerate(chosen)})
+        advance(len(chosen))
     answers = [found[row][0] for row in rows]
     predictions = [predict(s, prompts[row], rule) for s, row in zip(answers, rows, strict=True)]
     correct = np.array([p == prompts[row].answer for p, row in zip(predictions, rows, strict=True)], dtype=bool)

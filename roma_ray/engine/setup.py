@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,6 +37,10 @@ class ModelSpec:
     attention: str
     device: str
     threads: int
+
+    def first_moe_layer(self) -> int:
+        """Whole-model index of the first layer with a router. Raises ModelError."""
+        return int(_model_facts(self.path, self.revision)["moe_layers"][0])
 
     def load(self, start: int, stop: int | None, *, with_lm_head: bool) -> Slice:
         """Load layers [start, stop) on this process's device, evaluation mode, frozen. Raises ModelError."""
@@ -70,10 +76,24 @@ class Setup:
     moe_layers: tuple[int, ...]
     layers: tuple[int, ...]
     """Tuned layers, whole-model indices."""
+    hidden_size: int
+    cuts: tuple[int, ...]
+    """Layers after whose attention the extraction keeps the states: this run's cut, or those of all trials of a grid."""
+    token_rules: tuple[str, ...]
+    """Token rules whose routing the extraction keeps: this run's, or those of all trials of a grid."""
 
     @property
     def cut(self) -> int:
+        """The first tuned layer. All that lies below its experts is a constant function of the prompt."""
         return self.layers[0]
+
+    def shared(self, cuts: Iterable[int], token_rules: Iterable[str]) -> Setup:
+        """The same run on an extraction that also serves others: with these cuts and token rules besides its own."""
+        return dataclasses.replace(
+            self,
+            cuts=tuple(sorted({self.cut, *cuts})),
+            token_rules=tuple(sorted({self.config.routing.tokens, *token_rules})),
+        )
 
     @property
     def layer_columns(self) -> list[int]:
@@ -95,10 +115,13 @@ class Setup:
         return identity
 
 
-def resolve(config: Config, *, device: str | None = None) -> Setup:
+def resolve(
+    config: Config, *, device: str | None = None, measure: Callable[[ModelSpec], dict[str, Any]] | None = None
+) -> Setup:
     """Fill in what the configuration leaves to the model and the machine.
 
-    `device` overrides `auto` (the caller may know of GPUs on other machines). Raises ModelError, ConfigError, StorageError.
+    `device` overrides `auto` (the caller may know of GPUs on other machines), `measure` finds the fastest experts backend on
+    a GPU (default: in this process). Raises ModelError, ConfigError, StorageError.
     """
     from roma_ray.moe.layers import select_layers, token_positions
 
@@ -108,13 +131,30 @@ def resolve(config: Config, *, device: str | None = None) -> Setup:
     facts = _model_facts(path, config.model.revision)
     chosen = resolve_device(config) if device is None else device
     dtype = facts["dtype"] if config.model.dtype == "auto" else config.model.dtype
+    identity = model_identity(config.model, path)
     backend = config.model.experts_backend
     if backend == "auto":
-        backend = "eager" if chosen == "cpu" else "grouped_mm"
+        # On a CPU a fixed one: what is fastest there depends on the load, and the bits must not.
+        backend = "eager"
     spec = ModelSpec(path, config.model.revision, dtype, backend, config.model.attention, chosen, config.threads)
+    if config.model.experts_backend == "auto" and chosen == "cuda":
+        from roma_ray.engine.backends import kept_backend, measure_backends
+
+        spec = dataclasses.replace(
+            spec, experts_backend=kept_backend(store, identity, spec, measure or measure_backends)
+        )
     layers = select_layers(config.routing.layers, facts["moe_layers"])
     return Setup(
-        config, store, spec, model_identity(config.model, path), facts["num_layers"], tuple(facts["moe_layers"]), layers
+        config,
+        store,
+        spec,
+        identity,
+        facts["num_layers"],
+        tuple(facts["moe_layers"]),
+        layers,
+        facts["hidden_size"],
+        cuts=(layers[0],),
+        token_rules=(config.routing.tokens,),
     )
 
 

@@ -87,8 +87,28 @@ def finetune(
     report: Callable[[dict[str, Any]], None] = lambda epoch: None,
     advance: Callable[[int, str], None] = lambda count, note: None,
 ) -> Outcome:
-    """Finetune the gates of `layers`; resumes from `checkpoint` where it exists. Raises TrainingError, CacheError."""
+    """Finetune the gates of `layers`; resumes from `checkpoint` where it exists. Raises TrainingError, CacheError.
+
+    The head is left as it was, so that one that is loaded serves any number of runs.
+    """
     masters = RouterMasters(head, layers)
+    try:
+        return _finetune(head, masters, data, config, seed, world, checkpoint, report, advance)
+    finally:
+        masters.detach()
+
+
+def _finetune(
+    head: Slice,
+    masters: RouterMasters,
+    data: TrainingData,
+    config: FinetuneConfig,
+    seed: int,
+    world: World,
+    checkpoint: Path | None,
+    report: Callable[[dict[str, Any]], None],
+    advance: Callable[[int, str], None],
+) -> Outcome:
     gates = masters.parameters()
     pretrained, frozen = masters.state(), frozen_digest(head.model)
     optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
@@ -112,12 +132,14 @@ def finetune(
             state.epoch_start = masters.state()
         objective.refresh(epoch, state.epoch_start)
         clock, questions = time.monotonic(), 0
-        for rows in chunks(epoch_order(data.train, seed, epoch), config.batch_size)[first:]:
+        batches = chunks(epoch_order(data.train, seed, epoch), config.batch_size)[first:]
+        planned = [chunks(rows, config.micro_batch_size) for rows in batches]
+        feed = objective.feed([part for micro in planned for part in micro[world.rank :: world.size]])
+        for rows, micro in zip(batches, planned, strict=True):
             # lambda(t) and the learning rate rise over a fraction of the steps that the run really has.
             rate = config.learning_rate * _warmup(state.step, total, config.warmup_fraction)
             strength = state.probe["weight"] * _warmup(state.step, total, config.regularizer.warmup_fraction)
-            micro = chunks(rows, config.micro_batch_size)
-            mine = [objective.gradients(part, strength) for part in micro[world.rank :: world.size]]
+            mine = [objective.gradients(next(feed), strength) for _ in micro[world.rank :: world.size]]
             facts = _apply(gates, _add(world.gather(mine, len(micro))) / len(rows), config.clip_norm)
             optimizer.param_groups[0]["lr"] = rate
             optimizer.step()

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 
 from roma_ray.artifacts import Stage, fingerprint, note_device, write_json
-from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.cache import open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import ADAPTER
@@ -29,7 +29,7 @@ from roma_ray.manifold import diagnostics
 from roma_ray.moe.checkpoints import load_adapter
 from roma_ray.moe.slices import Slice
 
-VERSION = 2
+VERSION = 3
 RESULTS = "results.parquet"
 SUMMARY = "evaluation.json"
 _DIAGNOSED_ROWS = 2000
@@ -82,12 +82,12 @@ def evaluate(
             "batch_tokens": setup.config.extraction.batch_tokens,
         }
         note_device(stage.path, device_kind(setup.model.device))
-        cache = ActivationCache(extraction.path)
+        states = open_states(setup.model, extraction.path, setup.cut)
         head = setup.model.load(setup.cut, None, with_lm_head=True)
         with progress.meter("evaluate", 2 * len(rows), "questions") as meter:
-            base = score_rows(head, cache, prompts, rows, **arguments, advance=meter.advance)
+            base = score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
             load_adapter(tuned.path / ADAPTER, head)
-            after = score_rows(head, cache, prompts, rows, **arguments, advance=meter.advance)
+            after = score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
         check_not_identical(base.scores, after.scores)
         columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
         _write(stage, prompts, base, after, columns)

@@ -105,7 +105,7 @@ def _around(
 ) -> Callable[..., Tensor]:
     """The forward of one layer with the parts left out that are known already or not wanted."""
     forward = block.forward
-    keep_N = None if keep is None else torch.tensor(keep, device=attention.packing.ids_T.device)
+    keep_N = None if keep is None else torch.tensor(keep, dtype=torch.long, device=attention.packing.ids_T.device)
     if keep_N is not None:
         stack.enter_context(trimmed_layer(index, keep_N))
 
@@ -113,7 +113,7 @@ def _around(
         # What enters is not what the model's embedding multiplied, but the states themselves.
         middle = resume
         if middle is None and (report is not None or keep_N is None):
-            with _without(_experts_of(block), pair=rule.experts_return_pair):
+            with _without(_feed_forward(block), pair=rule.experts_return_pair):
                 middle = _first(forward(hidden_states, **settings))
         if report is not None:
             assert middle is not None
@@ -168,8 +168,12 @@ def _first(output: Any) -> Tensor:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _experts_of(block: nn.Module) -> nn.Module:
-    """A layer's feed-forward block, with experts or dense."""
+def experts_block(part: Slice, layer: int) -> nn.Module:
+    """The feed-forward block of a layer (whole-model index): router, experts and shared experts."""
+    return _feed_forward(part.model.base_model.layers[layer - part.start])
+
+
+def _feed_forward(block: nn.Module) -> nn.Module:
     for name in ("mlp", "block_sparse_moe", "feed_forward"):
         found = getattr(block, name, None)
         if found is not None:

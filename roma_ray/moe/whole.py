@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,6 +63,24 @@ def base_tensors(path: str, names: Sequence[str], *, revision: str | None = None
     with ExitStack() as stack:
         lazy = snapshot.lazy_tensors(list(keys.values()), stack)
         return {name: lazy[key][...] for name, key in keys.items()}
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Parameters of a model's parts: of each layer, of the input embeddings, of the final norm with `lm_head`."""
+
+    layers: tuple[int, ...]
+    embedding: int
+    head: int
+
+
+def model_sizes(path: str, *, revision: str | None = None) -> ModelSizes:
+    """Count a model's parameters by part, from its configuration alone. Raises ModelError."""
+    model = _skeleton(open_snapshot(path, revision))
+    base = model.base_model
+    layers = tuple(sum(p.numel() for p in layer.parameters()) for layer in base.layers)
+    head = model.get_output_embeddings().weight.numel() + sum(p.numel() for p in base.norm.parameters())
+    return ModelSizes(layers, base.get_input_embeddings().weight.numel(), head)
 
 
 def _skeleton(snapshot: Snapshot) -> PreTrainedModel:

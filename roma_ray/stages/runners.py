@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from roma_ray.artifacts import Store
-from roma_ray.engine.progress import Silence
+from roma_ray.engine.backends import measure_backends
+from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import Runners
+from roma_ray.engine.setup import ModelSpec
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.embed import embed_on_ray
 from roma_ray.stages.extract import extract_on_ray
@@ -23,6 +25,16 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
     )
+
+
+def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[[ModelSpec], dict[str, Any]]:
+    """Measures the experts backends where the workers run, for `resolve`."""
+
+    def measure(spec: ModelSpec) -> dict[str, Any]:
+        found: dict[str, Any] = near_device(cluster, device)(measure_backends, spec, progress=progress)
+        return found
+
+    return measure
 
 
 def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:

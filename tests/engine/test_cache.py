@@ -20,11 +20,15 @@ def copy(letter_run: Run, tmp_path: Path) -> Path:
 
 
 def shard(folder: Path) -> Path:
-    return folder / "batches" / "000000.safetensors"
+    return next((folder / "batches").glob("000000.*.safetensors"))
+
+
+def opened(folder: Path) -> ActivationCache:
+    return ActivationCache(folder, int(shard(folder).name.split(".")[1]))
 
 
 def row_of(folder: Path) -> int:
-    return ActivationCache(folder).batch.index(0)
+    return opened(folder).batch.index(0)
 
 
 def test_every_truncation_is_found(copy: Path) -> None:
@@ -32,24 +36,27 @@ def test_every_truncation_is_found(copy: Path) -> None:
     row = row_of(copy)
     for size in (0, 4, 8, 50, len(whole) // 2, len(whole) - 1):
         shard(copy).write_bytes(whole[:size])
+        cache = opened(copy)
         with pytest.raises(CacheError):
-            ActivationCache(copy).states(row)
+            cache.states(row)
 
 
 def test_a_foreign_shard_is_found(copy: Path) -> None:
     row = row_of(copy)
     save_file({"hidden": torch.zeros(3, 32)}, shard(copy))
+    cache = opened(copy)
     with pytest.raises(CacheError, match="another run"):
-        ActivationCache(copy).states(row)
+        cache.states(row)
     save_file({"other": torch.zeros(3, 32)}, shard(copy))
     with pytest.raises(CacheError, match="not an activation shard"):
-        ActivationCache(copy).states(row)
+        cache.states(row)
+    cache = opened(copy)
     shard(copy).unlink()
     with pytest.raises(CacheError):
-        ActivationCache(copy).states(row)
+        cache.states(row)
 
 
 def test_a_missing_index_is_an_artifact_error(copy: Path) -> None:
     (copy / "rows.parquet").unlink()
     with pytest.raises(ArtifactError):
-        ActivationCache(copy)
+        opened(copy)

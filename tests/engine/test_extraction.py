@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from roma_ray.artifacts import Stage
 from roma_ray.engine.cache import ActivationCache
-from roma_ray.engine.extraction import PLAN, ROWS, Extractor, ExtractWork, batch_table, extract, extract_stage, gather
+from roma_ray.engine.extraction import ROWS, extract, extract_stage, extract_work, gather
+from roma_ray.engine.extractor import PLAN, Extractor, batch_table
 from roma_ray.engine.finetuning import read_routing_rows
 from roma_ray.engine.prepare import TABLE, prepare
 from roma_ray.engine.progress import Silence
@@ -31,10 +32,15 @@ def whole_model(run: Run) -> Any:
 
 @torch.inference_mode()
 def literal(model: Any, prompt: Any) -> tuple[torch.Tensor, list[float], list[torch.Tensor]]:
-    """Softmax of every layer's router logits at the last prompt token, choice scores, hidden states entering each layer."""
-    output = model(
-        torch.tensor([prompt.prompt_ids]), output_router_logits=True, output_hidden_states=True, use_cache=False
-    )
+    """Softmax of every layer's router logits at the last prompt token, choice scores, states after each attention."""
+    middle: list[torch.Tensor] = []
+    hooks = [
+        layer.post_attention_layernorm.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0][0]))
+        for layer in model.model.layers
+    ]
+    output = model(torch.tensor([prompt.prompt_ids]), output_router_logits=True, use_cache=False)
+    for hook in hooks:
+        hook.remove()
     routing = torch.stack(
         [torch.softmax(layer.float()[len(prompt.prompt_ids) - 1], -1) for layer in output.router_logits]
     )
@@ -45,7 +51,7 @@ def literal(model: Any, prompt: Any) -> tuple[torch.Tensor, list[float], list[to
         )
         start = len(prompt.prompt_ids) - 1
         scores.append(sum(logp[start + n, token].item() for n, token in enumerate(ids)))
-    return routing, scores, output.hidden_states
+    return routing, scores, middle
 
 
 @pytest.mark.parametrize("name", ["letter_run", "cloze_run"])
@@ -57,18 +63,19 @@ def test_routing_scores_answers_and_activations_equal_the_plain_forward(
     prompts = read_prompts(run.stages["questions"].path / TABLE)
     rows = read_table(run.stages["extract"].path / ROWS).to_pylist()
     routing = read_routing_rows(run.stages["extract"].path, "Last1")
-    cache = ActivationCache(run.stages["extract"].path)
+    cache = ActivationCache(run.stages["extract"].path, run.setup.cut)
+    assert cache.prefix > 3
     rule = run.setup.config.questions.prompt.cloze_score if name == "cloze_run" else "raw"
     for number in range(0, len(prompts), 7):
         prompt = prompts[number]
-        expected, scores, hidden = literal(model, prompt)
+        expected, scores, middle = literal(model, prompt)
         torch.testing.assert_close(routing[number], expected, rtol=1e-5, atol=1e-6)
         assert rows[number]["scores"] == pytest.approx(scores, abs=1e-4)
         values = [s / c if rule == "normalized" else s for s, c in zip(scores, prompt.choice_chars, strict=True)]
         assert rows[number]["prediction"] == values.index(max(values))
         assert rows[number]["is_correct"] == (rows[number]["prediction"] == prompt.answer)
-        length = len(prompt.prompt_ids)
-        torch.testing.assert_close(cache.states(number)[:length], hidden[run.setup.cut][0], rtol=1e-4, atol=1e-5)
+        own = cache.states(number)[: len(prompt.prompt_ids) - cache.prefix]
+        torch.testing.assert_close(own, middle[run.setup.cut][cache.prefix :], rtol=1e-4, atol=1e-5)
 
 
 def test_batch_composition_changes_nothing(letter_run: Run, tmp_path: Path) -> None:
@@ -89,12 +96,6 @@ def test_batch_composition_changes_nothing(letter_run: Run, tmp_path: Path) -> N
 def fresh(tmp_path: Path) -> tuple[Any, Stage]:
     setup = resolve(make_world(tmp_path, count=20))
     return setup, prepare(setup, Silence())
-
-
-def work_of(setup: Any, questions: Stage, stage: Stage) -> ExtractWork:
-    return ExtractWork(
-        str(stage.path), str(questions.path / TABLE), setup.model, setup.cut, ("Last1",), "raw", "float32"
-    )
 
 
 def test_a_row_that_fails_alone_is_set_aside_and_the_others_are_whole(
@@ -121,9 +122,9 @@ def test_rows_beyond_the_vocabulary_and_excluded_rows_are_set_aside(fresh: tuple
     setup, questions = fresh
     stage = extract_stage(setup, questions)
     stage.path.mkdir(parents=True)
-    (stage.path / PLAN).write_text(json.dumps([[0, 1, 2]]))
-    extractor = Extractor(work_of(setup, questions, stage))
-    extractor.vocabulary = max(max(p.prompt_ids) for p in extractor.prompts[:1])
+    (stage.path / PLAN).write_text(json.dumps({"prefix": 0, "batches": [[0, 1, 2]]}))
+    extractor = Extractor(extract_work(setup, questions, stage))
+    extractor.vocabulary = max(max(p.prompt_ids) for p in extractor.batches.prompts[:1])
     report = extractor(0, frozenset({2}))
     rows = read_table(batch_table(stage.path, 0)).to_pylist()
     assert "beyond the model's vocabulary" in rows[0]["error"]
@@ -157,4 +158,4 @@ def test_gather_refuses_rows_that_lack(letter_run: Run) -> None:
     stage = letter_run.stages["extract"]
     prompts = read_prompts(letter_run.stages["questions"].path / TABLE)
     with pytest.raises(Exception, match="does not hold each question once"):
-        gather(stage, stage.manifest()["facts"]["batches"] - 1, [p.id for p in prompts])
+        gather(stage, stage.manifest()["facts"]["batches"] - 1, [p.id for p in prompts], 0)

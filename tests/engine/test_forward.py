@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from roma_ray.engine.forward import choice_scores, lay_out, mean_routing, predict, routing_positions, task_losses
+from roma_ray.engine.forward import choice_scores, lay_out, mean_routing, predict, task_losses
 from roma_ray.questions.prompts import Prompt
 from tests.tiny import tiny_moe
 
@@ -26,10 +26,15 @@ def model() -> PreTrainedModel:
 
 
 def logits_of(model: PreTrainedModel, prompts: list[Prompt], gold_only: bool = False):
+    """Layout, kept tokens, and their logits by the stock model, one path of the tree at a time."""
     layout = lay_out(prompts, gold_only=gold_only)
-    output = model(layout.ids_BS, attention_mask=layout.mask_BS, use_cache=False).logits
-    index = layout.score_positions_BP.clamp(min=0)
-    return layout, output.gather(1, index[:, :, None].expand(-1, -1, output.shape[-1]))
+    packing = layout.packing
+    logits = torch.zeros(len(packing), model.config.vocab_size)
+    for segment in range(len(packing.segments)):
+        path = [t for part in packing.path(segment) for t in packing.span(part)]
+        logits[path] = model(packing.ids_T[path][None], use_cache=False).logits[0]
+    keep = layout.keep()
+    return layout, keep, logits[keep]
 
 
 def literal_log_likelihood(model: PreTrainedModel, prompt: Prompt, choice: int) -> float:
@@ -42,8 +47,8 @@ def literal_log_likelihood(model: PreTrainedModel, prompt: Prompt, choice: int) 
 @pytest.mark.parametrize("prompts", [LETTERS, CLOZE, LETTERS + CLOZE])
 def test_scores_equal_one_question_at_a_time(model: PreTrainedModel, prompts: list[Prompt]) -> None:
     with torch.inference_mode():
-        layout, logits = logits_of(model, prompts)
-        scores = choice_scores(logits, layout, prompts)
+        layout, keep, logits = logits_of(model, prompts)
+        scores = choice_scores(logits, keep, layout)
         for prompt, row in zip(prompts, scores, strict=True):
             for choice, score in enumerate(row):
                 assert score == pytest.approx(literal_log_likelihood(model, prompt, choice), abs=1e-4)
@@ -52,8 +57,11 @@ def test_scores_equal_one_question_at_a_time(model: PreTrainedModel, prompts: li
 @pytest.mark.parametrize(("prompts", "over"), [(LETTERS, "choices"), (LETTERS, "vocabulary"), (CLOZE, "continuation")])
 def test_task_loss_equals_a_literal_loop(model: PreTrainedModel, prompts: list[Prompt], over: str) -> None:
     with torch.inference_mode():
-        layout, logits = logits_of(model, prompts, gold_only=over == "continuation")
-        found = task_losses(logits, layout, prompts, over=over).item()
+        layout, keep, logits = logits_of(model, prompts, gold_only=over == "continuation")
+        found = task_losses(logits, keep, layout, over=over).item()
+        if over == "choices":
+            rows = torch.tensor([20, 21, 22])
+            assert found == task_losses(logits[:, rows], keep, layout, over=over, rows_V=rows).item()
         total = 0.0
         for prompt in prompts:
             gold = literal_log_likelihood(model, prompt, prompt.answer)
@@ -67,24 +75,32 @@ def test_task_loss_equals_a_literal_loop(model: PreTrainedModel, prompts: list[P
 
 def test_gold_only_never_lays_out_another_choice() -> None:
     layout = lay_out(CLOZE, gold_only=True)
-    assert layout.choice == (0, 1)
-    assert layout.ids_BS.tolist() == [[5, 6, 7, 30, 31, 0], [8, 9, 10, 11, 12, 36]]
+    assert [s.ids for s in layout.packing.segments] == [(5, 6, 7), (30, 31), (8, 9, 10, 11, 12), (36,)]
+    assert layout.score_tokens == (((2, 3, 4),), ((9, 10),))
+
+
+def test_prompts_are_laid_out_once_after_what_they_share() -> None:
+    prompts = [Prompt("f", "t", "train", (5, 6, n, 7), ((1, 2), (3,)), (1, 1), 0, False) for n in (8, 9)]
+    layout = lay_out(prompts, prefix=2)
+    assert layout.packing.ids_T.tolist() == [5, 6, 8, 7, 1, 9, 7, 1]
+    assert layout.packing.positions_T.tolist() == [0, 1, 2, 3, 4, 2, 3, 4]
+    assert layout.score_tokens == (((3, 4), (3,)), ((6, 7), (6,)))
+    assert layout.routing_positions("First3").tolist() == [[0, 1, 2], [0, 1, 5]]
 
 
 def test_the_last_token_is_the_last_prompt_token_never_the_continuation() -> None:
     layout = lay_out(CLOZE)
-    positions = routing_positions(layout, "Last1")
-    assert positions[list(layout.first)].tolist() == [[2], [4]]
-    assert (positions[[n for n in range(len(layout.owner)) if n not in layout.first]] == -1).all()
+    assert layout.routing_positions("Last1").tolist() == [[2], [9]]
+    assert layout.packing.ids_T[[2, 9]].tolist() == [7, 12]
 
 
 def test_mean_routing_is_the_mean_over_the_chosen_positions() -> None:
     layout = lay_out(LETTERS)
-    positions = routing_positions(layout, "Last3")
-    routing = torch.rand(2, 3, 2, 4).masked_fill((positions < 0)[:, :, None, None], 0)
-    found = mean_routing(routing, positions, layout)
+    positions = layout.routing_positions("Last3")
+    routing = torch.rand(1, positions.numel(), 2, 4).masked_fill((positions.reshape(1, -1, 1, 1) < 0), 0)
+    found = mean_routing(routing, positions)
     for number, length in enumerate((3, 2)):
-        kept = [routing[number, p] for p in range(3) if positions[number, p] >= 0]
+        kept = [routing[0, 3 * number + p] for p in range(3) if positions[number, p] >= 0]
         assert len(kept) == length
         assert torch.allclose(found[number], torch.stack(kept).mean(0))
 

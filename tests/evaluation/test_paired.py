@@ -152,7 +152,7 @@ def test_the_pin_follows_the_split(finished: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "part", ["extract/*/batches/000000.safetensors", "finetune/*/adapter/adapter_model.safetensors"]
+    "part", ["extract/*/batches/000000.*.safetensors", "finetune/*/adapter/adapter_model.safetensors"]
 )
 def test_a_finished_artifact_that_changed_is_refused_on_the_next_run(tmp_path: Path, part: str) -> None:
     setup = resolve(make_world(tmp_path, count=30))

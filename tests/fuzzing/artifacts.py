@@ -116,11 +116,12 @@ def activations(folder: Path) -> Opened:
     from safetensors.torch import save_file
 
     from roma_ray.engine.cache import ActivationCache
-    from roma_ray.engine.extraction import ROWS, batch_activations
+    from roma_ray.engine.extraction import ROWS
+    from roma_ray.engine.extractor import batch_activations
 
-    schema = pa.schema([(name, pa.int64()) for name in ("row", "batch", "offset", "tokens")])
-    write_table(folder / ROWS, {"row": [0, 1], "batch": [0, 0], "offset": [0, 3], "tokens": [3, 2]}, schema)
-    shard = batch_activations(folder, 0)
+    columns = {"row": [0, 1], "batch": [0, 0], "offset": [0, 3], "tokens": [3, 2], "shard_tokens": [5, 5]}
+    write_table(folder / ROWS, columns, pa.schema([(name, pa.int64()) for name in columns]), {"prefix": 0})
+    shard = batch_activations(folder, 0, 3)
     shard.parent.mkdir(parents=True)
     hidden = torch.arange(20.0).reshape(5, 4)
     save_file({"hidden": hidden}, shard)
@@ -130,7 +131,7 @@ def activations(folder: Path) -> Opened:
         for path, data in files.items():
             path.write_bytes(data)
         list(files)[named[0]].write_bytes(named[1])
-        cache = ActivationCache(folder)
+        cache = ActivationCache(folder, 3)
         assert [cache.states(row).shape for row in range(len(cache.batch))] == [(3, 4), (2, 4)]
 
     packed = list(files.values())

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from roma_ray.artifacts import file_digest
-from roma_ray.engine.extraction import PLAN, Extractor, ExtractWork, activation_dtype, batch_table
+from roma_ray.engine.extraction import activation_dtype
+from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ModelError, WorkerError
@@ -30,7 +31,7 @@ def fields(run: Run, folder: Path) -> dict[str, Any]:
         "folder": str(folder),
         "questions": str(run.stages["questions"].path / TABLE),
         "model": setup.model,
-        "cut": setup.cut,
+        "cuts": setup.cuts,
         "tokens": (setup.config.routing.tokens,),
         "rule": "raw",
         "activation_dtype": activation_dtype(setup),
@@ -46,7 +47,7 @@ def same_files(folder: Path, other: Path) -> None:
 
 def test_a_killed_worker_and_a_poison_row(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
     """A worker that dies once costs nothing; a row that always kills is set aside as if it had been excluded."""
-    plan = json.loads((local_run.stages["extract"].path / PLAN).read_text())
+    plan = json.loads((local_run.stages["extract"].path / PLAN).read_text())["batches"]
     poison = plan[1][len(plan[1]) // 2]
     given = fields(local_run, tmp_path / "ray")
     work = DeadlyWork(**given, poison=(poison,), dies_once_at=len(plan) - 2)

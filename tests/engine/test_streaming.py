@@ -1,0 +1,97 @@
+"""Slice streaming: the same files as the whole model gives, whatever is held at once, and after a stop in the middle."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from roma_ray.artifacts import file_digest
+from roma_ray.engine.extraction import extract
+from roma_ray.engine.prepare import prepare
+from roma_ray.engine.progress import Silence
+from roma_ray.engine.setup import Setup, resolve
+from roma_ray.engine.streaming import STREAM, plan_chain
+from roma_ray.engine.work import serial
+from roma_ray.errors import ModelError, StorageError
+from roma_ray.pipeline import Run
+
+
+def limited(run: Run, storage: Path, **extraction: Any) -> Setup:
+    config = run.setup.config
+    changed = config.extraction.model_copy(update=extraction)
+    return resolve(config.model_copy(update={"extraction": changed, "storage": str(storage)}))
+
+
+@pytest.mark.parametrize(("name", "layers_at_once"), [("letter_run", 1), ("cloze_run", 4)])
+def test_a_chain_of_slices_gives_the_whole_models_files(
+    name: str, layers_at_once: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    run: Run = request.getfixturevalue(name)
+    # The first layer counts with the embeddings, so it is the one that a limit must hold.
+    limit = layers_at_once * max_layer_gb(run.setup.model.path)
+    setup = limited(run, tmp_path, memory_gb=limit)
+    questions = prepare(setup, Silence())
+    chain = plan_chain(setup.model, limit)
+    assert len(chain) == (6 if layers_at_once == 1 else 2)
+    assert [start for start, _ in chain[1:]] == [stop for _, stop in chain[:-1]]
+    opened: list[tuple[int, int]] = []
+
+    def stopping(work: Any, batches: Any) -> Any:
+        opened.append((work.start, work.stop))
+        if len(opened) == 2:
+            yield from serial(work, batches[:2])
+            raise KeyboardInterrupt
+        yield from serial(work, batches)
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(setup, questions, stopping, Silence())
+    opened.clear()
+    left: list[int] = []
+
+    def counting(work: Any, batches: Any) -> Any:
+        opened.append((work.start, work.stop))
+        left.append(len(batches))
+        yield from serial(work, batches)
+
+    stage = extract(setup, questions, counting, Silence())
+    total = stage.manifest()["facts"]["batches"]
+    assert opened == chain
+    assert left == [0, total - 2, *[total] * (len(chain) - 2)]
+    assert not (stage.path / STREAM).exists()
+    expected = run.stages["extract"]
+    assert stage.fingerprint == expected.fingerprint
+    for file in sorted((expected.path / "batches").iterdir()):
+        assert file_digest(file) == file_digest(stage.path / "batches" / file.name), file.name
+
+
+def max_layer_gb(path: str) -> float:
+    """What plan_chain needs for one layer of the tiny model, fp32."""
+    from roma_ray.moe.whole import model_sizes
+
+    sizes = model_sizes(path)
+    return max(sizes.layers[0] + sizes.embedding, sizes.layers[-1] + sizes.head) * 4 / 1e9
+
+
+def test_a_limit_that_holds_no_layer_and_a_storage_without_room_are_refused(
+    letter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = limited(letter_run, tmp_path / "a", memory_gb=1e-6)
+    questions = prepare(setup, Silence())
+    with pytest.raises(ModelError, match="holds no single layer"):
+        extract(setup, questions, serial, Silence())
+
+    class Full:
+        free = 1000
+
+    import roma_ray.engine.extraction as module
+
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Full)
+    setup = limited(letter_run, tmp_path / "b")
+    questions = prepare(setup, Silence())
+    with pytest.raises(StorageError, match=r"extraction\.cache=false"):
+        extract(setup, questions, serial, Silence())
+    without = limited(letter_run, tmp_path / "b", cache=False)
+    stage = extract(without, questions, serial, Silence())
+    assert not list((stage.path / "batches").glob("*.safetensors"))
