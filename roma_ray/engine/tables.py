@@ -67,9 +67,14 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     return table
 
 
-def table_facts(table: pa.Table) -> dict[str, Any]:
-    """The JSON facts written with a table."""
-    facts: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"roma", b"{}"))
+def table_facts(table: pa.Table, *counts: str) -> dict[str, Any]:
+    """The JSON facts written with a table. Raises ArtifactError when they are damaged or lack one of the `counts`."""
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(b"roma", b"{}"))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict) or any(type(facts.get(name)) is not int or facts[name] < 0 for name in counts):
+        raise ArtifactError("a table's own facts are damaged; remove its folder and run again to recompute it")
     return facts
 
 
