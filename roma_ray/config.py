@@ -6,6 +6,7 @@ Every field is documented under its name. The resolved configuration is saved wi
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -276,6 +277,11 @@ class TrackingConfig(Section):
     def _served(cls, value: str | None) -> str | None:
         if value is not None and value.rstrip("/") in {"sqlite:", "sqlite:///:memory:"}:
             raise ValueError("this database is gone when the run ends; name a file: sqlite:////absolute/path.db")
+        if value is not None and re.search(r"//[^/@]*:[^/@]+@", value):
+            raise ValueError(
+                "configurations are saved, so no password belongs here: give the address in $MLFLOW_TRACKING_URI, or the "
+                "password in $MLFLOW_TRACKING_PASSWORD"
+            )
         if value is not None and (value.startswith("file:") or not (value == "databricks" or ":" in value)):
             raise ValueError(
                 "give a server (http://...) or a database (sqlite:///...): MLflow keeps no plain folders any more"

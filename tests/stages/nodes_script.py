@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 from roma_ray.config import Config, PlacementConfig, load_config
 from roma_ray.engine.work import Report
 from roma_ray.errors import ConfigError
-from tests.chaos.simulated import simulated_cluster
+from tests.chaos.simulated import Nodes, simulated_cluster
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,6 @@ class WhereWork:
         note = json.dumps({"kind": labels["gpu-type"], "gpus": len(ray.get_gpu_ids())})
 
         def do(batch: int) -> Report:
-            import time
-
             (Path(self.folder) / f"{batch}.json").write_text(note)
             # Long enough that every worker gets some.
             time.sleep(0.2)
@@ -53,6 +53,26 @@ def where(config: Config, folder: Path, batches: int = 24) -> list[dict[str, Any
         list(extract_on_ray(cluster, cluster.device())(WhereWork(str(folder)), range(batches)))
     notes = [json.loads((folder / f"{n}.json").read_text()) for n in range(batches)]
     return [json.loads(text) for text in sorted({json.dumps(note) for note in notes})]
+
+
+def disturbed(nodes: Nodes, config: Config, folder: Path, batches: int = 24) -> dict[str, Any]:
+    """Batches while a node with one of their workers goes away: how often each was reported, and where the last ran."""
+    from roma_ray.stages.cluster import open_cluster
+    from roma_ray.stages.extract import extract_on_ray
+
+    folder.mkdir()
+
+    def remove() -> None:
+        while not list(folder.glob("*.json")):
+            time.sleep(0.01)
+        nodes.remove(nodes.workers[0])
+
+    thread = threading.Thread(target=remove)
+    with open_cluster(config) as cluster:
+        thread.start()
+        reports = list(extract_on_ray(cluster, cluster.device())(WhereWork(str(folder)), range(batches)))
+        thread.join()
+    return {"reported": sorted(r.batch for r in reports), "written": len(list(folder.glob("*.json")))}
 
 
 def main() -> None:
@@ -74,6 +94,7 @@ def main() -> None:
         found["one kind"] = where(config(extract=amd), folder / "kind", 4)
         found["by label"] = where(config(extract=PlacementConfig(labels={"gpu-type": "!mi300x"})), folder / "label", 4)
         found["training"] = training(config())
+        found["node removed"] = disturbed(nodes, config(), folder / "removed")
         try:
             where(config(extract=PlacementConfig(accelerator="H100")), folder / "none")
         except ConfigError as error:

@@ -9,7 +9,10 @@ from pathlib import Path
 
 
 def test_stages_run_on_the_nodes_that_they_need(environment: dict[str, str], temporary: Path) -> None:
-    """Extraction on any GPU, or one kind, or by label; training on one kind; a kind that is not there fails at once."""
+    """Extraction on any GPU, or one kind, or by label; training on one kind; a kind that is not there fails at once.
+
+    And a node that goes away takes nothing with it.
+    """
     folder = temporary / "nodes"
     folder.mkdir()
     script = Path(__file__).with_name("nodes_script.py")
@@ -29,5 +32,7 @@ def test_stages_run_on_the_nodes_that_they_need(environment: dict[str, str], tem
     assert found["training"]["workers"] == 1
     assert found["training"]["kind"] in ("a100", "mi300x")
     assert found["training"]["gpus"] == 1
+    # A node goes away in the middle: every batch is done, and reported once.
+    assert found["node removed"] == {"reported": list(range(24)), "written": 24}
     assert "room for 0 workers of 0.5 CPU, 1 GPU, accelerator H100" in found["refused"]
-    assert "1 x (4 CPU, 1 GPU A100" in found["refused"]
+    assert "1 x (4 CPU, 1 GPU AMD-Instinct-MI300X-OAM" in found["refused"]
