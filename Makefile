@@ -13,6 +13,8 @@ PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
 EXTRAS ?= minilm,faiss,hub,dev
+# Two suffice: the tests that use Ray run one after another in one of them.
+TEST_WORKERS ?= 2
 # Installed only where torch cannot be imported: a build that is already there is kept.
 TORCH ?= torch==2.13.0
 
@@ -22,7 +24,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test fuzz chaos check format pin clean
+.PHONY: help venv demo test fuzz chaos check bench format pin clean
 
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
@@ -45,7 +47,7 @@ demo: venv
 	$(BIN)/roma-ray run
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
 
 fuzz: venv
 	$(BIN)/python -m tests.fuzzing --inputs $(INPUTS)
@@ -58,6 +60,13 @@ check: venv
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The gates of speed and memory, half an hour and 14 GB of disk; exit code 1 when a floor is missed.
+BENCHMARKS ?= engine extract scale memory
+bench: venv
+	@missed=0; for name in $(BENCHMARKS); do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --json bench-$$name.json || missed=1; \
+	done; exit $$missed
 
 format: venv
 	$(BIN)/ruff check --fix .

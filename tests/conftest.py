@@ -23,6 +23,13 @@ settings.register_profile("roma", deadline=None, derandomize=True)
 settings.load_profile("roma")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For parallel runs: a file's tests stay together, and all that share the session's Ray cluster are one group."""
+    for item in items:
+        place = item.path.relative_to(Path(__file__).parent)
+        item.add_marker(pytest.mark.xdist_group("ray" if place.parts[0] == "stages" else str(place)))
+
+
 @pytest.fixture(autouse=True)
 def _own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """No test, and no command that it starts, may reach the user's own storage, cluster or tracking server."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roma_ray.engine.extraction import Extractor, ExtractWork
+from roma_ray.engine.extractor import Extractor, ExtractWork
 from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.training import Outcome, World
 from roma_ray.engine.work import Report
@@ -42,7 +42,7 @@ class DeadlyExtractor(Extractor):
         if batch == self.work.dies_once_at and not marker.exists():
             marker.touch()
             die()
-        if set(self.plan[batch]) & set(self.work.poison) - excluded:
+        if set(self.rows(batch)) & set(self.work.poison) - excluded:
             die()
         return super().__call__(batch, excluded)
 
@@ -89,7 +89,8 @@ class DeadlyJob(TrainJob):
         world: World | None = None,
         report: Callable[[dict[str, Any]], None] = lambda epoch: None,
         advance: Callable[[int, str], None] = lambda count, note: None,
-    ) -> tuple[Slice, Outcome]:
+        head: Slice | None = None,
+    ) -> Outcome:
         assert world is not None
         steps = 0
         (Path(self.notes) / f"started-{os.getpid()}").touch()
@@ -105,7 +106,7 @@ class DeadlyJob(TrainJob):
                 die()
             advance(count, note)
 
-        return super().run(world, report, counting)
+        return super().run(world, report, counting, head)
 
 
 def started(notes: Path) -> int:
