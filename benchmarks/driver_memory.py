@@ -1,4 +1,4 @@
-"""The driver's memory at many questions: python benchmarks/driver_memory.py --rows 1000000
+"""The driver's memory at many questions: python benchmarks/driver_memory.py --sizes 100000 1000000
 
 Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes, and the peak of its resident
 memory is printed: reading and encoding questions, planning and gathering extraction, neighbors, manifests and MLflow. No model
@@ -76,7 +76,7 @@ def extraction(folder: Path, rows: int) -> None:
         from roma_ray.engine.extractor import _schema, batch_table
         from roma_ray.engine.tables import write_table
 
-        plan = json.loads((Path(work.folder) / "plan.json").read_text())
+        plan = json.loads((Path(work.folder) / "plan.json").read_text())["batches"]
         schema = _schema(work.tokens)
         experts = 64 * len(setup.moe_layers)
         routing = np.full(experts, 1 / 64, dtype=np.float32)
@@ -146,13 +146,14 @@ def records(folder: Path, rows: int) -> None:
     client.log(client.create("stage", {}, 0), metrics=stage_metrics(stage))
 
 
-PARTS = {"questions": questions, "extraction": extraction, "neighbors": neighbors, "records": records}
+PARTS = {"questions": questions, "extraction": extraction, "records": records, "neighbors": neighbors}
 
 
 def main() -> None:
     """Measure, or as a child process do one part."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--child", nargs=2)
     options = parser.parse_args()
@@ -162,8 +163,8 @@ def main() -> None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(f"{peak:.2f} {time.monotonic() - began:.1f}")
         return
-    print(f"{'part':<12} {'rows':>9} {'peak GiB':>9} {'seconds':>8}")
-    for rows in (options.rows // 10, options.rows):
+    print(f"{'part':<12} {'rows':>9} {'peak GiB':>9} {'seconds':>8}", flush=True)
+    for rows in options.sizes:
         folder = Path(tempfile.mkdtemp(prefix="roma-memory-"))
         write_questions(folder / "q.jsonl", rows)
         for part in options.parts.split(","):
