@@ -20,7 +20,7 @@ from roma_ray.artifacts import MANIFEST, Stage
 from roma_ray.config import Config
 from roma_ray.errors import ArtifactError
 from roma_ray.pipeline import STAGES, Run
-from tests.chaos.simulated import Driver, Nodes
+from tests.chaos.simulated import PATIENCE, Driver, Nodes
 
 # What is there as soon as a stage has begun to do what a fault may interrupt, and its workers' titles.
 BEGUN = {
@@ -209,14 +209,13 @@ def artifacts_damaged(how: str, scene: Scene) -> None:
 
 
 def two_drivers(scene: Scene) -> None:
-    """Two drivers on one run: the second refuses and names the first, which ends as if alone."""
+    """Two drivers on one run: one refuses and names the other, which ends as if alone."""
     storage = scene.storage()
-    first = scene.start(storage, "extract")
-    first.wait_until(scene.begun(storage, "extract"))
-    second = scene.start(storage, "extract")
-    second.end(1)
-    assert f"pid {first.process.pid}" in second.said, second.said
-    first.end()
+    drivers = [scene.start(storage, "extract") for _ in range(2)]
+    codes = [driver.process.wait(timeout=PATIENCE) for driver in drivers]
+    assert sorted(codes) == [0, 1], "\n".join(driver.said for driver in drivers)
+    winner, refused = drivers[codes.index(0)], drivers[codes.index(1)]
+    assert f"pid {winner.process.pid}" in refused.said, refused.said
     scene.same(storage, "extract")
 
 
