@@ -129,24 +129,12 @@ def report(config: Any, sweep: str | None) -> None:
     from roma_ray.terminal import open_progress
 
     if sweep is not None:
-        _report_sweep(sweep, config.storage)
+        from roma_ray.cli_sweep import report_sweep
+
+        report_sweep(sweep, config.storage)
         return
     finished = revisit(_setup_of_finished(config), open_progress(quiet=False))
     _say_report(finished)
-
-
-def _report_sweep(sweep: str, storage: str | None) -> None:
-    from roma_ray.stages.environment import quiet_ray
-
-    quiet_ray()
-    from roma_ray.ablations.command import revisit
-    from roma_ray.ablations.report import find_sweep_file
-    from roma_ray.ablations.space import load_space
-    from roma_ray.terminal import open_progress
-
-    found, page = revisit(load_space(find_sweep_file(sweep), storage=storage), open_progress(quiet=False))
-    _print_sweep(found)
-    click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
 
 
 @main.command()
@@ -172,43 +160,10 @@ def tune(
 ) -> None:
     """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
     _quiet_libraries()
-    from roma_ray.ablations.space import load_space
-    from roma_ray.terminal import LiveBoard, LiveProgress, open_progress
+    from roma_ray.cli_sweep import run_sweep
 
     _check_place(summary_path)
-    loaded = load_space(space, overrides, storage)
-    from roma_ray.stages.environment import quiet_ray
-
-    quiet_ray()
-    from roma_ray.ablations import command
-
-    if dry_run:
-        click.echo("\n".join(command.dry_run(loaded)))
-        return
-    progress = open_progress(quiet)
-    with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
-        sweep = command.run(loaded, progress, board, address, stop_on_failure=stop_on_failure)
-    _print_sweep(sweep)
-    if summary_path:
-        from roma_ray.artifacts import write_json
-
-        write_json(summary_path, command.summary(sweep))
-    click.echo(f"report: {sweep.stage.path / 'report.html'}")
-    sys.exit(1 if command.failures(sweep) else 0)
-
-
-def _print_sweep(sweep: Any) -> None:
-    """Print the ranking, and what failed."""
-    from roma_ray.ablations.command import failures, result
-    from roma_ray.terminal import print_table
-
-    found = result(sweep)
-    if found is not None:
-        text, table = found
-        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
-        click.echo(text)
-    for line in failures(sweep):
-        click.echo(f"failed: {line}", err=True)
+    sys.exit(run_sweep(space, overrides, storage, address, dry_run, stop_on_failure, quiet, summary_path))
 
 
 @main.command()
@@ -386,50 +341,10 @@ def baselines(
     quiet: bool,
 ) -> None:
     """Run the methods that RoMA is compared with (Table 1) on the same questions; one table."""
-    from roma_ray.artifacts import write_json
-    from roma_ray.baselines.registry import chosen_methods
-    from roma_ray.comparison import UNOBSERVED, compare
-    from roma_ray.engine.runners import LOCAL
-    from roma_ray.engine.setup import resolve
-    from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.runners import measure_near, ray_runners
-    from roma_ray.terminal import open_progress
+    from roma_ray.cli_baselines import run_methods
 
     _check_place(summary_path)
-    names, progress = chosen_methods(methods), open_progress(quiet)
-    with nullcontext() if here else open_cluster(config, address, progress.say) as cluster:
-        setup, runners = resolve(config) if cluster is None else None, LOCAL
-        if cluster is not None:
-            device = cluster.device()
-            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
-            runners = ray_runners(cluster, device)
-        assert setup is not None
-        setup.store.check()
-        observer: Any = UNOBSERVED
-        if config.tracking.enabled:
-            from roma_ray.tracking.comparison import ComparisonTracker
-
-            observer = ComparisonTracker(setup, progress)
-        found = compare(setup, names, seeds or config.baselines.seeds, progress, runners, observer)
-    print_comparison(found.summary)
-    if summary_path:
-        write_json(summary_path, found.summary)
-    for name, reason in found.failures.items():
-        click.echo(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", err=True)
-    sys.exit(1 if found.failures else 0)
-
-
-def print_comparison(summary: Mapping[str, Any]) -> None:
-    """Print the table of all methods, what was equal for all, and what the oracle means."""
-    from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle, result_rows
-    from roma_ray.terminal import print_table
-
-    title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
-    print_table(title, RESULTS, result_rows(summary))
-    print_table("costs, trunk included", COSTS, cost_rows(summary))
-    click.echo(budget_line(summary))
-    if summary["oracle"]:
-        click.echo(describe_oracle(summary["oracle"]))
+    sys.exit(run_methods(config, methods, seeds, here, address, summary_path, quiet))
 
 
 def print_result(summary: Mapping[str, Any]) -> None:
