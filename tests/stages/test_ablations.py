@@ -33,8 +33,8 @@ from tests.stages.test_driver import kill_when
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
-def space_of(world: Config, folder: Path, **content: Any) -> Space:
-    base = world.model_copy(update={"storage": str(folder / "storage")}).model_dump(mode="json")
+def space_of(world: Config, folder: Path, storage: str | None = None, **content: Any) -> Space:
+    base = world.model_copy(update={"storage": storage or str(folder / "storage")}).model_dump(mode="json")
     path = folder / "space.yaml"
     path.write_text(yaml.safe_dump({"name": "grid", "base": base, **content}, sort_keys=False))
     return load_space(path)
@@ -171,7 +171,10 @@ def test_schedulers_and_searches(local_run: Run, world: Config, cluster: Cluster
     """ASHA stops the worse and they are finished with; optuna goes on from what it knows; one failure can end all."""
     rates = {"grid": {"finetune.learning_rate": [0.9, 0.8, 0.3, 0.2, 0.1]}, "set": {"finetune.epochs": 4}}
     plan = make_plan(
-        space_of(world, tmp_path, scheduler={"kind": "asha", "reduction_factor": 2}, max_concurrent=1, **rates), "cpu"
+        space_of(
+            world, tmp_path, world.storage, scheduler={"kind": "asha", "reduction_factor": 2}, max_concurrent=1, **rates
+        ),
+        "cpu",
     )
     sweep = run_sweep(plan, alone(cluster), Silence(), do=counts_epochs)
     stopped = {state.trial.config.finetune.learning_rate for state in sweep.having(STOPPED)}
@@ -182,24 +185,21 @@ def test_schedulers_and_searches(local_run: Run, world: Config, cluster: Cluster
     assert {state.trial.id for state in reopened.having(STOPPED)} == {state.trial.id for state in sweep.having(STOPPED)}
     assert progress_of(reopened).startswith(f"{len(stopped)} stopped")
 
-    ranges = {"finetune.learning_rate": {"log_uniform": [1e-4, 0.5]}, "routing.layers": {"choice": ["L1", "L2"]}}
-    search = make_plan(space_of(world, tmp_path, sample=ranges, samples=4, search="optuna"), "cpu")
+    ranges = {"finetune.learning_rate": {"log_uniform": [1e-4, 0.5]}, "neighbors.k": {"choice": [1, 3]}}
+    search = make_plan(space_of(world, tmp_path, world.storage, sample=ranges, samples=4, search="optuna"), "cpu")
     found = run_sweep(search, alone(cluster), Silence(), do=counts_epochs)
     drawn = [state for state in found.states.values() if state.values is not None]
     assert len(drawn) == 4
     assert {state.state for state in drawn} == {DONE}
     assert len({state.trial.id for state in drawn}) == 4
-    assert {state.planned.setup.cuts for state in drawn} == {(4, 5)}
+    reopened = open_sweep(search)
+    assert {state.trial.id for state in reopened.states.values() if state.values} == {s.trial.id for s in drawn}
 
 
 def test_trials_of_several_workers(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path) -> None:
     """Ray Train inside Tune; as many at a time as have room for all their workers; none is a refusal."""
     # On the finished run's own storage, so that its training alone is left to do.
-    space = space_of(world, tmp_path, grid={"finetune.epochs": [1]}, set={})
-    shared = world.storage
-    centre = space.centre.model_copy(update={"storage": shared})
-    trials = tuple(dataclasses.replace(t, config=t.config.model_copy(update={"storage": shared})) for t in space.trials)
-    plan = make_plan(dataclasses.replace(space, centre=centre, trials=trials), "cpu")
+    plan = make_plan(space_of(world, tmp_path, world.storage, grid={"finetune.epochs": [1]}), "cpu")
     sweep = run_sweep(plan, cluster, Silence())
     assert {state.state for state in sweep.states.values()} == {DONE}, failures(sweep)
     one = next(state for state in sweep.states.values() if not state.trial.centre)
