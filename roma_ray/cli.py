@@ -298,9 +298,77 @@ for _stage, _text in {
     "embed": "Run up to the task embeddings on Ray.",
     "neighbors": "Run up to the successful neighborhoods on Ray.",
     "finetune": "Run up to the finetuned routers on Ray.",
-    "evaluate": "Run up to the paired evaluation on Ray, the whole method, and print its figures.",
 }.items():
     _until(_stage, _text)
+
+
+@main.command()
+@ray_options
+@click.option("--tasks", help="lm-eval's tasks by name, .yaml task files, question files; separated by commas.")
+@click.option(
+    "--data-dir", help="Folder with the tasks' rows, DIR/<task>/<split>.jsonl or .parquet, in place of the hub."
+)
+@click.option("--adapter", help="The exported routers to judge beside the base; default: those of the configured run.")
+@click.option("--base-only", is_flag=True, help="Judge the model alone.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt; default: what each task says.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many questions of each task.")
+@click.option("--apply-chat-template", is_flag=True, help="Wrap prompts in the tokenizer's chat template.")
+@click.option("--allow-code", is_flag=True, help="Let your own task files, and tasks marked unsafe, execute code.")
+def evaluate(
+    config: Any,
+    address: str | None,
+    summary_path: str | None,
+    quiet: bool,
+    tasks: str | None,
+    data_dir: str | None,
+    adapter: str | None,
+    base_only: bool,
+    num_fewshot: int | None,
+    limit: int | None,
+    apply_chat_template: bool,
+    allow_code: bool,
+) -> None:
+    """Judge base and tuned models on Ray: on the run's own test questions, or with --tasks by lm-evaluation-harness.
+
+    Without --tasks this runs the pipeline up to its paired evaluation, the whole method, and prints its figures.
+    """
+    only_tasks = (data_dir, adapter, base_only, num_fewshot, limit, apply_chat_template, allow_code)
+    if tasks is None:
+        if any(value not in (None, False) for value in only_tasks):
+            from roma_ray.errors import ConfigError
+
+            raise ConfigError(
+                "evaluate without --tasks takes no options of tasks; name some, e.g. --tasks arc_easy,piqa"
+            )
+        print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
+        return
+    from roma_ray.artifacts import write_json
+    from roma_ray.cli_judge import evaluate_tasks, print_benchmarks
+    from roma_ray.evaluation.judge import Wanted, read_benchmarks
+
+    _check_place(summary_path)
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    wanted = Wanted(names, data_dir, num_fewshot, limit, apply_chat_template, allow_code)
+    folder = evaluate_tasks(config, address, quiet, wanted, adapter, base_only)
+    print_benchmarks(folder)
+    if summary_path:
+        write_json(summary_path, read_benchmarks(folder))
+
+
+@main.command()
+@run_options
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--format", "form", type=click.Choice(["markdown", "html", "csv"]), default="markdown", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), help="Write a file; .md, .html or .csv says the format.")
+@click.option("--allow-different-pins", is_flag=True, help="Show scores of different questions or prompts too, marked.")
+@click.option("--track", is_flag=True, help="Keep the table in MLflow, as a run of its own.")
+def compare(
+    config: Any, runs: tuple[str, ...], form: str, out: str | None, allow_different_pins: bool, track: bool
+) -> None:
+    """Compare evaluations (folders, fingerprints or MLflow run ids) with the first; RUN:base means a run's base model."""
+    from roma_ray.cli_judge import compare_runs
+
+    compare_runs(config, runs, form=form, out=out, allow_different_pins=allow_different_pins, track=track)
 
 
 def print_result(summary: Mapping[str, Any]) -> None:

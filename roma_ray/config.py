@@ -213,6 +213,18 @@ class FinetuneConfig(Section):
     regularizer: RegularizerConfig = RegularizerConfig()
 
 
+class EvaluationConfig(Section):
+    """How benchmarks are run (`roma-ray evaluate --tasks`)."""
+
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Tokens of a planned batch of log-likelihoods; what requests begin with in common counts once."""
+    generation_batch: int = Field(default=16, ge=1)
+    """Prompts that are continued together."""
+    keep_states: bool = False
+    """Keep the trunk's states and the base's answers: later adapters with the same first tuned layer run the head alone.
+    They take tokens x width x bytes of the type on the storage."""
+
+
 class RayConfig(Section):
     """Where `roma-ray run` and the jobs run. No part of any fingerprint: the results are the same bits anywhere."""
 
@@ -223,6 +235,8 @@ class RayConfig(Section):
     """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`."""
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
+    evaluate_workers: int | None = Field(default=None, ge=1)
+    """As `extract_workers`, for benchmarks."""
     finetune_workers: int | None = Field(default=None, ge=1)
     """Training processes; never more than a step has micro-batches. Default as for `extract_workers`."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
@@ -281,6 +295,7 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 

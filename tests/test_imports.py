@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "baselines": WORK,
     "stages": JUDGED,
     "figures": WORK | {"evaluation"},
-    "tracking": WORK | {"evaluation"},
+    "tracking": WORK | {"evaluation", "figures"},
     "ablations": SPREAD | {"figures", "tracking"},
     "pipeline": SPREAD | {"ablations", "figures", "tracking"},
     "terminal": GROUND | {"engine"},
@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Files beside one another that are one room.
-ONE_ROOM = {"cluster_doctor": "doctor"}
+ONE_ROOM = {"cli_judge": "cli", "cluster_doctor": "doctor"}
 
 # Library -> the rooms that may import it; a library that is not here may be used anywhere but at the top of the CLI.
 ONLY_IN = {
@@ -51,7 +51,8 @@ ONLY_IN = {
     "faiss": {"manifold"},
     "peft": {"moe"},
     "sentence_transformers": {"engine"},
-    "datasets": {"questions"},
+    "datasets": {"questions", "evaluation"},
+    "lm_eval": {"evaluation"},
     "click": {"cli"},
     "rich": {"terminal", "cli"},
 }

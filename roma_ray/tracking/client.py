@@ -117,17 +117,12 @@ class Client:
                 token = page.token
                 if not token:
                     break
-            return [
-                RunState(
-                    r.info.run_id,
-                    r.info.start_time,
-                    r.info.status,
-                    dict(r.data.tags),
-                    set(r.data.params),
-                    set(r.data.metrics),
-                )
-                for r in found
-            ]
+            return [_state(r) for r in found]
+
+    def run(self, id: str) -> RunState:
+        """The run of this id."""
+        with _translated():
+            return _state(self._client.get_run(id))
 
     def create(self, name: str, tags: Mapping[str, str], start: int) -> RunState:
         """A new run."""
@@ -212,6 +207,11 @@ class Client:
             monitor = SystemMetricsMonitor(run.id, resume_logging=True, tracking_uri=self.uri)
             monitor.start()
             return monitor
+
+
+def _state(run: Any) -> RunState:
+    info, data = run.info, run.data
+    return RunState(info.run_id, info.start_time, info.status, dict(data.tags), set(data.params), set(data.metrics))
 
 
 @contextlib.contextmanager
