@@ -11,33 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from roma_ray.config_baselines import BaselinesConfig
+from roma_ray.config_section import Section
 from roma_ray.errors import ConfigError
 
 INSTRUCTION = "Answer with the letter of the right choice."
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, data: Any) -> Any:
-        """YAML's yes, no, on and off are booleans; taken as 1 and 0 they would hide a mistake."""
-        if isinstance(data, Mapping):
-            for name, value in data.items():
-                field = cls.model_fields.get(str(name))
-                truth = isinstance(value, bool) or (
-                    isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value)
-                )
-                if truth and field is not None and field.annotation is not bool:
-                    raise ValueError(f"`{name}` is not a yes-or-no setting")
-        return data
 
 
 class QuestionSource(Section):
@@ -239,6 +219,8 @@ class RayConfig(Section):
     """As `extract_workers`, for benchmarks."""
     finetune_workers: int | None = Field(default=None, ge=1)
     """Training processes; never more than a step has micro-batches. Default as for `extract_workers`."""
+    baselines_workers: int | None = Field(default=None, ge=1)
+    """Methods that are fitted and asked at a time, each in a process of its own. Default as for `extract_workers`."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
     """Logical CPUs that Ray sets aside for a worker: a fraction, so that Ray's own tasks always find a CPU."""
     gpus_per_worker: float = Field(default=1.0, gt=0)
@@ -296,6 +278,7 @@ class Config(Section):
     neighbors: NeighborsConfig = NeighborsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 

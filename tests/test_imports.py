@@ -42,14 +42,20 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Files beside one another that are one room.
-ONE_ROOM = {"cli_judge": "cli", "cluster_doctor": "doctor"}
+ONE_ROOM = {
+    "cli_judge": "cli",
+    "cluster_doctor": "doctor",
+    "config_section": "config",
+    "config_baselines": "config",
+    "comparison": "pipeline",
+}
 
 # Library -> the rooms that may import it; a library that is not here may be used anywhere but at the top of the CLI.
 ONLY_IN = {
     "ray": {"stages", "ablations", "doctor", "cli"},
     "mlflow": {"tracking"},
     "faiss": {"manifold"},
-    "peft": {"moe"},
+    "peft": {"moe", "baselines"},
     "sentence_transformers": {"engine"},
     "datasets": {"questions", "evaluation"},
     "lm_eval": {"evaluation"},
