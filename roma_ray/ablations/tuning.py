@@ -7,6 +7,7 @@ goes on. So a killed driver, a killed trial and a lost node all end in the same 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
@@ -35,6 +36,8 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nothing is resumed from Tune's own state, and writing it costs more than a short trial.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    # Its own tables and tracebacks; what they would say is told once, by trial.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 Do = Callable[[Any, Callable[[dict[str, Any]], None]], dict[str, Any]]
@@ -158,6 +161,7 @@ def _fit(
     stop_on_failure: bool,
 ) -> None:
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     cluster.connect()
     runs = folder / _RUNS
     try:
