@@ -118,14 +118,97 @@ def _say_report(finished: Any) -> None:
 
 
 @main.command()
+@click.argument("sweep", required=False, type=click.Path())
 @run_options
-def report(config: Any) -> None:
-    """Write the report of a finished run, where there is none yet, and print where it is."""
+def report(config: Any, sweep: str | None) -> None:
+    """Write the report of a finished run, where there is none yet, and print where it is.
+
+    With SWEEP, the space file or the folder of a sweep: the report of its trials as far as they are.
+    """
     from roma_ray.pipeline import revisit
     from roma_ray.terminal import open_progress
 
+    if sweep is not None:
+        _report_sweep(sweep, config.storage)
+        return
     finished = revisit(_setup_of_finished(config), open_progress(quiet=False))
     _say_report(finished)
+
+
+def _report_sweep(sweep: str, storage: str | None) -> None:
+    from roma_ray.stages.environment import quiet_ray
+
+    quiet_ray()
+    from roma_ray.ablations.command import revisit
+    from roma_ray.ablations.report import find_sweep_file
+    from roma_ray.ablations.space import load_space
+    from roma_ray.terminal import open_progress
+
+    found, page = revisit(load_space(find_sweep_file(sweep), storage=storage), open_progress(quiet=False))
+    _print_sweep(found)
+    click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
+
+
+@main.command()
+@click.option("--space", type=click.Path(), help="YAML space file; default: the embedded one.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
+)
+@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
+@click.option("--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight.")
+@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
+@click.option("--stop-on-failure", is_flag=True, help="End the sweep with the first failed trial.")
+@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the trials' results as JSON.")
+def tune(
+    space: str | None,
+    overrides: tuple[str, ...],
+    storage: str | None,
+    address: str | None,
+    dry_run: bool,
+    stop_on_failure: bool,
+    quiet: bool,
+    summary_path: str | None,
+) -> None:
+    """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
+    _quiet_libraries()
+    from roma_ray.ablations.space import load_space
+    from roma_ray.terminal import LiveBoard, LiveProgress, open_progress
+
+    _check_place(summary_path)
+    loaded = load_space(space, overrides, storage)
+    from roma_ray.stages.environment import quiet_ray
+
+    quiet_ray()
+    from roma_ray.ablations import command
+
+    if dry_run:
+        click.echo("\n".join(command.dry_run(loaded)))
+        return
+    progress = open_progress(quiet)
+    with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
+        sweep = command.run(loaded, progress, board, address, stop_on_failure=stop_on_failure)
+    _print_sweep(sweep)
+    if summary_path:
+        from roma_ray.artifacts import write_json
+
+        write_json(summary_path, command.summary(sweep))
+    click.echo(f"report: {sweep.stage.path / 'report.html'}")
+    sys.exit(1 if command.failures(sweep) else 0)
+
+
+def _print_sweep(sweep: Any) -> None:
+    """Print the ranking, and what failed."""
+    from roma_ray.ablations.command import failures, result
+    from roma_ray.terminal import print_table
+
+    found = result(sweep)
+    if found is not None:
+        text, table = found
+        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
+        click.echo(text)
+    for line in failures(sweep):
+        click.echo(f"failed: {line}", err=True)
 
 
 @main.command()
@@ -215,9 +298,77 @@ for _stage, _text in {
     "embed": "Run up to the task embeddings on Ray.",
     "neighbors": "Run up to the successful neighborhoods on Ray.",
     "finetune": "Run up to the finetuned routers on Ray.",
-    "evaluate": "Run up to the paired evaluation on Ray, the whole method, and print its figures.",
 }.items():
     _until(_stage, _text)
+
+
+@main.command()
+@ray_options
+@click.option("--tasks", help="lm-eval's tasks by name, .yaml task files, question files; separated by commas.")
+@click.option(
+    "--data-dir", help="Folder with the tasks' rows, DIR/<task>/<split>.jsonl or .parquet, in place of the hub."
+)
+@click.option("--adapter", help="The exported routers to judge beside the base; default: those of the configured run.")
+@click.option("--base-only", is_flag=True, help="Judge the model alone.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt; default: what each task says.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many questions of each task.")
+@click.option("--apply-chat-template", is_flag=True, help="Wrap prompts in the tokenizer's chat template.")
+@click.option("--allow-code", is_flag=True, help="Let your own task files, and tasks marked unsafe, execute code.")
+def evaluate(
+    config: Any,
+    address: str | None,
+    summary_path: str | None,
+    quiet: bool,
+    tasks: str | None,
+    data_dir: str | None,
+    adapter: str | None,
+    base_only: bool,
+    num_fewshot: int | None,
+    limit: int | None,
+    apply_chat_template: bool,
+    allow_code: bool,
+) -> None:
+    """Judge base and tuned models on Ray: on the run's own test questions, or with --tasks by lm-evaluation-harness.
+
+    Without --tasks this runs the pipeline up to its paired evaluation, the whole method, and prints its figures.
+    """
+    only_tasks = (data_dir, adapter, base_only, num_fewshot, limit, apply_chat_template, allow_code)
+    if tasks is None:
+        if any(value not in (None, False) for value in only_tasks):
+            from roma_ray.errors import ConfigError
+
+            raise ConfigError(
+                "evaluate without --tasks takes no options of tasks; name some, e.g. --tasks arc_easy,piqa"
+            )
+        print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
+        return
+    from roma_ray.artifacts import write_json
+    from roma_ray.cli_judge import evaluate_tasks, print_benchmarks
+    from roma_ray.evaluation.judge import Wanted, read_benchmarks
+
+    _check_place(summary_path)
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    wanted = Wanted(names, data_dir, num_fewshot, limit, apply_chat_template, allow_code)
+    folder = evaluate_tasks(config, address, quiet, wanted, adapter, base_only)
+    print_benchmarks(folder)
+    if summary_path:
+        write_json(summary_path, read_benchmarks(folder))
+
+
+@main.command()
+@run_options
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--format", "form", type=click.Choice(["markdown", "html", "csv"]), default="markdown", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), help="Write a file; .md, .html or .csv says the format.")
+@click.option("--allow-different-pins", is_flag=True, help="Show scores of different questions or prompts too, marked.")
+@click.option("--track", is_flag=True, help="Keep the table in MLflow, as a run of its own.")
+def compare(
+    config: Any, runs: tuple[str, ...], form: str, out: str | None, allow_different_pins: bool, track: bool
+) -> None:
+    """Compare evaluations (folders, fingerprints or MLflow run ids) with the first; RUN:base means a run's base model."""
+    from roma_ray.cli_judge import compare_runs
+
+    compare_runs(config, runs, form=form, out=out, allow_different_pins=allow_different_pins, track=track)
 
 
 @main.command()

@@ -69,6 +69,8 @@ class QuestionsConfig(Section):
     """Part held out for testing, by seed, when the sources declare no test rows."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the splits and of data sets' samples; default: the run's own. With it set, `seed` varies the training alone."""
     prompt: PromptConfig = PromptConfig()
 
 
@@ -191,6 +193,18 @@ class FinetuneConfig(Section):
     regularizer: RegularizerConfig = RegularizerConfig()
 
 
+class EvaluationConfig(Section):
+    """How benchmarks are run (`roma-ray evaluate --tasks`)."""
+
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Tokens of a planned batch of log-likelihoods; what requests begin with in common counts once."""
+    generation_batch: int = Field(default=16, ge=1)
+    """Prompts that are continued together."""
+    keep_states: bool = False
+    """Keep the trunk's states and the base's answers: later adapters with the same first tuned layer run the head alone.
+    They take tokens x width x bytes of the type on the storage."""
+
+
 class RayConfig(Section):
     """Where `roma-ray run` and the jobs run. No part of any fingerprint: the results are the same bits anywhere."""
 
@@ -201,6 +215,8 @@ class RayConfig(Section):
     """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`."""
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
+    evaluate_workers: int | None = Field(default=None, ge=1)
+    """As `extract_workers`, for benchmarks."""
     finetune_workers: int | None = Field(default=None, ge=1)
     """Training processes; never more than a step has micro-batches. Default as for `extract_workers`."""
     baselines_workers: int | None = Field(default=None, ge=1)
@@ -261,6 +277,7 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
     baselines: BaselinesConfig = BaselinesConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
@@ -287,6 +304,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type or value.
     """
     source = Path(path) if path is not None else Path(__file__).parent / "assets" / "demo.yaml"
+    data = read_settings(source)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(source))
+
+
+def read_settings(source: Path) -> dict[str, Any]:
+    """A YAML file's settings as plain data. Raises ConfigError when it cannot be read, is no YAML, or has a key twice."""
     try:
         data = yaml.load(source.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
@@ -295,9 +320,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, str(source))
+    return data
 
 
 def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> Config:

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "baselines": WORK,
     "stages": JUDGED,
     "figures": WORK | {"evaluation"},
-    "tracking": WORK | {"evaluation"},
+    "tracking": WORK | {"evaluation", "figures"},
     "ablations": SPREAD | {"figures", "tracking"},
     "pipeline": SPREAD | {"ablations", "figures", "tracking"},
     "terminal": GROUND | {"engine"},
@@ -43,6 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # Files beside one another that are one room.
 ONE_ROOM = {
+    "cli_judge": "cli",
     "cluster_doctor": "doctor",
     "config_section": "config",
     "config_baselines": "config",
@@ -56,7 +57,8 @@ ONLY_IN = {
     "faiss": {"manifold"},
     "peft": {"moe", "baselines"},
     "sentence_transformers": {"engine"},
-    "datasets": {"questions"},
+    "datasets": {"questions", "evaluation"},
+    "lm_eval": {"evaluation"},
     "click": {"cli"},
     "rich": {"terminal", "cli"},
 }

@@ -220,7 +220,7 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "card_header": card_header(setup, summary),
     }
     for name in (PAGE, MARKDOWN, CARD):
-        text = _environment().get_template(name).render(values)
+        text = environment().get_template(name).render(values)
         write_atomically(stage.path / name, partial(_write_text, text))
 
 
@@ -228,16 +228,17 @@ def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of pages (escaped) and Markdown texts."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["md"] = markdown
-    return environment
+    made.filters["md"] = markdown
+    return made
 
 
 def markdown(text: Any) -> str:
