@@ -136,6 +136,7 @@ def report(config: Any, sweep: str | None) -> None:
 
 
 def _report_sweep(sweep: str, storage: str | None) -> None:
+    from roma_ray.cli_results import print_sweep
     from roma_ray.stages.environment import quiet_ray
 
     quiet_ray()
@@ -145,7 +146,7 @@ def _report_sweep(sweep: str, storage: str | None) -> None:
     from roma_ray.terminal import open_progress
 
     found, page = revisit(load_space(find_sweep_file(sweep), storage=storage), open_progress(quiet=False))
-    _print_sweep(found)
+    print_sweep(found)
     click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
 
 
@@ -173,6 +174,7 @@ def tune(
     """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
     _quiet_libraries()
     from roma_ray.ablations.space import load_space
+    from roma_ray.cli_results import print_sweep
     from roma_ray.terminal import LiveBoard, LiveProgress, open_progress
 
     _check_place(summary_path)
@@ -188,27 +190,13 @@ def tune(
     progress = open_progress(quiet)
     with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
         sweep = command.run(loaded, progress, board, address, stop_on_failure=stop_on_failure)
-    _print_sweep(sweep)
+    print_sweep(sweep)
     if summary_path:
         from roma_ray.artifacts import write_json
 
         write_json(summary_path, command.summary(sweep))
     click.echo(f"report: {sweep.stage.path / 'report.html'}")
     sys.exit(1 if command.failures(sweep) else 0)
-
-
-def _print_sweep(sweep: Any) -> None:
-    """Print the ranking, and what failed."""
-    from roma_ray.ablations.command import failures, result
-    from roma_ray.terminal import print_table
-
-    found = result(sweep)
-    if found is not None:
-        text, table = found
-        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
-        click.echo(text)
-    for line in failures(sweep):
-        click.echo(f"failed: {line}", err=True)
 
 
 @main.command()
@@ -377,40 +365,14 @@ def compare(
 @click.option("--local", "here", is_flag=True, help="Without Ray, in this process.")
 @ray_options
 def baselines(
-    config: Any,
-    methods: str,
-    seeds: int | None,
-    here: bool,
-    address: str | None,
-    summary_path: str | None,
-    quiet: bool,
+    config: Any, methods: str, seeds: int | None, here: bool, address: str | None, summary_path: str | None, quiet: bool
 ) -> None:
     """Run the methods that RoMA is compared with (Table 1) on the same questions; one table."""
     from roma_ray.artifacts import write_json
-    from roma_ray.baselines.registry import chosen_methods
-    from roma_ray.comparison import UNOBSERVED, compare
-    from roma_ray.engine.runners import LOCAL
-    from roma_ray.engine.setup import resolve
-    from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.runners import measure_near, ray_runners
-    from roma_ray.terminal import open_progress
+    from roma_ray.cli_results import compare_methods, print_comparison
 
     _check_place(summary_path)
-    names, progress = chosen_methods(methods), open_progress(quiet)
-    with nullcontext() if here else open_cluster(config, address, progress.say) as cluster:
-        setup, runners = resolve(config) if cluster is None else None, LOCAL
-        if cluster is not None:
-            device = cluster.device()
-            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
-            runners = ray_runners(cluster, device)
-        assert setup is not None
-        setup.store.check()
-        observer: Any = UNOBSERVED
-        if config.tracking.enabled:
-            from roma_ray.tracking.comparison import ComparisonTracker
-
-            observer = ComparisonTracker(setup, progress)
-        found = compare(setup, names, seeds or config.baselines.seeds, progress, runners, observer)
+    found = compare_methods(config, methods, seeds, here, address, quiet)
     print_comparison(found.summary)
     if summary_path:
         write_json(summary_path, found.summary)
@@ -419,45 +381,11 @@ def baselines(
     sys.exit(1 if found.failures else 0)
 
 
-def print_comparison(summary: Mapping[str, Any]) -> None:
-    """Print the table of all methods, what was equal for all, and what the oracle means."""
-    from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle, result_rows
-    from roma_ray.terminal import print_table
-
-    title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
-    print_table(title, RESULTS, result_rows(summary))
-    print_table("costs, trunk included", COSTS, cost_rows(summary))
-    click.echo(budget_line(summary))
-    if summary["oracle"]:
-        click.echo(describe_oracle(summary["oracle"]))
-
-
 def print_result(summary: Mapping[str, Any]) -> None:
-    """Print the result table on the test questions, diagnostics, and what a reader must know."""
-    from roma_ray.evaluation.summary import result_rows, warnings_of
-    from roma_ray.terminal import print_table
+    """Print what a finished run found."""
+    from roma_ray.cli_results import print_run
 
-    header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
-    print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
-    found = summary["diagnostics"]
-    rows = [
-        (
-            str(layer),
-            f"{found['base']['routing_entropy'][n]:.3f} -> {found['tuned']['routing_entropy'][n]:.3f}",
-            f"{max(found['base']['expert_load'][n]):.3f} -> {max(found['tuned']['expert_load'][n]):.3f}",
-            f"{found['routing_kl'][n]:.4f}",
-            f"{found['selection_overlap'][n]:.3f}",
-        )
-        for n, layer in enumerate(found["layers"])
-    ]
-    print_table(
-        "routing of the last prompt token, base -> tuned",
-        ("layer", "entropy", "largest load", "KL to base", "top-k kept"),
-        rows,
-    )
-    for line in warnings_of(summary):
-        click.echo(f"note: {line}")
-    click.echo(f"adapter: {summary['paths']['finetune']}/adapter")
+    print_run(summary)
 
 
 @main.command()

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Files beside one another that are one room.
 ONE_ROOM = {
     "cli_judge": "cli",
+    "cli_results": "cli",
     "cluster_doctor": "doctor",
     "config_section": "config",
     "config_baselines": "config",
