@@ -8,7 +8,6 @@ from typing import Any
 
 import click
 
-from roma_ray.ablations.command import failures, result
 from roma_ray.baselines.registry import chosen_methods
 from roma_ray.comparison import UNOBSERVED, Comparison, ComparisonObserver, compare
 from roma_ray.config import Config
@@ -78,6 +77,7 @@ def print_run(summary: Mapping[str, Any]) -> None:
 
 def print_sweep(sweep: Any) -> None:
     """Print the ranking, and what failed."""
+    from roma_ray.ablations.command import failures, result
 
     found = result(sweep)
     if found is not None:
