@@ -77,7 +77,8 @@ class MethodsWork:
     def identity(self) -> str:
         """What makes two of these the same work."""
         stages = [method_stage(self.setup, self.stages, name, self.setup.config.seed) for name in self.methods]
-        return fingerprint({"stages": [str(stage.path) for stage in stages], "seeds": self.seeds})
+        kind = type(self).__name__
+        return fingerprint({"kind": kind, "stages": [str(stage.path) for stage in stages], "seeds": self.seeds})
 
     def open(self) -> Callable[[int], Report]:
         """Open the bench; returns the function that runs one method."""

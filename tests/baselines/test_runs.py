@@ -127,3 +127,15 @@ def test_flops_are_those_of_the_whole_model(letter: Bench) -> None:
     whole = counted(rows, lambda sample: score_whole(letter, prompts))
     parts = counted(rows, letter.answer) + trunk_cost(letter, rows).flops
     assert parts == pytest.approx(whole, rel=0.02)
+
+
+def test_grouped_experts_cost_what_experts_one_by_one_cost(letter: Bench) -> None:
+    """The experts backend of GPUs, run here on the CPU."""
+    import dataclasses
+
+    from roma_ray.baselines.costs import trunk_cost
+
+    rows = letter.rows["test"][:8]
+    model = dataclasses.replace(letter.setup.model, experts_backend="grouped_mm")
+    other = dataclasses.replace(letter, setup=dataclasses.replace(letter.setup, model=model))
+    assert trunk_cost(other, rows).flops == pytest.approx(trunk_cost(letter, rows).flops, rel=0.01)
