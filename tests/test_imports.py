@@ -44,8 +44,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Files beside one another that are one room.
 ONE_ROOM = {
     "cli_judge": "cli",
-    "cli_results": "cli",
-    "cli_sweeps": "cli",
+    "cli_sweep": "cli",
+    "cli_baselines": "cli",
     "cluster_doctor": "doctor",
     "config_section": "config",
     "config_baselines": "config",
