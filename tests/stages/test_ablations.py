@@ -205,7 +205,7 @@ def test_trials_of_several_workers_never_wait_for_each_other(world: Config, clus
     """As many at a time as have room for all their workers; none is a refusal."""
     room = make_room(cluster, "cpu", 10, None)  # three workers a trial
     cpus = cluster.resource("CPU")
-    assert room.resources == {"cpu": 0.1}
+    assert room.resources == {"CPU": 0.1}
     assert room.trials == int(cpus / (3 * 0.5 + 0.1)) >= 1
     assert make_room(cluster, "cpu", 10, 1).trials == 1
     settings = cluster.config.ray.model_copy(update={"finetune_workers": 100})
