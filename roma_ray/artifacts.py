@@ -22,6 +22,7 @@ from typing import Any
 from roma_ray.errors import ArtifactError, BusyError, StorageError
 
 MANIFEST = "manifest.json"
+_DEVICES = ".devices"
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -144,19 +145,18 @@ class Stage:
             relative = file.relative_to(self.path).as_posix()
             if not relative.startswith(".") and relative != MANIFEST and "/." not in relative:
                 files[relative] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
-        write_json(
-            self.path / MANIFEST,
-            {
-                "stage": self.name,
-                "fingerprint": self.fingerprint,
-                "identity": self.identity,
-                "files": files,
-                "facts": dict(facts),
-                "seconds": round(seconds, 3),
-                "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-                "versions": library_versions(),
-            },
-        )
+        content = {
+            "stage": self.name,
+            "fingerprint": self.fingerprint,
+            "identity": self.identity,
+            "files": files,
+            "facts": dict(facts),
+            "devices": noted_devices(self.path),
+            "seconds": round(seconds, 3),
+            "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "versions": library_versions(),
+        }
+        write_json(self.path / MANIFEST, {**content, "digest": _content_digest(content)})
 
     def verify(self) -> None:
         """Compare every file with the manifest's digests. Raises ArtifactError naming the first difference."""
@@ -205,6 +205,24 @@ class Stage:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
+def note_device(folder: str | Path, kind: str) -> None:
+    """Note in a stage's folder that a device of this kind works on it; kept over kills, so that a resume on another is seen."""
+    path = Path(folder) / _DEVICES / fingerprint(kind)
+    if not path.exists():
+        write_text(path, kind)
+
+
+def noted_devices(folder: str | Path) -> list[str]:
+    """The kinds of devices that have worked on a stage, by name. Results on more than one kind may differ in their last bits."""
+    return sorted(path.read_text(encoding="utf-8") for path in (Path(folder) / _DEVICES).glob("[!.]*"))
+
+
+def _content_digest(content: Mapping[str, Any]) -> str:
+    # Once through JSON, which makes lists of tuples and texts of keys: what is read back must give the same.
+    plain = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check `folder/manifest.json`. Raises ArtifactError."""
     path = Path(folder) / MANIFEST
@@ -214,6 +232,10 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ArtifactError(f"{folder} holds no complete stage (no {MANIFEST}); run the stage again") from None
     except (OSError, ValueError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; remove the folder and run the stage again") from None
+    if isinstance(value, dict) and value.pop("digest", None) != _content_digest(value):
+        raise ArtifactError(
+            f"{path} is not what was written (changed, damaged, or of another version); remove the folder and run the stage again"
+        )
     expected = {"stage": str, "fingerprint": str, "files": dict, "facts": dict, "identity": dict}
     if not isinstance(value, dict) or any(not isinstance(value.get(k), t) for k, t in expected.items()):
         raise ArtifactError(f"{path} is not a manifest of this project; remove the folder and run the stage again")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> No
     setup.store.check()
     with _observer(setup, progress, track) as observer:
         finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
+    from roma_ray.cli_results import print_result
+
     print_result(finished.summary)
     if track:
         _say_report(finished)
@@ -129,25 +131,15 @@ def report(config: Any, sweep: str | None) -> None:
     from roma_ray.terminal import open_progress
 
     if sweep is not None:
-        _report_sweep(sweep, config.storage)
+        _quiet_ray()
+        from roma_ray.cli_sweeps import report_sweep
+
+        report_sweep(sweep, config.storage)
         return
-    finished = revisit(_setup_of_finished(config), open_progress(quiet=False))
+    from roma_ray.cli_results import setup_of_finished
+
+    finished = revisit(setup_of_finished(config), open_progress(quiet=False))
     _say_report(finished)
-
-
-def _report_sweep(sweep: str, storage: str | None) -> None:
-    from roma_ray.cli_results import print_sweep
-    from roma_ray.stages.environment import quiet_ray
-
-    quiet_ray()
-    from roma_ray.ablations.command import revisit
-    from roma_ray.ablations.report import find_sweep_file
-    from roma_ray.ablations.space import load_space
-    from roma_ray.terminal import open_progress
-
-    found, page = revisit(load_space(find_sweep_file(sweep), storage=storage), open_progress(quiet=False))
-    print_sweep(found)
-    click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
 
 
 @main.command()
@@ -172,59 +164,36 @@ def tune(
     summary_path: str | None,
 ) -> None:
     """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
-    _quiet_libraries()
+    _quiet_ray()
     from roma_ray.ablations.space import load_space
-    from roma_ray.cli_results import print_sweep
-    from roma_ray.terminal import LiveBoard, LiveProgress, open_progress
+    from roma_ray.cli_sweeps import say_what, tune_space
 
     _check_place(summary_path)
     loaded = load_space(space, overrides, storage)
+    if dry_run:
+        say_what(loaded)
+    else:
+        sys.exit(tune_space(loaded, address, quiet, stop_on_failure, summary_path))
+
+
+def _quiet_ray() -> None:
+    """Settings that Ray reads when it is imported."""
     from roma_ray.stages.environment import quiet_ray
 
     quiet_ray()
-    from roma_ray.ablations import command
-
-    if dry_run:
-        click.echo("\n".join(command.dry_run(loaded)))
-        return
-    progress = open_progress(quiet)
-    with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
-        sweep = command.run(loaded, progress, board, address, stop_on_failure=stop_on_failure)
-    print_sweep(sweep)
-    if summary_path:
-        from roma_ray.artifacts import write_json
-
-        write_json(summary_path, command.summary(sweep))
-    click.echo(f"report: {sweep.stage.path / 'report.html'}")
-    sys.exit(1 if command.failures(sweep) else 0)
 
 
 @main.command()
 @run_options
 def track(config: Any) -> None:
     """Deliver to MLflow what it lacks of a run, finished or not (after an outage, or of a run that was not recorded)."""
+    from roma_ray.cli_results import setup_of_finished
     from roma_ray.pipeline import replay
     from roma_ray.terminal import open_progress
 
-    setup = _setup_of_finished(config)
+    setup = setup_of_finished(config)
     with _observer(setup, open_progress(quiet=False), True) as observer:
         replay(setup, observer)
-
-
-def _setup_of_finished(config: Any) -> Any:
-    """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
-    from roma_ray.engine.setup import resolve
-    from roma_ray.errors import ModelError
-    from roma_ray.pipeline import locate
-
-    def nothing_kept(spec: Any) -> dict[str, Any]:
-        raise ModelError("no run of this model has measured its experts implementation in this storage")
-
-    first, others = resolve(config), []
-    for device in ("cuda", "cpu") if config.device == "auto" else ():
-        with suppress(ModelError):
-            others.append(resolve(config, device=device, measure=nothing_kept))
-    return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -245,6 +214,8 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
     """Run the whole method on a Ray cluster and print base against tuned routers."""
     finished = _on_ray(config, address, summary_path, quiet, "report")
+    from roma_ray.cli_results import print_result
+
     print_result(finished.summary)
     _say_report(finished)
 
@@ -276,6 +247,8 @@ def _until(stage: str, text: str) -> None:
     def command(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
         finished = _on_ray(config, address, summary_path, quiet, stage)
         if finished.summary:
+            from roma_ray.cli_results import print_result
+
             print_result(finished.summary)
         else:
             click.echo(str(finished.stages[stage].path))
@@ -328,6 +301,8 @@ def evaluate(
             raise ConfigError(
                 "evaluate without --tasks takes no options of tasks; name some, e.g. --tasks arc_easy,piqa"
             )
+        from roma_ray.cli_results import print_result
+
         print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
         return
     from roma_ray.artifacts import write_json
@@ -365,27 +340,48 @@ def compare(
 @click.option("--local", "here", is_flag=True, help="Without Ray, in this process.")
 @ray_options
 def baselines(
-    config: Any, methods: str, seeds: int | None, here: bool, address: str | None, summary_path: str | None, quiet: bool
+    config: Any,
+    methods: str,
+    seeds: int | None,
+    here: bool,
+    address: str | None,
+    summary_path: str | None,
+    quiet: bool,
 ) -> None:
     """Run the methods that RoMA is compared with (Table 1) on the same questions; one table."""
     from roma_ray.artifacts import write_json
-    from roma_ray.cli_results import compare_methods, print_comparison
+    from roma_ray.baselines.registry import chosen_methods
+    from roma_ray.comparison import UNOBSERVED, compare
+    from roma_ray.engine.runners import LOCAL
+    from roma_ray.engine.setup import resolve
+    from roma_ray.stages.cluster import open_cluster
+    from roma_ray.stages.runners import measure_near, ray_runners
+    from roma_ray.terminal import open_progress
 
     _check_place(summary_path)
-    found = compare_methods(config, methods, seeds, here, address, quiet)
+    names, progress = chosen_methods(methods), open_progress(quiet)
+    with nullcontext() if here else open_cluster(config, address, progress.say) as cluster:
+        setup, runners = resolve(config) if cluster is None else None, LOCAL
+        if cluster is not None:
+            device = cluster.device()
+            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
+            runners = ray_runners(cluster, device)
+        assert setup is not None
+        setup.store.check()
+        observer: Any = UNOBSERVED
+        if config.tracking.enabled:
+            from roma_ray.tracking.comparison import ComparisonTracker
+
+            observer = ComparisonTracker(setup, progress)
+        found = compare(setup, names, seeds or config.baselines.seeds, progress, runners, observer)
+    from roma_ray.cli_results import print_comparison
+
     print_comparison(found.summary)
     if summary_path:
         write_json(summary_path, found.summary)
     for name, reason in found.failures.items():
         click.echo(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", err=True)
     sys.exit(1 if found.failures else 0)
-
-
-def print_result(summary: Mapping[str, Any]) -> None:
-    """Print what a finished run found."""
-    from roma_ray.cli_results import print_run
-
-    print_run(summary)
 
 
 @main.command()

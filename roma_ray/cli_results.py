@@ -1,57 +1,32 @@
-"""What `roma-ray baselines` does, and the tables that it, `tune` and the pipeline's commands print."""
+"""Finding and printing results: base against tuned routers, and the methods of Table 1."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import suppress
 from typing import Any
 
 import click
 
-from roma_ray.baselines.registry import chosen_methods
-from roma_ray.comparison import UNOBSERVED, Comparison, ComparisonObserver, compare
-from roma_ray.config import Config
-from roma_ray.engine.runners import LOCAL
-from roma_ray.engine.setup import resolve
-from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle
-from roma_ray.evaluation.methods import result_rows as method_rows
-from roma_ray.evaluation.summary import result_rows, warnings_of
-from roma_ray.stages.cluster import open_cluster
-from roma_ray.stages.runners import measure_near, ray_runners
-from roma_ray.terminal import open_progress, print_table
-from roma_ray.tracking.comparison import ComparisonTracker
-
-
-def compare_methods(
-    config: Config, methods: str, seeds: int | None, here: bool, address: str | None, quiet: bool
-) -> Comparison:
-    """Run the named methods, in this process if `here`, else on Ray, and judge them. Raises RomaError."""
-    names, progress = chosen_methods(methods), open_progress(quiet)
-    with ExitStack() as stack:
-        if here:
-            setup, runners = resolve(config), LOCAL
-        else:
-            cluster = stack.enter_context(open_cluster(config, address, progress.say))
-            device = cluster.device()
-            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
-            runners = ray_runners(cluster, device)
-        setup.store.check()
-        observer: ComparisonObserver = ComparisonTracker(setup, progress) if config.tracking.enabled else UNOBSERVED
-        return compare(setup, names, seeds or config.baselines.seeds, progress, runners, observer)
-
 
 def print_comparison(summary: Mapping[str, Any]) -> None:
     """Print the table of all methods, what was equal for all, and what the oracle means."""
+    from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle, result_rows
+    from roma_ray.terminal import print_table
+
     title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
-    print_table(title, RESULTS, method_rows(summary))
+    print_table(title, RESULTS, result_rows(summary))
     print_table("costs, trunk included", COSTS, cost_rows(summary))
     click.echo(budget_line(summary))
     if summary["oracle"]:
         click.echo(describe_oracle(summary["oracle"]))
 
 
-def print_run(summary: Mapping[str, Any]) -> None:
+def print_result(summary: Mapping[str, Any]) -> None:
     """Print the result table on the test questions, diagnostics, and what a reader must know."""
+    from roma_ray.evaluation.summary import result_rows, warnings_of
+    from roma_ray.terminal import print_table
+
     header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
     print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
     found = summary["diagnostics"]
@@ -75,14 +50,17 @@ def print_run(summary: Mapping[str, Any]) -> None:
     click.echo(f"adapter: {summary['paths']['finetune']}/adapter")
 
 
-def print_sweep(sweep: Any) -> None:
-    """Print the ranking, and what failed."""
-    from roma_ray.ablations.command import failures, result
+def setup_of_finished(config: Any) -> Any:
+    """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
+    from roma_ray.engine.setup import resolve
+    from roma_ray.errors import ModelError
+    from roma_ray.pipeline import locate
 
-    found = result(sweep)
-    if found is not None:
-        text, table = found
-        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
-        click.echo(text)
-    for line in failures(sweep):
-        click.echo(f"failed: {line}", err=True)
+    def nothing_kept(spec: Any) -> dict[str, Any]:
+        raise ModelError("no run of this model has measured its experts implementation in this storage")
+
+    first, others = resolve(config), []
+    for device in ("cuda", "cpu") if config.device == "auto" else ():
+        with suppress(ModelError):
+            others.append(resolve(config, device=device, measure=nothing_kept))
+    return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)

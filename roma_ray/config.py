@@ -6,6 +6,7 @@ Every field is documented under its name. The resolved configuration is saved wi
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -139,6 +140,9 @@ class NeighborsConfig(Section):
     (1 - cos)^2 and does not carry over: here it would weigh a neighbor at cosine 0.6 as exp(-2.5) = 0.08."""
     backend: Literal["auto", "torch", "faiss"] = "auto"
     """Search library; the answer is the same."""
+    exact_up_to: int = Field(default=200_000, ge=1)
+    """knn over more successes than this goes by inverted lists, which find at least 95 % of the neighbors; the share is
+    measured in each run and printed. (The epsilon-ball is always exact.)"""
 
     @model_validator(mode="after")
     def _epsilon_fits(self) -> NeighborsConfig:
@@ -205,6 +209,18 @@ class EvaluationConfig(Section):
     They take tokens x width x bytes of the type on the storage."""
 
 
+class PlacementConfig(Section):
+    """What a stage's workers need of a node beside CPUs and GPUs."""
+
+    accelerator: str | None = None
+    """Kind of GPU, as Ray names it: A100, H100, AMD-Instinct-MI300X-OAM ... Default: any; for finetuning the kind with
+    the most room, since its workers must be alike. Not asked for on a CPU."""
+    labels: dict[str, str] = Field(default_factory=dict)
+    """Labels that the node must have, as in Ray's selectors: `gpu-vendor: amd`, `pool: "!head"`, `gpu-type: in(a100, h100)`."""
+    memory_gib: float | None = Field(default=None, gt=0)
+    """Memory that Ray sets aside for each worker. Default: none, and only CPUs and GPUs are counted."""
+
+
 class RayConfig(Section):
     """Where `roma-ray run` and the jobs run. No part of any fingerprint: the results are the same bits anywhere."""
 
@@ -225,6 +241,15 @@ class RayConfig(Section):
     """Logical CPUs that Ray sets aside for a worker: a fraction, so that Ray's own tasks always find a CPU."""
     gpus_per_worker: float = Field(default=1.0, gt=0)
     """GPUs of a worker on a cluster that has any; a fraction lets workers share one."""
+    extract: PlacementConfig = PlacementConfig()
+    embed: PlacementConfig = PlacementConfig()
+    finetune: PlacementConfig = PlacementConfig()
+    evaluate: PlacementConfig = PlacementConfig()
+    baselines: PlacementConfig = PlacementConfig()
+    """Where the work of one process (neighbors, evaluation) runs when the driver's machine has no GPU."""
+    wait_seconds: int = Field(default=0, ge=0)
+    """On a cluster that scales: ask for the workers' nodes, and wait so long for them. Then name the number of workers
+    and `device: cuda`, for neither can be counted before the nodes are there. 0: the nodes that are there must do."""
     max_failures: int = Field(default=3, ge=0)
     """Deaths of finetuning workers that are answered by a restart from the last checkpoint."""
     no_progress_seconds: int = Field(default=1800, ge=10)
@@ -251,6 +276,11 @@ class TrackingConfig(Section):
     def _served(cls, value: str | None) -> str | None:
         if value is not None and value.rstrip("/") in {"sqlite:", "sqlite:///:memory:"}:
             raise ValueError("this database is gone when the run ends; name a file: sqlite:////absolute/path.db")
+        if value is not None and re.search(r"//[^/@]*:[^/@]+@", value):
+            raise ValueError(
+                "configurations are saved, so no password belongs here: give the address in $MLFLOW_TRACKING_URI, or the "
+                "password in $MLFLOW_TRACKING_PASSWORD"
+            )
         if value is not None and (value.startswith("file:") or not (value == "databricks" or ":" in value)):
             raise ValueError(
                 "give a server (http://...) or a database (sqlite:///...): MLflow keeps no plain folders any more"

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from roma_ray.artifacts import Stage, write_text
 from roma_ray.baselines.runs import method_stage
+from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.embedding import embed, embed_stage
 from roma_ray.engine.extraction import extract, extract_stage
 from roma_ray.engine.finetuning import finetune_stage, tune
@@ -109,6 +110,9 @@ def run(
         progress.say(
             f"{name}: {'already complete' if skipped else 'done'} ({stage.manifest()['seconds']:.1f} s)  {stage.path}"
         )
+        mixed = mixed_devices(name, stage.manifest()["devices"])
+        if mixed:
+            progress.say(f"note: {mixed}")
         if name == "neighbors":
             progress.say(describe(stage.manifest()["facts"]))
         observer.stage_finished(stage)

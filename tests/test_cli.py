@@ -243,5 +243,5 @@ def test_evaluations_that_make_no_sense_are_one_message(tmp_path: Path) -> None:
         "no finished evaluation": ["compare", "nothing-here", "--storage", str(tmp_path)],
     }
     for message, done in zip(wrong, together(tmp_path, list(wrong.values())), strict=True):
-        assert done.exit_code == 1
+        assert done.returncode == 1
         assert message in done.stderr

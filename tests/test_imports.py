@@ -45,6 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ONE_ROOM = {
     "cli_judge": "cli",
     "cli_results": "cli",
+    "cli_sweeps": "cli",
     "cluster_doctor": "doctor",
     "config_section": "config",
     "config_baselines": "config",

@@ -140,7 +140,7 @@ def run_sweep(
 ) -> Sweep:
     """Do what is missing of a sweep. Failed trials are in its states. Raises RomaError for what is no trial's own fault.
 
-    `do` does a trial in place of its real work (for measuring what the rest costs).
+    `do` does a trial in place of `here` or `with_train`.
     """
     for line in describe(plan):
         progress.say(line)
@@ -148,8 +148,7 @@ def run_sweep(
     with sweep.stage.exclusive():
         write_text(sweep.stage.path / SPACE, _resolved(plan.space))
         if sweep.having(WAITING, FAILED) or sweep.missing_samples > 0:
-            if do is None:
-                prepare_shared(sweep, ray_runners(cluster, plan.device), progress)
+            prepare_shared(sweep, ray_runners(cluster, plan.device), progress)
             for observer in observers:
                 observer.started(sweep)
             _run_trials(sweep, cluster, _listener(sweep, observers), do, stop_on_failure)
@@ -216,7 +215,9 @@ def _run_trials(
         "epochs": max(state.planned.epochs for state in sweep.states.values()),
         "stop_on_failure": stop_on_failure,
     }
-    works = {s.trial.id: Work(s.trial.id, s.planned.setup, s.planned.stages) for s in waiting}
+    # Trials of one cut after one another: an actor keeps one head.
+    ordered = sorted(waiting, key=lambda state: state.planned.setup.cut)
+    works = {s.trial.id: Work(s.trial.id, s.planned.setup, s.planned.stages) for s in ordered}
     tune_trials(cluster, works, work, hear, **common)
     if stop_on_failure and sweep.having(FAILED):
         return

@@ -7,11 +7,12 @@ goes on. So a killed driver, a killed trial and a lost node all end in the same 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nothing is resumed from Tune's own state, and writing it costs more than a short trial.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+    # Its own tables and tracebacks; what they would say is told once, by trial.
+    "RAY_AIR_NEW_OUTPUT": "0",
 }
 
 Do = Callable[[Any, Callable[[dict[str, Any]], None]], dict[str, Any]]
@@ -59,6 +62,13 @@ class Room:
 
     resources: Mapping[str, float]
     trials: int
+    labels: Mapping[str, str] = field(default_factory=dict)
+    """Labels of the nodes that trials may run on."""
+
+    def bundle(self) -> tune.PlacementGroupFactory:
+        """As Ray Tune takes it."""
+        selectors = [dict(self.labels)] if self.labels else None
+        return tune.PlacementGroupFactory([dict(self.resources)], bundle_label_selector=selectors)
 
 
 def make_room(cluster: Cluster, device: str, trials: int, wanted: int | None) -> Room:
@@ -70,11 +80,8 @@ def make_room(cluster: Cluster, device: str, trials: int, wanted: int | None) ->
     settings = cluster.config.ray
     workers = settings.finetune_workers or 1
     if workers == 1:
-        fit = cluster.workers("finetune", None, trials, device)
-        resources = {"cpu": settings.cpus_per_worker}
-        if device == "cuda":
-            resources["gpu"] = settings.gpus_per_worker
-        return Room(resources, min(fit, wanted or fit))
+        fit, need = cluster.place("tune", None, trials, device)
+        return Room(need.resources(), min(fit, wanted or fit), need.labels)
     cpus = cluster.resource("CPU") / (workers * settings.cpus_per_worker + _DIRECTOR_CPUS)
     # Ray Train gives each worker a GPU of its own.
     gpus = cluster.resource("GPU") / (workers * max(1.0, settings.gpus_per_worker)) if device == "cuda" else cpus
@@ -84,7 +91,7 @@ def make_room(cluster: Cluster, device: str, trials: int, wanted: int | None) ->
             f"ray.finetune_workers: no trial of {workers} workers fits on the cluster ({cluster.resource('CPU'):.0f} CPUs, "
             f"{cluster.resource('GPU'):.0f} GPUs). Lower ray.finetune_workers or ray.cpus_per_worker."
         )
-    return Room({"cpu": _DIRECTOR_CPUS}, min(fit, wanted or fit, trials))
+    return Room({"CPU": _DIRECTOR_CPUS}, min(fit, wanted or fit, trials))
 
 
 def tune_trials(
@@ -154,11 +161,12 @@ def _fit(
     stop_on_failure: bool,
 ) -> None:
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+    logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     cluster.connect()
     runs = folder / _RUNS
     try:
         tune.Tuner(
-            tune.with_resources(trainable, dict(room.resources)),
+            tune.with_resources(trainable, room.bundle()),
             param_space=space,
             tune_config=config,
             run_config=tune.RunConfig(

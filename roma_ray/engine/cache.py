@@ -51,7 +51,7 @@ class ActivationCache:
         """Open the cache of an extraction stage. Raises CacheError (truncated, foreign), ArtifactError (missing rows)."""
         self.folder, self.cut = Path(folder), cut
         table = read_table(self.folder / ROWS, ["row", "batch", "offset", "tokens", "shard_tokens"])
-        self.prefix: int = table_facts(table)["prefix"]
+        self.prefix: int = table_facts(table, "prefix")["prefix"]
         self.batch: list[int] = table.column("batch").to_pylist()
         self.offset: list[int | None] = table.column("offset").to_pylist()
         self.tokens: list[int | None] = table.column("tokens").to_pylist()

@@ -14,9 +14,10 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, write_atomically, write_json
+from roma_ray.artifacts import Stage, note_device, write_atomically, write_json
 from roma_ray.config import ModelConfig
 from roma_ray.engine.batches import chunks
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup, model_identity, resolve_path, set_threads
@@ -111,6 +112,7 @@ class EmbedWork:
     def open(self) -> Callable[[int], Report]:
         """Load the sentence-embedding model; returns the function that embeds one planned batch."""
         set_threads(self.threads)
+        note_device(self.folder, device_kind(self.device))
         encoder = load_encoder(self.model, self.device)
         questions = Stage(Path(self.questions), "questions", {})
         texts = embedding_texts(questions, self.context)

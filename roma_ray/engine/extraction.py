@@ -23,7 +23,7 @@ from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import stream
-from roma_ray.engine.tables import read_prompts, read_table
+from roma_ray.engine.tables import WRITING, read_prompts, read_table, table_facts
 from roma_ray.engine.work import Executor
 from roma_ray.errors import ArtifactError, ModelError, StorageError
 from roma_ray.questions.prompts import Prompt
@@ -139,9 +139,7 @@ def _check_room(
 def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[str, Any]:
     """Gather the batches' rows, in row order, into `rows.parquet`; returns counts. Raises ArtifactError when rows lack."""
     tables = [read_table(batch_table(stage.path, n)) for n in range(batches)]
-    facts = next(
-        (json.loads(t.schema.metadata[b"roma"]) for t in tables if t.schema.metadata.get(b"roma") != b"{}"), None
-    )
+    facts = next((f for f in map(table_facts, tables) if f), None)
     if facts is None:
         reason = tables[0].column("error")[0].as_py()
         raise ModelError(
@@ -153,7 +151,7 @@ def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[
     if table.column("id").to_pylist() != list(ids):
         raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
     table = table.replace_schema_metadata({"roma": json.dumps(facts)})
-    write_atomically(stage.path / ROWS, lambda aside: pq.write_table(table, aside, compression="zstd"))
+    write_atomically(stage.path / ROWS, lambda aside: pq.write_table(table, aside, **WRITING))
     errors = len(table) - table.column("error").null_count
     correct = sum(table.column("is_correct").to_pylist())
     tokens = sum(n or 0 for n in table.column("tokens").to_pylist())

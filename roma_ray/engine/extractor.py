@@ -18,7 +18,8 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import write_atomically
+from roma_ray.artifacts import note_device, write_atomically
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
 from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.tables import read_prompts, write_table
@@ -58,6 +59,7 @@ class ExtractWork:
 
     def open(self) -> Callable[[int], Report]:
         """Load the model; returns the function that extracts one planned batch."""
+        note_device(self.folder, device_kind(self.model.device))
         return Extractor(self)
 
 

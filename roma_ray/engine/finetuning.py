@@ -13,9 +13,10 @@ from typing import Any, Protocol
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, write_json, write_text
+from roma_ray.artifacts import Stage, note_device, write_json, write_text
 from roma_ray.config import FinetuneConfig
 from roma_ray.engine.cache import States, open_states
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.engine.objective import TrainingData
@@ -151,6 +152,7 @@ class Trainer(Protocol):
 
 def train_here(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
     """Train in this process, alone."""
+    note_device(job.folder, device_kind(job.model.device))
     job.run(ALONE, report, advance)
 
 

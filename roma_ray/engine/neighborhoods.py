@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage
+from roma_ray.artifacts import Stage, note_device
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import embedding_texts, read_embeddings
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.prepare import TABLE, training_rows
@@ -18,6 +19,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_table, write_table
 from roma_ray.errors import ArtifactError
+from roma_ray.manifold.inverted import SHARD_ROWS
 from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
 from roma_ray.manifold.search import TILE_SCORES
 from roma_ray.manifold.summary import NeighborSummary, summarise
@@ -77,30 +79,33 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
             sigma=settings.sigma,
             seed=config.seed,
             backend=settings.backend,
+            exact_up_to=settings.exact_up_to,
         )
         _write(stage, found)
+        note_device(stage.path, device_kind("cpu"))  # where the ranking is decided, whatever searched
         summary = summarise(found)
         successful = int((correct_N & training_N).sum())
-        facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum())}
+        facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum()), "recall": found.recall}
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     return stage
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:
-    """The line that states the search and its memory: embeddings (fp32 as read, fp64 for ranking) and one block of scores."""
-    held = questions * width * (4 + 8) + successful * width * 4
+    """The line that states the search and its memory: embeddings (fp32), the vectors of one shard of S, and one block of scores."""
+    held = questions * width * 4 + min(successful, SHARD_ROWS) * width * 4
     block = min(TILE_SCORES, BLOCK_ROWS * successful) * 4
     return f"neighbors: searching {successful:,} successes, about {(held + block) / 2**20:,.0f} MiB of memory"
 
 
 def describe(facts: dict[str, Any]) -> str:
     """The line about neighborhoods that every run prints."""
-    summary = NeighborSummary(**{k: v for k, v in facts.items() if k not in {"successful", "training"}})
+    summary = NeighborSummary(**{k: v for k, v in facts.items() if k not in {"successful", "training", "recall"}})
     sizes, near = summary.sizes, summary.similarities
     return (
         f"neighborhoods: {facts['successful']} of {facts['training']} training questions are answered rightly (S); sizes "
         f"5/50/95 %: {sizes['q5']:.0f}/{sizes['q50']:.0f}/{sizes['q95']:.0f}; similarities 5/50/95 %: "
         f"{near['q5']:.3f}/{near['q50']:.3f}/{near['q95']:.3f}; empty: {summary.empty} ({summary.empty_fraction:.1%})"
+        + (f"; approximate search, recall {facts['recall']:.1%}" if facts["recall"] < 1 else "")
     )
 
 

@@ -16,6 +16,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from roma_ray.artifacts import note_device
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extractor import Batches, ExtractWork, Result, batch_table, run_part, write_tensors
 from roma_ray.engine.forward import choice_scores
 from roma_ray.engine.setup import ModelSpec
@@ -111,6 +113,7 @@ class SliceWork:
 
     def open(self) -> Callable[[int], Report]:
         """Load the slice; returns the function that runs it on one batch."""
+        note_device(self.folder, device_kind(self.work.model.device))
         return SliceExtractor(self)
 
 

@@ -32,6 +32,9 @@ QUESTIONS = pa.schema(
     ]
 )
 
+WRITING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
+"""How tables are written: a damaged page is then seen when it is read, also where no manifest speaks for the file yet."""
+
 REJECTED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
 
 
@@ -42,13 +45,14 @@ def write_table(
     table = pa.table([pa.array(columns[name], schema.field(name).type) for name in schema.names], schema=schema)
     if facts is not None:
         table = table.replace_schema_metadata({"roma": json.dumps(dict(facts))})
-    write_atomically(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
+    write_atomically(path, lambda aside: pq.write_table(table, aside, **WRITING))
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file. Raises ArtifactError when it is missing, corrupted or lacks a column."""
     try:
-        table = pq.read_table(path, columns=list(columns) if columns is not None else None, partitioning=None)
+        names = list(columns) if columns is not None else None
+        table = pq.read_table(path, columns=names, partitioning=None, page_checksum_verification=True)
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
     except (OSError, pa.ArrowException) as error:
@@ -63,9 +67,14 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
     return table
 
 
-def table_facts(table: pa.Table) -> dict[str, Any]:
-    """The JSON facts written with a table."""
-    facts: dict[str, Any] = json.loads((table.schema.metadata or {}).get(b"roma", b"{}"))
+def table_facts(table: pa.Table, *counts: str) -> dict[str, Any]:
+    """The JSON facts written with a table. Raises ArtifactError when they are damaged or lack one of the `counts`."""
+    try:
+        facts = json.loads((table.schema.metadata or {}).get(b"roma", b"{}"))
+    except (ValueError, RecursionError):
+        facts = None
+    if not isinstance(facts, dict) or any(type(facts.get(name)) is not int or facts[name] < 0 for name in counts):
+        raise ArtifactError("a table's own facts are damaged; remove its folder and run again to recompute it")
     return facts
 
 

@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, fingerprint, read_manifest, write_json
+from roma_ray.artifacts import Stage, fingerprint, note_device, read_manifest, write_json
 from roma_ray.engine.cache import open_states
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.heads import FRESH, Heads
@@ -85,6 +86,7 @@ def evaluate(
             "rule": prompt.cloze_score if prompt.format == "cloze" else "raw",
             "batch_tokens": setup.config.extraction.batch_tokens,
         }
+        note_device(stage.path, device_kind(setup.model.device))
         states = open_states(setup.model, extraction.path, setup.cut)
         kept = base_stage(setup, extraction, arguments)
         with heads.lend(setup.model, setup.cut) as head:

@@ -5,7 +5,8 @@ Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, lay
 lost, won, mcnemar_p}}}; `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda,
 learning_rate, gradient_norm, routing_entropy, validation_accuracy); `probe` (gradient norms of both terms on the
 gates, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties); `diagnostics`;
-`guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `paths` {stage: folder};
+`guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `devices` {stage:
+kinds of devices that computed it}; `paths` {stage: folder};
 `stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again); `peak_memory_bytes` (largest
 resident set of this process); `versions`. Scores in results.parquet are plain log-likelihoods; `cloze` predictions
 follow `cloze_score`.
@@ -19,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from roma_ray.artifacts import Stage, library_versions
+from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.finetuning import epochs_of
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.paired import read_evaluation
@@ -52,6 +54,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "errors": manifests["extract"]["facts"]["errors"],
         "evaluation_pin": evaluation["pin"],
         "fingerprints": {name: stage.fingerprint for name, stage in stages.items()},
+        "devices": {name: manifest["devices"] for name, manifest in manifests.items()},
         "paths": {name: str(stage.path) for name, stage in stages.items()},
         "stage_seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
         "wall_seconds": wall_seconds,
@@ -101,4 +104,7 @@ def warnings_of(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"{summary['rejected']} rows were rejected: see {summary['paths']['questions']}/rejected.parquet")
     if summary["errors"]:
         lines.append(f"{summary['errors']} questions failed in extraction and are left out")
+    for name, kinds in summary["devices"].items():
+        mixed = mixed_devices(name, kinds)
+        lines += [mixed] if mixed else []
     return lines

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from roma_ray.errors import NeighborError
-from roma_ray.manifold.search import BackendName, CandidateSearch, open_search
+from roma_ray.manifold import inverted
+from roma_ray.manifold.search import BackendName, CandidateSearch, open_search, resolve_backend
 from roma_ray.manifold.similarity import SimilarityName, UnitRows, cosine_at, similarity_of_cosines
 
 # Candidates fetched beyond k at first: covers the question itself and a few equal texts without a second search.
@@ -78,6 +79,8 @@ class QuestionTable:
     @cached_property
     def search(self) -> CandidateSearch:
         """The index over S, made when first asked: the random control needs none."""
+        if len(self.candidates_M) > inverted.SHARD_ROWS:
+            return inverted.ShardedSearch(self.unit, self.candidates_M, resolve_backend(*self.place)[1])
         unit_MC = torch.cat([self.unit.take(part).float() for part in self.candidates_M.split(8192)])
         return open_search(unit_MC, *self.place)
 
@@ -95,6 +98,24 @@ class QuestionTable:
             seen = float((pairs.cosines - scores_P.double()).abs().max())
             self.margin = max(self.margin, 4 * seen)
         return pairs[self.group_N[pairs.rows] != self.group_N[pairs.others]]
+
+    def likely(self, rows_Q: Tensor, k: int, batch_rows: int) -> tuple[Pairs, float]:
+        """Eq. 3 by inverted lists: k candidates of each row, nearly always the most similar ones, and the measured recall.
+
+        Rows whose proposals are used up by equal texts are searched exactly; so are all where the recall falls short.
+        """
+        device = resolve_backend(*self.place)[1]
+        found = inverted.propose(self.unit, self.candidates_M, rows_Q, k + 1, k + _SLACK, device)
+        if found.recall < inverted.RECALL:
+            return self.nearest(rows_Q, k, batch_rows), 1.0
+        done: list[Pairs] = []
+        for at_B in torch.arange(len(rows_Q)).split(batch_rows):
+            rows_B = rows_Q[at_B]
+            pairs, _, lacking_B = self._best(rows_B, k, found.scores_QF[at_B], found.picks_QF[at_B])
+            done.append(pairs[~lacking_B[torch.searchsorted(rows_B, pairs.rows)]])
+            if lacking_B.any():
+                done.append(self.nearest(rows_B[lacking_B], k, batch_rows))
+        return self.ranked(Pairs.joined(done)), found.recall
 
     def nearest(self, rows_Q: Tensor, k: int, batch_rows: int) -> Pairs:
         """Eq. 3: the k most similar candidates of each row, fewer only where S has no more."""
@@ -116,18 +137,23 @@ class QuestionTable:
     def _top(self, rows_B: Tensor, k: int, count: int) -> tuple[Pairs, Tensor]:
         """Best k pairs of the rows that `count` candidates settle, and a mask [B] of the rows that need more."""
         scores_BF, picks_BF = self.search.top(self.unit.take(rows_B).float(), count)
-        pairs = self.ranked(self.checked(rows_B.repeat_interleave(count), picks_BF.reshape(-1), scores_BF.reshape(-1)))
-        at_P = torch.searchsorted(rows_B, pairs.rows)
-        sizes_B = torch.bincount(at_P, minlength=len(rows_B))
-        place_P = torch.arange(len(at_P)) - (sizes_B.cumsum(0) - sizes_B)[at_P]
-        best = pairs[place_P < k]
-        wanted_B = self.eligible_N[rows_B].clamp_max(k)
+        best, sizes_B, lacking_B = self._best(rows_B, k, scores_BF, picks_BF)
         # The worst of the best k must beat, beyond the error of fp32, every candidate that was not returned.
         worst_B = torch.full((len(rows_B),), float("inf"), dtype=torch.float64)
         worst_B.scatter_reduce_(0, torch.searchsorted(rows_B, best.rows), best.cosines, "amin")
-        unsure_B = (sizes_B < wanted_B) | (worst_B <= scores_BF[:, -1].double() + self.margin)
+        unsure_B = lacking_B | (worst_B <= scores_BF[:, -1].double() + self.margin)
         unsure_B &= (sizes_B < self.eligible_N[rows_B]) & (count < len(self.candidates_M))
         return best[~unsure_B[torch.searchsorted(rows_B, best.rows)]], unsure_B
+
+    def _best(self, rows_B: Tensor, k: int, scores_BF: Tensor, picks_BF: Tensor) -> tuple[Pairs, Tensor, Tensor]:
+        """Of the candidates found for each row the best k that may be neighbors; how many may be, and who has fewer than k."""
+        real_P = scores_BF.reshape(-1) > float("-inf")
+        rows_P = rows_B.repeat_interleave(scores_BF.shape[1])[real_P]
+        pairs = self.ranked(self.checked(rows_P, picks_BF.reshape(-1)[real_P], scores_BF.reshape(-1)[real_P]))
+        at_P = torch.searchsorted(rows_B, pairs.rows)
+        sizes_B = torch.bincount(at_P, minlength=len(rows_B))
+        place_P = torch.arange(len(at_P)) - (sizes_B.cumsum(0) - sizes_B)[at_P]
+        return pairs[place_P < k], sizes_B, sizes_B < self.eligible_N[rows_B].clamp_max(k)
 
     def within(self, rows_Q: Tensor, epsilon: float, similarity: SimilarityName, sigma: float, rows: int) -> Pairs:
         """Eq. 4: all candidates whose similarity is at least epsilon."""

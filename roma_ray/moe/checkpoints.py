@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from roma_ray.errors import CheckpointError
-from roma_ray.moe.folders import MANIFEST, whole_folder
+from roma_ray.moe.folders import MANIFEST, refusing_malformed, whole_folder
 from roma_ray.moe.masters import tensor_digest
 from roma_ray.moe.routers import Router
 from roma_ray.moe.slices import Slice
@@ -158,7 +158,31 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
     wanted = {"base_model", "revision", "model_type", "layers", "num_experts", "dtype", "fingerprint", "tensors"}
     if not wanted <= manifest.keys() or not isinstance(manifest["tensors"], dict) or not manifest["tensors"]:
         raise CheckpointError(f"{path} is incomplete: it lacks {sorted(wanted - manifest.keys()) or 'tensors'}")
+    fault = _fault(manifest)
+    if fault:
+        raise CheckpointError(f"{path} contradicts itself or was changed: {fault}")
     return manifest
+
+
+def _fault(manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with the values of a `roma.json`, if anything: everything in it must fit its list of tensors."""
+    for name in ("base_model", "model_type", "fingerprint"):
+        if not isinstance(manifest[name], str) or not manifest[name]:
+            return f"{name} is not a text"
+    if not isinstance(manifest["revision"], str | None):
+        return "revision is not a text"
+    layers, experts, known = manifest["layers"], manifest["num_experts"], manifest["tensors"]
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        return "layers are not a list of numbers"
+    if layers != sorted({layer_of(key) for key in known}):
+        return f"it tunes layers {layers}, but its tensors are of others"
+    if not isinstance(getattr(torch, str(manifest["dtype"]), None), torch.dtype):
+        return f"{manifest['dtype']!r} is no type of numbers"
+    for key, fact in known.items():
+        shape = fact.get("shape") if isinstance(fact, dict) else None
+        if not isinstance(shape, list) or shape[:1] != [experts] or type(shape[0]) is not int:
+            return f"{key} is not of {experts} experts"
+    return None
 
 
 def read_adapter(folder: str | Path) -> RouterCheckpoint:
@@ -169,12 +193,21 @@ def read_adapter(folder: str | Path) -> RouterCheckpoint:
     folder = Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"there is no adapter folder {folder}")
+    with refusing_malformed(folder):
+        return _read_adapter(folder)
+
+
+def _read_adapter(folder: Path) -> RouterCheckpoint:
     _refuse_foreign_adapter(folder)
     manifest = read_manifest(folder, kind="adapter")
     stored = read_safetensors(folder / WEIGHTS)
     by_key = {_whole_key(key): tensor for key, tensor in stored.items()}
     tensors = {key: by_key.pop(key) for key in manifest["tensors"] if key in by_key}
     check_digests(tensors, manifest, folder)
+    for key in by_key:
+        module, _, name = key.rpartition(".")
+        if name in ("weight", "bias") or not any(module == known.rpartition(".")[0] for known in tensors):
+            raise CheckpointError(f"{folder / WEIGHTS} holds {key}, of which {MANIFEST} knows nothing")
     return checkpoint_of(manifest, tensors, extras=by_key)
 
 
@@ -274,6 +307,8 @@ def check_digests(tensors: Mapping[str, Tensor], manifest: Mapping[str, Any], wh
         )
     check_finite(tensors)
     for key, tensor in tensors.items():
+        if list(tensor.shape) != manifest["tensors"][key].get("shape"):
+            raise CheckpointError(f"{key} in {where} has another shape than {MANIFEST} says")
         if manifest["tensors"][key].get("sha256") != tensor_digest(tensor):
             raise CheckpointError(
                 f"{key} in {where} is not what {MANIFEST} says was written: the file was changed or damaged"

@@ -3,20 +3,44 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
+import struct
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from huggingface_hub.errors import StrictDataclassError
 
 from roma_ray.errors import CheckpointError, RomaError, StorageError
 
 MANIFEST = "roma.json"
 
 
+# What reading code, ours and the libraries', raises for files of the wrong shape.
+_MALFORMED = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RecursionError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+    MemoryError,
+    EOFError,
+    OSError,
+    ImportError,
+    struct.error,
+    pickle.UnpicklingError,
+    StrictDataclassError,
+)
+
+
 @contextmanager
-def refusing_malformed(path: Path) -> Iterator[None]:
-    """Turn what a file of the wrong shape makes the reading code raise into one CheckpointError that names it.
+def refusing_malformed(path: str | Path, kind: type[RomaError] = CheckpointError) -> Iterator[None]:
+    """Turn what a file of the wrong shape makes the reading code raise into one error of `kind` that names it.
 
     Foreign files can be wrong in more ways than checks can list; none of them may end in a traceback.
     """
@@ -24,18 +48,9 @@ def refusing_malformed(path: Path) -> Iterator[None]:
         yield
     except RomaError:
         raise
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-        RuntimeError,
-        OSError,
-    ) as error:
+    except _MALFORMED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CheckpointError(f"{path} is malformed ({type(error).__name__}: {reason:.160})") from None
+        raise kind(f"{path} is malformed ({type(error).__name__}: {reason:.160})") from None
 
 
 @contextmanager

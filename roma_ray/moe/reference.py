@@ -19,6 +19,7 @@ from torch import Tensor
 from roma_ray.artifacts import write_atomically
 from roma_ray.errors import CheckpointError
 from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, layer_of, type_name
+from roma_ray.moe.folders import refusing_malformed
 from roma_ray.moe.whole import router_shapes
 
 _KEY = re.compile(r"^(?:model\.)?(layers\.(\d+)\.[A-Za-z_.]+\.(?:weight|bias))$")
@@ -46,7 +47,11 @@ def export_reference(checkpoint: RouterCheckpoint, path: str | Path) -> None:
 
 def read_reference(path: str | Path) -> ReferenceFile:
     """Read a router_ft.pt. Raises CheckpointError for a foreign, truncated or non-finite file, and for one with pickled code."""
-    content = _unpickle(Path(path))
+    with refusing_malformed(path):
+        return _checked(path, _unpickle(Path(path)))
+
+
+def _checked(path: str | Path, content: Any) -> ReferenceFile:
     if not isinstance(content, dict) or not {"target_layers", "state_dict"} <= content.keys():
         raise CheckpointError(f"{path} is not a router_ft.pt: it needs target_layers, state_dict and model_name")
     state = content["state_dict"]
@@ -62,9 +67,14 @@ def read_reference(path: str | Path) -> ReferenceFile:
         if (
             not isinstance(tensor, Tensor)
             or not tensor.is_floating_point()
+            or tensor.layout != torch.strided
+            or tensor.is_meta
+            or tensor.numel() == 0
             or tensor.dim() != (1 if key.endswith("bias") else 2)
         ):
             raise CheckpointError(f"{key} in {path} is not a router's tensor of floating-point numbers")
+        if match[1] in tensors:
+            raise CheckpointError(f"{path} holds {match[1]} twice, with and without `model.`")
         tensors[match[1]] = tensor.detach()
     check_finite(tensors)
     layers = tuple(sorted({layer_of(key) for key in tensors}))

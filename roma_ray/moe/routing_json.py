@@ -76,7 +76,7 @@ def read_routing_json(
     for name, value in content.items():
         try:
             entry = _entry(name, value, layers, num_experts)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
             what = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
             raise CheckpointError(f"{path}: question {name!r}: {what}") from error
         layers, num_experts = entry.layers, entry.routing_LE.shape[1]
@@ -91,7 +91,7 @@ def _load(path: Path) -> dict[str, Any]:
         )
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no file {path}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict) or not content:
         raise CheckpointError(
@@ -106,9 +106,12 @@ def _entry(name: str, value: Any, layers: Sequence[int] | None, num_experts: int
     routing = value["last_token_routing"]
     rows: dict[int, dict[str, Any]] = {}
     for item in routing["layers"]:
-        if item["layer"] in rows:
-            raise ValueError(f"layer {item['layer']} stands twice")
-        rows[int(item["layer"])] = item["routing_weights"]
+        layer = item["layer"]
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer < 0:
+            raise ValueError(f"{layer!r:.40} is not a layer's number")
+        if layer in rows:
+            raise ValueError(f"layer {layer} stands twice")
+        rows[layer] = item["routing_weights"]
     wanted = tuple(layers) if layers is not None else tuple(sorted(rows))
     if set(rows) != set(wanted):
         raise ValueError(f"it has layers {sorted(rows)}, but {sorted(wanted)} are needed")

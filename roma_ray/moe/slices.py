@@ -22,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import family, refusal
+from roma_ray.moe.folders import refusing_malformed
 from roma_ray.moe.packing import ATTENTION
 from roma_ray.moe.routers import Router, find_routers
 from roma_ray.moe.slice_config import slice_config
@@ -76,13 +77,23 @@ def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
     Raises ModelError.
     """
     snapshot = open_snapshot(path, revision)
+    with refusing_malformed(snapshot.folder / "config.json", ModelError):
+        facts = _facts(snapshot)
+    if not 1 <= facts["top_k"] <= facts["num_experts"]:
+        raise ModelError(f"{path} chooses {facts['top_k']} of {facts['num_experts']} experts, which no model does")
+    return facts
+
+
+def _facts(snapshot: Snapshot) -> dict[str, Any]:
     config = snapshot.config()
     rule = family(config)
     with torch.device("meta"):
         model = model_class_of(config, with_lm_head=True)(config)
     routers = find_routers(model)
     if not routers:
-        raise ModelError(f"{path} is a {rule.model_type} model without any MoE layer: {refusal(rule.model_type)}")
+        raise ModelError(
+            f"{snapshot.path} is a {rule.model_type} model without any MoE layer: {refusal(rule.model_type)}"
+        )
     return {
         "model_type": rule.model_type,
         "scoring": rule.scoring.value,

@@ -16,9 +16,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import refusal
+from roma_ray.moe.folders import refusing_malformed
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+# Far above any model there is.
+_LARGEST = 2**31
+_MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "n_routed_experts": 10_000, "num_local_experts": 10_000}
 
 
 @dataclass(frozen=True)
@@ -43,9 +47,11 @@ class Snapshot:
 
     def config(self) -> PreTrainedConfig:
         """Return the model's configuration. Raises ModelError for an unknown model type or a quantized checkpoint."""
+        _check_sizes(self.folder / "config.json")
         try:
-            config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
-        except (ValueError, OSError, KeyError, json.JSONDecodeError) as error:
+            with refusing_malformed(self.folder / "config.json", ModelError):
+                config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
+        except (ModelError, ValueError, OSError, KeyError, json.JSONDecodeError) as error:
             model_type = _model_type(self.folder)
             why = refusal(model_type) if model_type else f"its config.json cannot be read: {error}"
             raise ModelError(f"{self.path}: {why}") from error
@@ -63,10 +69,14 @@ class Snapshot:
         except ModelError:
             return dict.fromkeys(_keys(self._single_file()), _SINGLE)
         try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, KeyError, UnicodeDecodeError) as error:
+            weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+        except (KeyError, ValueError, TypeError, RecursionError) as error:
             raise ModelError(f"{index} is not a safetensors index: {error}") from error
-        return {str(key): str(name) for key, name in weight_map.items()}
+        for name in weight_map.values():
+            # A file of this folder and of no other place.
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ModelError(f"{index} names the file {name!r:.80}, which is no safetensors file beside it")
+        return {str(key): name for key, name in weight_map.items()}
 
     def _single_file(self) -> Path:
         try:
@@ -141,9 +151,22 @@ def _keys(path: Path) -> list[str]:
         raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
+def _check_sizes(path: Path) -> None:
+    """Refuse a configuration whose layers or experts no model has: building it would not end. Raises ModelError."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ModelError(f"{path} is not the configuration of a model")
+    for name, value in values.items():
+        if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _MOST.get(name, _LARGEST):
+            raise ModelError(f"{path}: {name} is {value:.3g}, which no model has")
+
+
 def _model_type(folder: Path) -> str | None:
     try:
         found = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type")
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
     return str(found) if found else None

@@ -30,13 +30,10 @@ def baselines_on_ray(cluster: Cluster, device: str) -> Executor:
         from ray.exceptions import RayError
 
         settings = cluster.config.ray
-        workers = cluster.workers("baselines", settings.baselines_workers, len(batches), device)
+        workers, need = cluster.place("baselines", settings.baselines_workers, len(batches), device)
         cluster.say(f"baselines: {len(batches)} method(s) on {workers} worker(s), {device}")
-        task = ray.remote(
-            num_cpus=settings.cpus_per_worker,
-            num_gpus=settings.gpus_per_worker if device == "cuda" else 0,
-            max_retries=settings.max_failures,
-        )(run_one)
+        options = {name: value for name, value in need.options().items() if value is not None}
+        task = ray.remote(**options, max_retries=settings.max_failures)(run_one)
         waiting = list(batches)
         running: dict[Any, int] = {}
         while waiting or running:

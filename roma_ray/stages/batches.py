@@ -20,6 +20,7 @@ from roma_ray.errors import WorkerError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_data, quiet_libraries
 from roma_ray.stages.failures import explained, packed, unpacked
+from roma_ray.stages.placement import Need
 
 ATTEMPTS = ".attempts"
 # Deaths of a worker on one batch: after so many the rows are tried one by one, and after as many more the run ends.
@@ -136,18 +137,18 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
             return
         cluster.connect()
         wanted = getattr(cluster.config.ray, f"{stage}_workers")
-        workers = cluster.workers(stage, wanted, len(batches), device)
+        workers, need = cluster.place(stage, wanted, len(batches), device)
         token = uuid.uuid4().hex[:12]
         cluster.say(f"{stage}: {len(batches)} batches on {workers} worker(s), {device}")
         with explained(stage, work.folder):
-            yield from _stream(cluster, work, batches, workers, token, device)
+            yield from _stream(cluster, work, batches, workers, token, need)
         shutil.rmtree(Path(work.folder) / ATTEMPTS, ignore_errors=True)
 
     return execute
 
 
 def _stream(
-    cluster: Cluster, work: Work, batches: Sequence[int], workers: int, token: str, device: str
+    cluster: Cluster, work: Work, batches: Sequence[int], workers: int, token: str, need: Need
 ) -> Iterator[Report]:
     import ray.data
 
@@ -166,8 +167,7 @@ def _stream(
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
-        num_cpus=settings.cpus_per_worker,
-        num_gpus=settings.gpus_per_worker if device == "cuda" else None,
+        **need.options(),
     )
     for row in reports.iter_rows():
         if row["failure"]:

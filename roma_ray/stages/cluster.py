@@ -8,6 +8,7 @@ import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,14 @@ from typing import Any
 from roma_ray.config import Config
 from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.stages.environment import forwarded, quiet_ray
+from roma_ray.stages.placement import Need, Node, inventory, live_nodes, main_kind, need_of, room
 
 _AUTH_HELP = (
     "Ray's authentication must be the same on both sides. For a cluster with tokens, set RAY_AUTH_MODE=token and "
     "RAY_AUTH_TOKEN (or RAY_AUTH_TOKEN_PATH, or the head's ~/.ray/auth_token) here as on every node; for one without, set "
     "RAY_AUTH_MODE=disabled here and where `ray start` runs. Ray turns tokens on by itself once ~/.ray/auth_token exists."
 )
+_NODES_POLL_SECONDS = 2.0
 _AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -81,10 +84,13 @@ class Cluster:
             return "cpu"
         if self.resource("GPU") > 0:
             return "cuda"
+        if self.config.device == "cuda" and self.config.ray.wait_seconds:
+            return "cuda"
         if self.config.device == "cuda":
             raise ModelError(
                 "device: cuda, but no node of the Ray cluster has a GPU resource. Start the nodes with `ray start "
-                "--num-gpus=N` (and the GPU's driver and torch build installed), or use device: cpu."
+                "--num-gpus=N` (and the GPU's driver and torch build installed), or use device: cpu. On a cluster that starts "
+                "GPU nodes when asked, set ray.wait_seconds."
             )
         return "cpu"
 
@@ -94,25 +100,52 @@ class Cluster:
 
         return float(ray.cluster_resources().get(name, 0.0))
 
-    def workers(self, stage: str, wanted: int | None, at_most: int, device: str) -> int:
-        """How many workers a stage gets, of at most `at_most` that have work. Raises ConfigError when too many are asked for."""
-        settings = self.config.ray
-        fit = int(self.resource("CPU") / settings.cpus_per_worker)
-        if device == "cuda":
-            fit = min(fit, int(self.resource("GPU") / settings.gpus_per_worker))
+    def nodes(self) -> list[Node]:
+        """The live nodes."""
+        return live_nodes()
+
+    def place(self, stage: str, wanted: int | None, at_most: int, device: str) -> tuple[int, Need]:
+        """How many workers a stage gets, of at most `at_most` that have work, and what each asks of its node.
+
+        Waits for nodes where the configuration says so. Raises ConfigError, with what the cluster has, when they do not fit.
+        """
+        need = need_of(stage, self.config.ray, device)
+        self._await_room(need, min(wanted or 1, at_most))
+        nodes = self.nodes()
+        if stage == "finetune" and need.gpus and need.accelerator is None:
+            kind, kinds = main_kind(nodes, need)
+            if kind is not None:
+                self.say(f"finetune: on {kind}, of {', '.join(kinds)} (ray.finetune.accelerator names another)")
+                need = need.of_kind(kind)
+        fit = room(nodes, need)
         if fit < 1 or (wanted or 0) > fit:
-            needs = f"{settings.cpus_per_worker} CPU" + (
-                f" and {settings.gpus_per_worker} GPU" if device == "cuda" else ""
-            )
+            lower = f"Lower ray.{stage}_workers, ray.cpus_per_worker or ray.gpus_per_worker"
             raise ConfigError(
-                f"ray.{stage}_workers: the cluster ({self.resource('CPU'):.0f} CPUs, {self.resource('GPU'):.0f} GPUs) has room "
-                f"for {fit} workers of {needs}, not {wanted or 1}. Lower ray.{stage}_workers, ray.cpus_per_worker or "
-                "ray.gpus_per_worker."
+                f"ray.{stage}_workers: the cluster has room for {fit} workers of {need}, not {wanted or 1}. It has: "
+                f"{inventory(nodes)}. {lower}, change ray.{stage} (accelerator, labels, memory_gib), or add nodes "
+                "(ray.wait_seconds where the cluster starts them itself)."
             )
         if wanted is None:
             cores = len(os.sched_getaffinity(0)) if self._started else int(self.resource("CPU"))
             wanted = fit if device == "cuda" else min(fit, max(1, cores // self.config.threads))
-        return max(1, min(wanted, at_most))
+        return max(1, min(wanted, at_most)), need
+
+    def _await_room(self, need: Need, workers: int) -> None:
+        """Ask the autoscaler for nodes and wait for them, at most `ray.wait_seconds`."""
+        limit = time.monotonic() + self.config.ray.wait_seconds
+        if not self.config.ray.wait_seconds or room(self.nodes(), need) >= workers:
+            return
+        from ray.autoscaler.sdk import request_resources
+
+        self.say(f"waiting up to {self.config.ray.wait_seconds} s for nodes with room for {workers} workers of {need}")
+        selectors = [dict(need.labels)] * workers if need.labels else None
+        request_resources(bundles=[need.resources()] * workers, bundle_label_selectors=selectors)
+        try:
+            while room(self.nodes(), need) < workers and time.monotonic() < limit:
+                time.sleep(_NODES_POLL_SECONDS)
+        finally:
+            # The work itself keeps its nodes; a standing request would keep them for ever.
+            request_resources(bundles=[])
 
     def describe(self) -> str:
         """One line about the cluster."""

@@ -17,7 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import read_manifest
+from roma_ray.artifacts import note_device, read_manifest
+from roma_ray.engine.devices import device_kind
 from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, Trainer, TrainJob
 from roma_ray.engine.setup import set_threads
 from roma_ray.errors import RomaError
@@ -25,6 +26,7 @@ from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_libraries
 from roma_ray.stages.failures import explain, packed, unpacked
 from roma_ray.stages.live import FILE, LiveReader, LiveWriter
+from roma_ray.stages.placement import Need
 
 RUNS = ".train"
 _POLL_SECONDS = 0.2
@@ -37,13 +39,13 @@ def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
         cluster.connect()
         # More workers than a step has micro-batches would only wait.
         micro = math.ceil(job.finetune.batch_size / job.finetune.micro_batch_size)
-        workers = cluster.workers("finetune", cluster.config.ray.finetune_workers, micro, device)
+        workers, need = cluster.place("finetune", cluster.config.ray.finetune_workers, micro, device)
         folder, token = Path(job.folder), uuid.uuid4().hex[:12]
         cluster.say(f"finetune: {workers} worker(s), {device}")
         if not (folder / CHECKPOINT).exists():
             (folder / FILE).unlink(missing_ok=True)
         live = LiveReader(folder, token, report, advance)
-        failures = _follow(lambda: _fit(cluster, job, workers, token, device), live, folder)
+        failures = _follow(lambda: _fit(cluster, job, workers, token, need), live, folder)
         shutil.rmtree(folder / RUNS, ignore_errors=True)
         if failures:
             raise unpacked(failures, "finetune", folder)
@@ -78,21 +80,22 @@ def _follow(fit: Callable[[], Any], live: LiveReader, folder: Path) -> Any:
     return outcome[0]
 
 
-def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, device: str) -> list[dict[str, str]] | None:
+def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) -> list[dict[str, str]] | None:
     """Train on the cluster; the workers' expected failures, where there were any."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     settings = cluster.config.ray
-    resources: dict[str, float] = {"CPU": settings.cpus_per_worker}
-    if device == "cuda":
-        # NCCL wants a GPU for each worker; a fraction would put two of them on one.
-        resources["GPU"] = max(1.0, settings.gpus_per_worker)
     result = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "token": token},
         scaling_config=ScalingConfig(
-            num_workers=workers, use_gpu=device == "cuda", resources_per_worker=resources, placement_strategy="PACK"
+            num_workers=workers,
+            use_gpu=need.gpus > 0,
+            # The kind of GPU is one of these resources; Train's own `accelerator_type` would be the same.
+            resources_per_worker=need.resources(),
+            label_selector=dict(need.labels) or None,
+            placement_strategy="PACK",
         ),
         run_config=RunConfig(
             # A fresh name each time: resuming is the job's own checkpoint's matter.
@@ -120,6 +123,7 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
     device = get_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    note_device(job.folder, device_kind(device.type))
     world = TorchWorld(device)
     first = world.rank == 0
     failure: dict[str, str] | None = None

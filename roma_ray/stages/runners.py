@@ -50,9 +50,10 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
         import ray
 
         cluster.connect()
-        settings = cluster.config.ray
+        _, need = cluster.place("evaluate", None, 1, device)
         progress.say(f"{stage.__name__} runs on a GPU of the cluster")
-        task = ray.remote(num_cpus=settings.cpus_per_worker, num_gpus=settings.gpus_per_worker)(_stage_task)
+        options = {name: value for name, value in need.options().items() if value is not None}
+        task = ray.remote(**options)(_stage_task)
         with explained(stage.__name__, Store(cluster.config.storage).root):
             return ray.get(task.remote(stage, arguments))
 

@@ -13,6 +13,7 @@ from roma_ray.config import Config
 from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.stages import cluster as module
 from roma_ray.stages.cluster import Cluster, find_address
+from roma_ray.stages.placement import Node
 
 
 @pytest.fixture
@@ -61,6 +62,12 @@ class Sized(Cluster):
 
     def resource(self, name: str) -> float:
         return self.resources.get(name, 0.0)
+
+    def nodes(self) -> list[Node]:
+        return [Node(self.resources)]
+
+    def workers(self, stage: str, wanted: int | None, at_most: int, device: str) -> int:
+        return self.place(stage, wanted, at_most, device)[0]
 
 
 def test_number_of_workers(world: Config) -> None:

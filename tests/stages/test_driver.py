@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -110,7 +111,9 @@ def head(environment: dict[str, str], temporary: Path) -> Iterator[dict[str, str
     """`ray start --head` in the repository, as its users do; the environment of a shell that submits jobs to it."""
     port, dashboard, agent, agent_grpc, metrics, client = free_ports(6)
     folder = temporary / "h"
-    settings = {**environment, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
+    # As on a real cluster: whoever has no token is refused.
+    settings = {**environment, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+    settings |= {"RAY_USAGE_STATS_ENABLED": "0", "HOME": str(temporary)}
     # Jobs run the `python` that the head finds on its PATH, and know nothing of the submitter's.
     settings.pop("PYTHONPATH")
     settings["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
@@ -145,7 +148,15 @@ def submit(shell: dict[str, str], folder: Path, *words: str) -> subprocess.Compl
 
 
 def test_submitted_jobs(local_run: Run, world: Config, head: dict[str, str], temporary: Path, tmp_path: Path) -> None:
-    """The whole pipeline as a job gives the local bits and exit code 0; a job that fails says why and gives 1."""
+    """The whole pipeline as a job gives the local bits and exit code 0; a job that fails says why and gives 1.
+
+    The cluster asks for a token: without it nothing runs, and it is in no file and no log that the job leaves.
+    """
+    stranger = {k: v for k, v in head.items() if k != "RAY_AUTH_TOKEN"} | {"RAY_AUTH_MODE": "disabled"}
+    refused = submit(stranger, tmp_path, "--", "python", "-c", "print('inside')")
+    assert refused.returncode != 0
+    assert "inside" not in refused.stdout
+    assert "401" in refused.stdout + refused.stderr
     config = write_config(world, tmp_path / "config.yaml", tmp_path / "storage")
     job = ("--", "python", "jobs/full_pipeline.py", "--config", str(config))
     good = submit(head, tmp_path, *job)
@@ -154,6 +165,9 @@ def test_submitted_jobs(local_run: Run, world: Config, head: dict[str, str], tem
     assert "accuracy with standard errors" in good.stdout
     assert "Traceback" not in good.stdout
     assert list((tmp_path / "storage" / "report").glob("*/report.html"))
+    token = head["RAY_AUTH_TOKEN"].encode()
+    assert token.decode() not in good.stdout + good.stderr
+    assert not [p for p in (tmp_path / "storage").rglob("*") if p.is_file() and token in p.read_bytes()]
 
     copied = submit(
         head, REPOSITORY, "--working-dir", ".", "--", "python", "jobs/extract.py", "--config", str(config),

@@ -1,0 +1,182 @@
+"""The driver's memory at many questions: python benchmarks/driver_memory.py --sizes 100000 1000000
+
+Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes, and the peak of its resident
+memory is printed: reading and encoding questions, planning and gathering extraction, neighbors, manifests and MLflow. No model
+runs. Questions are short ones of four choices; embeddings have 384 numbers, around topics as sentence embeddings lie.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+WIDTH = 384
+WORDS = "red green blue cat dog fish one two three four five six apple pear plum north south east west".split()  # noqa: SIM905
+
+
+def write_questions(path: Path, rows: int) -> None:
+    """JSON lines of some 250 bytes."""
+    rng = random.Random(0)
+    with open(path, "w") as stream:
+        for number in range(rows):
+            choices = rng.sample(WORDS, 4)
+            text = f"Which word of number {number} is {' '.join(rng.choices(WORDS, k=12))}?"
+            row = {
+                "id": f"q{number}",
+                "task": f"t{number % 9}",
+                "question": text,
+                "choices": choices,
+                "answer": number % 4,
+            }
+            stream.write(json.dumps(row) + "\n")
+
+
+def setup_for(folder: Path) -> Any:
+    """The embedded model with the synthetic questions."""
+    from roma_ray.config import load_config
+    from roma_ray.engine.setup import resolve
+
+    sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"
+    return resolve(load_config(None, [sources, f"storage={folder}"]), device="cpu")
+
+
+def questions(folder: Path, rows: int) -> None:
+    """Read, split, encode and write the question table."""
+    from roma_ray.engine.prepare import prepare
+    from roma_ray.engine.progress import Silence
+
+    prepare(setup_for(folder), Silence())
+
+
+def extraction(folder: Path, rows: int) -> None:
+    """Plan batches from the table of questions, and gather the batches' tables (written here with few layers)."""
+    import numpy as np
+
+    from roma_ray.engine.extraction import extract_stage
+    from roma_ray.engine.prepare import questions_stage
+    from roma_ray.engine.progress import Silence
+    from roma_ray.engine.work import Report
+
+    setup = setup_for(folder)
+    written = questions_stage(setup)
+
+    def pretend(work: Any, batches: Any) -> Any:
+        from roma_ray.engine.extractor import _schema, batch_table
+        from roma_ray.engine.tables import write_table
+
+        plan = json.loads((Path(work.folder) / "plan.json").read_text())["batches"]
+        schema = _schema(work.tokens)
+        experts = 64 * len(setup.moe_layers)
+        routing = np.full(experts, 1 / 64, dtype=np.float32)
+        ids = _ids(written.path / "questions.parquet")
+        for batch in batches:
+            size = len(plan[batch])
+            columns: dict[str, Any] = {name: [0] * size for name in schema.names}
+            columns |= {"row": plan[batch], "id": [ids[r] for r in plan[batch]], "error": [None] * size}
+            columns |= {"batch": [batch] * size, "scores": [[0.0] * 4] * size, "is_correct": [True] * size}
+            columns |= {f"routing_{rule}": [routing] * size for rule in work.tokens}
+            write_table(
+                batch_table(work.folder, batch), columns, schema, {"layers": len(setup.moe_layers), "experts": 64}
+            )
+            yield Report(batch, size, 0, 0, 0.0)
+
+    from roma_ray.engine.extraction import extract
+
+    extract(setup, written, pretend, Silence())
+    assert extract_stage(setup, written).complete
+
+
+def _ids(path: Path) -> list[str]:
+    from roma_ray.engine.tables import read_table
+
+    return list(read_table(path, ["id"]).column("id").to_pylist())
+
+
+def neighbors(folder: Path, rows: int) -> None:
+    """Find three neighbors of every row among two thirds of them."""
+    import torch
+
+    from roma_ray.manifold.neighbors import find_neighbors
+
+    generator = torch.Generator().manual_seed(0)
+    centers = torch.randn(2000, 24, generator=generator)
+    spread = torch.randn(24, WIDTH, generator=generator)
+    table = torch.empty(rows, WIDTH)
+    for part in torch.arange(rows).split(65536):
+        near = centers[torch.randint(2000, (len(part),), generator=generator)]
+        table[part] = (near + 0.5 * torch.randn(len(part), 24, generator=generator)) @ spread
+    everything = torch.ones(rows, dtype=torch.bool)
+    found = find_neighbors(
+        table,
+        torch.arange(rows) % 3 > 0,
+        training_N=everything,
+        ids=[f"q{n}" for n in range(rows)],
+        text_keys=[f"t{n}" for n in range(rows)],
+        similarity="gaussian",
+        sigma=0.5,
+    )
+    print(f"recall {found.recall:.4f}", file=sys.stderr)
+
+
+def records(folder: Path, rows: int) -> None:
+    """A manifest over a file a batch, and what MLflow is told of a stage."""
+    from roma_ray.artifacts import Store
+    from roma_ray.tracking.client import Client
+    from roma_ray.tracking.records import stage_metrics
+
+    stage = Store(folder).stage("embed", {}, {}, 1)
+    for number in range(rows // 512):
+        (stage.path / "batches").mkdir(parents=True, exist_ok=True)
+        (stage.path / "batches" / f"{number:06d}.parquet").write_bytes(number.to_bytes(4, "big"))
+    stage.finish(facts={"rows": rows}, seconds=1.0)
+    stage.verify()
+    client = Client(f"sqlite:///{folder}/mlflow.db", "memory", folder / "artifacts")
+    client.log(client.create("stage", {}, 0), metrics=stage_metrics(stage))
+
+
+PARTS = {"questions": questions, "extraction": extraction, "records": records, "neighbors": neighbors}
+
+
+def main() -> None:
+    """Measure, or as a child process do one part."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--child", nargs=2)
+    options = parser.parse_args()
+    if options.child:
+        began = time.monotonic()
+        PARTS[options.child[0]](Path(options.child[1]), options.rows)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        print(f"{peak:.2f} {time.monotonic() - began:.1f}")
+        return
+    print(f"{'part':<12} {'rows':>9} {'peak GiB':>9} {'seconds':>8}", flush=True)
+    for rows in options.sizes:
+        folder = Path(tempfile.mkdtemp(prefix="roma-memory-"))
+        write_questions(folder / "q.jsonl", rows)
+        for part in options.parts.split(","):
+            command = [sys.executable, __file__, "--child", part, str(folder), "--rows", str(rows)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                sys.exit(done.stderr[-3000:])
+            peak, seconds = done.stdout.split()[-2:]
+            note = done.stderr.strip()[-40:] if "recall" in done.stderr else ""
+            print(f"{part:<12} {rows:>9,} {peak:>9} {seconds:>8}  {note}", flush=True)
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Where the pipeline stops scaling, by simulation: python benchmarks/simulate.py [--summary summary.json] [--measure]
+
+Simulates 1 to 256 nodes of 8 workers for 49,000 to 10 million questions: extraction and embedding as batches that a driver
+hands out one after the other to workers that start, load a model, compute and write to shared storage; neighbors and report in
+one process; finetuning on no more workers than a step has micro-batches; evaluation in one process with one device.
+
+What goes in is measured: `--summary` takes a finished run's rates (its stage seconds and counts, one worker), `--measure` the
+driver's overhead by running empty batches through Ray on this machine. What was not measured here is an option with its default
+printed first; change it to your cluster's. Comes out: seconds, speed-up over one node, and what the time goes to.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import json
+import random
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+NODES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+QUESTIONS = (49_000, 200_000, 1_000_000, 10_000_000)
+WORKERS_A_NODE = 8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What the simulation starts from; rates are those of one worker."""
+
+    extract_per_second: float = 500.0
+    """Questions; an estimate for one H100 and a model of 1B active parameters, until --summary replaces it."""
+    embed_per_second: float = 330.0
+    """MiniLM on two CPU threads."""
+    train_per_second: float = 400.0
+    """Questions through the head, forward and backward; an estimate as above."""
+    evaluate_per_second: float = 1500.0
+    """Questions through the head, forward."""
+    start_seconds: float = 20.0
+    """A worker's process with its imports (12 to 26 s on CPUs)."""
+    load_seconds: float = 15.0
+    """Reading the model from the storage, when it is not busy."""
+    dispatch_seconds: float = 0.004
+    """The driver's work on one batch; --measure replaces it."""
+    questions_a_batch: float = 32.0
+    bytes_a_question: float = 400_000.0
+    """Activations of about 100 tokens of 2048 numbers in bfloat16."""
+    storage_bytes_per_second: float = 5e9
+    """Of the shared file system, all nodes together."""
+    spread: float = 0.3
+    """Of a batch's time (log-normal): prompts differ in length."""
+    step_seconds: float = 0.01
+    """Gathering gradient sums and stepping, whatever the workers."""
+    questions_a_step: int = 32
+    micro_batches: int = 4
+    epochs: int = 3
+    trained_part: float = 0.7
+    neighbors_per_second: float = 8000.0
+    """Questions searched by inverted lists in the driver; exact and slower in proportion to S below 200,000 successes."""
+
+
+def batches(questions: int, rate: float, workers: int, rates: Rates, written: float, loads: float) -> dict[str, float]:
+    """Event simulation of planned batches: seconds in all, and the shares of the driver, the storage and the start."""
+    rng = random.Random(0)
+    count = max(1, round(questions / rates.questions_a_batch))
+    workers = min(workers, count)
+    size = questions / count
+    # Beyond this many batches every further one repeats what is known: scale up.
+    simulated = min(count, 40_000)
+    begin = rates.start_seconds + loads
+    free = [begin] * workers
+    driver = storage = 0.0
+    waited_driver = waited_storage = 0.0
+    for _ in range(simulated):
+        ready = heapq.heappop(free)
+        driver = max(driver, ready) + rates.dispatch_seconds
+        waited_driver += driver - ready
+        done = driver + size / rate * rng.lognormvariate(-(rates.spread**2) / 2, rates.spread)
+        storage = max(storage, done) + size * written / rates.storage_bytes_per_second
+        waited_storage += storage - done
+        heapq.heappush(free, storage)
+    rest = (max(free) - begin) * (count / simulated - 1)
+    lives = sum(free) - begin * workers or 1.0
+    return {
+        "seconds": max(free) + rest,
+        "driver": waited_driver / lives,
+        "storage": waited_storage / lives,
+        "start": begin / (max(free) + rest),
+    }
+
+
+def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
+    """Seconds of each stage and why the first of them does not scale further."""
+    workers = nodes * WORKERS_A_NODE
+    # All nodes read the model at once, each once (its page cache serves its workers).
+    loading = max(rates.load_seconds, nodes * rates.load_seconds / 16)
+    extract = batches(questions, rates.extract_per_second, workers, rates, rates.bytes_a_question, loading)
+    embed = batches(questions, rates.embed_per_second, workers, rates, WIDTH_BYTES, 2.0)
+    trained = rates.trained_part * questions
+    steps = rates.epochs * trained / rates.questions_a_step
+    trainers = min(workers, rates.micro_batches)
+    step = rates.questions_a_step / rates.train_per_second / trainers + rates.step_seconds
+    stages = {
+        "extract": extract["seconds"],
+        "embed": embed["seconds"],
+        "neighbors": trained / rates.neighbors_per_second,
+        "finetune": rates.start_seconds + rates.load_seconds + steps * step,
+        "evaluate": rates.load_seconds + 2 * questions / rates.evaluate_per_second,
+    }
+    shares = {name: extract[name] for name in ("driver", "storage", "start")}
+    busiest = max(shares, key=lambda name: shares[name])
+    why = f"extraction: {busiest} {shares[busiest]:.0%}" if shares[busiest] > 0.2 else "extraction: computing"
+    return {"stages": stages, "total": sum(stages.values()), "why": why}
+
+
+WIDTH_BYTES = 384 * 4.0
+
+
+def report(rates: Rates, say: Callable[[str], None] = print) -> None:
+    """Print the tables."""
+    for name, value in asdict(rates).items():
+        say(f"  {name:<26} {value:g}")
+    for questions in QUESTIONS:
+        base = pipeline(questions, 1, rates)
+        names = list(base["stages"])
+        say(f"\n{questions:,} questions; seconds a stage, and extraction's efficiency against one node")
+        say("nodes  workers " + " ".join(f"{name:>10}" for name in names) + f" {'total':>10} {'efficiency':>11}  limit")
+        knee = None
+        for nodes in NODES:
+            found = pipeline(questions, nodes, rates)
+            efficiency = base["stages"]["extract"] / found["stages"]["extract"] / nodes
+            if efficiency < 0.5 and knee is None:
+                knee = (nodes, found["why"])
+            cells = " ".join(f"{found['stages'][name]:>10.0f}" for name in names)
+            say(
+                f"{nodes:>5}  {nodes * WORKERS_A_NODE:>7} {cells} {found['total']:>10.0f} {efficiency:>10.0%}  {found['why']}"
+            )
+        largest = pipeline(questions, NODES[-1], rates)["stages"]
+        serial = max(largest, key=lambda name: largest[name])
+        say(f"extraction is half idle from {knee[0]} nodes ({knee[1]})" if knee else "extraction scales to the end")
+        say(
+            f"at {NODES[-1]} nodes the run is bound by {serial}: {largest[serial] / sum(largest.values()):.0%} of its time"
+        )
+
+
+def from_summary(path: Path, rates: Rates) -> Rates:
+    """Rates of a finished run with one worker a stage."""
+    summary = json.loads(path.read_text())
+    seconds = summary["stage_seconds"]
+    counts = {split: figures["all"]["n"] for split, figures in summary["splits"].items()}
+    asked, trained = sum(counts.values()), counts["train"] * len(summary["epochs"])
+    return replace(
+        rates,
+        extract_per_second=asked / seconds["extract"],
+        embed_per_second=asked / seconds["embed"],
+        train_per_second=trained / seconds["finetune"],
+        evaluate_per_second=2 * asked / seconds["evaluate"],
+        epochs=len(summary["epochs"]),
+        trained_part=counts["train"] / asked,
+    )
+
+
+@dataclass(frozen=True)
+class EmptyWork:
+    """Batches that do nothing, to measure what handing them out costs."""
+
+    folder: str
+    name: str = "extract"
+
+    def open(self) -> Callable[[int], Any]:
+        """Nothing to load."""
+        from roma_ray.engine.work import Report
+
+        return lambda batch: Report(batch, 1, 0, 0, 0.0)
+
+
+def measure_dispatch(count: int = 1500) -> float:
+    """Seconds of the driver's time that one batch costs through the pipeline's own Ray executor."""
+    from roma_ray.config import load_config
+    from roma_ray.stages.batches import ray_executor
+    from roma_ray.stages.cluster import open_cluster
+
+    config = load_config(None, ["ray.extract_workers=2"])
+    with tempfile.TemporaryDirectory() as folder, open_cluster(config, "local") as cluster:
+        execute = ray_executor(cluster, "extract", "cpu")
+        list(execute(EmptyWork(folder), range(50)))
+        began = time.monotonic()
+        list(execute(EmptyWork(folder), range(50)))
+        short = time.monotonic() - began
+        began = time.monotonic()
+        list(execute(EmptyWork(folder), range(50 + count)))
+        return (time.monotonic() - began - short) / count
+
+
+def main() -> None:
+    """Parse, measure, simulate, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--summary", type=Path, help="the --summary file of a finished run")
+    parser.add_argument("--measure", action="store_true", help="measure the driver's overhead here (starts Ray)")
+    for one in fields(Rates):
+        parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default))
+    options = parser.parse_args()
+    rates = Rates()
+    if options.summary:
+        rates = from_summary(options.summary, rates)
+    if options.measure:
+        rates = replace(rates, dispatch_seconds=measure_dispatch())
+    given = {f.name: getattr(options, f.name) for f in fields(Rates) if getattr(options, f.name) is not None}
+    report(replace(rates, **given))
+
+
+if __name__ == "__main__":
+    main()

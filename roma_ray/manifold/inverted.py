@@ -1,0 +1,177 @@
+"""Approximate candidate search for large S: inverted lists, a shard of S at a time, with the recall measured each time.
+
+The exact scan costs N x M x C; from some hundred thousand successes on that is hours. Here each shard of S is divided into
+lists around means, and a question is compared with the vectors of the few lists nearest to it. How many lists is not guessed:
+on a sample of the questions the answer is compared with the exact one, and the lists are doubled until enough is found.
+In torch alone, so that every device, ROCm included, runs it; on a CPU the same table gives the same bits.
+
+Shapes: N questions, M candidates (S), C width, Q queried rows, B a block of them, F candidates proposed a row, L lists,
+P lists probed, T a sample of the queried rows.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from roma_ray.manifold.search import TorchSearch
+from roma_ray.manifold.similarity import UnitRows
+
+# Candidates whose vectors are held at once: at 384 numbers 1.6 GB.
+SHARD_ROWS = 2**20
+# Queried rows searched at once.
+_BLOCK = 8192
+_SAMPLE = 512
+# The recall asked of each shard on the sample; the least that is promised of the whole is RECALL.
+_AIM = 0.98
+RECALL = 0.95
+_ROUNDS = 5
+_TRAINING_ROWS = 32
+
+
+@dataclass(frozen=True)
+class Proposals:
+    """Candidates of each queried row and how good they are."""
+
+    scores_QF: Tensor
+    """fp32, falling; -inf where there is no candidate."""
+    picks_QF: Tensor
+    """Candidate numbers, int64."""
+    recall: float
+    """Share of the sample's true nearest k that are among the proposed."""
+
+
+def propose(
+    unit: UnitRows, candidates_M: Tensor, rows_Q: Tensor, k: int, count: int, device: torch.device
+) -> Proposals:
+    """`count` likely nearest candidates of each queried row.
+
+    Memory: one shard's vectors and Q x count x 12 bytes. `count` must be at least k; recall is that of the nearest k.
+    """
+    count = min(count, len(candidates_M))
+    scores_QF = torch.full((len(rows_Q), count), float("-inf"))
+    picks_QF = torch.zeros(len(rows_Q), count, dtype=torch.int64)
+    at_T = torch.linspace(0, len(rows_Q) - 1, min(_SAMPLE, len(rows_Q))).round().long().unique()
+    sample_TC = unit.take(rows_Q[at_T]).float()
+    true_TF, true_picks_TF = torch.empty(len(at_T), 0), torch.empty(len(at_T), 0, dtype=torch.int64)
+    first = 0
+    for part_M in candidates_M.split(SHARD_ROWS):
+        vectors_MC = torch.cat([unit.take(rows).float() for rows in part_M.split(_BLOCK)]).to(device)
+        near_TF, near_picks_TF = TorchSearch(vectors_MC, device).top(sample_TC, min(k, len(part_M)))
+        true_TF, true_picks_TF = merged(true_TF, true_picks_TF, near_TF, near_picks_TF + first, k)
+        lists = InvertedLists(vectors_MC)
+        del vectors_MC
+        probes = lists.tuned(sample_TC, near_picks_TF, count)
+        for at_B in torch.arange(len(rows_Q)).split(_BLOCK):
+            found_BF, found_picks_BF = lists.top(unit.take(rows_Q[at_B]).float(), count, probes)
+            scores_QF[at_B], picks_QF[at_B] = merged(
+                scores_QF[at_B], picks_QF[at_B], found_BF, found_picks_BF + first, count
+            )
+        first += len(part_M)
+    return Proposals(scores_QF, picks_QF, share_found(true_picks_TF, picks_QF[at_T]))
+
+
+def share_found(wanted_TK: Tensor, picks_TF: Tensor) -> float:
+    """The part of the wanted candidates that are among the picks, row by row."""
+    return float((wanted_TK[:, :, None] == picks_TF[:, None, :]).any(2).double().mean())
+
+
+def merged(a_BF: Tensor, a_picks_BF: Tensor, b_BF: Tensor, b_picks_BF: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The best `count` of two answers."""
+    scores, picks = torch.cat([a_BF, b_BF], 1), torch.cat([a_picks_BF, b_picks_BF], 1)
+    best, order = scores.topk(min(count, scores.shape[1]), dim=1)
+    return best, picks.gather(1, order)
+
+
+class InvertedLists:
+    """One shard's vectors in lists around means."""
+
+    def __init__(self, vectors_MC: Tensor) -> None:
+        rows = len(vectors_MC)
+        self.means_LC = _means(vectors_MC, max(1, round(2 * rows**0.5)))
+        list_M = torch.cat([(part @ self.means_LC.T).argmax(1) for part in vectors_MC.split(_BLOCK)])
+        self.order_M = list_M.argsort(stable=True)
+        sizes_L = torch.bincount(list_M, minlength=len(self.means_LC))
+        self.starts = [0, *sizes_L.cumsum(0).tolist()]
+        self.vectors_MC = vectors_MC[self.order_M]
+        self.order_M = self.order_M.cpu()
+
+    def tuned(self, queries_TC: Tensor, wanted_TK: Tensor, count: int) -> int:
+        """The least power of two of lists that finds the wanted candidates often enough; all lists find all of them."""
+        probes = 1
+        while probes < len(self.means_LC):
+            if share_found(wanted_TK, self.top(queries_TC, count, probes)[1]) >= _AIM:
+                return probes
+            probes *= 2
+        return len(self.means_LC)
+
+    def top(self, queries_BC: Tensor, count: int, probes: int) -> tuple[Tensor, Tensor]:
+        """Scores [B, F], falling, and numbers within the shard of the best candidates in the `probes` nearest lists."""
+        queries_BC = queries_BC.to(self.vectors_MC)
+        probes = min(probes, len(self.means_LC))
+        near_BP = (queries_BC @ self.means_LC.T).topk(probes, dim=1).indices
+        # By list, so that each list's vectors meet all its questions in one product.
+        flat = near_BP.reshape(-1)
+        by_list = flat.argsort(stable=True)
+        bounds = [0, *torch.bincount(flat, minlength=len(self.means_LC)).cumsum(0).tolist()]
+        scores = queries_BC.new_full((len(flat), count), float("-inf"))
+        picks = torch.zeros(len(flat), count, dtype=torch.int64, device=scores.device)
+        for number, (low, high) in enumerate(pairwise(bounds)):
+            start, stop = self.starts[number], self.starts[number + 1]
+            if low == high or start == stop:
+                continue
+            here = by_list[low:high]
+            products = queries_BC[here // probes] @ self.vectors_MC[start:stop].T
+            best, at = products.topk(min(count, stop - start), dim=1)
+            scores[here, : best.shape[1]] = best
+            picks[here, : best.shape[1]] = at + start
+        best_BF, order_BF = scores.view(len(queries_BC), -1).topk(count, dim=1)
+        found_BF = picks.view(len(queries_BC), -1).gather(1, order_BF)
+        return best_BF.cpu(), self.order_M[found_BF.cpu()]
+
+
+def _means(vectors_MC: Tensor, lists: int) -> Tensor:
+    """Unit means of `lists` clusters by a few rounds of spherical k-means over evenly spaced rows [L, C]."""
+    rows = min(len(vectors_MC), _TRAINING_ROWS * lists)
+    at = torch.linspace(0, len(vectors_MC) - 1, rows, dtype=torch.float64).round().long().to(vectors_MC.device)
+    sample_RC = vectors_MC[at]
+    means_LC = sample_RC[:: max(1, rows // lists)][:lists].clone()
+    for _ in range(_ROUNDS):
+        nearest_R = torch.cat([(part @ means_LC.T).argmax(1) for part in sample_RC.split(_BLOCK)])
+        sums_LC = torch.zeros_like(means_LC).index_add_(0, nearest_R, sample_RC)
+        norms_L = sums_LC.norm(dim=1)
+        # A mean that no row is nearest to stays where it is.
+        kept = norms_L > 0
+        means_LC[kept] = sums_LC[kept] / norms_L[kept, None]
+    return means_LC
+
+
+class ShardedSearch:
+    """The exact scan without a copy of all candidates: a shard's vectors at a time. As `search.CandidateSearch`."""
+
+    def __init__(self, unit: UnitRows, candidates_M: Tensor, device: torch.device) -> None:
+        self.unit, self.candidates_M, self.device = unit, candidates_M, device
+
+    def _shards(self) -> list[tuple[int, Tensor]]:
+        return [(n, self.candidates_M[n : n + SHARD_ROWS]) for n in range(0, len(self.candidates_M), SHARD_ROWS)]
+
+    def _open(self, rows_M: Tensor) -> TorchSearch:
+        return TorchSearch(torch.cat([self.unit.take(rows).float() for rows in rows_M.split(_BLOCK)]), self.device)
+
+    def top(self, queries_BC: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The `count` best candidates of each query."""
+        best_BF, picks_BF = torch.empty(len(queries_BC), 0), torch.empty(len(queries_BC), 0, dtype=torch.int64)
+        for first, rows_M in self._shards():
+            near_BF, near_picks_BF = self._open(rows_M).top(queries_BC, min(count, len(rows_M)))
+            best_BF, picks_BF = merged(best_BF, picks_BF, near_BF, near_picks_BF + first, count)
+        return best_BF, picks_BF
+
+    def above(self, queries_BC: Tensor, threshold: float) -> tuple[Tensor, Tensor, Tensor]:
+        """All pairs that score at least the threshold."""
+        parts = []
+        for first, rows_M in self._shards():
+            rows_P, picks_P, scores_P = self._open(rows_M).above(queries_BC, threshold)
+            parts.append((rows_P, picks_P + first, scores_P))
+        rows, picks, scores = (torch.cat(column) for column in zip(*parts, strict=True))
+        return rows, picks, scores
