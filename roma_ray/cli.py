@@ -350,32 +350,11 @@ def baselines(
 ) -> None:
     """Run the methods that RoMA is compared with (Table 1) on the same questions; one table."""
     from roma_ray.artifacts import write_json
-    from roma_ray.baselines.registry import chosen_methods
-    from roma_ray.comparison import UNOBSERVED, compare
-    from roma_ray.engine.runners import LOCAL
-    from roma_ray.engine.setup import resolve
-    from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.runners import measure_near, ray_runners
-    from roma_ray.terminal import open_progress
-
-    _check_place(summary_path)
-    names, progress = chosen_methods(methods), open_progress(quiet)
-    with nullcontext() if here else open_cluster(config, address, progress.say) as cluster:
-        setup, runners = resolve(config) if cluster is None else None, LOCAL
-        if cluster is not None:
-            device = cluster.device()
-            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
-            runners = ray_runners(cluster, device)
-        assert setup is not None
-        setup.store.check()
-        observer: Any = UNOBSERVED
-        if config.tracking.enabled:
-            from roma_ray.tracking.comparison import ComparisonTracker
-
-            observer = ComparisonTracker(setup, progress)
-        found = compare(setup, names, seeds or config.baselines.seeds, progress, runners, observer)
+    from roma_ray.cli_methods import compare_methods
     from roma_ray.cli_results import print_comparison
 
+    _check_place(summary_path)
+    found = compare_methods(config, methods, seeds, here, address, quiet)
     print_comparison(found.summary)
     if summary_path:
         write_json(summary_path, found.summary)

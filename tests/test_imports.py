@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 # Files beside one another that are one room.
 ONE_ROOM = {
     "cli_judge": "cli",
+    "cli_methods": "cli",
     "cli_results": "cli",
     "cli_sweeps": "cli",
     "cluster_doctor": "doctor",
