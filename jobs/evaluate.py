@@ -5,6 +5,8 @@ A GPU machine or head:    ray job submit -- python jobs/evaluate.py --config con
 A cluster elsewhere:      ray job submit --address http://HEAD:8265 --working-dir . -- \
                               python jobs/evaluate.py --config configs/olmoe.yaml --storage /mnt/shared
 
+Benchmarks by lm-eval:    ray job submit -- python jobs/evaluate.py --config configs/olmoe.yaml --tasks arc_challenge,hellaswag
+
 Options are those of `roma-ray evaluate`. Complete stages are skipped, so this is cheap after jobs/finetune.py.
 """
 

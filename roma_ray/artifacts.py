@@ -19,7 +19,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from roma_ray.errors import ArtifactError, StorageError
+from roma_ray.errors import ArtifactError, BusyError, StorageError
 
 MANIFEST = "manifest.json"
 _DEVICES = ".devices"
@@ -176,7 +176,7 @@ class Stage:
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
-        """Hold the stage's lock. Raises ArtifactError when another process on it is writing, StorageError as writes do."""
+        """Hold the stage's lock. Raises BusyError when another process is writing, StorageError as writes do."""
         import fcntl
 
         try:
@@ -192,7 +192,7 @@ class Stage:
             except BlockingIOError:
                 handle.seek(0)
                 holder = handle.read().strip() or "unknown"
-                raise ArtifactError(
+                raise BusyError(
                     f"another run ({holder}) is writing the {self.name} stage {self.fingerprint}. Wait for it to end, or stop it, "
                     "then run the same command again."
                 ) from None

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +80,8 @@ def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> No
     setup.store.check()
     with _observer(setup, progress, track) as observer:
         finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
+    from roma_ray.cli_results import print_result
+
     print_result(finished.summary)
     if track:
         _say_report(finished)
@@ -118,42 +120,80 @@ def _say_report(finished: Any) -> None:
 
 
 @main.command()
+@click.argument("sweep", required=False, type=click.Path())
 @run_options
-def report(config: Any) -> None:
-    """Write the report of a finished run, where there is none yet, and print where it is."""
+def report(config: Any, sweep: str | None) -> None:
+    """Write the report of a finished run, where there is none yet, and print where it is.
+
+    With SWEEP, the space file or the folder of a sweep: the report of its trials as far as they are.
+    """
     from roma_ray.pipeline import revisit
     from roma_ray.terminal import open_progress
 
-    finished = revisit(_setup_of_finished(config), open_progress(quiet=False))
+    if sweep is not None:
+        _quiet_ray()
+        from roma_ray.cli_sweeps import report_sweep
+
+        report_sweep(sweep, config.storage)
+        return
+    from roma_ray.cli_results import setup_of_finished
+
+    finished = revisit(setup_of_finished(config), open_progress(quiet=False))
     _say_report(finished)
+
+
+@main.command()
+@click.option("--space", type=click.Path(), help="YAML space file; default: the embedded one.")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
+)
+@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
+@click.option("--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight.")
+@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
+@click.option("--stop-on-failure", is_flag=True, help="End the sweep with the first failed trial.")
+@click.option("--quiet", is_flag=True, help="No progress, only the result.")
+@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the trials' results as JSON.")
+def tune(
+    space: str | None,
+    overrides: tuple[str, ...],
+    storage: str | None,
+    address: str | None,
+    dry_run: bool,
+    stop_on_failure: bool,
+    quiet: bool,
+    summary_path: str | None,
+) -> None:
+    """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
+    _quiet_ray()
+    from roma_ray.ablations.space import load_space
+    from roma_ray.cli_sweeps import say_what, tune_space
+
+    _check_place(summary_path)
+    loaded = load_space(space, overrides, storage)
+    if dry_run:
+        say_what(loaded)
+    else:
+        sys.exit(tune_space(loaded, address, quiet, stop_on_failure, summary_path))
+
+
+def _quiet_ray() -> None:
+    """Settings that Ray reads when it is imported."""
+    from roma_ray.stages.environment import quiet_ray
+
+    quiet_ray()
 
 
 @main.command()
 @run_options
 def track(config: Any) -> None:
     """Deliver to MLflow what it lacks of a run, finished or not (after an outage, or of a run that was not recorded)."""
+    from roma_ray.cli_results import setup_of_finished
     from roma_ray.pipeline import replay
     from roma_ray.terminal import open_progress
 
-    setup = _setup_of_finished(config)
+    setup = setup_of_finished(config)
     with _observer(setup, open_progress(quiet=False), True) as observer:
         replay(setup, observer)
-
-
-def _setup_of_finished(config: Any) -> Any:
-    """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
-    from roma_ray.engine.setup import resolve
-    from roma_ray.errors import ModelError
-    from roma_ray.pipeline import locate
-
-    def nothing_kept(spec: Any) -> dict[str, Any]:
-        raise ModelError("no run of this model has measured its experts implementation in this storage")
-
-    first, others = resolve(config), []
-    for device in ("cuda", "cpu") if config.device == "auto" else ():
-        with suppress(ModelError):
-            others.append(resolve(config, device=device, measure=nothing_kept))
-    return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -174,6 +214,8 @@ def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
 def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
     """Run the whole method on a Ray cluster and print base against tuned routers."""
     finished = _on_ray(config, address, summary_path, quiet, "report")
+    from roma_ray.cli_results import print_result
+
     print_result(finished.summary)
     _say_report(finished)
 
@@ -205,6 +247,8 @@ def _until(stage: str, text: str) -> None:
     def command(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
         finished = _on_ray(config, address, summary_path, quiet, stage)
         if finished.summary:
+            from roma_ray.cli_results import print_result
+
             print_result(finished.summary)
         else:
             click.echo(str(finished.stages[stage].path))
@@ -215,37 +259,108 @@ for _stage, _text in {
     "embed": "Run up to the task embeddings on Ray.",
     "neighbors": "Run up to the successful neighborhoods on Ray.",
     "finetune": "Run up to the finetuned routers on Ray.",
-    "evaluate": "Run up to the paired evaluation on Ray, the whole method, and print its figures.",
 }.items():
     _until(_stage, _text)
 
 
-def print_result(summary: Mapping[str, Any]) -> None:
-    """Print the result table on the test questions, diagnostics, and what a reader must know."""
-    from roma_ray.evaluation.summary import result_rows, warnings_of
-    from roma_ray.terminal import print_table
+@main.command()
+@ray_options
+@click.option("--tasks", help="lm-eval's tasks by name, .yaml task files, question files; separated by commas.")
+@click.option(
+    "--data-dir", help="Folder with the tasks' rows, DIR/<task>/<split>.jsonl or .parquet, in place of the hub."
+)
+@click.option("--adapter", help="The exported routers to judge beside the base; default: those of the configured run.")
+@click.option("--base-only", is_flag=True, help="Judge the model alone.")
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt; default: what each task says.")
+@click.option("--limit", type=click.IntRange(min=1), help="At most this many questions of each task.")
+@click.option("--apply-chat-template", is_flag=True, help="Wrap prompts in the tokenizer's chat template.")
+@click.option("--allow-code", is_flag=True, help="Let your own task files, and tasks marked unsafe, execute code.")
+def evaluate(
+    config: Any,
+    address: str | None,
+    summary_path: str | None,
+    quiet: bool,
+    tasks: str | None,
+    data_dir: str | None,
+    adapter: str | None,
+    base_only: bool,
+    num_fewshot: int | None,
+    limit: int | None,
+    apply_chat_template: bool,
+    allow_code: bool,
+) -> None:
+    """Judge base and tuned models on Ray: on the run's own test questions, or with --tasks by lm-evaluation-harness.
 
-    header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
-    print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
-    found = summary["diagnostics"]
-    rows = [
-        (
-            str(layer),
-            f"{found['base']['routing_entropy'][n]:.3f} -> {found['tuned']['routing_entropy'][n]:.3f}",
-            f"{max(found['base']['expert_load'][n]):.3f} -> {max(found['tuned']['expert_load'][n]):.3f}",
-            f"{found['routing_kl'][n]:.4f}",
-            f"{found['selection_overlap'][n]:.3f}",
-        )
-        for n, layer in enumerate(found["layers"])
-    ]
-    print_table(
-        "routing of the last prompt token, base -> tuned",
-        ("layer", "entropy", "largest load", "KL to base", "top-k kept"),
-        rows,
-    )
-    for line in warnings_of(summary):
-        click.echo(f"note: {line}")
-    click.echo(f"adapter: {summary['paths']['finetune']}/adapter")
+    Without --tasks this runs the pipeline up to its paired evaluation, the whole method, and prints its figures.
+    """
+    only_tasks = (data_dir, adapter, base_only, num_fewshot, limit, apply_chat_template, allow_code)
+    if tasks is None:
+        if any(value not in (None, False) for value in only_tasks):
+            from roma_ray.errors import ConfigError
+
+            raise ConfigError(
+                "evaluate without --tasks takes no options of tasks; name some, e.g. --tasks arc_easy,piqa"
+            )
+        from roma_ray.cli_results import print_result
+
+        print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
+        return
+    from roma_ray.artifacts import write_json
+    from roma_ray.cli_judge import evaluate_tasks, print_benchmarks
+    from roma_ray.evaluation.judge import Wanted, read_benchmarks
+
+    _check_place(summary_path)
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    wanted = Wanted(names, data_dir, num_fewshot, limit, apply_chat_template, allow_code)
+    folder = evaluate_tasks(config, address, quiet, wanted, adapter, base_only)
+    print_benchmarks(folder)
+    if summary_path:
+        write_json(summary_path, read_benchmarks(folder))
+
+
+@main.command()
+@run_options
+@click.argument("runs", nargs=-1, required=True)
+@click.option("--format", "form", type=click.Choice(["markdown", "html", "csv"]), default="markdown", show_default=True)
+@click.option("--out", type=click.Path(dir_okay=False), help="Write a file; .md, .html or .csv says the format.")
+@click.option("--allow-different-pins", is_flag=True, help="Show scores of different questions or prompts too, marked.")
+@click.option("--track", is_flag=True, help="Keep the table in MLflow, as a run of its own.")
+def compare(
+    config: Any, runs: tuple[str, ...], form: str, out: str | None, allow_different_pins: bool, track: bool
+) -> None:
+    """Compare evaluations (folders, fingerprints or MLflow run ids) with the first; RUN:base means a run's base model."""
+    from roma_ray.cli_judge import compare_runs
+
+    compare_runs(config, runs, form=form, out=out, allow_different_pins=allow_different_pins, track=track)
+
+
+@main.command()
+@click.option("--methods", default="all", show_default=True, help="`all`, or names separated by commas.")
+@click.option("--seeds", type=click.IntRange(min=1), help="Seeds of each method that has any; default baselines.seeds.")
+@click.option("--local", "here", is_flag=True, help="Without Ray, in this process.")
+@ray_options
+def baselines(
+    config: Any,
+    methods: str,
+    seeds: int | None,
+    here: bool,
+    address: str | None,
+    summary_path: str | None,
+    quiet: bool,
+) -> None:
+    """Run the methods that RoMA is compared with (Table 1) on the same questions; one table."""
+    from roma_ray.artifacts import write_json
+    from roma_ray.cli_methods import compare_methods
+    from roma_ray.cli_results import print_comparison
+
+    _check_place(summary_path)
+    found = compare_methods(config, methods, seeds, here, address, quiet)
+    print_comparison(found.summary)
+    if summary_path:
+        write_json(summary_path, found.summary)
+    for name, reason in found.failures.items():
+        click.echo(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", err=True)
+    sys.exit(1 if found.failures else 0)
 
 
 @main.command()

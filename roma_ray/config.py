@@ -12,33 +12,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
+from roma_ray.config_baselines import BaselinesConfig
+from roma_ray.config_section import Section
 from roma_ray.errors import ConfigError
 
 INSTRUCTION = "Answer with the letter of the right choice."
-
-
-class Section(BaseModel):
-    """A frozen group of settings; unknown keys are errors."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_truth_for_a_number(cls, data: Any) -> Any:
-        """YAML's yes, no, on and off are booleans; taken as 1 and 0 they would hide a mistake."""
-        if isinstance(data, Mapping):
-            for name, value in data.items():
-                field = cls.model_fields.get(str(name))
-                truth = isinstance(value, bool) or (
-                    isinstance(value, list | tuple) and any(isinstance(v, bool) for v in value)
-                )
-                if truth and field is not None and field.annotation is not bool:
-                    raise ValueError(f"`{name}` is not a yes-or-no setting")
-        return data
 
 
 class QuestionSource(Section):
@@ -90,6 +70,8 @@ class QuestionsConfig(Section):
     """Part held out for testing, by seed, when the sources declare no test rows."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+    """Seed of the splits and of data sets' samples; default: the run's own. With it set, `seed` varies the training alone."""
     prompt: PromptConfig = PromptConfig()
 
 
@@ -215,13 +197,25 @@ class FinetuneConfig(Section):
     regularizer: RegularizerConfig = RegularizerConfig()
 
 
+class EvaluationConfig(Section):
+    """How benchmarks are run (`roma-ray evaluate --tasks`)."""
+
+    batch_tokens: int = Field(default=4096, ge=16)
+    """Tokens of a planned batch of log-likelihoods; what requests begin with in common counts once."""
+    generation_batch: int = Field(default=16, ge=1)
+    """Prompts that are continued together."""
+    keep_states: bool = False
+    """Keep the trunk's states and the base's answers: later adapters with the same first tuned layer run the head alone.
+    They take tokens x width x bytes of the type on the storage."""
+
+
 class PlacementConfig(Section):
     """What a stage's workers need of a node beside CPUs and GPUs."""
 
     accelerator: str | None = None
     """Kind of GPU, as Ray names it: A100, H100, AMD-Instinct-MI300X-OAM ... Default: any; for finetuning the kind with
     the most room, since its workers must be alike. Not asked for on a CPU."""
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Labels that the node must have, as in Ray's selectors: `gpu-vendor: amd`, `pool: "!head"`, `gpu-type: in(a100, h100)`."""
     memory_gib: float | None = Field(default=None, gt=0)
     """Memory that Ray sets aside for each worker. Default: none, and only CPUs and GPUs are counted."""
@@ -237,8 +231,12 @@ class RayConfig(Section):
     """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`."""
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
+    evaluate_workers: int | None = Field(default=None, ge=1)
+    """As `extract_workers`, for benchmarks."""
     finetune_workers: int | None = Field(default=None, ge=1)
     """Training processes; never more than a step has micro-batches. Default as for `extract_workers`."""
+    baselines_workers: int | None = Field(default=None, ge=1)
+    """Methods that are fitted and asked at a time, each in a process of its own. Default as for `extract_workers`."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
     """Logical CPUs that Ray sets aside for a worker: a fraction, so that Ray's own tasks always find a CPU."""
     gpus_per_worker: float = Field(default=1.0, gt=0)
@@ -247,6 +245,7 @@ class RayConfig(Section):
     embed: PlacementConfig = PlacementConfig()
     finetune: PlacementConfig = PlacementConfig()
     evaluate: PlacementConfig = PlacementConfig()
+    baselines: PlacementConfig = PlacementConfig()
     """Where the work of one process (neighbors, evaluation) runs when the driver's machine has no GPU."""
     wait_seconds: int = Field(default=0, ge=0)
     """On a cluster that scales: ask for the workers' nodes, and wait so long for them. Then name the number of workers
@@ -308,6 +307,8 @@ class Config(Section):
     embedding: EmbeddingConfig = EmbeddingConfig()
     neighbors: NeighborsConfig = NeighborsConfig()
     finetune: FinetuneConfig = FinetuneConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    baselines: BaselinesConfig = BaselinesConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
 
@@ -333,6 +334,14 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type or value.
     """
     source = Path(path) if path is not None else Path(__file__).parent / "assets" / "demo.yaml"
+    data = read_settings(source)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(source))
+
+
+def read_settings(source: Path) -> dict[str, Any]:
+    """A YAML file's settings as plain data. Raises ConfigError when it cannot be read, is no YAML, or has a key twice."""
     try:
         data = yaml.load(source.read_text(encoding="utf-8"), Loader=_UniqueKeys)
     except (OSError, UnicodeDecodeError) as error:
@@ -341,9 +350,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
         raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, str(source))
+    return data
 
 
 def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> Config:

@@ -37,6 +37,10 @@ class ArtifactError(RomaError, RuntimeError):
     """A stage's output is missing, incomplete, corrupted, or belongs to another run."""
 
 
+class BusyError(ArtifactError):
+    """Another process is writing this stage."""
+
+
 class CacheError(ArtifactError):
     """The activation cache is truncated, foreign, or does not match the model."""
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from roma_ray.artifacts import Stage, write_text
+from roma_ray.baselines.runs import method_stage
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.embedding import embed, embed_stage
 from roma_ray.engine.extraction import extract, extract_stage
@@ -74,13 +75,16 @@ def locate(setup: Setup) -> dict[str, Stage]:
     nearby = neighbors_stage(setup, extraction, embeddings)
     tuned = finetune_stage(setup, extraction, nearby)
     judged = evaluate_stage(setup, tuned)
-    return dict(
-        zip(
-            STAGES,
-            (questions, extraction, embeddings, nearby, tuned, judged, report_stage(setup, judged)),
-            strict=True,
-        )
-    )
+    stages = dict(zip(STAGES, (questions, extraction, embeddings, nearby, tuned, judged), strict=False))
+    return {**stages, "report": report_stage(setup, judged, oracle_answers(setup, stages))}
+
+
+def oracle_answers(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The oracle's answers, its control's and the base model's, where `roma-ray baselines` gave them; else none of them."""
+    found = {
+        name: method_stage(setup, stages, name, setup.config.seed) for name in ("base", "oracle", "oracle_control")
+    }
+    return found if all(stage.complete for stage in found.values()) else {}
 
 
 def run(
@@ -171,4 +175,4 @@ def _stage(
     if name == "evaluate":
         inputs = (done["extract"], done["embed"], done["neighbors"], done["finetune"])
         return runners.call(evaluate, setup, questions, *inputs, progress=progress)
-    return report(setup, done, progress)
+    return report(setup, done, progress, oracle_answers(setup, done))

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -63,6 +64,41 @@ def open_progress(quiet: bool) -> LiveProgress | LineProgress | Silence:
     if quiet:
         return Silence()
     return LiveProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class LiveBoard:
+    """A table that is redrawn in place on stderr; lines are printed above it. Long ones show their busiest part."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._live = Live(console=console, refresh_per_second=2)
+
+    def __enter__(self) -> LiveBoard:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Leave the table as it is; lines and bars go on below it."""
+        self._live.stop()
+
+    def show(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Replace what is shown; the second column is a row's state."""
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(header):
+            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+        for row in _fitting(rows, max(4, self.console.height - 6)):
+            table.add_row(*row, style="" if row[1] == "running" else "dim" if row[1] == "waiting" else None)
+        self._live.start()
+        self._live.update(table)
+
+
+def _fitting(rows: Sequence[Sequence[str]], most: int) -> list[Sequence[str]]:
+    """As many rows as fit, in their order: failed and running ones before finished ones before those that wait."""
+    rank = {"failed": 0, "running": 0, "waiting": 2}
+    chosen = sorted(range(len(rows)), key=lambda n: (rank.get(rows[n][1], 1), -n if rows[n][1] == "done" else n))[:most]
+    return [rows[n] for n in sorted(chosen)]
 
 
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

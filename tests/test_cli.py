@@ -234,3 +234,14 @@ def test_inspect_refuses_what_is_no_checkpoint_and_runs_none_of_it(tmp_path: Pat
     for path, done in zip(paths, found, strict=True):
         assert_readable(done, path.name)
     assert not (tmp_path / "executed").exists(), "a checkpoint's pickled code was run"
+
+
+def test_evaluations_that_make_no_sense_are_one_message(tmp_path: Path) -> None:
+    wrong = {
+        "without --tasks": ["evaluate", "--limit", "5"],
+        "contradict": ["evaluate", "--tasks", "piqa", "--base-only", "--adapter", "x"],
+        "no finished evaluation": ["compare", "nothing-here", "--storage", str(tmp_path)],
+    }
+    for message, done in zip(wrong, together(tmp_path, list(wrong.values())), strict=True):
+        assert done.returncode == 1
+        assert message in done.stderr

@@ -17,7 +17,8 @@ from roma_ray.errors import ConfigError
 from roma_ray.questions.registry import REGISTRY
 
 ROOT = Path(__file__).parents[1]
-SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+# Space files, which hold no model, have tests of their own.
+SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in p.read_text())
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "questions": {"sources": [{"path": "q.jsonl"}]}}
 
 

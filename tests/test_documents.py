@@ -77,7 +77,10 @@ def test_the_constraints_pin_every_dependency_but_torch() -> None:
 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = [*project["dependencies"], *(each for name in ("minilm", "faiss", "hub", "dev") for each in extras[name])]
+    wanted = [
+        *project["dependencies"],
+        *(each for name in ("minilm", "faiss", "hub", "search", "dev") for each in extras[name]),
+    ]
     names = {re.split(r"[\[<>=!~; ]", each)[0].lower().replace("_", "-") for each in wanted}
     pinned = re.findall(r"^([\w.-]+)==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert names - {name.lower().replace("_", "-") for name in pinned} == {"torch"}

@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "baselines": WORK,
     "stages": JUDGED,
     "figures": WORK | {"evaluation"},
-    "tracking": WORK | {"evaluation"},
+    "tracking": WORK | {"evaluation", "figures"},
     "ablations": SPREAD | {"figures", "tracking"},
     "pipeline": SPREAD | {"ablations", "figures", "tracking"},
     "terminal": GROUND | {"engine"},
@@ -42,16 +42,26 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 
 # Files beside one another that are one room.
-ONE_ROOM = {"cluster_doctor": "doctor"}
+ONE_ROOM = {
+    "cli_judge": "cli",
+    "cli_methods": "cli",
+    "cli_results": "cli",
+    "cli_sweeps": "cli",
+    "cluster_doctor": "doctor",
+    "config_section": "config",
+    "config_baselines": "config",
+    "comparison": "pipeline",
+}
 
 # Library -> the rooms that may import it; a library that is not here may be used anywhere but at the top of the CLI.
 ONLY_IN = {
     "ray": {"stages", "ablations", "doctor", "cli"},
     "mlflow": {"tracking"},
     "faiss": {"manifold"},
-    "peft": {"moe"},
+    "peft": {"moe", "baselines"},
     "sentence_transformers": {"engine"},
-    "datasets": {"questions"},
+    "datasets": {"questions", "evaluation"},
+    "lm_eval": {"evaluation"},
     "click": {"cli"},
     "rich": {"terminal", "cli"},
 }

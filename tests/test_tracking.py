@@ -25,7 +25,7 @@ from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError, TrainingError
 from roma_ray.pipeline import STAGES, Run, locate, replay, run
-from roma_ray.tracking import Tracker, records, tracked, tracker
+from roma_ray.tracking import Tracker, delivery, records, tracked
 from roma_ray.tracking.client import Client
 from tests.world import make_world
 
@@ -334,7 +334,7 @@ def test_a_server_that_is_down_then_up_then_gone_and_back(
     assert len(said.about("cannot be used (connection refused)")) == 1
     assert len(said.about("roma-ray track")) == 1
     # Gone in the middle of a run, back before its end.
-    monkeypatch.setattr(tracker, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
     setup, said = again(finished, uri, seed=3), Said()
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
 

@@ -34,10 +34,16 @@ def questions_stage(setup: Setup) -> Stage:
         "prompt": config.questions.prompt.model_dump(mode="json"),
         "validation_fraction": config.questions.validation_fraction,
         "test_fraction": config.questions.test_fraction,
-        "seed": config.seed,
+        "seed": questions_seed(setup),
         "tokenizer": setup.model_identity,
     }
     return setup.store.stage("questions", settings, {}, VERSION)
+
+
+def questions_seed(setup: Setup) -> int:
+    """The seed of splits and samples."""
+    config = setup.config
+    return config.seed if config.questions.seed is None else config.questions.seed
 
 
 def prepare(setup: Setup, progress: Progress) -> Stage:
@@ -49,13 +55,13 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
     with stage.exclusive():
         config = setup.config
         questions, rejected = read_questions(
-            [_resolved(source) for source in config.questions.sources], seed=config.seed
+            [_resolved(source) for source in config.questions.sources], seed=questions_seed(setup)
         )
         questions = assign_splits(
             questions,
             validation_fraction=config.questions.validation_fraction,
             test_fraction=config.questions.test_fraction,
-            seed=config.seed,
+            seed=questions_seed(setup),
         )
         builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
         prompts, too_long = build_prompts(questions, builder)

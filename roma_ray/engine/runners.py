@@ -24,6 +24,7 @@ class Runners:
     finetune: Trainer = train_here
     call: Callable[..., Any] = call_here
     """Calls `stage(*arguments, progress=...)` for the stages of one process: neighbors, evaluate."""
+    baselines: Executor = serial
 
 
 LOCAL = Runners()

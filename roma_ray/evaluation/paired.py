@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +12,26 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, fingerprint, note_device, write_json
+from roma_ray.artifacts import Stage, fingerprint, note_device, read_manifest, write_json
 from roma_ray.engine.cache import open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.heads import FRESH, Heads
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
-from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.prepare import TABLE, load_tokenizer
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_prompts, read_table, write_table
+from roma_ray.evaluation.base import base_scores, base_stage
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, at_chance, check_not_identical, overlap
 from roma_ray.evaluation.statistics import compare
 from roma_ray.manifold import diagnostics
 from roma_ray.moe.checkpoints import load_adapter
 from roma_ray.moe.slices import Slice
+from roma_ray.questions.prompts import Prompt, PromptBuilder
+from roma_ray.questions.records import Question
 
 VERSION = 3
 RESULTS = "results.parquet"
@@ -65,6 +69,7 @@ def evaluate(
     neighbors: Stage,
     tuned: Stage,
     progress: Progress,
+    heads: Heads = FRESH,
 ) -> Stage:
     """Score every question with base and exported tuned routers. Raises GuardError, CacheError, CheckpointError."""
     stage = evaluate_stage(setup, tuned)
@@ -83,12 +88,18 @@ def evaluate(
         }
         note_device(stage.path, device_kind(setup.model.device))
         states = open_states(setup.model, extraction.path, setup.cut)
-        head = setup.model.load(setup.cut, None, with_lm_head=True)
-        with progress.meter("evaluate", 2 * len(rows), "questions") as meter:
-            base = score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
-            load_adapter(tuned.path / ADAPTER, head)
-            after = score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
+        kept = base_stage(setup, extraction, arguments)
+        with heads.lend(setup.model, setup.cut) as head:
+            with progress.meter("evaluate", 2 * len(rows), "questions", len(rows) * kept.complete) as meter:
+
+                def score() -> Scores:
+                    return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
+
+                base = base_scores(kept, rows, score)
+                load_adapter(tuned.path / ADAPTER, head)
+                after = score()
         check_not_identical(base.scores, after.scores)
+        metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
         columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
         _write(stage, prompts, base, after, columns)
         neighborhoods = read_neighborhoods(neighbors, len(prompts))
@@ -103,8 +114,60 @@ def evaluate(
             "pin": evaluation_pin(questions, prompt.model_dump(mode="json"), rows),
         }
         write_json(stage.path / SUMMARY, result)
-        stage.finish(facts={"rows": len(rows), "pin": result["pin"]}, seconds=time.monotonic() - started)
+        stage.finish(
+            facts={"rows": len(rows), "pin": result["pin"], "metric": metric}, seconds=time.monotonic() - started
+        )
     return stage
+
+
+def _by_lm_eval(
+    setup: Setup,
+    stage: Stage,
+    questions: Stage,
+    prompts: Sequence[Prompt],
+    scored: Mapping[str, Scores],
+    rule: str,
+) -> str:
+    """Have lm-evaluation-harness judge the test questions and write its results; the metric that answers are chosen by."""
+    from roma_ray.evaluation.own import METRICS, lm_eval_results
+
+    rows = [row for row in scored["base"].rows if prompts[row].split == "test"]
+    table = read_table(questions.path / TABLE, ["question", "choices", "context"]).take(pa.array(rows, pa.int64()))
+    asked = [
+        Question(
+            prompts[row].id, prompts[row].task, q["question"], tuple(q["choices"]), prompts[row].answer, q["context"]
+        )
+        for row, q in zip(rows, table.to_pylist(), strict=True)
+    ]
+    wanted = set(rows)
+    known = {
+        name: {prompts[row].id: s for row, s in zip(found.rows, found.scores, strict=True) if row in wanted}
+        for name, found in scored.items()
+    }
+    builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), setup.config.questions.prompt)
+    metric = METRICS[rule]
+    for name, judged in lm_eval_results(asked, known, builder).items():
+        write_json(stage.path / f"lm_eval_{name}.json", json.loads(json.dumps(judged, default=str)))
+        verdicts: dict[str, list[bool]] = {}
+        for row, right in zip(scored[name].rows, scored[name].correct.tolist(), strict=True):
+            if row in wanted:
+                verdicts.setdefault(prompts[row].task, []).append(right)
+        for task, own in verdicts.items():
+            theirs = judged["results"][task][f"{metric},none"]
+            assert abs(theirs - float(np.mean(own))) < 1e-9, f"{task}: lm-eval says {theirs}, we {np.mean(own)}"
+    return metric
+
+
+def read_verdicts(
+    folder: str | Path, which: str
+) -> tuple[list[tuple[str, str]], list[str], list[float], dict[str, str]]:
+    """The test questions' verdicts: ((task, metric), question id, 0 or 1) by row, and the pin of each task."""
+    manifest = read_manifest(folder)["facts"]
+    table = read_table(Path(folder) / RESULTS, ["id", "task", "split", f"{which}_correct"]).to_pylist()
+    test = [row for row in table if row["split"] == "test"]
+    keys = [(row["task"], str(manifest.get("metric", "acc"))) for row in test]
+    pins = {row["task"]: str(manifest["pin"]) for row in test}
+    return keys, [row["id"] for row in test], [float(row[f"{which}_correct"]) for row in test], pins
 
 
 def evaluation_pin(questions: Stage, prompt: dict[str, Any], rows: Sequence[int]) -> str:

@@ -51,3 +51,51 @@ def compare(base: Sequence[bool] | np.ndarray, tuned: Sequence[bool] | np.ndarra
         "won": won,
         "mcnemar_p": mcnemar(base, tuned),
     }
+
+
+def summarise_values(values: Sequence[float]) -> dict[str, Any]:
+    """One model's figures of one metric: {n, base, base_stderr}."""
+    return {"n": len(values), "base": accuracy(np.asarray(values)), "base_stderr": standard_error(np.asarray(values))}
+
+
+def compare_values(base: Sequence[float], tuned: Sequence[float]) -> dict[str, Any]:
+    """Paired figures of one metric; lost, won and McNemar's p where every value is 0 or 1 (a verdict), else None."""
+    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    difference = after - before
+    verdicts = bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
+    lost, won = changes(before == 1, after == 1) if verdicts else (None, None)
+    return {
+        "n": len(before),
+        "base": accuracy(before),
+        "base_stderr": standard_error(before),
+        "tuned": accuracy(after),
+        "tuned_stderr": standard_error(after),
+        "difference": float(difference.mean()),
+        "difference_stderr": standard_error(difference),
+        "lost": lost,
+        "won": won,
+        "mcnemar_p": mcnemar(before == 1, after == 1) if verdicts else None,
+    }
+
+
+def bootstrap_interval(
+    differences: Sequence[np.ndarray], *, seed: int, resamples: int = 10_000, level: float = 0.95
+) -> tuple[float, float]:
+    """Percentile interval of the mean paired difference; of several arrays: of the mean of their means (macro average).
+
+    Questions are drawn with replacement, within each array. Equal differences are drawn together: their counts are
+    multinomial, which is the same draw.
+    """
+    generator = np.random.default_rng(seed)
+    total = np.zeros(resamples)
+    for values in differences:
+        kinds, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
+        if len(kinds) <= 16:
+            drawn = generator.multinomial(len(values), counts / counts.sum(), size=resamples)
+            total += drawn @ kinds / len(values)
+        else:
+            for n in range(resamples):
+                total[n] += generator.choice(values, len(values)).mean()
+    total /= len(differences)
+    low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)

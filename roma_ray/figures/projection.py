@@ -92,7 +92,7 @@ def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Map
 
     `silhouettes` are printed with the panels: they, not the eye, say whether tasks are apart.
     """
-    figure, axes = new_figure(9.6, 4.1, columns=len(maps))
+    figure, axes = new_figure(3.2 * len(maps), 4.1, columns=len(maps))
     largest = [name for name, _ in Counter(sorted(tasks)).most_common(MOST_TASKS)]
     shown = sorted(largest)
     look = colours(shown)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from html import escape
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,16 +20,19 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from roma_ray.artifacts import Stage, write_atomically
+from roma_ray.engine.answers import ANSWERS, read_answers, read_routing_of
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import STEPS
 from roma_ray.engine.neighborhoods import NEIGHBORS
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import matrix, read_table, table_facts
+from roma_ray.evaluation.methods import describe_oracle, oracle_and_control
 from roma_ray.evaluation.paired import RESULTS
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures import projection, results, routing, tables, training, words
 from roma_ray.figures.style import save
+from roma_ray.manifold.diagnostics import silhouette
 
 VERSION = 1
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
@@ -51,14 +55,20 @@ class Picture:
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
 
 
-def report_stage(setup: Setup, evaluation: Stage) -> Stage:
-    """Where the report of this evaluation lives. The run's name is printed in it, hence part of its identity."""
-    return setup.store.stage("report", {"name": setup.config.name}, {"evaluate": evaluation.fingerprint}, VERSION)
+def report_stage(setup: Setup, evaluation: Stage, oracle: Mapping[str, Stage]) -> Stage:
+    """Where the report of this evaluation lives. The run's name is printed in it, hence part of its identity.
+
+    `oracle`: the answers of `base`, `oracle` and `oracle_control` where they were run (`roma-ray baselines`), else empty.
+    """
+    inputs = {"evaluate": evaluation.fingerprint, **{name: found.fingerprint for name, found in oracle.items()}}
+    return setup.store.stage("report", {"name": setup.config.name}, inputs, VERSION)
 
 
-def report(setup: Setup, stages: Mapping[str, Stage], progress: Progress) -> Stage:
-    """Write the report of finished stages. Raises ArtifactError, StorageError."""
-    stage = report_stage(setup, stages["evaluate"])
+def report(
+    setup: Setup, stages: Mapping[str, Stage], progress: Progress, oracle: Mapping[str, Stage] = MappingProxyType({})
+) -> Stage:
+    """Write the report of finished stages, with the oracle's routing where there is one. Raises ArtifactError, StorageError."""
+    stage = report_stage(setup, stages["evaluate"], oracle)
     if stage.complete:
         return stage
     started = time.monotonic()
@@ -66,7 +76,7 @@ def report(setup: Setup, stages: Mapping[str, Stage], progress: Progress) -> Sta
     with stage.exclusive():
         summary = summarise_run(setup, inputs, sum(done.manifest()["seconds"] for done in inputs.values()))
         with progress.meter("report", len(_CAPTIONS), "figures") as meter:
-            pictures = draw(setup, inputs, summary, stage.path / FIGURES, meter.advance)
+            pictures = draw(setup, inputs, summary, stage.path / FIGURES, meter.advance, oracle)
         tables.write_csv_files(stage.path / TABLES, summary)
         _write_texts(setup, stage, summary, pictures)
         verdict = words.verdict(summary)
@@ -86,6 +96,7 @@ def draw(
     summary: Mapping[str, Any],
     folder: Path,
     advance: Callable[[int], None] = lambda count: None,
+    oracle: Mapping[str, Stage] = MappingProxyType({}),
 ) -> list[Picture]:
     """Draw every figure into `folder`, in the report's order."""
     test, found, epochs = summary["splits"]["test"], summary["diagnostics"], summary["epochs"]
@@ -102,12 +113,16 @@ def draw(
         "expert_load": lambda: routing.expert_load(found),
         "neighborhoods": lambda: routing.neighborhoods(summary["neighborhoods"], sizes, similarities),
         "drift": lambda: results.drift(found, test["all"]),
-        "task_maps": lambda: task_maps(setup, stages, found),
+        "task_maps": lambda: task_maps(setup, stages, found, oracle),
     }
+    captions = dict(_CAPTIONS)
+    if oracle:
+        title, caption = captions["task_maps"]
+        captions["task_maps"] = (title, f"{caption} {oracle_sentence(oracle)}")
     pictures = []
     for name, make in figures.items():
         figure = make()
-        pictures.append(Picture(name, *_CAPTIONS[name], save(figure, folder, name), round(76 * figure.get_figwidth())))
+        pictures.append(Picture(name, *captions[name], save(figure, folder, name), round(76 * figure.get_figwidth())))
         advance(1)
     return pictures
 
@@ -141,8 +156,19 @@ _CAPTIONS = {
 }
 
 
-def task_maps(setup: Setup, stages: Mapping[str, Stage], found: Mapping[str, Any]) -> Figure:
-    """The figure of the three spaces over at most 2000 test questions. Raises ArtifactError."""
+def oracle_sentence(oracle: Mapping[str, Stage]) -> str:
+    """What the oracle reached, never without its control. Raises ArtifactError."""
+    base, best, control = (read_answers(oracle[n].path / ANSWERS, "test") for n in ("base", "oracle", "oracle_control"))
+    return describe_oracle(oracle_and_control(best, [control], base))
+
+
+def task_maps(
+    setup: Setup, stages: Mapping[str, Stage], found: Mapping[str, Any], oracle: Mapping[str, Stage]
+) -> Figure:
+    """The figure of the three spaces, and the oracle's where it was run, over at most 2000 test questions.
+
+    Raises ArtifactError.
+    """
     table = read_table(stages["evaluate"].path / RESULTS, ["row", "task", "split", "base_routing", "tuned_routing"])
     facts = table_facts(table)
     test = [n for n, split in enumerate(table.column("split").to_pylist()) if split == "test"]
@@ -160,8 +186,17 @@ def task_maps(setup: Setup, stages: Mapping[str, Stage], found: Mapping[str, Any
         "routing, base": found["base"]["task_silhouette"],
         "routing, tuned": found["tuned"]["task_silhouette"],
     }
+    tasks = chosen.column("task").to_pylist()
+    if oracle:
+        rows, routing = read_routing_of(oracle["oracle"].path / ANSWERS, "test")
+        place = {row: n for n, row in enumerate(rows)}
+        points = routing[[place[row] for row in chosen.column("row").to_pylist()]]
+        spaces["routing, oracle"] = points
+        silhouettes["routing, oracle"] = silhouette(
+            torch.from_numpy(points.copy()), tasks, torch.Generator().manual_seed(seed)
+        )
     maps = {name: projection.lay_out(features, seed) for name, features in spaces.items()}
-    return projection.task_maps(maps, chosen.column("task").to_pylist(), silhouettes)
+    return projection.task_maps(maps, tasks, silhouettes)
 
 
 def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], pictures: list[Picture]) -> None:
@@ -185,7 +220,7 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "card_header": card_header(setup, summary),
     }
     for name in (PAGE, MARKDOWN, CARD):
-        text = _environment().get_template(name).render(values)
+        text = environment().get_template(name).render(values)
         write_atomically(stage.path / name, partial(_write_text, text))
 
 
@@ -193,16 +228,17 @@ def _write_text(text: str, path: Path) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _environment() -> Environment:
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of pages (escaped) and Markdown texts."""
+    made = Environment(
         loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=lambda name: name is not None and name.endswith(".html"),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["md"] = markdown
-    return environment
+    made.filters["md"] = markdown
+    return made
 
 
 def markdown(text: Any) -> str:

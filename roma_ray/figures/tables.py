@@ -139,9 +139,9 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
         for split, figures in summary["splits"].items()
         for name in ordered(figures)
     ]
-    _write(folder / "results.csv", ("split", "task", *_FIGURES), results)
+    write_csv(folder / "results.csv", ("split", "task", *_FIGURES), results)
     epochs = summary["epochs"]
-    _write(folder / "epochs.csv", tuple(epochs[0]), [tuple(e.values()) for e in epochs])
+    write_csv(folder / "epochs.csv", tuple(epochs[0]), [tuple(e.values()) for e in epochs])
     found = summary["diagnostics"]
     layers = [
         (
@@ -153,19 +153,20 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
         for n, layer in enumerate(found["layers"])
     ]
     header = ("layer", "base_routing_entropy", "tuned_routing_entropy", "routing_kl", "selection_overlap")
-    _write(folder / "layers.csv", header, layers)
+    write_csv(folder / "layers.csv", header, layers)
     loads = [
         (layer, expert, found["base"]["expert_load"][n][expert], found["tuned"]["expert_load"][n][expert])
         for n, layer in enumerate(found["layers"])
         for expert in range(len(found["base"]["expert_load"][n]))
     ]
-    _write(folder / "expert_load.csv", ("layer", "expert", "base", "tuned"), loads)
+    write_csv(folder / "expert_load.csv", ("layer", "expert", "base", "tuned"), loads)
     near = summary["neighborhoods"]
     quantiles = [(key, near["sizes"][key], near["similarities"].get(key, "")) for key in near["sizes"]]
-    _write(folder / "neighborhoods.csv", ("quantile", "size", "similarity"), quantiles)
+    write_csv(folder / "neighborhoods.csv", ("quantile", "size", "similarity"), quantiles)
 
 
-def _write(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write one CSV file. Raises StorageError."""
     stream = io.StringIO()
     csv.writer(stream, lineterminator="\n").writerows([header, *rows])
     text = stream.getvalue()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -229,8 +229,8 @@ def _load(
     experts_backend: str,
 ) -> PreTrainedModel:
     """Let transformers itself convert and place the tensors; what it would fill at random is an error here."""
-    with ExitStack() as stack, _quiet_loading():
-        lazy = snapshot.lazy_tensors(list(keys), stack)
+    with _quiet_loading():
+        lazy = snapshot.lazy_tensors(list(keys))
         state = {keys[key]: tensor for key, tensor in lazy.items()}
         absent = _stand_ins(model_class, config, state, dtype)
         model, info = model_class.from_pretrained(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from roma_ray.errors import ModelError
@@ -87,20 +87,35 @@ class Snapshot:
                 f"convert .bin weights first. ({error})"
             ) from error
 
-    def lazy_tensors(self, keys: list[str], stack: ExitStack) -> dict[str, Any]:
-        """Return unread safetensors slices of `keys`; the files stay open until `stack` closes. Raises ModelError."""
+    def lazy_tensors(self, keys: list[str]) -> dict[str, LazyTensor]:
+        """Tensors that are read when they are indexed. Raises ModelError for a file that is damaged."""
         by_file: dict[str, list[str]] = {}
         for key in keys:
             by_file.setdefault(self.weight_map[key], []).append(key)
-        tensors: dict[str, Any] = {}
+        tensors: dict[str, LazyTensor] = {}
         for name, wanted in by_file.items():
             path = self.file(name)
-            try:
-                handle = stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-                tensors.update({key: handle.get_slice(key) for key in wanted})
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
+            missing = set(wanted) - set(_keys(path))
+            if missing:
+                raise ModelError(f"{path} is damaged: it lacks {min(missing)}, which the index says it holds")
+            tensors.update({key: LazyTensor(path, key) for key in wanted})
         return tensors
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of a file, read into memory of its own when it is indexed.
+
+    A tensor that safetensors itself returns lies in the mapped file, and one that stays in use would keep all of the file's
+    pages that were touched: twice the memory of the weights.
+    """
+
+    path: Path
+    key: str
+
+    def __getitem__(self, index: Any) -> Tensor:
+        with safe_open(self.path, framework="pt", device="cpu") as handle:
+            return handle.get_slice(self.key)[index].clone()
 
 
 def open_snapshot(path: str, revision: str | None = None) -> Snapshot:

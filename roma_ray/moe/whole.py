@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,9 +59,8 @@ def base_tensors(path: str, names: Sequence[str], *, revision: str | None = None
     """Read some tensors of a checkpoint by their whole-model names, in the type they are stored in. Raises ModelError."""
     snapshot = open_snapshot(path, revision)
     keys = checkpoint_keys(snapshot, names)
-    with ExitStack() as stack:
-        lazy = snapshot.lazy_tensors(list(keys.values()), stack)
-        return {name: lazy[key][...] for name, key in keys.items()}
+    lazy = snapshot.lazy_tensors(list(keys.values()))
+    return {name: lazy[key][...] for name, key in keys.items()}
 
 
 @dataclass(frozen=True)

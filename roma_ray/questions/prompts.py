@@ -105,7 +105,8 @@ class PromptBuilder:
             self._check_template()
         # lm-evaluation-harness joins prompt and choice by a blank, and by nothing after a chat template.
         self._delimiter = "" if config.chat_template else " "
-        self._prefix_ids = [] if config.chat_template else self._leading_special_ids()
+        # What every prompt starts with: BOS, for some tokenizers.
+        self.prefix_ids: list[int] = [] if config.chat_template else self._leading_special_ids()
         self._letter_ids: dict[int, tuple[int, ...]] = {}
         if config.format == "letter":
             self._letters(2)
@@ -208,7 +209,7 @@ class PromptBuilder:
         if not texts:
             return []
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return [self._prefix_ids + list(row) for row in ids]
+        return [self.prefix_ids + list(row) for row in ids]
 
     def _check_template(self) -> None:
         from jinja2 import TemplateError

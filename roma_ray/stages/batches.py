@@ -115,8 +115,8 @@ class BatchWorker:
         if deaths >= 2 * _DEATHS or (deaths >= _DEATHS and not isinstance(do, Separable)):
             raise WorkerError(
                 f"{self.work.name}: batch {batch} killed its worker {deaths} times and no single question is to blame; most "
-                "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size), or use fewer workers on a node "
-                f"(ray.{self.work.name}_workers)."
+                "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size, evaluation.batch_tokens), or use "
+                f"fewer workers on a node (ray.{self.work.name}_workers)."
             )
         excluded: frozenset[int] = frozenset()
         if deaths >= _DEATHS:
@@ -143,7 +143,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         if not batches:
             return
         cluster.connect()
-        wanted = cluster.config.ray.extract_workers if stage == "extract" else cluster.config.ray.embed_workers
+        wanted = getattr(cluster.config.ray, f"{stage}_workers")
         workers, need = cluster.place(stage, wanted, len(batches), device)
         token = uuid.uuid4().hex[:12]
         cluster.say(f"{stage}: {len(batches)} batches on {workers} worker(s), {device}")

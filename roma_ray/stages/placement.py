@@ -86,8 +86,8 @@ def live_nodes() -> list[Node]:
 
 
 def need_of(stage: str, settings: RayConfig, device: str) -> Need:
-    """What a worker of a stage needs. Finetuning takes whole GPUs: NCCL wants one for each worker."""
-    placement = getattr(settings, stage)
+    """What a worker of a stage needs. Finetuning takes whole GPUs: NCCL wants one for each worker; trials (`tune`) share."""
+    placement = settings.finetune if stage == "tune" else getattr(settings, stage)
     gpus = settings.gpus_per_worker if device == "cuda" else 0.0
     return Need(
         cpus=settings.cpus_per_worker,

@@ -10,6 +10,7 @@ from roma_ray.engine.backends import measure_backends
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import ModelSpec
+from roma_ray.stages.baselines import baselines_on_ray
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.embed import embed_on_ray
 from roma_ray.stages.extract import extract_on_ray
@@ -24,6 +25,7 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         embed=embed_on_ray(cluster, device),
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
+        baselines=baselines_on_ray(cluster, device),
     )
 
 

@@ -1,5 +1,6 @@
-"""Runs in MLflow: one parent run a pipeline, one child run a stage, all written by the driver from the artifacts."""
+"""Runs in MLflow: one parent run a pipeline or sweep, one child run a stage or trial, all written by the driver."""
 
+from roma_ray.tracking.sweep import SweepTracker, TrialRun
 from roma_ray.tracking.tracker import Tracker, tracked
 
-__all__ = ["Tracker", "tracked"]
+__all__ = ["SweepTracker", "Tracker", "TrialRun", "tracked"]

@@ -104,23 +104,25 @@ class Client:
     def runs(self, tag: str, value: str) -> list[RunState]:
         """The experiment's runs that have this tag, oldest first."""
         with _translated():
-            found = self._client.search_runs(
-                [self.experiment_id],
-                filter_string=f"tags.`{tag}` = '{value}'",
-                order_by=["attributes.start_time ASC"],
-                max_results=1000,
-            )
-            return [
-                RunState(
-                    r.info.run_id,
-                    r.info.start_time,
-                    r.info.status,
-                    dict(r.data.tags),
-                    set(r.data.params),
-                    set(r.data.metrics),
+            found, token = [], None
+            while True:
+                page = self._client.search_runs(
+                    [self.experiment_id],
+                    filter_string=f"tags.`{tag}` = '{value}'",
+                    order_by=["attributes.start_time ASC"],
+                    max_results=1000,
+                    page_token=token,
                 )
-                for r in found
-            ]
+                found += page
+                token = page.token
+                if not token:
+                    break
+            return [_state(r) for r in found]
+
+    def run(self, id: str) -> RunState:
+        """The run of this id."""
+        with _translated():
+            return _state(self._client.get_run(id))
 
     def create(self, name: str, tags: Mapping[str, str], start: int) -> RunState:
         """A new run."""
@@ -205,6 +207,11 @@ class Client:
             monitor = SystemMetricsMonitor(run.id, resume_logging=True, tracking_uri=self.uri)
             monitor.start()
             return monitor
+
+
+def _state(run: Any) -> RunState:
+    info, data = run.info, run.data
+    return RunState(info.run_id, info.start_time, info.status, dict(data.tags), set(data.params), set(data.metrics))
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import Stage, fingerprint
+from roma_ray.artifacts import Stage, Store, fingerprint
 from roma_ray.config import Config
 from roma_ray.engine.embedding import VECTORS
 from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS, live_epochs
@@ -31,9 +31,14 @@ _LONGEST_PARAMETER = 6000
 
 def tracking_uri(setup: Setup) -> str:
     """Where MLflow is: the configuration, else $MLFLOW_TRACKING_URI, else a database in the storage; files made absolute."""
-    uri = setup.config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    return tracking_address(setup.config, setup.store)
+
+
+def tracking_address(config: Config, store: Store) -> str:
+    """The same without a model: for what only reads or writes evaluations."""
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
-        return f"sqlite:///{setup.store.root / 'mlflow.db'}"
+        return f"sqlite:///{store.root / 'mlflow.db'}"
     scheme, separator, path = uri.partition(":///")
     if separator and scheme.startswith("sqlite") and path:
         return f"{scheme}:///{Path(path).expanduser().absolute()}"

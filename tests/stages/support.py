@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roma_ray.ablations.trial import Work, here
 from roma_ray.engine.extractor import Extractor, ExtractWork
 from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.training import Outcome, World
@@ -116,3 +117,24 @@ def started(notes: Path) -> int:
 
 def epochs_in(records: Sequence[dict[str, Any]]) -> list[int]:
     return [record["epoch"] for record in records]
+
+
+def dies_once(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A trial whose process dies in the middle of training, once: `here`, with a death after its second checkpoint."""
+    marker = Path(work.stages["finetune"].path) / ".died"
+
+    def hear(record: dict[str, Any]) -> None:
+        if not marker.exists():
+            marker.touch()
+            die()
+        report(record)
+
+    return here(work, hear)
+
+
+def counts_epochs(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A trial without work: its accuracy is its learning rate, four epochs long."""
+    rate = work.setup.config.finetune.learning_rate
+    for epoch in range(1, 4):
+        report({"epoch": epoch, "validation_accuracy": rate})
+    return {"epoch": 4, "validation_accuracy": rate}

@@ -1,0 +1,109 @@
+"""`roma-ray tune` behind its options: a dry run, a sweep with all who follow it, a report, a summary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext, suppress
+from pathlib import Path
+from typing import Any
+
+from roma_ray.ablations.observers import Board, Lines, LiveTable, in_mlflow
+from roma_ray.ablations.plan import Plan, describe, make_plan, without_model
+from roma_ray.ablations.report import PAGE, headline, ranking, write_report
+from roma_ray.ablations.results import read_findings
+from roma_ray.ablations.space import Space
+from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, run_sweep
+from roma_ray.artifacts import Store
+from roma_ray.engine.progress import Progress
+from roma_ray.errors import ModelError, QuestionError
+from roma_ray.figures.tables import Table
+from roma_ray.stages.cluster import open_cluster
+from roma_ray.stages.runners import measure_near
+
+
+def dry_run(space: Space) -> list[str]:
+    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away."""
+    try:
+        try:
+            return describe(make_plan(space))
+        except ModelError:
+            # A GPU that was never measured: what trials share is the same on a CPU.
+            return describe(make_plan(space, "cpu"))
+    except (ModelError, QuestionError) as error:
+        return without_model(space, error)
+
+
+def run(
+    space: Space, progress: Progress, board: Board | None, address: str | None = None, *, stop_on_failure: bool = False
+) -> Sweep:
+    """Run what is missing of a sweep and write its report. Failed trials are in its states. Raises RomaError."""
+    with open_cluster(space.centre, address, progress.say) as cluster, ExitStack() as open_until_the_end:
+        device = cluster.device()
+        plan = make_plan(space, device, measure_near(cluster, device, progress))
+        Store(space.centre.storage).check()
+        followers: list[Observer] = [LiveTable(board) if board is not None else Lines(progress)]
+        if space.centre.tracking.enabled:
+            followers.append(open_until_the_end.enter_context(in_mlflow(plan, progress)))
+        sweep = run_sweep(plan, cluster, progress, followers, stop_on_failure=stop_on_failure)
+        if board is not None:
+            board.close()  # the report has a bar of its own
+        write_report(sweep, progress)
+        for follower in followers:
+            follower.finished(sweep)
+    return sweep
+
+
+def revisit(space: Space, progress: Progress) -> tuple[Sweep, Path | None]:
+    """The report of a sweep as far as it is. Raises ArtifactError, ConfigError, ModelError."""
+    candidates = [open_sweep(plan) for plan in _plans(space)]
+    sweep = max(candidates, key=lambda found: len(found.having(DONE)))
+    return sweep, write_report(sweep, progress)
+
+
+def _plans(space: Space) -> Sequence[Plan]:
+    """The sweep here, and, as `device: auto` may have meant a cluster's GPUs, on the other kind of device."""
+    found = []
+    for device in ("cuda", "cpu") if space.centre.device == "auto" else (None,):
+        # On GPUs that no run ever used there is nothing to look for.
+        with suppress(ModelError) if device == "cuda" else nullcontext():
+            found.append(make_plan(space, device))
+    return found
+
+
+def failures(sweep: Sweep) -> list[str]:
+    """Each failed trial with its error."""
+    return [f"{state.trial.name}: {state.error}" for state in sweep.having(FAILED)]
+
+
+def result(sweep: Sweep) -> tuple[str, Table] | None:
+    """The sweep in a sentence and a table; None where no trial is finished."""
+    findings = read_findings(sweep)
+    return (headline(findings), ranking(findings)) if findings is not None else None
+
+
+def summary(sweep: Sweep) -> dict[str, Any]:
+    """The sweep as plain data: `trials` (one record each), `report`, `failed`."""
+    return {
+        "format": 1,
+        "name": sweep.space.file.name,
+        "sweep": sweep.space.identity,
+        "report": str(sweep.stage.path / PAGE),
+        "complete": sweep.stage.complete,
+        "trials": [
+            {
+                "id": state.trial.id,
+                "name": state.trial.name,
+                "state": state.state,
+                "centre": state.trial.centre,
+                "factors": dict(state.trial.factors),
+                "settings": dict(state.trial.settings),
+                "seed": state.trial.seed,
+                "epochs": state.epoch,
+                "validation_accuracy": state.validation_accuracy,
+                "test_difference": state.test_difference,
+                "error": state.error,
+                "paths": {name: str(stage.path) for name, stage in state.planned.stages.items()},
+            }
+            for state in sweep.states.values()
+        ],
+    }

@@ -1,0 +1,165 @@
+"""Who follows a sweep: MLflow, the live table of a terminal, the lines of a log."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+from roma_ray.ablations.plan import Plan, hours
+from roma_ray.ablations.report import PAGE, progress_line
+from roma_ray.ablations.results import read_findings
+from roma_ray.ablations.sweep import DONE, FAILED, RUNNING, STOPPED, State, Sweep
+from roma_ray.engine.progress import Progress
+from roma_ray.tracking import SweepTracker, TrialRun
+
+HEADER = ("trial", "state", "epoch", "validation %", "test gain", "time")
+
+
+class Board(Protocol):
+    """Where the table of trials is shown."""
+
+    def show(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Replace what is shown."""
+
+    def close(self) -> None:
+        """Leave what is shown as it is."""
+
+
+class Lines:
+    """A line for each trial that starts or ends: for logs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.progress = progress
+        self._said: dict[str, str] = {}
+
+    def started(self, sweep: Sweep) -> None: ...
+
+    def changed(self, sweep: Sweep, state: State) -> None:
+        if self._said.get(state.trial.id) != state.state:
+            self._said[state.trial.id] = state.state
+            self.progress.say(f"[{progress_of(sweep)}] {progress_line(state)}")
+
+    def finished(self, sweep: Sweep) -> None: ...
+
+
+class LiveTable:
+    """The table of trials on a board."""
+
+    def __init__(self, board: Board) -> None:
+        self.board = board
+
+    def started(self, sweep: Sweep) -> None:
+        self.board.show(*table_of(sweep))
+
+    def changed(self, sweep: Sweep, state: State) -> None:
+        self.board.show(*table_of(sweep))
+
+    def finished(self, sweep: Sweep) -> None: ...
+
+
+def table_of(sweep: Sweep) -> tuple[str, Sequence[str], list[Sequence[str]]]:
+    """The title, header and rows of the table of trials."""
+    return progress_of(sweep), HEADER, [_row(state) for state in sweep.states.values()]
+
+
+def _row(state: State) -> tuple[str, ...]:
+    seconds = state.seconds
+    if seconds is None and state.began is not None:
+        seconds = time.monotonic() - state.began
+    return (
+        state.trial.name,
+        state.state,
+        f"{state.epoch}/{state.planned.epochs}" if state.epoch else "",
+        "" if state.validation_accuracy is None else f"{100 * state.validation_accuracy:.2f}",
+        "" if state.test_difference is None else f"{100 * state.test_difference:+.2f}",
+        "" if seconds is None else hours(seconds),
+    )
+
+
+def progress_of(sweep: Sweep) -> str:
+    """How many trials are in which state, and how long the rest will take."""
+    counts = Counter(state.state for state in sweep.states.values())
+    text = ", ".join(f"{counts[name]} {name}" for name in (DONE, RUNNING, STOPPED, FAILED) if counts[name]) or "0 done"
+    total = len(sweep.states) + max(0, sweep.missing_samples - len([s for s in sweep.having(RUNNING) if s.values]))
+    left = seconds_left(sweep)
+    return f"{text} of {total} trials" + (f", about {hours(left)} left" if left is not None else "")
+
+
+def seconds_left(sweep: Sweep) -> float | None:
+    """From the epochs that this run of the command has done, and how many trials work at a time; None before the first."""
+    now = time.monotonic()
+    mine = [s for s in sweep.states.values() if s.began is not None]
+    done = sum(s.epoch for s in mine)
+    if not done:
+        return None
+    spent = sum((s.seconds if s.seconds is not None else now - (s.began or now)) for s in mine)
+    todo = sum(s.planned.epochs - s.epoch for s in sweep.states.values() if s.state in (RUNNING, "waiting"))
+    todo += sweep.missing_samples * max(s.planned.epochs for s in sweep.states.values()) if sweep.missing_samples else 0
+    return todo * spent / done / max(1, len(sweep.having(RUNNING)))
+
+
+class InMlflow:
+    """Tells the tracker of a sweep."""
+
+    def __init__(self, tracker: SweepTracker) -> None:
+        self.tracker = tracker
+
+    def started(self, sweep: Sweep) -> None:
+        self.tracker.started([_run(state) for state in sweep.states.values()])
+
+    def changed(self, sweep: Sweep, state: State) -> None:
+        self.tracker.changed(_run(state))
+
+    def finished(self, sweep: Sweep) -> None:
+        page = sweep.stage.path / PAGE
+        failed = sweep.having(FAILED)
+        text = (
+            f"{len(failed)} trial(s) failed: {', '.join(state.trial.name for state in failed)}"[:500] if failed else ""
+        )
+        self.tracker.finished(page if page.exists() else None, _facts(sweep), text)
+
+
+def _facts(sweep: Sweep) -> Mapping[str, float]:
+    """The sweep's own figures. Those of an unfinished one would change, and MLflow keeps what it has."""
+    if not sweep.stage.complete:
+        return {}
+    findings = read_findings(sweep)
+    facts = {"trials": float(len(sweep.states)), "trials_stopped": float(len(sweep.having(STOPPED)))}
+    if findings is not None:
+        best = findings.results[0]
+        facts |= {"best/validation_accuracy": best.validation, "best/test_accuracy": best.accuracy}
+        facts |= {"base/test_accuracy": findings.base_accuracy, "base/validation_accuracy": findings.base_validation}
+        if findings.centre is not None:
+            facts["centre/test_accuracy"] = findings.centre.accuracy
+    return facts
+
+
+def _run(state: State) -> TrialRun:
+    trial, planned = state.trial, state.planned
+    return TrialRun(
+        trial.id,
+        trial.name,
+        planned.setup,
+        planned.stages,
+        trial.factors,
+        trial.centre,
+        state.state,
+        state.epoch,
+        state.error,
+    )
+
+
+@contextlib.contextmanager
+def in_mlflow(plan: Plan, progress: Progress) -> Iterator[InMlflow]:
+    """A follower that records the sweep, closed at its end, whatever the end is."""
+    tracker = SweepTracker(plan.trials[0].setup, progress, plan.space.file.name, plan.space.identity)
+    try:
+        yield InMlflow(tracker)
+    except BaseException as error:
+        tracker.failed(error)
+        raise
+    finally:
+        tracker.close()

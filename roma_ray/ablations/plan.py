@@ -1,0 +1,262 @@
+"""What a sweep's trials share, where each of their stages lives, and what the whole costs; nothing is computed here."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from roma_ray.ablations.space import Space, Trial, possible_extractions
+from roma_ray.artifacts import Stage, Store
+from roma_ray.config import Config
+from roma_ray.engine.embedding import embed_stage
+from roma_ray.engine.extraction import extract_stage
+from roma_ray.engine.finetuning import finetune_stage
+from roma_ray.engine.neighborhoods import neighbors_stage
+from roma_ray.engine.prepare import questions_stage
+from roma_ray.engine.setup import ModelSpec, Setup, resolve
+from roma_ray.errors import ConfigError, ModelError
+from roma_ray.evaluation.paired import evaluate_stage
+
+SHARED = ("questions", "extract", "embed", "neighbors")
+STAGES = (*SHARED, "finetune", "evaluate")
+# A backward pass through the head costs about two forward passes.
+_TRAINING_PASSES = 3
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A trial with its set-up and the place of each of its stages."""
+
+    trial: Trial
+    setup: Setup
+    stages: Mapping[str, Stage]
+
+    @property
+    def complete(self) -> bool:
+        return self.stages["evaluate"].complete
+
+    @property
+    def epochs(self) -> int:
+        return self.setup.config.finetune.epochs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A sweep that is ready to run."""
+
+    space: Space
+    device: str
+    trials: tuple[Planned, ...]
+
+    @property
+    def store(self) -> Store:
+        return self.trials[0].setup.store
+
+    def stages(self, name: str) -> list[tuple[Planned, Stage]]:
+        """The distinct stages of that name, each with the first trial that needs it."""
+        found: dict[str, tuple[Planned, Stage]] = {}
+        for planned in self.trials:
+            stage = planned.stages[name]
+            found.setdefault(stage.fingerprint, (planned, stage))
+        return list(found.values())
+
+
+Measure = Callable[[ModelSpec], dict[str, Any]]
+
+
+def unmeasured(spec: ModelSpec) -> dict[str, Any]:
+    """In place of measuring a GPU's experts backends, where nothing may be started. Raises ModelError."""
+    raise ModelError("no run of this model has measured its experts implementation in this storage")
+
+
+def make_plan(space: Space, device: str | None = None, measure: Measure = unmeasured) -> Plan:
+    """Resolve every trial against the model, with `measure` for what a GPU has not told yet.
+
+    Raises ModelError, ConfigError, QuestionError, StorageError.
+    """
+    check_searchable(space)
+    setups = resolve_all(space, device, measure)
+    merged: dict[str, Planned] = {}
+    for trial, setup in zip(space.trials, setups, strict=True):
+        planned = Planned(trial, setup, locate(setup))
+        # Different words for the same run, such as All and L5 of a model with five layers.
+        key = planned.stages["evaluate"].fingerprint
+        if key in merged:
+            kept = merged[key].trial
+            factors = tuple(dict.fromkeys([*kept.factors, *trial.factors]))
+            planned = dataclasses.replace(merged[key], trial=dataclasses.replace(kept, factors=factors))
+        merged[key] = planned
+    return Plan(space, setups[0].model.device, tuple(merged.values()))
+
+
+def resolve_all(space: Space, device: str | None, measure: Measure) -> list[Setup]:
+    """Each trial's set-up; what trials share is extracted once, so each knows of all cuts and token rules.
+
+    Raises ConfigError (when a trial's layers or tokens do not fit the model), ModelError.
+    """
+    models: dict[str, Setup] = {}
+
+    def of_model(config: Config) -> Setup:
+        # All trials of one model share its facts: reading and hashing a checkpoint takes seconds.
+        parts = config.model_dump_json(include={"model", "device", "threads", "storage"})
+        if parts not in models:
+            models[parts] = resolve(config, device=device, measure=measure)
+        return with_config(models[parts], config)
+
+    setups = []
+    for trial in space.trials:
+        try:
+            setups.append(of_model(trial.config))
+        except ConfigError as error:
+            raise ConfigError(f"{trial.name}: {error}") from None
+    # What optuna may still draw is extracted beforehand too.
+    later = [of_model(config) for config in possible_extractions(space)]
+    return share(setups, later)
+
+
+def with_config(near: Setup, config: Config) -> Setup:
+    """The set-up of another configuration of the same model, on the same shared extraction. Raises ConfigError."""
+    from roma_ray.moe.layers import select_layers, token_positions
+
+    token_positions(config.routing.tokens, 1)
+    layers = select_layers(config.routing.layers, near.moe_layers)
+    return dataclasses.replace(near, config=config, layers=layers)
+
+
+def share(setups: Sequence[Setup], later: Sequence[Setup] = ()) -> list[Setup]:
+    """The set-ups, each told of the cuts and token rules of all that ask the same questions of the same model."""
+
+    def together(setup: Setup) -> str:
+        return f"{questions_stage(setup).fingerprint} {setup.model_identity} {setup.model} {setup.config.extraction}"
+
+    cuts: dict[str, set[int]] = {}
+    rules: dict[str, set[str]] = {}
+    keys = [together(setup) for setup in (*setups, *later)]
+    for key, setup in zip(keys, (*setups, *later), strict=True):
+        cuts.setdefault(key, set()).add(setup.cut)
+        rules.setdefault(key, set()).add(setup.config.routing.tokens)
+    return [setup.shared(cuts[key], rules[key]) for key, setup in zip(keys, setups, strict=False)]
+
+
+def locate(setup: Setup) -> dict[str, Stage]:
+    """Where a trial's stages live."""
+    questions = questions_stage(setup)
+    extraction = extract_stage(setup, questions)
+    embeddings = embed_stage(setup, questions)
+    nearby = neighbors_stage(setup, extraction, embeddings)
+    tuned = finetune_stage(setup, extraction, nearby)
+    found = (questions, extraction, embeddings, nearby, tuned, evaluate_stage(setup, tuned))
+    return dict(zip(STAGES, found, strict=True))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What is left to do, in forward passes of the whole model over all questions; seconds where they are known."""
+
+    extraction: float
+    trials: float
+    seconds: float | None
+    """Of one worker."""
+
+
+def cost(plan: Plan) -> Cost:
+    """Estimate what the trials and stages that are not complete will take."""
+    extraction = float(sum(not stage.complete for _, stage in plan.stages("extract")))
+    trials = sum(_passes(planned) for planned in plan.trials if not planned.complete)
+    seconds = [stage.manifest()["seconds"] for _, stage in plan.stages("extract") if stage.complete]
+    return Cost(extraction, trials, (extraction + trials) * min(seconds) if seconds else None)
+
+
+def _passes(planned: Planned) -> float:
+    """One trial: training steps, a validation each epoch, and the tuned half of the evaluation, all on the head alone."""
+    questions = planned.setup.config.questions
+    held_out = {"validation": questions.validation_fraction, "test": questions.test_fraction}
+    if planned.stages["questions"].complete:
+        splits = planned.stages["questions"].manifest()["facts"]["splits"]
+        held_out = {name: splits[name] / sum(splits.values()) for name in ("validation", "test")}
+    train = (1 - sum(held_out.values())) * questions.fraction
+    setup = planned.setup
+    head = 1 - setup.cut / setup.num_layers
+    return head * (planned.epochs * (_TRAINING_PASSES * train + held_out["validation"]) + 1)
+
+
+def describe(plan: Plan) -> list[str]:
+    """What the user is told before anything starts."""
+    trials, space = plan.trials, plan.space
+    setups = [planned.setup for planned in trials]
+    done = sum(planned.complete for planned in trials)
+    seeds = sorted({setup.config.seed for setup in setups})
+    merged = len(space.trials) - len(trials)
+    searched = f", and {space.file.samples} that optuna chooses" if space.file.search == "optuna" else ""
+    lines = [
+        f"{space.file.name}: {len(trials)} trials{searched} ({done} complete), seeds {listed(seeds)}"
+        + (f"; {merged} more are the same as others on this model" if merged else "")
+    ]
+    lines.append(
+        f"cuts: {listed(sorted({setup.cut for setup in setups}))} of {setups[0].num_layers} layers; token rules: "
+        f"{listed(sorted({setup.config.routing.tokens for setup in setups}))}; training fractions: "
+        f"{listed(sorted({setup.config.questions.fraction for setup in setups}))}"
+    )
+    counts = []
+    for name in SHARED:
+        stages = [stage for _, stage in plan.stages(name)]
+        counts.append(f"{name} {len(stages)} ({sum(stage.complete for stage in stages)} complete)")
+    lines.append(f"shared stages: {', '.join(counts)}")
+    lines.append(describe_cost(plan))
+    return lines
+
+
+def describe_cost(plan: Plan) -> str:
+    """The line about what is left to do."""
+    left = cost(plan)
+    if not left.extraction + left.trials:
+        return "cost: nothing is left to do"
+    text = (
+        f"cost: about {left.extraction + left.trials:.1f} forward passes of the whole model over all questions "
+        f"({left.extraction:.0f} to extract, {left.trials:.1f} for the trials' heads; embedding not counted)"
+    )
+    if left.seconds is not None:
+        return f"{text}; about {hours(left.seconds)} of one worker at the speed of the finished extraction"
+    return text
+
+
+def hours(seconds: float) -> str:
+    """A duration as a reader takes it in."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Values separated by commas."""
+    return ", ".join(str(value) for value in values)
+
+
+def without_model(space: Space, reason: Exception) -> list[str]:
+    """What can be said of a sweep whose model is not at hand."""
+    configs = [trial.config for trial in space.trials]
+    return [
+        f"{space.file.name}: {len(configs)} trials, seeds {listed(sorted({config.seed for config in configs}))}",
+        f"layers: {listed(dict.fromkeys(json.dumps(config.routing.layers).strip(chr(34)) for config in configs))}; token "
+        f"rules: {listed(sorted({config.routing.tokens for config in configs}))}; training fractions: "
+        f"{listed(sorted({config.questions.fraction for config in configs}))}",
+        f"cuts and cost are not known without the model: {reason}",
+    ]
+
+
+def check_searchable(space: Space) -> None:
+    """A search that goes on while trials run cannot change what is extracted beforehand. Raises ConfigError."""
+    if space.file.search != "optuna":
+        return
+    for key, drawn in space.file.sample.items():
+        section = key.partition(".")[0]
+        fixed = section in {"model", "extraction", "embedding", "seed", "device", "threads"}
+        split = section == "questions" and key != "questions.fraction"
+        continuous = section == "routing" and drawn.choice is None
+        if fixed or split or continuous:
+            raise ConfigError(
+                f"`sample`: {key} decides what is extracted, before any trial; vary it by `grid`, or draw it with `search: random`"
+            )

@@ -1,0 +1,73 @@
+"""The one shape of all methods: configure, prepare, fit, predict.
+
+A method sees a `Bench`: questions, the activation cache, the base model's routing, neighborhoods, and the head. Unless it
+says that it `sees_labels`, the test questions that it is given carry no answer, so no method can use one by mistake.
+The runner (`runs.py`) chooses the learning rate on the validation questions, over one grid for all methods that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from roma_ray.baselines.bench import Bench
+from roma_ray.config import Config
+from roma_ray.config_baselines import BaselinesConfig
+from roma_ray.engine.answers import Answers
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What fitting left behind: tensors on the CPU by name, and plain facts worth reading later."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    trained_parameters: int = 0
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+NOTHING = Fitted()
+
+
+class Method:
+    """A method of the comparison; the defaults are those of one that has nothing to learn."""
+
+    name: str
+    title: str
+    """One line for the table's legend."""
+    trains: bool = False
+    """It is fitted by gradient steps, once for each learning rate of the grid."""
+    seeded: bool = False
+    """Its result depends on the seed."""
+    sees_labels: bool = False
+    """It is given the test questions' answers: an upper bound or a control, never a method to be used."""
+    runs_whole_model: bool = False
+    """It changes what the trunk sees, so its questions cost the whole model and cached activations do not serve."""
+
+    def configure(self, config: Config) -> dict[str, Any]:
+        """The settings that its result depends on besides those of the bench, as plain JSON: part of its fingerprint."""
+        return {"budget": budget(config.baselines)} if self.trains else {}
+
+    def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
+        """What all learning rates share, computed once."""
+        return {}
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """Learn from the training questions; leaves the bench as it was. Raises TrainingError, CacheError."""
+        return NOTHING
+
+    def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
+        """Log-likelihoods of every choice of the questions `rows`; leaves the bench as it was. Raises CacheError."""
+        raise NotImplementedError
+
+
+def budget(config: BaselinesConfig) -> dict[str, Any]:
+    """The settings that are equal for every method that trains."""
+    return {
+        "epochs": config.epochs,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+        "learning_rates": list(config.learning_rates),
+    }

@@ -1,0 +1,61 @@
+"""Oracle tuning: gates finetuned towards each training question's own oracle routing, L_task + lambda ||r_i - r*_i||^2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from roma_ray.baselines.bench import Bench
+from roma_ray.baselines.oracle import optimise
+from roma_ray.baselines.router_tuning import RouterMethod
+from roma_ray.config import Config
+from roma_ray.engine.objective import TrainingData
+from roma_ray.manifold.neighbors import Neighborhoods
+
+
+class OracleTuning(RouterMethod):
+    """The routers learn to give what the oracle found. It is eq. 9 with every question as its own single neighbor."""
+
+    name = "oracle_tuning"
+    title = "gates finetuned with L_task + λ‖r_i − r*_i‖² towards each training question's oracle routing"
+    regularizer = "manifold"
+
+    def configure(self, config: Config) -> dict[str, Any]:
+        """The oracle's settings too."""
+        return {**super().configure(config), "oracle": config.baselines.oracle.model_dump()}
+
+    def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
+        """r* [N, L, E] of the training questions, zero elsewhere (eq. 1)."""
+        routing_NLE = torch.zeros_like(bench.data.routing_NLE)
+        for batch in bench.batches(bench.rows["train"]):
+            aims = [bench.data.prompts[row].answer for row in batch]
+            routing_NLE[batch] = optimise(bench, batch, aims, bench.config.oracle).routing_QLE
+            bench.advance(len(batch), "oracle of the training questions")
+        return {"routing": routing_NLE}
+
+    def data(self, bench: Bench, prepared: dict[str, Tensor]) -> TrainingData:
+        """Training data in which every question's target is its own r*."""
+        return dataclasses.replace(
+            bench.data,
+            neighborhoods=own_neighborhoods(bench),
+            routing_NLE=prepared["routing"],
+            # The oracle's routing is that of the last prompt token, whatever the run compares.
+            tokens="Last1",
+        )
+
+
+def own_neighborhoods(bench: Bench) -> Neighborhoods:
+    """Every training question with itself as its one neighbor: the manifold term then is the distance to its target."""
+    queried = torch.zeros(len(bench.data.prompts), dtype=torch.bool)
+    queried[bench.rows["train"]] = True
+    count = int(queried.sum())
+    return Neighborhoods(
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), queried.long().cumsum(0)]),
+        indices=queried.nonzero()[:, 0],
+        similarities=torch.ones(count, dtype=torch.float64),
+        weights=torch.ones(count, dtype=torch.float64),
+        queried=queried,
+    )

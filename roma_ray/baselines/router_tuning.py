@@ -1,0 +1,76 @@
+"""Finetuned routers: with the manifold term (RoMA) and without it (router tuning, lambda = 0)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from roma_ray.baselines.bench import Bench
+from roma_ray.baselines.contract import Fitted, Method
+from roma_ray.config import Config
+from roma_ray.engine.answers import Answers
+from roma_ray.engine.objective import TrainingData
+from roma_ray.engine.training import finetune
+
+
+class RouterMethod(Method):
+    """A method whose outcome is other gates in the tuned layers."""
+
+    trains = True
+    seeded = True
+    regularizer = "none"
+
+    def configure(self, config: Config) -> dict[str, Any]:
+        """The budget and the settings of finetuning that the budget leaves alone."""
+        ours = set(super().configure(config)["budget"]) | {"learning_rate", "regularizer", "checkpoint_steps"}
+        settings = config.finetune.model_dump(mode="json", exclude=ours)
+        regularizer = config.finetune.regularizer.model_dump(mode="json") if self.regularizer != "none" else None
+        return {**super().configure(config), "finetune": settings, "regularizer": regularizer}
+
+    def data(self, bench: Bench, prepared: dict[str, Tensor]) -> TrainingData:
+        """What the loop reads."""
+        return bench.data
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """Finetune the gates of the tuned layers (eq. 8-10)."""
+        outcome = finetune(
+            bench.head,
+            self.data(bench, prepared),
+            bench.training_settings(learning_rate, self.regularizer),
+            layers=bench.setup.layers,
+            seed=seed,
+            advance=bench.advance,
+        )
+        facts = {"epochs": outcome.epochs, "probe": outcome.probe}
+        return Fitted(outcome.gates, sum(gate.numel() for gate in outcome.gates.values()), facts)
+
+    def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
+        """The answers of the head with the tuned gates."""
+        with bench.gates(fitted.tensors):
+            return bench.answer(rows)
+
+
+class RouterTuning(RouterMethod):
+    """Finetuning of the gates by the task loss alone."""
+
+    name = "router_tuning"
+    title = "gates finetuned by the task loss alone (λ = 0)"
+
+
+class Roma(RouterMethod):
+    """This project's method, within the same budget as the others."""
+
+    name = "roma"
+    title = "gates finetuned with the manifold term (eq. 9)"
+
+    def configure(self, config: Config) -> dict[str, Any]:
+        """The regularizer as configured for the run."""
+        self.regularizer = config.finetune.regularizer.kind
+        return super().configure(config)
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """As finetuning, with the run's own regularizer."""
+        self.regularizer = bench.setup.config.finetune.regularizer.kind
+        return super().fit(bench, prepared, learning_rate, seed)

@@ -1,0 +1,260 @@
+"""Running methods: a stage a method and seed, resumable trial by trial, one method's failure never another's.
+
+A method that trains is fitted once for each learning rate of the grid; the rate whose validation accuracy is highest (of
+equals the smallest) answers the test questions. Further seeds use the rate that the first chose.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from roma_ray.artifacts import Stage, fingerprint, write_atomically, write_json
+from roma_ray.baselines.bench import Bench, Cost, open_bench
+from roma_ray.baselines.contract import Fitted, Method
+from roma_ray.baselines.costs import counted, trunk_cost
+from roma_ray.baselines.registry import METHODS
+from roma_ray.engine.answers import ANSWERS, write_answers
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import Setup, set_threads
+from roma_ray.engine.work import Executor, Report
+from roma_ray.errors import ArtifactError
+
+VERSION = 1
+STAGE = "baselines"
+FAILURE = "failure.json"
+_PREPARED = "prepared.safetensors"
+
+
+def method_stage(setup: Setup, stages: Mapping[str, Stage], name: str, seed: int) -> Stage:
+    """Where one method's answers with one seed live."""
+    method = METHODS[name]
+    settings = {
+        **setup.numeric_identity(),
+        "method": name,
+        "layers": list(setup.layers),
+        "tokens": setup.config.routing.tokens,
+        "batch_tokens": setup.config.extraction.batch_tokens,
+        "seed": seed if method.seeded else None,
+        **method.configure(setup.config),
+    }
+    inputs = {key: stages[key].fingerprint for key in ("extract", "embed", "neighbors")}
+    first = setup.config.seed
+    if method.trains and seed != first:
+        # Its learning rate is the first seed's choice.
+        inputs["first"] = method_stage(setup, stages, name, first).fingerprint
+    return setup.store.stage(STAGE, settings, inputs, VERSION)
+
+
+def seeds_of(setup: Setup, name: str, count: int) -> list[int]:
+    """The seeds that a method runs with; one where its result depends on none."""
+    first = setup.config.seed
+    return list(range(first, first + (count if METHODS[name].seeded else 1)))
+
+
+@dataclass(frozen=True, eq=False)
+class MethodsWork:
+    """The methods as planned batches: batch n is method n with all its seeds."""
+
+    setup: Setup
+    stages: dict[str, Stage]
+    methods: tuple[str, ...]
+    seeds: int
+    name: str = STAGE
+
+    @property
+    def folder(self) -> str:
+        return str(self.setup.store.root / STAGE)
+
+    @property
+    def identity(self) -> str:
+        """What makes two of these the same work."""
+        stages = [method_stage(self.setup, self.stages, name, self.setup.config.seed) for name in self.methods]
+        kind = type(self).__name__
+        return fingerprint({"kind": kind, "stages": [str(stage.path) for stage in stages], "seeds": self.seeds})
+
+    def open(self) -> Callable[[int], Report]:
+        """Open the bench; returns the function that runs one method."""
+        set_threads(self.setup.model.threads)
+        bench = open_bench(self.setup, self.stages)
+        return lambda batch: self.run(bench, batch)
+
+    def next_stage(self, batch: int) -> Stage:
+        """The first stage of a method that is not complete, or its last."""
+        seeds = seeds_of(self.setup, self.methods[batch], self.seeds)
+        stages = [method_stage(self.setup, self.stages, self.methods[batch], seed) for seed in seeds]
+        return next((stage for stage in stages if not stage.complete), stages[-1])
+
+    def run(self, bench: Bench, batch: int) -> Report:
+        """Run one method with all its seeds; a failure is written down and named by the driver."""
+        started, name = time.monotonic(), self.methods[batch]
+        failed = 0
+        for seed in seeds_of(self.setup, name, self.seeds):
+            stage = method_stage(self.setup, self.stages, name, seed)
+            try:
+                run_method(bench, METHODS[name], seed, stage)
+            # Whatever one method's fault is, the others' rows are kept; it is named, and the command ends with 1.
+            except Exception as error:  # noqa: BLE001 - the border between methods
+                bench.drop_models()
+                note_failure(stage, error)
+                failed += 1
+                break
+        return Report(batch, len(bench.rows["test"]), 0, failed, time.monotonic() - started)
+
+
+def note_failure(stage: Stage, error: BaseException) -> None:
+    """Keep what went wrong in the stage's folder. Raises StorageError."""
+    text = "".join(traceback.format_exception(error))
+    write_json(stage.path / FAILURE, {"kind": type(error).__name__, "text": str(error), "traceback": text})
+
+
+def read_failure(stage: Stage) -> dict[str, str] | None:
+    """What went wrong in the last attempt at an incomplete stage."""
+    path = stage.path / FAILURE
+    if stage.complete or not path.exists():
+        return None
+    found: dict[str, str] = json.loads(path.read_text())
+    return found
+
+
+def run_method(bench: Bench, method: Method, seed: int, stage: Stage) -> None:
+    """Fit one method with one seed and let it answer the test questions. Raises RomaError."""
+    if stage.complete:
+        stage.verify()
+        return
+    with stage.exclusive():
+        started = time.monotonic()
+        (stage.path / FAILURE).unlink(missing_ok=True)
+        given = bench if method.sees_labels else bench.blinded()
+        prepared, preparing = _prepared(stage, method, given, seed)
+        if method.trains:
+            fitted, chosen = _choose(bench, given, stage, method, prepared, seed)
+        else:
+            fitted, chosen = method.fit(given, prepared, 0.0, seed), {"fit_seconds": 0.0}
+        # Loaded before the clock starts: reading a model from disk is no part of a question's time.
+        _ = bench.whole if method.runs_whole_model else bench.head
+        clock = time.monotonic()
+        answers = method.predict(given, fitted, bench.rows["test"], seed)
+        predicting = time.monotonic() - clock
+        write_answers(stage.path / ANSWERS, answers, bench.data.prompts, bench.data.rule)
+        facts = {
+            "method": method.name,
+            "seed": seed,
+            "questions": len(answers.rows),
+            "trained_parameters": fitted.trained_parameters,
+            **chosen,
+            "train_seconds": preparing + chosen["fit_seconds"],
+            **_costs(bench, given, method, fitted, seed, predicting / len(answers.rows)),
+        }
+        stage.finish(facts=facts, seconds=time.monotonic() - started)
+
+
+def _prepared(stage: Stage, method: Method, bench: Bench, seed: int) -> tuple[dict[str, Tensor], float]:
+    """What all trials share, from an earlier attempt where there was one, and the seconds that it took."""
+    path = stage.path / _PREPARED
+    if not path.exists():
+        clock = time.monotonic()
+        made = method.prepare(bench, seed)
+        if not made:
+            return {}, 0.0
+        _save(path, made, {"seconds": time.monotonic() - clock})
+    tensors, facts = _load(path)
+    return tensors, float(facts["seconds"])
+
+
+def _choose(
+    bench: Bench, given: Bench, stage: Stage, method: Method, prepared: dict[str, Tensor], seed: int
+) -> tuple[Fitted, dict[str, Any]]:
+    """Fit with every rate of the grid (or the one that the first seed chose) and keep the best on validation."""
+    grid = sorted(bench.config.learning_rates)
+    if "first" in stage.identity["inputs"]:
+        first = Stage(stage.path.parent / stage.identity["inputs"]["first"], STAGE, {})
+        grid = [float(first.manifest()["facts"]["learning_rate"])]
+    trials = []
+    for rate in grid:
+        path = stage.path / "trials" / f"{rate:g}.safetensors"
+        if not path.exists():
+            clock = time.monotonic()
+            fitted = method.fit(given, prepared, rate, seed)
+            seconds = time.monotonic() - clock
+            accuracy = bench.accuracy(method.predict(given, fitted, bench.rows["validation"], seed))
+            facts = {"learning_rate": rate, "validation_accuracy": accuracy, "seconds": seconds}
+            _save(path, fitted.tensors, {**facts, "parameters": fitted.trained_parameters, "facts": fitted.facts})
+        trials.append(_load(path))
+    tensors, best = max(trials, key=lambda trial: (trial[1]["validation_accuracy"], -trial[1]["learning_rate"]))
+    return Fitted(tensors, best["parameters"], best["facts"]), {
+        "learning_rate": best["learning_rate"],
+        "validation_accuracy": best["validation_accuracy"],
+        "trials": {f"{t['learning_rate']:g}": t["validation_accuracy"] for _, t in trials},
+        "fit_seconds": best["seconds"],
+        "selection_seconds": sum(t["seconds"] for _, t in trials),
+    }
+
+
+def _costs(bench: Bench, given: Bench, method: Method, fitted: Fitted, seed: int, seconds: float) -> dict[str, float]:
+    """Operations and time of one question; what starts from cached activations pays for the trunk too."""
+    rows = bench.rows["test"]
+    flops = counted(rows, lambda sample: method.predict(given, fitted, sample, seed))
+    trunk = Cost(0.0, 0.0) if method.runs_whole_model else _trunk(bench)
+    return {"flops_per_question": flops + trunk.flops, "questions_per_second": 1 / (seconds + trunk.seconds)}
+
+
+def _trunk(bench: Bench) -> Cost:
+    """The trunk's cost, measured once a process."""
+    if bench.trunk is None:
+        bench.trunk = trunk_cost(bench, bench.rows["test"])
+    return bench.trunk
+
+
+def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    write_atomically(path, lambda aside: save_file(whole, aside, metadata={"facts": json.dumps(facts)}))
+
+
+def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as handle:
+            facts = json.loads(handle.metadata()["facts"])
+            return {key: handle.get_tensor(key) for key in handle.keys()}, facts  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); remove it and run again") from None
+
+
+def run_methods(
+    setup: Setup,
+    stages: Mapping[str, Stage],
+    methods: Sequence[str],
+    seeds: int,
+    execute: Executor,
+    progress: Progress,
+    on_method: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[Stage]]:
+    """Run the methods that are not complete with `execute`; each method's stages, one a seed, complete or failed."""
+    planned = {name: [method_stage(setup, stages, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}
+    inputs = {name: stages[name] for name in ("questions", "extract", "embed", "neighbors")}
+    work = MethodsWork(setup, inputs, tuple(methods), seeds)
+    pending = [n for n, name in enumerate(methods) if not all(stage.complete for stage in planned[name])]
+    for name in methods:
+        if all(stage.complete for stage in planned[name]):
+            for stage in planned[name]:
+                stage.verify()
+            progress.say(f"{name}: already complete")
+            on_method(name)
+    with progress.meter("baselines", len(methods), "methods", len(methods) - len(pending)) as meter:
+        for report in execute(work, pending):
+            name = methods[report.batch]
+            meter.advance(1, name)
+            progress.say(f"{name}: {'failed' if report.errors else 'done'} ({report.seconds:.1f} s)")
+            on_method(name)
+    return planned

@@ -1,0 +1,163 @@
+"""What `roma-ray evaluate --tasks` and `roma-ray compare` do: one call each for the judge and the comparison, and printing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+
+from roma_ray.artifacts import MANIFEST, Store, read_manifest, write_text
+from roma_ray.config import Config
+from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import resolve
+from roma_ray.engine.tables import read_table
+from roma_ray.errors import ConfigError
+from roma_ray.evaluation.compare import compare_columns, open_columns
+from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
+from roma_ray.evaluation.subject import Subject, resolve_subject
+from roma_ray.figures.comparison import FORMATS, render
+from roma_ray.pipeline import run as run_pipeline
+from roma_ray.stages.batches import ray_executor
+from roma_ray.stages.cluster import open_cluster
+from roma_ray.stages.runners import measure_near, ray_runners
+from roma_ray.terminal import open_progress, print_table
+from roma_ray.tracking import benchmarks as tracking
+
+Texts = list[tuple[str, list[str]]]
+
+
+def evaluate_tasks(
+    config: Config, address: str | None, quiet: bool, wanted: Wanted, adapter: str | None, base_only: bool
+) -> Path:
+    """Judge the configured model on lm-eval's tasks on Ray, print the figures; returns the evaluation's folder.
+
+    Without `adapter` or `base_only` the tuned model is the configured run's, which is finetuned first where it is not yet.
+    """
+    if adapter is not None and base_only:
+        raise ConfigError("--adapter and --base-only contradict each other")
+    progress = open_progress(quiet)
+    with open_cluster(config, address, progress.say) as cluster:
+        device = cluster.device()
+        store = Store(config.storage)
+        store.check()
+        on = partial(resolve_subject, config, device=device, measure=measure_near(cluster, device, progress))
+        alone = base_only or (adapter is None and not _tunable(on(adapter=None), progress))
+        training: Texts | None = None
+        if not alone and adapter is None:
+            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
+            run = run_pipeline(setup, progress, ray_runners(cluster, device), "finetune")
+            adapter = str(run.stages["finetune"].path / ADAPTER)
+        if adapter is not None:
+            training = training_texts(store, adapter)
+        stage = judge(
+            config, on(adapter=adapter), wanted, store, ray_executor(cluster, "evaluate", device), progress, training
+        )
+    if config.tracking.enabled:
+        tracking.record(config, store, stage, progress)
+    return stage.path
+
+
+def _tunable(subject: Subject, progress: Progress) -> bool:
+    """Whether the model has routers to tune; a dense one is judged alone, and that is said."""
+    if not subject.sliced:
+        progress.say(f"{subject.model.path} has no routers that roma-ray tunes: it is judged alone")
+    return subject.sliced
+
+
+def training_texts(store: Store, adapter: str) -> Texts | None:
+    """Questions that an adapter was trained on, where this storage has its run; None where that is not known."""
+    manifest = Path(adapter).resolve().parent / MANIFEST
+    if not manifest.is_file():
+        return None
+    # Finetuning depends on extraction, which depends on the questions.
+    extraction = read_manifest(manifest.parent)["identity"]["inputs"].get("extract", "")
+    folder = store.root / "extract" / extraction
+    if not extraction or not (folder / MANIFEST).is_file():
+        return None
+    questions = store.root / "questions" / read_manifest(folder)["identity"]["inputs"]["questions"]
+    if not (questions / MANIFEST).is_file():
+        return None
+    table = read_table(questions / TABLE, ["question", "choices", "split"]).to_pylist()
+    return [(row["question"], row["choices"]) for row in table if row["split"] == "train"]
+
+
+def print_benchmarks(folder: Path) -> None:
+    """Print an evaluation's figures and what a reader must know of them."""
+    found = read_benchmarks(folder)
+    paired = found["model"]["adapter"] is not None
+    header: tuple[str, ...] = ("benchmark", "metric", "shots", "n", "base %")
+    rows = []
+    # Of a group that was asked for, MMLU say, the whole is shown; its tasks are in the files.
+    inner = {task for group in found["groups"].values() for task in group["tasks"]}
+    shown = {task: figures for task, figures in found["tasks"].items() if task not in inner} | found["groups"]
+    for task, figures in shown.items():
+        shots = figures.get(
+            "num_fewshot", found["tasks"][figures["tasks"][0]]["num_fewshot"] if "tasks" in figures else 0
+        )
+        for metric, f in figures["metrics"].items():
+            row = [task, metric.removesuffix(",none"), str(shots), str(f["n"]), _percent(f, "base")]
+            if paired:
+                p = "" if f["mcnemar_p"] is None else f"{f['mcnemar_p']:.3g}"
+                row += [_percent(f, "tuned"), f"{100 * f['difference']:+.2f} ± {100 * f['difference_stderr']:.2f}", p]
+            rows.append(tuple(row))
+    if paired:
+        header = (*header, "tuned %", "difference", "McNemar p")
+    print_table("lm-evaluation-harness: scores with standard errors", header, rows)
+    for line in notes_of(found):
+        click.echo(f"note: {line}")
+    speed = found["cost"]["questions_per_second"]
+    if speed:
+        click.echo("questions/s: " + ", ".join(f"{name} {figure:.1f}" for name, figure in speed.items()))
+    click.echo(f"evaluation: {folder}")
+
+
+def _percent(figures: dict[str, Any], name: str) -> str:
+    return f"{100 * figures[name]:.2f} ± {100 * figures[f'{name}_stderr']:.2f}"
+
+
+def notes_of(found: dict[str, Any]) -> list[str]:
+    """The guards' findings in sentences."""
+    guards, lines = found["guards"], []
+    if guards["at_chance"]:
+        lines.append(f"at chance level (within two standard errors of guessing): {', '.join(guards['at_chance'])}")
+    if guards["too_many_truncated"]:
+        lines.append(f"{guards['truncated']} prompts (over 1 %) were cut to the model's longest input")
+    for task, hits in guards["seen_in_training"].items():
+        shown = ", ".join(map(str, hits["questions"]))
+        lines.append(
+            f"{hits['normalised']} questions of {task} occur in the training set ({hits['exact']} letter for letter): {shown}"
+        )
+    if found["model"]["adapter"] is not None and not guards["training_known"]:
+        lines.append(
+            "what this adapter was trained on is not known here, so it was not searched for the benchmarks' questions"
+        )
+    return lines
+
+
+def compare_runs(
+    config: Config,
+    names: Sequence[str],
+    *,
+    form: str,
+    out: str | None,
+    allow_different_pins: bool,
+    track: bool,
+) -> None:
+    """Compare evaluations; print the table, or write it to `out` in the form that its suffix says."""
+    store = Store(config.storage)
+    columns = open_columns(names, store, lambda name: tracking.fingerprint_of(config, store, name))
+    comparison = compare_columns(columns, allow_different_pins=allow_different_pins)
+    if out is not None:
+        suffixes = {Path(f"x.{suffix}").suffix: name for name, suffix in FORMATS.items()}
+        form = suffixes.get(Path(out).suffix, form)
+        write_text(out, render(comparison, form))
+        click.echo(f"written: {out}")
+    else:
+        click.echo(render(comparison, form), nl=False)
+    if track:
+        tracking.record_comparison(config, store, comparison, open_progress(quiet=False))

@@ -1,0 +1,115 @@
+"""The comparison of Table 1: the pipeline up to the neighborhoods, every method on it, one table."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from roma_ray.artifacts import Stage, fingerprint, write_json
+from roma_ray.baselines.contract import budget
+from roma_ray.baselines.registry import METHODS
+from roma_ray.baselines.runs import method_stage, read_failure, run_methods, seeds_of
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import LOCAL, Runners
+from roma_ray.engine.setup import Setup
+from roma_ray.evaluation.methods import Entry, compare_methods
+from roma_ray.pipeline import run
+
+VERSION = 1
+SUMMARY = "comparison.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A comparison, with the rows of every method that did not fail."""
+
+    stages: Mapping[str, Stage]
+    methods: Mapping[str, Sequence[Stage]]
+    summary: dict[str, Any]
+    failures: Mapping[str, str]
+
+
+class ComparisonObserver(Protocol):
+    """Hears of a comparison as it goes; what it does with that must not raise and changes no result."""
+
+    def planned(self, methods: Mapping[str, Sequence[Stage]]) -> None:
+        """Before any method runs: where each method's stages live or will live."""
+
+    def method_finished(self, name: str) -> None:
+        """A method is complete, from now or from before, or failed."""
+
+    def finished(self, summary: Mapping[str, Any]) -> None:
+        """All methods were tried."""
+
+
+class _Nobody:
+    def planned(self, methods: Mapping[str, Sequence[Stage]]) -> None: ...
+    def method_finished(self, name: str) -> None: ...
+    def finished(self, summary: Mapping[str, Any]) -> None: ...
+
+
+UNOBSERVED = _Nobody()
+
+
+def compare(
+    setup: Setup,
+    methods: Sequence[str],
+    seeds: int,
+    progress: Progress,
+    runners: Runners = LOCAL,
+    observer: ComparisonObserver = UNOBSERVED,
+) -> Comparison:
+    """Run the methods that are not complete and judge all of them. A method that fails leaves the others' rows.
+
+    Raises what the stages before raise, and GuardError when the base model itself failed.
+    """
+    started = time.monotonic()
+    stages = dict(run(setup, progress, runners, until="neighbors").stages)
+    planned = {name: [method_stage(setup, stages, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}
+    observer.planned(planned)
+    run_methods(setup, stages, methods, seeds, runners.baselines, progress, observer.method_finished)
+    entries = []
+    for name in methods:
+        failed = next((found for stage in planned[name] if (found := read_failure(stage))), None)
+        failure = f"{failed['kind']}: {failed['text']}" if failed else ""
+        entries.append(Entry(name, METHODS[name].title, METHODS[name].sees_labels, planned[name], failure))
+    own = setup.config.baselines
+    counts = stages["questions"].manifest()["facts"]["splits"]
+    training = stages["neighbors"].manifest()["facts"]["training"]
+    common = {**budget(own), "training_questions": training, "validation_questions": counts["validation"]}
+    summary = {
+        "name": setup.config.name,
+        "seed": setup.config.seed,
+        "seeds": seeds,
+        "layers": list(setup.layers),
+        **compare_methods(entries, common),
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    observer.finished(summary)
+    failures = {entry.name: entry.failure for entry in entries if entry.failure}
+    if not failures:
+        _keep(setup, planned, summary)
+    return Comparison(stages, planned, summary, failures)
+
+
+def comparison_stage(setup: Setup, methods: Mapping[str, Sequence[Stage]]) -> Stage:
+    """Where the table of these methods lives."""
+    inputs = {f"{name}/{n}": stage.fingerprint for name, stages in methods.items() for n, stage in enumerate(stages)}
+    return setup.store.stage("comparison", {"name": setup.config.name}, inputs, VERSION)
+
+
+def _keep(setup: Setup, methods: Mapping[str, Sequence[Stage]], summary: Mapping[str, Any]) -> None:
+    """Store a table in which nothing is missing."""
+    stage = comparison_stage(setup, methods)
+    if stage.complete:
+        return
+    with stage.exclusive():
+        write_json(stage.path / SUMMARY, dict(summary))
+        stage.finish(facts={"pin": summary["pin"]}, seconds=summary["seconds"])
+
+
+def identity(methods: Mapping[str, Sequence[Stage]]) -> str:
+    """What makes two comparisons the same."""
+    return fingerprint({name: [stage.fingerprint for stage in stages] for name, stages in methods.items()})

@@ -1,0 +1,52 @@
+"""Where finetuning and evaluation get their head from: loaded anew, or kept in memory from one trial to the next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from roma_ray.engine.setup import ModelSpec
+from roma_ray.moe.routers import router_parameters
+from roma_ray.moe.slices import Slice
+
+
+class Heads:
+    """Loads a head whenever one is asked for."""
+
+    @contextmanager
+    def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice]:
+        """The layers from `cut` up, with `lm_head`, for as long as the block runs. Raises ModelError."""
+        yield model.load(cut, None, with_lm_head=True)
+
+
+class KeptHeads(Heads):
+    """Keeps the last head that was lent, so that a process which works through many trials loads it once."""
+
+    def __init__(self) -> None:
+        self.loaded = 0
+        self._key: tuple[ModelSpec, int] | None = None
+        self._head: Slice | None = None
+
+    @contextmanager
+    def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice]:
+        """As above; the routers are the base model's again afterwards. A head that an error leaves behind is not kept."""
+        if self._head is None or self._key != (model, cut):
+            self._head = None  # Never two of them in memory.
+            self._head, self._key = model.load(cut, None, with_lm_head=True), (model, cut)
+            self.loaded += 1
+        head = self._head
+        base = [{name: p.detach().clone() for name, p in router_parameters(r).items()} for r in head.routers]
+        try:
+            yield head
+        except BaseException:
+            self._head = None
+            raise
+        with torch.no_grad():
+            for router, values in zip(head.routers, base, strict=True):
+                for name, parameter in router_parameters(router).items():
+                    parameter.copy_(values[name])
+
+
+FRESH = Heads()

@@ -1,0 +1,78 @@
+"""The base model's scores on all questions, from the head: computed once for every tuned model that starts from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from roma_ray.artifacts import Stage
+from roma_ray.engine.scoring import Scores
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.tables import matrix, read_table, table_facts, write_table
+from roma_ray.errors import BusyError
+
+VERSION = 1
+SCORES = "scores.parquet"
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("scores", pa.list_(pa.float64())),
+        ("prediction", pa.int32()),
+        ("correct", pa.bool_()),
+        ("routing", pa.list_(pa.float32())),
+    ]
+)
+
+
+def base_stage(setup: Setup, extraction: Stage, settings: dict[str, Any]) -> Stage:
+    """Where the base model's scores live; `settings` are those of the scoring."""
+    numbers = {**setup.numeric_identity(), "cut": setup.cut, **settings}
+    return setup.store.stage("base", numbers, {"extract": extraction.fingerprint}, VERSION)
+
+
+def base_scores(stage: Stage, rows: Sequence[int], score: Callable[[], Scores]) -> Scores:
+    """The scores of `rows` as `score` gives them, kept for the next time. Raises what `score` raises, ArtifactError."""
+    if stage.complete:
+        return _read(stage, rows)
+    started = time.monotonic()
+    try:
+        with stage.exclusive():
+            if not stage.complete:
+                scores = score()
+                _write(stage, scores)
+                stage.finish(facts={"rows": len(scores.rows)}, seconds=time.monotonic() - started)
+    except BusyError:
+        # Another trial is at it. Waiting would take as long, and more where it dies.
+        return score()
+    return _read(stage, rows)
+
+
+def _write(stage: Stage, scores: Scores) -> None:
+    columns = {
+        "row": scores.rows,
+        "scores": scores.scores,
+        "prediction": scores.predictions,
+        "correct": scores.correct.tolist(),
+        "routing": list(scores.routing_NLE.reshape(len(scores.rows), -1)),
+    }
+    facts = {"layers": scores.routing_NLE.shape[1], "experts": scores.routing_NLE.shape[2]}
+    write_table(stage.path / SCORES, columns, _SCHEMA, facts)
+
+
+def _read(stage: Stage, rows: Sequence[int]) -> Scores:
+    table = read_table(stage.path / SCORES, _SCHEMA.names)
+    facts = table_facts(table)
+    found: list[int] = table.column("row").to_pylist()
+    assert found == list(rows), "the rows are a function of the extraction, which is part of the stage's identity"
+    routing = matrix(table, "routing", facts["layers"] * facts["experts"])
+    return Scores(
+        found,
+        table.column("scores").to_pylist(),
+        table.column("prediction").to_pylist(),
+        np.array(table.column("correct").to_pylist(), dtype=bool),
+        routing.reshape(len(found), facts["layers"], facts["experts"]).copy(),
+    )

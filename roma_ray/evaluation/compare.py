@@ -1,0 +1,226 @@
+"""Runs side by side on the same questions: accuracies, paired differences to the first, bootstrap intervals, McNemar's p.
+
+A run is a finished folder of `evaluate --tasks` (stock and own benchmarks) or of the pipeline's `evaluate` stage (its test
+questions); its tuned model is meant, its base with `:base` after the name. Metrics are never mixed: each has rows of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from roma_ray.artifacts import Store, read_manifest
+from roma_ray.engine.tables import read_table
+from roma_ray.errors import ArtifactError, GuardError
+from roma_ray.evaluation.judge import METRICS, read_benchmarks
+from roma_ray.evaluation.paired import read_verdicts
+from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, mcnemar, standard_error
+
+MACRO = "macro average"
+_STAGES = ("benchmarks", "evaluate")
+_BASE = ":base"
+_LEAST_PREFIX = 6
+# Figures of a comparison are the same each time they are made.
+_SEED = 0
+
+
+@dataclass(frozen=True)
+class Column:
+    """One judged model: the value of each question by (task, metric)."""
+
+    label: str
+    values: Mapping[tuple[str, str], Mapping[Any, float]]
+    pins: Mapping[str, str]
+    """By task."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model on one benchmark; the differences are to the first column, None in it and where the questions differ."""
+
+    score: float
+    stderr: float | None
+    difference: float | None = None
+    low: float | None = None
+    high: float | None = None
+    p: float | None = None
+    other_pin: bool = False
+
+
+@dataclass(frozen=True)
+class Row:
+    """A benchmark (or the macro average of a metric over its tasks)."""
+
+    task: str
+    metric: str
+    n: int
+    """Questions; of a macro average the tasks."""
+    cells: tuple[Cell | None, ...]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A whole comparison."""
+
+    labels: tuple[str, ...]
+    rows: tuple[Row, ...]
+
+
+def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lambda name: None) -> Path:
+    """The folder that a run's name means: a path, a fingerprint (or its first digits), or what `look_up` says of a run id.
+
+    Raises ArtifactError when there is none, or several.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    found: list[Path] = []
+    for prefix in filter(None, (name, look_up(name))):
+        if len(prefix) >= _LEAST_PREFIX and prefix.isalnum():
+            found += [p for stage in _STAGES for p in sorted((store.root / stage).glob(f"{prefix}*"))]
+        if found:
+            break
+    if len(found) != 1:
+        what = f"{len(found)} evaluations are meant" if found else "no finished evaluation is meant"
+        raise ArtifactError(
+            f"{what} by {name!r}: give the folder that `roma-ray evaluate` printed, its fingerprint in {store.root}, or an MLflow run id"
+        )
+    return found[0]
+
+
+def read_column(name: str, folder: Path, which: str) -> Column:
+    """The base's or the tuned model's values of a finished evaluation. Raises ArtifactError."""
+    stage = read_manifest(folder)["stage"]
+    if stage == "benchmarks":
+        table = read_table(folder / METRICS).to_pydict()
+        found = read_benchmarks(folder)
+        # A group that was asked for, MMLU say, is one benchmark.
+        group_of = {task: name for name, group in found["groups"].items() for task in group["tasks"]}
+        pins = {name: figures["pin"] for name, figures in {**found["tasks"], **found["groups"]}.items()}
+        tasks = [group_of.get(task, task) for task in table["task"]]
+        keys = [
+            (task, metric if key == "none" else f"{metric},{key}")
+            for task, metric, key in zip(tasks, table["metric"], table["filter"], strict=True)
+        ]
+        questions, measured = list(zip(table["task"], table["doc"], strict=True)), table[which]
+    elif stage == "evaluate":
+        keys, named, measured, pins = read_verdicts(folder, which)
+        questions = [("", name) for name in named]
+    else:
+        raise ArtifactError(f"{folder} is a {stage} stage, not an evaluation")
+    values: dict[tuple[str, str], dict[Any, float]] = {}
+    for key, question, value in zip(keys, questions, measured, strict=True):
+        if value is None:
+            raise ArtifactError(f"{folder} has no tuned model: compare its base, {name}{_BASE}")
+        values.setdefault(key, {})[question] = float(value)
+    return Column(name, values, pins)
+
+
+def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], str | None]) -> list[Column]:
+    """The columns of the named runs; a single run is compared with its own base. Raises ArtifactError."""
+    wanted = [f"{names[0]}{_BASE}", *names] if len(names) == 1 and not names[0].endswith(_BASE) else list(names)
+    columns = []
+    for name in wanted:
+        plain = name.removesuffix(_BASE)
+        folder = find_run(plain, store, look_up)
+        which = "base" if name != plain or not has_tuned(folder) else "tuned"
+        columns.append(read_column(name, folder, which))
+    return columns
+
+
+def has_tuned(folder: Path) -> bool:
+    """Whether an evaluation judged a tuned model beside its base."""
+    if read_manifest(folder)["stage"] != "benchmarks":
+        return True
+    return read_benchmarks(folder)["model"]["adapter"] is not None
+
+
+def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = False) -> Comparison:
+    """The comparison with the first column. Raises GuardError when runs share no benchmark, or one with different pins."""
+    first = columns[0]
+    shared = [key for key in first.values if any(key in other.values for other in columns[1:])]
+    if not shared:
+        raise GuardError(f"{first.label} and the other runs have no benchmark in common")
+    differing = sorted(
+        {f"{t} ({c.label})" for t, m in shared for c in columns if c.pins.get(t, first.pins[t]) != first.pins[t]}
+    )
+    if differing and not allow_different_pins:
+        raise GuardError(
+            f"not the same questions, prompts or metric: {', '.join(differing)}. Their scores are not comparable; to see them side "
+            "by side all the same, marked and without paired figures, use --allow-different-pins"
+        )
+    rows = [_row(key, columns) for key in sorted(shared)]
+    metrics = sorted({metric for _, metric in shared})
+    macro = [_macro(metric, [key for key in sorted(shared) if key[1] == metric], columns) for metric in metrics]
+    return Comparison(tuple(c.label for c in columns), (*rows, *(m for m in macro if m is not None)))
+
+
+def _row(key: tuple[str, str], columns: Sequence[Column]) -> Row:
+    reference = columns[0].values[key]
+    cells: list[Cell | None] = []
+    for column in columns:
+        values = column.values.get(key)
+        if values is None:
+            cells.append(None)
+            continue
+        own = np.array(list(values.values()))
+        cell = Cell(accuracy(own), standard_error(own))
+        if column.pins[key[0]] != columns[0].pins[key[0]]:
+            cell = Cell(cell.score, cell.stderr, other_pin=True)
+        elif column is not columns[0]:
+            before, after = _paired(reference, values, column.label)
+            low, high = bootstrap_interval([after - before], seed=_SEED)
+            cell = Cell(cell.score, cell.stderr, float((after - before).mean()), low, high, _p(before, after))
+        cells.append(cell)
+    return Row(*key, len(reference), tuple(cells))
+
+
+def _paired(one: Mapping[Any, float], other: Mapping[Any, float], label: str) -> tuple[np.ndarray, np.ndarray]:
+    if one.keys() != other.keys():
+        raise ArtifactError(f"{label} does not hold the questions that its pin stands for; evaluate it again")
+    return np.array([one[q] for q in one]), np.array([other[q] for q in one])
+
+
+def _p(before: np.ndarray, after: np.ndarray) -> float | None:
+    verdicts = np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all()
+    return mcnemar(before == 1, after == 1) if verdicts else None
+
+
+def _macro(metric: str, keys: Sequence[tuple[str, str]], columns: Sequence[Column]) -> Row | None:
+    """Unweighted mean over the tasks that all columns have under one pin; None for fewer than two."""
+    keys = [key for key in keys if all(key in c.values and c.pins[key[0]] == columns[0].pins[key[0]] for c in columns)]
+    if len(keys) < 2:
+        return None
+    cells = []
+    for column in columns:
+        parts = [np.array(list(column.values[key].values())) for key in keys]
+        # Tasks are independent: the variance of the mean of means is the mean variance over their number.
+        error = float(np.sqrt(sum(standard_error(p) ** 2 for p in parts)) / len(parts))
+        cell = Cell(float(np.mean([p.mean() for p in parts])), error)
+        if column is not columns[0]:
+            differences = []
+            for key in keys:
+                before, after = _paired(columns[0].values[key], column.values[key], column.label)
+                differences.append(after - before)
+            low, high = bootstrap_interval(differences, seed=_SEED)
+            cell = Cell(cell.score, cell.stderr, float(np.mean([d.mean() for d in differences])), low, high)
+        cells.append(cell)
+    return Row(MACRO, metric, len(keys), tuple(cells))
+
+
+def plain(comparison: Comparison) -> dict[str, list[Any]]:
+    """The comparison as columns of plain values, a row a benchmark: for CSV and MLflow's tables."""
+    table: dict[str, list[Any]] = {"task": [], "metric": [], "n": []}
+    for row in comparison.rows:
+        table["task"].append(row.task)
+        table["metric"].append(row.metric)
+        table["n"].append(row.n)
+        for label, cell in zip(comparison.labels, row.cells, strict=True):
+            for name in ("score", "stderr", "difference", "low", "high", "p", "other_pin"):
+                if label != comparison.labels[0] or name in ("score", "stderr"):
+                    table.setdefault(f"{label} {name}", []).append(None if cell is None else getattr(cell, name))
+    return table

@@ -1,0 +1,172 @@
+"""Benchmarks from files, for machines without the hub: the data sets' own columns, or question records converted to them.
+
+`DIR/<task>/<split>.jsonl|jsonl.gz|parquet` (`DIR/mmlu/<subject>/...` or a `subject` column for MMLU's parts), or one file
+`DIR/<task>.jsonl|...` whose rows name their `split`. The stock task definitions stay as they are; only where the rows
+come from changes. A benchmark is whole or refused: no row is set aside.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from roma_ray.errors import QuestionError
+from roma_ray.questions.records import LETTERS, BadRow, answer_index, printable
+
+Row = dict[str, Any]
+SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+
+
+def find_files(folder: Path, task: str, part: str | None) -> dict[str, Path]:
+    """Files of a task by split, `*` for one file that holds them all; empty where there are none.
+
+    `part` is the data set's configuration (MMLU's subject), whose files may lie under the group's name.
+    """
+    group = task.removesuffix(f"_{part}") if part and task.endswith(f"_{part}") else None
+    names = [task] if group is None else [task, f"{group}/{part}", group]
+    for name in names:
+        place = folder / name
+        found = {
+            file.name[: -len(suffix)]: file
+            for suffix in SUFFIXES
+            for file in sorted(place.glob(f"*{suffix}"))
+            if file.is_file()
+        }
+        if found:
+            return found
+        for suffix in SUFFIXES:
+            whole = folder / f"{name}{suffix}"
+            if whole.is_file():
+                return {"*": whole}
+    return {}
+
+
+def read_splits(files: Mapping[str, Path], task: str, part: str | None, default: str) -> dict[str, list[Row]]:
+    """Rows by split in the data set's columns; rows of one file without a `split` are of `default`. Raises QuestionError."""
+    splits: dict[str, list[Row]] = {}
+    for name, file in files.items():
+        for line, row in enumerate(read_rows(file), start=1):
+            if part is not None and "subject" in row and task.endswith(f"_{part}") and row["subject"] != part:
+                continue
+            split = name if name != "*" else str(row.get("split") or default)
+            try:
+                splits.setdefault(split, []).append(to_hub_row(task, row))
+            except BadRow as error:
+                raise QuestionError(f"{file}, row {line}: {error}") from None
+    return splits
+
+
+def read_rows(file: Path) -> Iterator[Row]:
+    """The objects of a JSON-lines or Parquet file. Raises QuestionError."""
+    try:
+        if file.name.endswith(".parquet"):
+            for batch in pq.ParquetFile(file).iter_batches():
+                yield from batch.to_pylist()
+            return
+        with (
+            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream
+        ):
+            for line in stream:
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise ValueError(f"a line is not an object: {printable(line, 60)}")
+                    yield row
+    except (OSError, ValueError, EOFError, RecursionError, pa.ArrowException) as error:
+        raise QuestionError(f"{file} cannot be read as rows: {printable(str(error), 200)}") from None
+
+
+def to_hub_row(task: str, row: Row) -> Row:
+    """A row in the data set's own columns; question records of the eight named benchmarks are converted. Raises BadRow."""
+    for name, (own, convert) in _CONVERTERS.items():
+        if task == name or (name == "mmlu" and task.startswith("mmlu_")):
+            if own not in row:
+                return convert(row)
+            return _mmlu(row) if name == "mmlu" else row
+    return row
+
+
+def _parts(row: Row, count: int | None = None) -> tuple[str, list[str], int]:
+    """(question, choices, answer's index) of a question record."""
+    question, choices = row.get("question"), row.get("choices")
+    if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        raise BadRow(
+            f"its columns ({', '.join(sorted(row)[:8])}) are neither the data set's own nor those of a question record "
+            "(question, choices, answer)"
+        )
+    if count is not None and len(choices) != count:
+        raise BadRow(f"{len(choices)} choices; this benchmark's questions have {count}")
+    return question, choices, answer_index(row.get("answer"), len(choices))
+
+
+def _arc(row: Row) -> Row:
+    question, choices, answer = _parts(row)
+    labels = list(LETTERS[: len(choices)])
+    return {
+        "id": str(row.get("id", "")),
+        "question": question,
+        "choices": {"text": choices, "label": labels},
+        "answerKey": labels[answer],
+    }
+
+
+def _hellaswag(row: Row) -> Row:
+    question, choices, answer = _parts(row)
+    activity, separator, context = question.partition(": ")
+    if not separator:
+        raise BadRow("a HellaSwag record's question is written as `activity: context`")
+    # The stock prompt joins ctx_a and ctx_b by a blank; with all in the first, the blank is stripped again.
+    return {"activity_label": activity, "ctx_a": context, "ctx_b": "", "endings": choices, "label": str(answer)}
+
+
+def _piqa(row: Row) -> Row:
+    question, choices, answer = _parts(row, 2)
+    return {"goal": question, "sol1": choices[0], "sol2": choices[1], "label": answer}
+
+
+def _winogrande(row: Row) -> Row:
+    question, choices, answer = _parts(row, 2)
+    if "_" not in question:
+        raise BadRow("a WinoGrande record's question has the blank as `_`")
+    return {"sentence": question, "option1": choices[0], "option2": choices[1], "answer": str(answer + 1)}
+
+
+def _boolq(row: Row) -> Row:
+    question, choices, answer = _parts(row, 2)
+    if [c.lower() for c in choices] != ["no", "yes"]:
+        raise BadRow("a BoolQ record's choices are no and yes, in this order")
+    # The stock prompt adds the question mark, which records have already.
+    return {"question": question.removesuffix("?"), "passage": row.get("context") or "", "label": answer}
+
+
+def _mmlu(row: Row) -> Row:
+    question, choices, answer = _parts(row, 4)
+    return {"question": question, "subject": str(row.get("subject", "")), "choices": choices, "answer": answer}
+
+
+def _gsm8k(row: Row) -> Row:
+    question, answer, solution = row.get("question"), row.get("answer"), row.get("solution", "")
+    if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(solution, str):
+        raise BadRow("a GSM8K record has the texts question, answer (the number) and solution")
+    if "####" in answer:
+        return {"question": question, "answer": answer}
+    return {"question": question, "answer": solution if "####" in solution else f"{solution}\n#### {answer}".lstrip()}
+
+
+# Task -> (a column that only the data set itself has, conversion of a question record).
+_CONVERTERS: dict[str, tuple[str, Callable[[Row], Row]]] = {
+    "arc_challenge": ("answerKey", _arc),
+    "arc_easy": ("answerKey", _arc),
+    "hellaswag": ("endings", _hellaswag),
+    "piqa": ("sol1", _piqa),
+    "winogrande": ("option1", _winogrande),
+    "boolq": ("passage", _boolq),
+    "mmlu": ("subject", _mmlu),
+    "gsm8k": ("", _gsm8k),
+}

@@ -1,0 +1,211 @@
+"""The comparison of Table 1: every method's answers judged on the same test questions, against the base model's.
+
+`compare_methods` returns plain data, also written by `roma-ray baselines --summary FILE`:
+
+pin               hash of the judged questions with their answers: tables with another pin are not comparable
+questions         number of test questions
+budget            what is equal for all methods that train
+methods           one object a method, in order: name, title, sees_labels, seeds, n, accuracy, stderr (over questions, of the
+                  mean over seeds), seed_deviation (of the accuracy over seeds; null for one), difference and
+                  difference_stderr (to the base model, paired), lost, won and mcnemar_p (of the first seed), tasks (accuracy by
+                  task), learning_rate, validation_accuracy, trials (validation accuracy by learning rate),
+                  trained_parameters, train_seconds (of the chosen learning rate, preparation included), selection_seconds (of the
+                  whole grid), flops_per_question, questions_per_second, fingerprints. A failed one: name, title, failure
+oracle            the oracle beside its control (null when it was not run): see `oracle_and_control`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import mean, stdev
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from roma_ray.artifacts import Stage, fingerprint
+from roma_ray.engine.answers import ANSWERS, read_answers
+from roma_ray.errors import GuardError
+from roma_ray.evaluation.statistics import changes, mcnemar, standard_error
+
+SPLIT = "test"
+_FACTS = (
+    "learning_rate",
+    "validation_accuracy",
+    "trials",
+    "trained_parameters",
+    "train_seconds",
+    "selection_seconds",
+    "flops_per_question",
+    "questions_per_second",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A method that was run: its finished stages, one a seed, or why it has none."""
+
+    name: str
+    title: str
+    sees_labels: bool
+    stages: Sequence[Stage]
+    failure: str = ""
+
+
+def compare_methods(entries: Sequence[Entry], budget: Mapping[str, Any]) -> dict[str, Any]:
+    """Judge every method on the questions of the base model. Raises GuardError when a method answered others."""
+    done = [entry for entry in entries if not entry.failure]
+    answers = {entry.name: [read_answers(stage.path / ANSWERS, SPLIT) for stage in entry.stages] for entry in done}
+    if "base" not in answers:
+        failure = next(entry.failure for entry in entries if entry.name == "base")
+        raise GuardError(f"the base model failed ({failure}), and without it there is nothing to compare with")
+    base = answers["base"][0]
+    keys = ("row", "answer")
+    for name, tables in answers.items():
+        if any(not table.select(keys).equals(base.select(keys)) for table in tables):
+            raise GuardError(f"{name} answered other questions than the base model; remove its folder and run again")
+    return {
+        "pin": fingerprint({"rows": base.select(["id", "task", "answer"]).to_pylist()}),
+        "questions": len(base),
+        "budget": dict(budget),
+        "methods": [
+            {"name": entry.name, "title": entry.title, "failure": entry.failure}
+            if entry.failure
+            else _row(entry, answers[entry.name], base)
+            for entry in entries
+        ],
+        "oracle": oracle_and_control(answers["oracle"][0], answers["oracle_control"], base)
+        if {"oracle", "oracle_control"} <= set(answers)
+        else None,
+    }
+
+
+def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table) -> dict[str, Any]:
+    right_SN = np.stack([_right(table) for table in tables])
+    base_N, mean_N = _right(base), right_SN.mean(0)
+    lost, won = changes(base_N, right_SN[0])
+    facts = entry.stages[0].manifest()["facts"]
+    tasks = np.array(base.column("task").to_pylist())
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "sees_labels": entry.sees_labels,
+        "seeds": len(tables),
+        "n": len(base_N),
+        "accuracy": float(mean_N.mean()),
+        "stderr": _error(mean_N),
+        "seed_deviation": stdev(map(float, right_SN.mean(1))) if len(tables) > 1 else None,
+        "difference": float((mean_N - base_N).mean()),
+        "difference_stderr": _error(mean_N - base_N),
+        "lost": lost,
+        "won": won,
+        "mcnemar_p": mcnemar(base_N, right_SN[0]),
+        "tasks": {str(task): float(mean_N[tasks == task].mean()) for task in sorted(set(tasks))},
+        **{key: facts.get(key) for key in _FACTS},
+        "train_seconds": mean(stage.manifest()["facts"]["train_seconds"] for stage in entry.stages),
+        "fingerprints": [stage.fingerprint for stage in entry.stages],
+    }
+
+
+def oracle_and_control(oracle: pa.Table, controls: Sequence[pa.Table], base: pa.Table) -> dict[str, float]:
+    """How much more often routing reaches the right answer than a random wrong one, each beyond what the base gives anyway.
+
+    oracle_accuracy, base_accuracy, oracle_gain: with the right answer as the aim. control_reached, base_at_aim,
+    control_gain: how often the control gives its wrong aim, and the base model gives that same choice. difference: the one
+    gain less the other, with its standard error over questions. Only the difference speaks of accuracy that is to be had.
+    """
+    right_N, base_N = _right(oracle), _right(base)
+    chosen = np.array(base.column("prediction").to_pylist())
+    reached_N = np.mean([_reached(table) for table in controls], axis=0)
+    anyway_N = np.mean([np.array(table.column("aim").to_pylist()) == chosen for table in controls], axis=0)
+    gain_N, control_N = right_N - base_N, reached_N - anyway_N
+    return {
+        "oracle_accuracy": float(right_N.mean()),
+        "base_accuracy": float(base_N.mean()),
+        "oracle_gain": float(gain_N.mean()),
+        "oracle_gain_stderr": _error(gain_N),
+        "control_reached": float(reached_N.mean()),
+        "base_at_aim": float(anyway_N.mean()),
+        "control_gain": float(control_N.mean()),
+        "control_gain_stderr": _error(control_N),
+        "difference": float((gain_N - control_N).mean()),
+        "difference_stderr": _error(gain_N - control_N),
+    }
+
+
+def describe_oracle(found: Mapping[str, float]) -> str:
+    """The sentence that stands beside every oracle figure."""
+    points = {key: 100 * value for key, value in found.items()}
+    return (
+        f"The oracle raises accuracy by {points['oracle_gain']:.1f} ± {points['oracle_gain_stderr']:.1f} points (to "
+        f"{points['oracle_accuracy']:.1f} %); its control, optimized in the same way towards a random wrong choice, gives that "
+        f"choice {points['control_gain']:.1f} ± {points['control_gain_stderr']:.1f} points more often than the base model. "
+        f"Difference: {points['difference']:+.1f} ± {points['difference_stderr']:.1f} points. The oracle alone shows that routing "
+        "steers answers; only what it has over its control speaks of accuracy that is to be had."
+    )
+
+
+def _right(table: pa.Table) -> np.ndarray:
+    return np.asarray(table.column("correct").to_pylist(), dtype=float)
+
+
+def _reached(table: pa.Table) -> np.ndarray:
+    aims, chosen = table.column("aim").to_pylist(), table.column("prediction").to_pylist()
+    return np.asarray(np.array(aims) == np.array(chosen), dtype=float)
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of a mean over questions."""
+    return standard_error(values)
+
+
+RESULTS = ("method", "accuracy %", "to base", "McNemar p", "over seeds", "learning rate")
+COSTS = ("method", "trained parameters", "training s", "MFLOPs a question", "questions/s")
+
+
+def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Accuracies as text, a row a method, failed ones too."""
+    rows = []
+    for found in summary["methods"]:
+        if "failure" in found:
+            rows.append((found["name"], "failed", *[""] * (len(RESULTS) - 2)))
+            continue
+        base = found["name"] == "base"
+        deviation, rate = found["seed_deviation"], found["learning_rate"]
+        rows.append(
+            (
+                found["name"] + (" (sees the label)" if found["sees_labels"] else ""),
+                f"{100 * found['accuracy']:.2f} ± {100 * found['stderr']:.2f}",
+                "" if base else f"{100 * found['difference']:+.2f} ± {100 * found['difference_stderr']:.2f}",
+                "" if base else f"{found['mcnemar_p']:.3g}",
+                "" if deviation is None else f"± {100 * deviation:.2f} ({found['seeds']})",
+                "" if rate is None else f"{rate:g}",
+            )
+        )
+    return rows
+
+
+def cost_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What each method costs as text, a row a method (Figure 5)."""
+    return [
+        (
+            found["name"],
+            f"{found['trained_parameters']:,}",
+            f"{found['train_seconds']:.1f}",
+            f"{found['flops_per_question'] / 1e6:,.1f}",
+            f"{found['questions_per_second']:,.0f}",
+        )
+        for found in summary["methods"]
+        if "failure" not in found
+    ]
+
+
+def budget_line(summary: Mapping[str, Any]) -> str:
+    """What all methods that train have in common."""
+    budget = summary["budget"]
+    rates = ", ".join(f"{rate:g}" for rate in budget["learning_rates"])
+    return (
+        f"equal budgets: {budget['epochs']} epochs over the same {budget['training_questions']:,} training questions in batches of "
+        f"{budget['batch_size']}; learning rate chosen on {budget['validation_questions']:,} validation questions from {rates}"
+    )

@@ -1,0 +1,209 @@
+"""Who is judged: a model, alone or with tuned routers, and how a worker loads it.
+
+A model with MoE routers that roma-ray knows is loaded as slices, so that base and tuned share the trunk. Any other causal
+language model of transformers, dense ones among them, is loaded whole and judged alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from roma_ray.artifacts import Store, fingerprint
+from roma_ray.config import Config
+from roma_ray.engine.backends import kept_backend, measure_backends
+from roma_ray.engine.setup import ModelSpec, model_identity, resolve_device, resolve_path, set_threads
+from roma_ray.errors import CheckpointError, ConfigError, ModelError
+from roma_ray.moe.checkpoints import read_adapter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from roma_ray.evaluation.running import Scorer, Writer
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A judged model; small and picklable."""
+
+    model: ModelSpec
+    model_identity: str
+    adapter: str | None
+    """Folder of the exported routers; None judges the base model alone."""
+    adapter_identity: str | None
+    layers: tuple[int, ...]
+    """Tuned layers, whole-model indices."""
+    sliced: bool
+    """Whether roma-ray knows the model's routers; a dense model is run whole."""
+    batch_tokens: int
+    generation_batch: int
+    keep_states: bool
+
+    @property
+    def cut(self) -> int:
+        """First tuned layer: below it base and tuned are the same."""
+        return self.layers[0] if self.layers else 0
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The judged models."""
+        return ("base",) if self.adapter is None else ("base", "tuned")
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the bits of an answer, for fingerprints."""
+        spec = self.model
+        identity: dict[str, Any] = {
+            "model": self.model_identity,
+            "adapter": self.adapter_identity,
+            "dtype": spec.dtype,
+            "experts_backend": spec.experts_backend,
+            "attention": spec.attention,
+            "device": spec.device,
+        }
+        if spec.device == "cpu":
+            identity["threads"] = spec.threads
+        return identity
+
+    def plan_settings(self, kind: str) -> dict[str, int]:
+        """The settings that decide how requests of a kind are batched."""
+        if kind == "loglikelihood":
+            return {"batch_tokens": self.batch_tokens}
+        return {"generation_batch": self.generation_batch}
+
+    def load_scorer(self) -> Scorer:
+        """Load what loglikelihood batches need. Raises ModelError, CheckpointError, GuardError."""
+        from roma_ray.evaluation.running import load_scorer
+
+        return load_scorer(self)
+
+    def load_writer(self) -> Writer:
+        """Load what generation batches need. Raises ModelError, CheckpointError, GuardError."""
+        from roma_ray.evaluation.running import load_writer
+
+        return load_writer(self)
+
+    def load_whole(self) -> PreTrainedModel:
+        """The whole model as stock transformers loads it, in the judged type. Raises ModelError."""
+        return self.model.load(0, None, with_lm_head=True).model if self.sliced else self._load_stock()
+
+    def _load_stock(self) -> PreTrainedModel:
+        import torch
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        spec = self.model
+        logging.disable_progress_bar()
+        set_threads(spec.threads)
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                spec.path,
+                revision=spec.revision,
+                dtype=getattr(torch, spec.dtype),
+                device_map={"": spec.device},
+                attn_implementation=spec.attention,
+                use_safetensors=True,
+            )
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ModelError(f"{spec.path} cannot be loaded: {str(error).splitlines()[0]}") from None
+        loaded: PreTrainedModel = model.eval().requires_grad_(False)
+        return loaded
+
+    @cached_property
+    def config(self) -> Any:
+        """The model's transformers configuration."""
+        from roma_ray.moe.snapshot import open_snapshot
+
+        return open_snapshot(self.model.path, self.model.revision).config()
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without weights, for what only asks for its configuration."""
+        import torch
+
+        from roma_ray.moe.slices import model_class_of
+
+        with torch.device("meta"):
+            return model_class_of(self.config, with_lm_head=True)(self.config)
+
+
+def resolve_subject(
+    config: Config,
+    *,
+    adapter: str | None,
+    device: str | None = None,
+    measure: Callable[[ModelSpec], dict[str, Any]] | None = None,
+) -> Subject:
+    """The configured model, with the adapter's routers or alone; `device` and `measure` as for `engine.setup.resolve`.
+
+    The adapter is judged in the type that it was exported in. Raises ModelError, CheckpointError, ConfigError.
+    """
+    import torch
+
+    from roma_ray.moe.families import family
+    from roma_ray.moe.snapshot import open_snapshot
+
+    path = resolve_path(config.model.path)
+    judged = open_snapshot(path, config.model.revision).config()
+    try:
+        family(judged)
+        sliced = True
+    except ModelError:
+        if adapter is not None:
+            raise
+        sliced = False
+    chosen = resolve_device(config) if device is None else device
+    stored = str(getattr(judged, "dtype", None) or torch.float32).removeprefix("torch.")
+    dtype = stored if config.model.dtype == "auto" else config.model.dtype
+    backend = config.model.experts_backend
+    spec = ModelSpec(
+        path,
+        config.model.revision,
+        dtype,
+        "eager" if backend == "auto" else backend,
+        config.model.attention,
+        chosen,
+        config.threads,
+    )
+    identity = model_identity(config.model, path)
+    if sliced and backend == "auto" and chosen == "cuda":
+        kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
+        spec = replace(spec, experts_backend=kept)
+    settings = config.evaluation
+    subject = Subject(
+        model=spec,
+        model_identity=identity,
+        adapter=None,
+        adapter_identity=None,
+        layers=(),
+        sliced=sliced,
+        batch_tokens=settings.batch_tokens,
+        generation_batch=settings.generation_batch,
+        keep_states=settings.keep_states,
+    )
+    return subject if adapter is None else with_adapter(subject, adapter, judged.model_type, config.model.dtype)
+
+
+def with_adapter(subject: Subject, adapter: str, model_type: str, wanted: str = "auto") -> Subject:
+    """The subject with an exported adapter, in its export type. Raises CheckpointError, ConfigError."""
+    checkpoint = read_adapter(resolve_path(adapter))
+    if checkpoint.model_type != model_type:
+        raise CheckpointError(
+            f"{adapter} holds routers of a {checkpoint.model_type} model ({checkpoint.base_model}), but {subject.model.path} is a "
+            f"{model_type} one"
+        )
+    if wanted not in ("auto", checkpoint.dtype):
+        raise ConfigError(
+            f"{adapter} was exported in {checkpoint.dtype}, and only that type is what others will load: leave model.dtype at "
+            f"auto or set it to {checkpoint.dtype}, not {wanted}"
+        )
+    from roma_ray.moe.masters import tensor_digest
+
+    digests = {key: tensor_digest(tensor) for key, tensor in sorted(checkpoint.tensors.items())}
+    return replace(
+        subject,
+        model=replace(subject.model, dtype=checkpoint.dtype),
+        adapter=resolve_path(adapter),
+        adapter_identity=fingerprint(digests),
+        layers=checkpoint.layers,
+    )

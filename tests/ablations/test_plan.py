@@ -1,0 +1,88 @@
+"""What trials share: one extraction for all cuts and token rules, and the price of the rest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roma_ray.ablations.plan import Plan, cost, describe, make_plan
+from roma_ray.ablations.space import load_space
+from roma_ray.errors import ConfigError
+from tests.tiny import save_tiny, tiny_moe
+from tests.world import make_questions
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model with OLMoE's sixteen layers, tiny ones, and some questions."""
+    root = tmp_path_factory.mktemp("plan")
+    save_tiny(tiny_moe("olmoe", num_hidden_layers=16), root / "model")
+    make_questions(root / "questions.jsonl", 12)
+    return {
+        "storage": str(root / "storage"),
+        "device": "cpu",
+        "model": {"path": str(root / "model")},
+        "questions": {"sources": [{"path": str(root / "questions.jsonl")}]},
+        "embedding": {"model": "no-such-model"},
+    }
+
+
+def planned(base: dict[str, Any], tmp_path: Path, **content: Any) -> Plan:
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump({"base": base, **content}, sort_keys=False))
+    return make_plan(load_space(path))
+
+
+def test_the_paper_s_ablations_share_one_extraction(base: dict[str, Any], tmp_path: Path) -> None:
+    content = yaml.safe_load((ROOT / "configs" / "ablations.yaml").read_text())
+    plan = planned({**base, "routing": {"layers": "L5"}}, tmp_path, one_at_a_time=content["one_at_a_time"])
+    assert len(plan.trials) == 35
+    assert {planned.setup.cut for planned in plan.trials} == {0, 5, 7, 11, 14, 15}
+    counts = {name: len(plan.stages(name)) for name in ("questions", "extract", "embed", "neighbors", "evaluate")}
+    # Neighborhoods: three radii, random, k = 1, 3, 5, and the four smaller training sets.
+    assert counts == {"questions": 1, "extract": 1, "embed": 1, "neighbors": 11, "evaluate": 35}
+    setup = plan.trials[0].setup
+    assert setup.cuts == (0, 5, 7, 11, 14, 15)
+    assert set(setup.token_rules) == {"First1", "Middle1", "Last1", "First3", "Middle3", "Last3"}
+    text = "\n".join(describe(plan))
+    assert "35 trials" in text
+    assert "cuts: 0, 5, 7, 11, 14, 15 of 16 layers" in text
+    assert "extract 1 (0 complete)" in text
+
+
+def test_cost_counts_heads_and_fractions(base: dict[str, Any], tmp_path: Path) -> None:
+    """Against the formula by hand: 3 passes a training question and epoch, a validation an epoch, one evaluation."""
+    settings = {"set": {"routing.layers": "L4", "finetune.epochs": 2}}
+    found = cost(planned(base, tmp_path, **settings))
+    assert found.extraction == 1
+    assert found.trials == pytest.approx(4 / 16 * (2 * (3 * 0.7 + 0.1) + 1))
+    assert found.seconds is None
+    half = cost(planned(base, tmp_path, set={**settings["set"], "questions.fraction": 0.5}))
+    assert half.trials == pytest.approx(4 / 16 * (2 * (3 * 0.35 + 0.1) + 1))
+
+
+def test_other_words_for_the_same_layers_are_one_trial(base: dict[str, Any], tmp_path: Path) -> None:
+    one = {"layers": {"levels": {"L2": {"routing.layers": "L2"}, "14, 15": {"routing.layers": [14, 15]}}}}
+    plan = planned(base, tmp_path, one_at_a_time=one)
+    assert len(plan.trials) == 2
+    assert plan.trials[1].trial.factors == (("layers", "L2"), ("layers", "14, 15"))
+    assert "1 more are the same" in describe(plan)[0]
+
+
+def test_what_optuna_may_draw_is_extracted_beforehand(base: dict[str, Any], tmp_path: Path) -> None:
+    sample = {"routing.layers": {"choice": ["L1", "L3"]}, "finetune.learning_rate": {"log_uniform": [1e-5, 1e-2]}}
+    plan = planned(base, tmp_path, sample=sample, samples=3, search="optuna", set={"routing.layers": "L2"})
+    assert len(plan.trials) == 1
+    assert plan.trials[0].setup.cuts == (13, 14, 15)
+    with pytest.raises(ConfigError, match="decides what is extracted"):
+        planned(base, tmp_path, sample={"questions.test_fraction": {"uniform": [0.1, 0.3]}}, samples=3, search="optuna")
+
+
+def test_layers_that_the_model_lacks_are_told_with_their_trial(base: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layers F20: .*16 MoE layers"):
+        planned(base, tmp_path, one_at_a_time={"layers": {"setting": "routing.layers", "values": ["F20"]}})

@@ -1,0 +1,127 @@
+"""Benchmarks from files: question records become the data sets' columns, and stock prompts come out; task files with code are refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.evaluation.local_data import find_files, read_splits
+from roma_ray.evaluation.task_files import check_task_file
+from roma_ray.evaluation.tasks import leaves, load_tasks
+from roma_ray.questions.prompts import PromptBuilder
+from tests.evaluation.conftest import write_rows
+
+
+def unused() -> PromptBuilder:
+    raise AssertionError("no question file is among these tasks")
+
+
+FOUR = {"question": "What melts?", "choices": ["ice", "tea", "air", "sun"], "answer": "A"}
+RECORDS: dict[str, dict[str, Any]] = {
+    "arc_challenge": FOUR,
+    "arc_easy": FOUR,
+    "hellaswag": {**FOUR, "question": "Cooking: A man stirs the tea. He"},
+    "piqa": {"question": "How to melt ice?", "choices": ["heat it", "cool it"], "answer": 0},
+    "winogrande": {"question": "The ice met the tea so _ melted.", "choices": ["the ice", "the tea"], "answer": "B"},
+    "boolq": {"question": "is ice cold?", "choices": ["no", "yes"], "answer": 1, "context": "Ice -- cold."},
+    "mmlu_anatomy": {**FOUR, "subject": "anatomy"},
+    "gsm8k": {"question": "1 + 1?", "answer": "2", "solution": "It is 2.\n#### 2"},
+}
+# (the stock prompt, the choices or the target, the right one)
+EXPECTED: dict[str, tuple[Any, Any, Any]] = {
+    "arc_challenge": ("Question: What melts?\nAnswer:", FOUR["choices"], 0),
+    "arc_easy": ("Question: What melts?\nAnswer:", FOUR["choices"], 0),
+    "hellaswag": ("Cooking: A man stirs the tea. He", FOUR["choices"], 0),
+    "piqa": ("Question: How to melt ice?\nAnswer:", ["heat it", "cool it"], 0),
+    # WinoGrande scores the rest of the sentence after each option: its "text" is the right option's number.
+    "winogrande": (1, ["The ice met the tea so the ice", "The ice met the tea so the tea"], "melted."),
+    "boolq": ("Ice -- cold.\nQuestion: is ice cold?\nAnswer:", ["no", "yes"], 1),
+    "mmlu_anatomy": ("What melts?\nA. ice\nB. tea\nC. air\nD. sun\nAnswer:", ["A", "B", "C", "D"], 0),
+    "gsm8k": ("Question: 1 + 1?\nAnswer:", None, "It is 2.\n#### 2"),
+}
+JUDGED = {"hellaswag": "validation", "piqa": "validation", "winogrande": "validation", "boolq": "validation"}
+
+
+def test_records_of_all_eight_benchmarks_give_the_stock_prompts(tmp_path: Path) -> None:
+    for task, record in RECORDS.items():
+        name = "mmlu" if task.startswith("mmlu") else task
+        write_rows(tmp_path / name / f"{JUDGED.get(task, 'test')}.jsonl", [record])
+    write_rows(tmp_path / "mmlu" / "dev.jsonl", [{**FOUR, "subject": "virology"}])
+    tasks = leaves(load_tasks(list(RECORDS), data_dir=str(tmp_path), builder=unused, allow_code=False))
+    for name, (text, choices, target) in EXPECTED.items():
+        task = tasks[name]
+        (doc,) = task.eval_docs
+        assert task.doc_to_text(doc) == text, name
+        assert choices is None or list(task.doc_to_choice(doc)) == choices
+        assert task.doc_to_target(doc) in (target, str(target)), name
+        assert task.config.dataset_path, "the definition still names the hub's data set"
+
+
+@pytest.mark.parametrize(
+    ("task", "row", "reason"),
+    [
+        ("boolq", {**RECORDS["boolq"], "choices": ["yes", "no"]}, "no and yes"),
+        ("winogrande", {**RECORDS["winogrande"], "question": "no blank"}, "blank"),
+        ("piqa", FOUR, "4 choices"),
+        ("hellaswag", FOUR, "activity: context"),
+        ("arc_easy", {"text": "?"}, "neither the data set's own nor"),
+        ("gsm8k", {"question": "1 + 1?", "answer": 2}, "texts"),
+    ],
+)
+def test_a_row_that_does_not_fit_is_named(tmp_path: Path, task: str, row: dict[str, Any], reason: str) -> None:
+    write_rows(tmp_path / f"{task}.jsonl", [RECORDS[task], row])
+    with pytest.raises(QuestionError, match=rf"{task}\.jsonl, row 2: .*{reason}"):
+        read_splits(find_files(tmp_path, task, None), task, None, "test")
+
+
+def test_own_columns_pass_unchanged_and_damage_is_named(tmp_path: Path) -> None:
+    own = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
+    write_rows(tmp_path / "piqa" / "validation.jsonl", [own])
+    files = find_files(tmp_path, "piqa", None)
+    assert read_splits(files, "piqa", None, "validation") == {"validation": [own]}
+    files["validation"].write_text("{broken\n")
+    with pytest.raises(QuestionError, match="cannot be read as rows"):
+        read_splits(files, "piqa", None, "validation")
+    (tmp_path / "piqa" / "validation.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(QuestionError, match="cannot be read as rows"):
+        read_splits(find_files(tmp_path, "piqa", None), "piqa", None, "validation")
+
+
+CODE = "import pathlib\npathlib.Path({mark!r}).touch()\ndef text(doc):\n    return doc['question']\n"
+PLAIN = "task: own\noutput_type: generate_until\ntest_split: test\ndoc_to_text: 'x'\ndoc_to_target: 'y'\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN.replace("'x'", "!function code.text"),
+        PLAIN + "process_results: !function code.text\n",
+        "include: base.yaml\ntask: own\n",
+        PLAIN + "metric_list:\n  - metric: exact_match\n    hf_evaluate: true\n",
+        PLAIN + "unsafe_code: true\n",
+        PLAIN + "x: !!python/object/apply:os.system ['true']\n",
+        "class: !function code.Task\ntask: own\n",
+    ],
+)
+def test_task_files_with_code_are_refused_before_it_runs(tmp_path: Path, text: str) -> None:
+    mark = tmp_path / "ran"
+    (tmp_path / "code.py").write_text(CODE.format(mark=str(mark)))
+    (tmp_path / "base.yaml").write_text(PLAIN.replace("'x'", "!function code.text"))
+    path = tmp_path / "own.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"would run code .*--allow-code"):
+        load_tasks([str(path)], data_dir=None, builder=unused, allow_code=False)
+    assert not mark.exists()
+    check_task_file(path, allow_code=True)
+
+
+def test_a_template_reaches_no_internals(tmp_path: Path) -> None:
+    write_rows(tmp_path / "data" / "own" / "test.jsonl", [{"question": "q"}])
+    task = {**yaml.safe_load(PLAIN), "doc_to_text": "{{ question.__class__.__mro__ }}"}
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
+    with pytest.raises(ConfigError, match="SecurityError"):
+        load_tasks([str(tmp_path / "own.yaml")], data_dir=str(tmp_path / "data"), builder=unused, allow_code=False)
