@@ -66,13 +66,18 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
         os.replace(aside, target)
         _sync_folder(target.parent)
     except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}. Free some space or make it writable, or choose another "
-            "place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
-        ) from error
+        raise unwritable(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def unwritable(path: str | Path, error: OSError) -> StorageError:
+    """The error for a file that the storage, full, read-only or gone, did not take."""
+    return StorageError(
+        f"cannot write {path}: {error.strerror or error}. Free some space or make it writable, or choose another "
+        "place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
+    )
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -143,14 +143,18 @@ def remount(place: Path, options: str) -> None:
 
 def storage_full(scene: Scene) -> None:
     """No room left in extraction: a message and exit code 1; with room again the same command goes on."""
-    with small_disk(scene, "700k") as place:
-        storage = place / "s"
+    with small_disk(scene, "64m") as place:
+        storage, ballast = place / "s", place / "ballast"
         driver = scene.start(storage, "extract")
+        driver.wait_until(scene.begun(storage, "extract"))
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as stream:
+            while True:
+                stream.write(bytes(4096))
         driver.end(1)
         assert "No space left on device" in driver.said
         assert "finished work is kept" in driver.said
         assert "Traceback (most recent" not in driver.said
-        remount(place, "size=64m")
+        ballast.unlink()
         scene.start(storage, "extract").end()
         scene.same(storage, "extract")
 
