@@ -38,6 +38,16 @@ class JudgeLM(HFLM):
         """Requests of the current run whose start was cut off to fit the model."""
         self.answered: list[Answers] = []
 
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """Log-likelihood and whether greedy, by stock's tokenization, without its progress bar."""
+        found: list[tuple[float, bool]] = super().loglikelihood(requests, disable_tqdm=True)
+        return found
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = True) -> list[float]:
+        """Log-likelihoods of whole texts, by stock's windows, without its progress bar."""
+        found: list[float] = super().loglikelihood_rolling(requests, disable_tqdm=True)
+        return found
+
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],

@@ -141,7 +141,7 @@ def test_a_group_is_one_benchmark(tmp_path: Path) -> None:
     assert (figures["n"], figures["tuned"]) == (120, pytest.approx(pooled.mean()))
 
 
-def test_the_command_prints_writes_and_tracks(tmp_path: Path) -> None:
+def test_the_command_prints_writes_and_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
     from mlflow import MlflowClient
 
@@ -163,7 +163,9 @@ def test_the_command_prints_writes_and_tracks(tmp_path: Path) -> None:
     call(str(path), "--out", str(page), "--track")
     assert "<table>" in page.read_text()
     call(str(path), "--track")
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    # Loading tables, MLflow asks for runs at its global address.
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
+    client = MlflowClient()
     (experiment,) = [e for e in client.search_experiments() if e.name != "Default"]
     (run,) = client.search_runs([experiment.experiment_id])
     table = client.load_table(experiment.experiment_id, "comparison.json", [run.info.run_id])
