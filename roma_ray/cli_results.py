@@ -1,0 +1,66 @@
+"""Finding and printing results: base against tuned routers, and the methods of Table 1."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import click
+
+
+def print_comparison(summary: Mapping[str, Any]) -> None:
+    """Print the table of all methods, what was equal for all, and what the oracle means."""
+    from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle, result_rows
+    from roma_ray.terminal import print_table
+
+    title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
+    print_table(title, RESULTS, result_rows(summary))
+    print_table("costs, trunk included", COSTS, cost_rows(summary))
+    click.echo(budget_line(summary))
+    if summary["oracle"]:
+        click.echo(describe_oracle(summary["oracle"]))
+
+
+def print_result(summary: Mapping[str, Any]) -> None:
+    """Print the result table on the test questions, diagnostics, and what a reader must know."""
+    from roma_ray.evaluation.summary import result_rows, warnings_of
+    from roma_ray.terminal import print_table
+
+    header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
+    print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
+    found = summary["diagnostics"]
+    rows = [
+        (
+            str(layer),
+            f"{found['base']['routing_entropy'][n]:.3f} -> {found['tuned']['routing_entropy'][n]:.3f}",
+            f"{max(found['base']['expert_load'][n]):.3f} -> {max(found['tuned']['expert_load'][n]):.3f}",
+            f"{found['routing_kl'][n]:.4f}",
+            f"{found['selection_overlap'][n]:.3f}",
+        )
+        for n, layer in enumerate(found["layers"])
+    ]
+    print_table(
+        "routing of the last prompt token, base -> tuned",
+        ("layer", "entropy", "largest load", "KL to base", "top-k kept"),
+        rows,
+    )
+    for line in warnings_of(summary):
+        click.echo(f"note: {line}")
+    click.echo(f"adapter: {summary['paths']['finetune']}/adapter")
+
+
+def setup_of_finished(config: Any) -> Any:
+    """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
+    from roma_ray.engine.setup import resolve
+    from roma_ray.errors import ModelError
+    from roma_ray.pipeline import locate
+
+    def nothing_kept(spec: Any) -> dict[str, Any]:
+        raise ModelError("no run of this model has measured its experts implementation in this storage")
+
+    first, others = resolve(config), []
+    for device in ("cuda", "cpu") if config.device == "auto" else ():
+        with suppress(ModelError):
+            others.append(resolve(config, device=device, measure=nothing_kept))
+    return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)

@@ -1,0 +1,50 @@
+"""What `roma-ray tune` and `roma-ray report SWEEP` do: one call each, and printing."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import click
+
+from roma_ray.ablations import command
+from roma_ray.ablations.report import PAGE, find_sweep_file
+from roma_ray.ablations.space import Space, load_space
+from roma_ray.ablations.sweep import Sweep
+from roma_ray.artifacts import write_json
+from roma_ray.terminal import LiveBoard, LiveProgress, open_progress, print_table
+
+
+def say_what(space: Space) -> None:
+    """Print what a sweep would do; nothing starts."""
+    click.echo("\n".join(command.dry_run(space)))
+
+
+def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: bool, summary_path: str | None) -> int:
+    """Run what is missing of a sweep and print what it says; the exit code: 1 where a trial failed."""
+    progress = open_progress(quiet)
+    with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
+        sweep = command.run(space, progress, board, address, stop_on_failure=stop_on_failure)
+    print_sweep(sweep)
+    if summary_path:
+        write_json(summary_path, command.summary(sweep))
+    if command.result(sweep) is not None:
+        click.echo(f"report: {sweep.stage.path / PAGE}")
+    return 1 if command.failures(sweep) else 0
+
+
+def report_sweep(place: str, storage: str | None) -> None:
+    """Write and name the report of a sweep's trials as far as they are."""
+    sweep, page = command.revisit(load_space(find_sweep_file(place), storage=storage), open_progress(quiet=False))
+    print_sweep(sweep)
+    click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
+
+
+def print_sweep(sweep: Sweep) -> None:
+    """Print the ranking, and what failed."""
+    found = command.result(sweep)
+    if found is not None:
+        text, table = found
+        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
+        click.echo(text)
+    for line in command.failures(sweep):
+        click.echo(f"failed: {line}", err=True)
