@@ -169,7 +169,8 @@ def spaces(folder: Path) -> Opened:
     search = {
         "name": "fuzz",
         "base": "assets:demo.yaml",
-        "sample": {"count": 3, "settings": {"finetune.learning_rate": {"log_uniform": [1e-4, 1e-2]}}},
+        "sample": {"finetune.learning_rate": {"log_uniform": [1e-4, 1e-2]}},
+        "samples": 3,
         "scheduler": {"kind": "asha"},
     }
 
