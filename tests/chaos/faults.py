@@ -127,6 +127,25 @@ def driver_killed(stage: str, scene: Scene) -> None:
     scene.same(storage, stage)
 
 
+def sweep_driver_killed(scene: Scene) -> None:
+    """kill -9 of `roma-ray tune` in a trial's training; the same command goes on, with several workers a trial."""
+    storage = scene.storage("finetune")
+    base = scene.config.model_copy(update={"storage": str(storage)}).model_dump(mode="json")
+    file = scene.folder / f"space-{storage.name}.yaml"
+    one = {"epochs": {"setting": "finetune.epochs", "values": [1]}}
+    file.write_text(yaml.safe_dump({"base": base, "one_at_a_time": one, "max_concurrent": 1}))
+    words = ["tune", "--space", str(file), "--address", scene.nodes.address, "--set", "tracking.enabled=false"]
+    log = scene.folder / f"sweep-{storage.name}.log"
+    first = Driver([*words, "--set", "ray.finetune_workers=1"], scene.nodes.environment, log)
+    first.wait_until(scene.begun(storage, "finetune"))
+    first.kill()
+    before = {path: path.stat().st_mtime_ns for path in storage.glob(f"*/*/{MANIFEST}")}
+    Driver(words, scene.nodes.environment, log).end()
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "a finished stage was done again"
+    assert len(list((storage / "evaluate").glob(f"*/{MANIFEST}"))) == 2
+    scene.same(storage, "finetune")
+
+
 @contextmanager
 def small_disk(scene: Scene, size: str) -> Iterator[Path]:
     """A file system in memory (needs the right to mount); its options can be changed by `remount`."""
@@ -373,6 +392,7 @@ FAULTS = (
         Fault(f"{what} in a trial", partial(in_a_trial, what))
         for what in ("worker killed", "node removed", "driver killed")
     ),
+    Fault("sweep's driver killed", sweep_driver_killed),
     Fault("storage full", storage_full),
     Fault("storage read-only", storage_read_only),
     Fault("MLflow server gone a minute", tracking_server_gone),
