@@ -19,6 +19,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from roma_ray.errors import ArtifactError, BusyError, StorageError
 
 MANIFEST = "manifest.json"
@@ -65,14 +67,20 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(stream.fileno())
         os.replace(aside, target)
         _sync_folder(target.parent)
-    except OSError as error:
-        raise StorageError(
-            f"cannot write {target}: {error.strerror or error}. Free some space or make it writable, or choose another "
-            "place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
-        ) from error
+    except (OSError, SafetensorError) as error:
+        # safetensors has an error of its own for what the system refuses.
+        raise unwritable(target, error) from error
     finally:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
+
+
+def unwritable(path: str | Path, error: Exception) -> StorageError:
+    """The error for a file that the storage, full, read-only or gone, did not take."""
+    return StorageError(
+        f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Free some space or make it writable, or choose "
+        "another place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
+    )
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -194,9 +202,10 @@ class Stage:
             except OSError:
                 # Some network file systems have no locks; a single driver is then the user's promise.
                 pass
-            handle.truncate(0)
-            handle.write(f"{os.uname().nodename}, pid {os.getpid()}")
-            handle.flush()
+            # Who holds it is for the message alone; a full storage will be told where it matters.
+            with contextlib.suppress(OSError):
+                handle.truncate(0)
+                os.write(handle.fileno(), f"{os.uname().nodename}, pid {os.getpid()}".encode())
             yield
 
     def discard(self) -> None:

@@ -310,3 +310,25 @@ def test_versions_are_those_of_what_is_installed() -> None:
     versions = library_versions()
     assert versions["torch"] == metadata.version("torch")
     assert all(metadata.version(name) == version for name, version in versions.items())
+
+
+def test_a_full_storage_is_named_whatever_library_writes(tmp_path: Path) -> None:
+    """safetensors has its own error for a write that the system refuses; a file size limit stands in for a full disk."""
+    script = (
+        "import resource, signal, torch\n"
+        "from pathlib import Path\n"
+        "from safetensors.torch import save_file\n"
+        "from roma_ray.artifacts import write_atomically\n"
+        "from roma_ray.errors import StorageError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n"
+        f"    write_atomically(Path({str(tmp_path)!r}) / 't', lambda aside: save_file({{'a': torch.zeros(9999)}}, aside))\n"
+        "except StorageError as error:\n"
+        "    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert "cannot write" in done.stdout, done.stderr
+    assert "File too large" in done.stdout
+    assert "finished work is kept" in done.stdout
+    assert list(tmp_path.iterdir()) == []

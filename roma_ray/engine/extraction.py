@@ -7,15 +7,20 @@ then, as the mark that it is done, `batches/NNNNNN.parquet` (one row a question)
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from roma_ray.artifacts import Stage, write_atomically, write_json
+from roma_ray.artifacts import Stage, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table
 from roma_ray.engine.forward import own_tokens, shared_prefix
@@ -23,13 +28,15 @@ from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import stream
-from roma_ray.engine.tables import WRITING, read_prompts, read_table, table_facts
+from roma_ray.engine.tables import WRITING, matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.work import Executor
 from roma_ray.errors import ArtifactError, ModelError, StorageError
 from roma_ray.questions.prompts import Prompt
 
 VERSION = 2
 ROWS = "rows.parquet"
+# Rows of one row group: 64 MB of routing rows at 16 layers of 64 experts.
+_ROWS_AT_ONCE = 16_384
 
 
 def extract_stage(setup: Setup, questions: Stage) -> Stage:
@@ -137,22 +144,85 @@ def _check_room(
 
 
 def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[str, Any]:
-    """Gather the batches' rows, in row order, into `rows.parquet`; returns counts. Raises ArtifactError when rows lack."""
-    tables = [read_table(batch_table(stage.path, n)) for n in range(batches)]
-    facts = next((f for f in map(table_facts, tables) if f), None)
-    if facts is None:
-        reason = tables[0].column("error")[0].as_py()
-        raise ModelError(
-            f"every question failed in extraction, the first one with: {reason}. All reasons are in the tables under "
-            f"{stage.path / 'batches'}; remove {stage.path} to try again"
-        )
-    facts = {**facts, "prefix": prefix}
-    table = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).sort_by("row")
-    if table.column("id").to_pylist() != list(ids):
-        raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
-    table = table.replace_schema_metadata({"roma": json.dumps(facts)})
-    write_atomically(stage.path / ROWS, lambda aside: pq.write_table(table, aside, **WRITING))
+    """Gather the batches' rows, in row order, into `rows.parquet`; returns counts. Raises ArtifactError when rows lack.
+
+    Rows lie scattered over the batches. The routing rows, kilobytes each, are put in order in a file and not in memory.
+    """
+    facts: dict[str, Any] = {}
+    small, routing, schema = [], {}, None
+    try:
+        for number in range(batches):
+            table = read_table(batch_table(stage.path, number))
+            schema = schema or table.schema.remove_metadata()
+            facts = facts or table_facts(table)
+            wide = [name for name in table.column_names if name.startswith("routing_")]
+            for name in wide if facts else ():
+                if name not in routing:
+                    routing[name] = ScatteredRows(stage.path, len(ids), facts["layers"] * facts["experts"])
+                routing[name].put(table, name)
+            small.append(table.drop_columns(wide).replace_schema_metadata(None))
+        assert schema is not None
+        if not facts:
+            reason = small[0].column("error")[0].as_py()
+            raise ModelError(
+                f"every question failed in extraction, the first one with: {reason}. All reasons are in the tables under "
+                f"{stage.path / 'batches'}; remove {stage.path} to try again"
+            )
+        facts = {**facts, "prefix": prefix}
+        table = pa.concat_tables(small).sort_by("row").combine_chunks()
+        if table.column("id").to_pylist() != list(ids):
+            raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
+        ordered = schema.with_metadata({"roma": json.dumps(facts)})
+
+        def write(aside: Path) -> None:
+            with pq.ParquetWriter(aside, ordered, **WRITING) as writer:
+                for start in range(0, len(table), _ROWS_AT_ONCE):
+                    part = table.slice(start, _ROWS_AT_ONCE)
+                    columns = {name: rows.column(start, part) for name, rows in routing.items()}
+                    columns |= {name: part.column(name) for name in part.column_names}
+                    writer.write_table(pa.table([columns[name] for name in ordered.names], schema=ordered))
+
+        write_atomically(stage.path / ROWS, write)
+    finally:
+        for rows in routing.values():
+            rows.close()
     errors = len(table) - table.column("error").null_count
-    correct = sum(table.column("is_correct").to_pylist())
-    tokens = sum(n or 0 for n in table.column("tokens").to_pylist())
+    correct = pc.sum(table.column("is_correct")).as_py()
+    tokens = pc.sum(table.column("tokens")).as_py() or 0
     return {**facts, "rows": len(table), "errors": errors, "correct": correct, "tokens": tokens, "batches": batches}
+
+
+class ScatteredRows:
+    """Rows of equal width, put down in any order and read in theirs: a file in the stage's folder that goes when it is closed."""
+
+    def __init__(self, folder: Path, rows: int, width: int) -> None:
+        try:
+            self.file = tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-", suffix=".tmp")  # noqa: SIM115 - see close
+            # A mapped file that finds no room while it is written to ends the process without a word.
+            os.posix_fallocate(self.file.fileno(), 0, rows * width * 4)
+        except OSError as error:
+            raise unwritable(folder, error) from error
+        self.values = np.memmap(self.file, dtype=np.float32, mode="w+", shape=(rows, width))
+
+    def put(self, table: pa.Table, name: str) -> None:
+        """The rows of a batch's table; those of failed questions are null there and stay zero here."""
+        present = table.filter(pc.is_valid(table.column(name)))
+        rows = present.column("row").to_numpy()
+        if ((rows < 0) | (rows >= len(self.values))).any():
+            raise ArtifactError(
+                "a batch's table names rows that do not exist; remove the extraction folder and run again"
+            )
+        self.values[rows] = matrix(present, name, self.values.shape[1])
+
+    def column(self, start: int, part: pa.Table) -> pa.Array:
+        """The rows from `start` on as a column of lists, null where the question failed."""
+        failed = part.column("error").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
+        width = self.values.shape[1]
+        offsets = np.arange(len(part) + 1, dtype=np.int32) * width
+        flat = pa.array(self.values[start : start + len(part)].ravel())
+        whole = pa.ListArray.from_arrays(pa.array(offsets), flat)
+        return pc.if_else(pa.array(failed), pa.scalar(None, whole.type), whole)
+
+    def close(self) -> None:
+        """Remove the file."""
+        self.file.close()

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 
 from roma_ray.errors import CheckpointError, RomaError, StorageError
 
@@ -76,11 +77,11 @@ def whole_folder(target: Path) -> Iterator[Path]:
             os.replace(target, old)
         os.replace(aside, target)
         _sync(target.parent)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         if old.exists() and not target.exists():
             os.replace(old, target)
         raise StorageError(
-            f"cannot write {target}: {error.strerror or error}. Free some space or choose another place."
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}. Free some space or choose another place."
         ) from error
     finally:
         shutil.rmtree(aside, ignore_errors=True)

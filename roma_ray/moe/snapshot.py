@@ -104,10 +104,10 @@ class Snapshot:
 
 @dataclass(frozen=True)
 class LazyTensor:
-    """A tensor of a file, read into memory of its own when it is indexed.
+    """A tensor of a file, read when it is indexed, through a mapping of its own.
 
-    A tensor that safetensors itself returns lies in the mapped file, and one that stays in use would keep all of the file's
-    pages that were touched: twice the memory of the weights.
+    What safetensors returns lies in the mapped file. In one mapping for all of a file's tensors, the one that stays in use as it
+    is would keep every page that was touched, beside the copies that were made of the others: twice the weights' memory.
     """
 
     path: Path
@@ -115,7 +115,7 @@ class LazyTensor:
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self.path, framework="pt", device="cpu") as handle:
-            return handle.get_slice(self.key)[index].clone()
+            return handle.get_slice(self.key)[index]
 
 
 def open_snapshot(path: str, revision: str | None = None) -> Snapshot:

@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from roma_ray.artifacts import unwritable
 from roma_ray.engine.setup import set_threads
 from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import WorkerError
@@ -50,10 +51,13 @@ class Marks:
         self.lines = self.path.read_text().split("\n") if self.path.exists() else []
 
     def add(self, line: str) -> None:
-        """Note the start or the end of something."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a") as stream:
-            stream.write(f"{line}\n")
+        """Note the start or the end of something. Raises StorageError."""
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a") as stream:
+                stream.write(f"{line}\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
         self.lines.append(line)
 
     def unfinished(self, begun: str, ended: str) -> int:
@@ -61,8 +65,11 @@ class Marks:
         return self.lines.count(begun) - self.lines.count(ended)
 
     def clear(self) -> None:
-        """The batch is done."""
-        self.path.unlink(missing_ok=True)
+        """The batch is done. Raises StorageError."""
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
 
 class BatchWorker:

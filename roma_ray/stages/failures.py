@@ -78,6 +78,8 @@ def _plain(error: BaseException) -> str:
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException) and cause is not error:
         return _plain(cause)
+    if isinstance(error, OSError) and not isinstance(error, RomaError):
+        return str(error)  # its first argument is only a number
     return str(error.args[0]) if error.args else type(error).__name__
 
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from roma_ray.artifacts import unwritable
+
 FILE = ".live.jsonl"
 _SECONDS_BETWEEN_LINES = 0.3
 
@@ -36,8 +38,11 @@ class LiveWriter:
 
     def _write(self, line: dict[str, Any]) -> None:
         self.last = time.monotonic()
-        with open(self.path, "a") as stream:
-            stream.write(json.dumps({"run": self.token, **line}) + "\n")
+        try:
+            with open(self.path, "a") as stream:
+                stream.write(json.dumps({"run": self.token, **line}) + "\n")
+        except OSError as error:
+            raise unwritable(self.path, error) from error
 
 
 class LiveReader:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import socket
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from roma_ray.artifacts import MANIFEST, Stage
 from roma_ray.config import Config
@@ -124,6 +127,25 @@ def driver_killed(stage: str, scene: Scene) -> None:
     scene.same(storage, stage)
 
 
+def sweep_driver_killed(scene: Scene) -> None:
+    """kill -9 of `roma-ray tune` in a trial's training; the same command goes on, with several workers a trial."""
+    storage = scene.storage("finetune")
+    base = scene.config.model_copy(update={"storage": str(storage)}).model_dump(mode="json")
+    file = scene.folder / f"space-{storage.name}.yaml"
+    one = {"epochs": {"setting": "finetune.epochs", "values": [1]}}
+    file.write_text(yaml.safe_dump({"base": base, "one_at_a_time": one, "max_concurrent": 1}))
+    words = ["tune", "--space", str(file), "--address", scene.nodes.address, "--set", "tracking.enabled=false"]
+    log = scene.folder / f"sweep-{storage.name}.log"
+    first = Driver([*words, "--set", "ray.finetune_workers=1"], scene.nodes.environment, log)
+    first.wait_until(scene.begun(storage, "finetune"))
+    first.kill()
+    before = {path: path.stat().st_mtime_ns for path in storage.glob(f"*/*/{MANIFEST}")}
+    Driver(words, scene.nodes.environment, log).end()
+    assert all(path.stat().st_mtime_ns == when for path, when in before.items()), "a finished stage was done again"
+    assert len(list((storage / "evaluate").glob(f"*/{MANIFEST}"))) == 2
+    scene.same(storage, "finetune")
+
+
 @contextmanager
 def small_disk(scene: Scene, size: str) -> Iterator[Path]:
     """A file system in memory (needs the right to mount); its options can be changed by `remount`."""
@@ -143,14 +165,18 @@ def remount(place: Path, options: str) -> None:
 
 def storage_full(scene: Scene) -> None:
     """No room left in extraction: a message and exit code 1; with room again the same command goes on."""
-    with small_disk(scene, "700k") as place:
-        storage = place / "s"
+    with small_disk(scene, "64m") as place:
+        storage, ballast = place / "s", place / "ballast"
         driver = scene.start(storage, "extract")
+        driver.wait_until(scene.begun(storage, "extract"))
+        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as stream:
+            while True:
+                stream.write(bytes(4096))
         driver.end(1)
         assert "No space left on device" in driver.said
         assert "finished work is kept" in driver.said
         assert "Traceback (most recent" not in driver.said
-        remount(place, "size=64m")
+        ballast.unlink()
         scene.start(storage, "extract").end()
         scene.same(storage, "extract")
 
@@ -316,6 +342,40 @@ def _recorded(uri: str, parents: int, experiment: str = "roma-ray") -> dict[str,
     return record
 
 
+def in_a_trial(what: str, scene: Scene) -> None:
+    """A worker, its node or the driver goes in a trial of a sweep: the same trials, once each, with a single run's bits."""
+    storage = scene.storage("finetune")
+    tracking = scene.config.tracking.model_copy(update={"enabled": False})
+    base = scene.config.model_copy(update={"storage": str(storage), "tracking": tracking}).model_dump(mode="json")
+    base["ray"]["finetune_workers"] = None
+    rates = {"setting": "finetune.learning_rate", "values": [0.005, 0.02]}
+    space, summary = scene.folder / f"space-{storage.name}.yaml", scene.folder / f"sweep-{storage.name}.json"
+    space.write_text(yaml.safe_dump({"name": "chaos", "base": base, "one_at_a_time": {"rate": rates}}))
+    words = ["tune", "--space", str(space), "--address", scene.nodes.address, "--summary", str(summary)]
+
+    def start() -> Driver:
+        scene.count += 1
+        return Driver(words, scene.nodes.environment, scene.folder / f"driver-{scene.count}.log")
+
+    driver = start()
+    driver.wait_until(lambda: any((storage / "finetune").glob("*/checkpoint.safetensors")))
+    node, worker = driver.wait_until(lambda: scene.nodes.processes("ImplicitFunc"))[0]
+    if what == "driver killed":
+        driver.kill()
+        driver = start()
+    elif what == "node removed":
+        scene.nodes.remove(node)
+        scene.nodes.add()
+    else:
+        os.kill(worker, 9)
+    driver.end()
+    trials = json.loads(summary.read_text())["trials"]
+    assert [trial["state"] for trial in trials] == [trials[0]["state"]] * 3
+    assert len({trial["name"] for trial in trials}) == 3
+    assert len(list((storage / "finetune").glob(f"*/{MANIFEST}"))) == 3
+    scene.same(storage, "finetune")
+
+
 @dataclass(frozen=True)
 class Fault:
     """One line of the table."""
@@ -328,6 +388,11 @@ FAULTS = (
     *(Fault(f"worker killed in {stage}", partial(worker_killed, stage)) for stage in TITLES),
     *(Fault(f"node removed in {stage}", partial(node_removed, stage)) for stage in TITLES),
     *(Fault(f"driver killed in {stage}", partial(driver_killed, stage)) for stage in BEGUN),
+    *(
+        Fault(f"{what} in a trial", partial(in_a_trial, what))
+        for what in ("worker killed", "node removed", "driver killed")
+    ),
+    Fault("sweep's driver killed", sweep_driver_killed),
     Fault("storage full", storage_full),
     Fault("storage read-only", storage_read_only),
     Fault("MLflow server gone a minute", tracking_server_gone),

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from hypothesis import strategies as st
 
+from roma_ray.ablations.space import load_space
 from roma_ray.config import QuestionSource, load_config, parse_config
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import Question
@@ -152,10 +153,46 @@ def _nothing_swallowed(given: Any, got: Any, place: str) -> None:
         assert given == got, f"{place}: {given!r} became {got!r}"
 
 
+def spaces(folder: Path) -> Opened:
+    """Files of sweeps, with damaged factors, ranges and base configurations."""
+    path = folder / "space.yaml"
+    good = {
+        "name": "fuzz",
+        "base": "assets:demo.yaml",
+        "set": {"finetune.epochs": 1},
+        "seeds": [0, 1],
+        "one_at_a_time": {
+            "layers": {"setting": "routing.layers", "values": ["F5", "L1"]},
+            "near": {"levels": {"random": {"neighbors.method": "random"}, "k = 1": {"neighbors.k": 1}}},
+        },
+    }
+    search = {
+        "name": "fuzz",
+        "base": "assets:demo.yaml",
+        "sample": {"finetune.learning_rate": {"log_uniform": [1e-4, 1e-2]}},
+        "samples": 3,
+        "scheduler": {"kind": "asha"},
+    }
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        space = load_space(path)
+        assert len({trial.id for trial in space.trials}) == len(space.trials)
+        for trial in space.trials:
+            assert parse_config(yaml.safe_load(trial.config.to_yaml())) == trial.config
+            for _, level in trial.factors:
+                assert isinstance(level, str)
+
+    texts = [yaml.safe_dump(value, sort_keys=False).encode() for value in (good, search)]
+    values = st.one_of(damaged_values(good), damaged_values(search)).map(as_json)
+    return st.one_of(values, values, damaged(texts)), read
+
+
 TARGETS = (
     Target("questions: JSON lines", json_lines, 20),
     Target("questions: Parquet", parquet, 15),
     Target("configurations", configurations, 10),
+    Target("spaces", spaces, 3),
     *CHECKPOINTS,
     *ARTIFACTS,
 )

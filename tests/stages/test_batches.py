@@ -14,11 +14,12 @@ from roma_ray.engine.extraction import activation_dtype
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.tables import read_table
-from roma_ray.errors import ModelError, WorkerError
+from roma_ray.errors import ModelError, StorageError, WorkerError
 from roma_ray.pipeline import Run
 from roma_ray.stages.batches import ATTEMPTS, BatchWorker, Marks
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.extract import extract_on_ray
+from roma_ray.stages.failures import packed
 from tests.stages.support import DeadlyWork, FailingWork
 
 
@@ -112,3 +113,11 @@ def test_marks_are_of_one_run_of_the_driver(tmp_path: Path) -> None:
     Marks(str(tmp_path), "first", 7).add("batch")
     assert Marks(str(tmp_path), "first", 7).lines.count("batch") == 1
     assert Marks(str(tmp_path), "second", 7).lines == []
+
+
+def test_a_storage_that_takes_no_marks_is_named(tmp_path: Path) -> None:
+    """What the system says, and where: a worker's first write on a full or read-only storage is a mark."""
+    (tmp_path / ATTEMPTS).write_text("a file where a folder must be")
+    with pytest.raises(StorageError, match=r"cannot write .*000003: (Not a directory|File exists)"):
+        Marks(str(tmp_path), "token", 3).add("batch")
+    assert packed(OSError(30, "Read-only file system"))["text"].endswith("Read-only file system")
