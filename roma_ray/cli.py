@@ -130,11 +130,14 @@ def report(config: Any, sweep: str | None) -> None:
     from roma_ray.pipeline import revisit
     from roma_ray.terminal import open_progress
 
+    given = click.get_current_context().params
     if sweep is not None:
+        if given["config_path"]:
+            raise click.UsageError("a sweep's configuration is in its space file: leave --config out")
         _quiet_ray()
         from roma_ray.cli_sweeps import report_sweep
 
-        report_sweep(sweep, config.storage)
+        report_sweep(sweep, given["overrides"], given["storage"])
         return
     from roma_ray.cli_results import setup_of_finished
 

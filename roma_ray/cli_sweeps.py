@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import click
@@ -32,9 +33,9 @@ def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: 
     return 1 if command.failures(sweep) else 0
 
 
-def report_sweep(place: str, storage: str | None) -> None:
+def report_sweep(place: str, overrides: Sequence[str], storage: str | None) -> None:
     """Write and name the report of a sweep's trials as far as they are."""
-    sweep, page = command.revisit(load_space(find_sweep_file(place), storage=storage), open_progress(quiet=False))
+    sweep, page = command.revisit(load_space(find_sweep_file(place), overrides, storage), open_progress(quiet=False))
     print_sweep(sweep)
     click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
 

@@ -149,6 +149,10 @@ class SpaceFile(Section):
             raise ValueError("`sample` (ranges) and `samples` (how many) belong together")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("`seeds` names a seed twice")
+        varied = [*self.sample, *(key for grid in self.grid for key in grid)]
+        varied += [key for factor in self.one_at_a_time.values() for _, changes in factor.changes() for key in changes]
+        if "seed" in varied:
+            raise ValueError("`seed` is varied by `seeds: [0, 1, 2]`, not by a factor, a grid or a sample")
         if self.search == "optuna" and not self.sample:
             raise ValueError("`search: optuna` chooses within `sample`, and there is none")
         if self.search == "optuna" and len(self.seeds) > 1:

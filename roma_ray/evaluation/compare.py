@@ -123,6 +123,11 @@ def read_column(name: str, folder: Path, which: str) -> Column:
 def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], str | None]) -> list[Column]:
     """The columns of the named runs; a single run is compared with its own base. Raises ArtifactError."""
     wanted = [f"{names[0]}{_BASE}", *names] if len(names) == 1 and not names[0].endswith(_BASE) else list(names)
+    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    if twice:
+        raise ArtifactError(
+            f"{twice[0]} is named twice; a run is compared with another, or with its own base (RUN{_BASE})"
+        )
     columns = []
     for name in wanted:
         plain = name.removesuffix(_BASE)
@@ -157,6 +162,14 @@ def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = F
     metrics = sorted({metric for _, metric in shared})
     macro = [_macro(metric, [key for key in sorted(shared) if key[1] == metric], columns) for metric in metrics]
     return Comparison(tuple(c.label for c in columns), (*rows, *(m for m in macro if m is not None)))
+
+
+def left_out(columns: Sequence[Column]) -> list[str]:
+    """Benchmarks that some run has and the comparison with the first leaves out."""
+    first, others = columns[0], columns[1:]
+    every = {key for column in columns for key in column.values}
+    shown = {key for key in first.values if any(key in other.values for other in others)}
+    return sorted({task for task, _ in every - shown})
 
 
 def _row(key: tuple[str, str], columns: Sequence[Column]) -> Row:

@@ -86,13 +86,36 @@ def to_hub_row(task: str, row: Row) -> Row:
     """A row in the data set's own columns; question records of the eight named benchmarks are converted. Raises BadRow."""
     for name, (own, convert) in _CONVERTERS.items():
         if task == name or (name == "mmlu" and task.startswith("mmlu_")):
-            if own not in row:
+            if name in ("mmlu", "gsm8k"):
                 return convert(row)
-            return _mmlu(row) if name == "mmlu" else row
+            if not own.keys() <= row.keys():
+                return convert(row)
+            for column, valid in own.items():
+                if not valid(row[column]):
+                    raise BadRow(f"its {column} is {printable(str(row[column]), 40)!r}, which {name} has not")
+            return row
     return row
 
 
-def _parts(row: Row, count: int | None = None) -> tuple[str, list[str], int]:
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _one_of(*values: Any) -> Callable[[Any], bool]:
+    return lambda value: type(value) in {type(v) for v in values} and value in values
+
+
+def _endings(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1 and all(map(_text, value))
+
+
+def _labelled(value: Any) -> bool:
+    return (
+        isinstance(value, dict) and _endings(value.get("text")) and len(value.get("label") or ()) == len(value["text"])
+    )
+
+
+def _parts(row: Row, count: int | None = None, *, context: bool = False) -> tuple[str, list[str], int]:
     """(question, choices, answer's index) of a question record."""
     question, choices = row.get("question"), row.get("choices")
     if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
@@ -102,6 +125,8 @@ def _parts(row: Row, count: int | None = None) -> tuple[str, list[str], int]:
         )
     if count is not None and len(choices) != count:
         raise BadRow(f"{len(choices)} choices; this benchmark's questions have {count}")
+    if row.get("context") and not context:
+        raise BadRow("this benchmark's questions have no context; put it into the question")
     return question, choices, answer_index(row.get("answer"), len(choices))
 
 
@@ -138,11 +163,15 @@ def _winogrande(row: Row) -> Row:
 
 
 def _boolq(row: Row) -> Row:
-    question, choices, answer = _parts(row, 2)
+    question, choices, answer = _parts(row, 2, context=True)
     if [c.lower() for c in choices] != ["no", "yes"]:
         raise BadRow("a BoolQ record's choices are no and yes, in this order")
     # The stock prompt adds the question mark, which records have already.
-    return {"question": question.removesuffix("?"), "passage": row.get("context") or "", "label": answer}
+    return {
+        "question": question.removesuffix("?"),
+        "passage": row.get("context") or row.get("passage") or "",
+        "label": answer,
+    }
 
 
 def _mmlu(row: Row) -> Row:
@@ -151,6 +180,8 @@ def _mmlu(row: Row) -> Row:
 
 
 def _gsm8k(row: Row) -> Row:
+    if "choices" in row:
+        raise BadRow("a GSM8K record has no choices: its answer is the number")
     question, answer, solution = row.get("question"), row.get("answer"), row.get("solution", "")
     if not isinstance(question, str) or not isinstance(answer, str) or not isinstance(solution, str):
         raise BadRow("a GSM8K record has the texts question, answer (the number) and solution")
@@ -159,14 +190,25 @@ def _gsm8k(row: Row) -> Row:
     return {"question": question, "answer": solution if "####" in solution else f"{solution}\n#### {answer}".lstrip()}
 
 
-# Task -> (a column that only the data set itself has, conversion of a question record).
-_CONVERTERS: dict[str, tuple[str, Callable[[Row], Row]]] = {
-    "arc_challenge": ("answerKey", _arc),
-    "arc_easy": ("answerKey", _arc),
-    "hellaswag": ("endings", _hellaswag),
-    "piqa": ("sol1", _piqa),
-    "winogrande": ("option1", _winogrande),
-    "boolq": ("passage", _boolq),
-    "mmlu": ("subject", _mmlu),
-    "gsm8k": ("", _gsm8k),
+_Columns = dict[str, Callable[[Any], bool]]
+_ARC: _Columns = {"question": _text, "choices": _labelled, "answerKey": _text}
+# Task -> (the data set's columns that the stock task reads, conversion of a question record).
+_CONVERTERS: dict[str, tuple[_Columns, Callable[[Row], Row]]] = {
+    "arc_challenge": (_ARC, _arc),
+    "arc_easy": (_ARC, _arc),
+    "hellaswag": (
+        {
+            "activity_label": _text,
+            "ctx_a": lambda value: isinstance(value, str),
+            "ctx_b": lambda value: isinstance(value, str),
+            "endings": _endings,
+            "label": _one_of(*"0123"),
+        },
+        _hellaswag,
+    ),
+    "piqa": ({"goal": _text, "sol1": _text, "sol2": _text, "label": _one_of(0, 1)}, _piqa),
+    "winogrande": ({"sentence": _text, "option1": _text, "option2": _text, "answer": _one_of("1", "2")}, _winogrande),
+    "boolq": ({"question": _text, "passage": _text, "label": _one_of(0, 1)}, _boolq),
+    "mmlu": ({}, _mmlu),
+    "gsm8k": ({}, _gsm8k),
 }

@@ -104,7 +104,7 @@ def warnings_of(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"{summary['rejected']} rows were rejected: see {summary['paths']['questions']}/rejected.parquet")
     if summary["errors"]:
         lines.append(f"{summary['errors']} questions failed in extraction and are left out")
-    for name, kinds in summary["devices"].items():
+    for name, kinds in summary.get("devices", {}).items():
         mixed = mixed_devices(name, kinds)
         lines += [mixed] if mixed else []
     return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 _FLAG = "If you trust its author, allow it with --allow-code."
 # Settings by which a definition loads code from elsewhere, whatever their value but false.
-_LOADING = {"hf_evaluate", "unsafe_code", "trust_remote_code", "class", "custom_dataset"}
+_LOADING = {"hf_evaluate", "unsafe_code", "trust_remote_code", "class", "custom_dataset", "use_prompt"}
 
 
 def check_task_file(path: Path, *, allow_code: bool) -> None:
@@ -41,6 +41,11 @@ def _check(path: Path, seen: set[Path]) -> None:
             raise ConfigError(f"the task file {path} would run code ({node.tag}, line {_line(node)}). {_FLAG}")
         if key in _LOADING and getattr(node, "value", None) not in ("false", "False", "no", "null", ""):
             raise ConfigError(f"the task file {path} would run code (`{key}`, line {_line(node)}). {_FLAG}")
+        if key == "metric" and isinstance(node, yaml.ScalarNode) and node.value not in _metrics():
+            # lm-eval would load a metric that it does not know as code, from a file or the hub.
+            raise ConfigError(
+                f"the task file {path} would run code (metric `{node.value}` is none of lm-eval's, line {_line(node)}). {_FLAG}"
+            )
         if key == "include" and isinstance(node, yaml.ScalarNode):
             _check((path.parent / node.value).resolve(), seen)
 
@@ -62,6 +67,14 @@ def _nodes(root: yaml.Node) -> Iterator[tuple[str, yaml.Node]]:
                 waiting.append((str(getattr(name, "value", "")), value))
         elif isinstance(node, yaml.SequenceNode):
             waiting += [(key, value) for value in node.value]
+
+
+def _metrics() -> Collection[str]:
+    """The metrics that lm-eval itself has."""
+    import lm_eval.api.metrics  # noqa: F401 - fills the registry
+    from lm_eval.api.registry import METRIC_REGISTRY
+
+    return set(METRIC_REGISTRY)
 
 
 def _line(node: yaml.Node) -> int:

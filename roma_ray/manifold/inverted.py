@@ -62,19 +62,22 @@ def propose(
         true_TF, true_picks_TF = merged(true_TF, true_picks_TF, near_TF, near_picks_TF + first, k)
         lists = InvertedLists(vectors_MC)
         del vectors_MC
-        probes = lists.tuned(sample_TC, near_picks_TF, count)
+        probes = lists.tuned(sample_TC, near_picks_TF, count, part_M[near_picks_TF] != rows_Q[at_T][:, None])
         for at_B in torch.arange(len(rows_Q)).split(_BLOCK):
             found_BF, found_picks_BF = lists.top(unit.take(rows_Q[at_B]).float(), count, probes)
             scores_QF[at_B], picks_QF[at_B] = merged(
                 scores_QF[at_B], picks_QF[at_B], found_BF, found_picks_BF + first, count
             )
         first += len(part_M)
-    return Proposals(scores_QF, picks_QF, share_found(true_picks_TF, picks_QF[at_T]))
+    # A question always finds itself, and is no neighbor of its own: it must not count as found.
+    others_TF = candidates_M[true_picks_TF] != rows_Q[at_T][:, None]
+    return Proposals(scores_QF, picks_QF, share_found(true_picks_TF, picks_QF[at_T], others_TF))
 
 
-def share_found(wanted_TK: Tensor, picks_TF: Tensor) -> float:
-    """The part of the wanted candidates that are among the picks, row by row."""
-    return float((wanted_TK[:, :, None] == picks_TF[:, None, :]).any(2).double().mean())
+def share_found(wanted_TK: Tensor, picks_TF: Tensor, counted_TK: Tensor) -> float:
+    """The part of the wanted candidates that count which are among the picks, row by row."""
+    found_TK = (wanted_TK[:, :, None] == picks_TF[:, None, :]).any(2)
+    return float(found_TK[counted_TK].double().mean()) if bool(counted_TK.any()) else 1.0
 
 
 def merged(a_BF: Tensor, a_picks_BF: Tensor, b_BF: Tensor, b_picks_BF: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -97,11 +100,11 @@ class InvertedLists:
         self.vectors_MC = vectors_MC[self.order_M]
         self.order_M = self.order_M.cpu()
 
-    def tuned(self, queries_TC: Tensor, wanted_TK: Tensor, count: int) -> int:
-        """The least power of two of lists that finds the wanted candidates often enough; all lists find all of them."""
+    def tuned(self, queries_TC: Tensor, wanted_TK: Tensor, count: int, counted_TK: Tensor) -> int:
+        """The least power of two of lists that finds the wanted candidates that count often enough; all lists find all."""
         probes = 1
         while probes < len(self.means_LC):
-            if share_found(wanted_TK, self.top(queries_TC, count, probes)[1]) >= _AIM:
+            if share_found(wanted_TK, self.top(queries_TC, count, probes)[1], counted_TK) >= _AIM:
                 return probes
             probes *= 2
         return len(self.means_LC)

@@ -128,7 +128,9 @@ def main_kind(nodes: Sequence[Node], need: Need) -> tuple[str | None, list[str]]
     rooms = {kind: room(nodes, need.of_kind(kind)) for kind in kinds}
     fitting = [kind for kind in kinds if rooms[kind]]
     # A node may have GPUs whose kind Ray does not know: they count as a kind of their own, which cannot be asked for.
-    return (max(fitting, key=lambda kind: rooms[kind]) if len(fitting) > 1 else None), fitting
+    unknown = sum(_room(node, need) for node in nodes if not node.kinds)
+    several = len(fitting) + bool(unknown) > 1
+    return (max(fitting, key=lambda kind: rooms[kind]) if several else None), fitting
 
 
 def inventory(nodes: Sequence[Node]) -> str:

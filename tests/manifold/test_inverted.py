@@ -51,7 +51,7 @@ def test_it_does_not_scan_everything() -> None:
     unit = torch.nn.functional.normalize(vectors(3000))
     lists = InvertedLists(unit)
     wanted = TorchSearch(unit, torch.device("cpu")).top(unit[:200], 4)[1]
-    assert lists.tuned(unit[:200], wanted, 11) <= len(lists.means_LC) // 4
+    assert lists.tuned(unit[:200], wanted, 11, torch.ones_like(wanted, dtype=torch.bool)) <= len(lists.means_LC) // 4
     assert lists.top(unit[:5], 11, len(lists.means_LC))[1][:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
