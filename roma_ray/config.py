@@ -111,7 +111,8 @@ class ExtractionConfig(Section):
     """Type of the cached activations; `auto` is the model's own (bf16 for most), which loses nothing."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Most weights (GB) that an extraction worker holds at once; a larger model runs as a chain of layer slices. No part of
-    any fingerprint: the results are the same."""
+    any fingerprint: the results are the same, but a batch that fails ends the run, where whole models set a bad question
+    aside. Of the extraction alone: finetuning holds the layers from the cut up (and without a cache those below too)."""
 
 
 class EmbeddingConfig(Section):

@@ -67,8 +67,7 @@ class ActivationCache:
 
     def packed(self, rows: Sequence[int], layout: Layout) -> Tensor:
         """States [T, D] of a layout of the questions `rows`, on the CPU in the cache's type. Raises CacheError."""
-        # Every shard holds the prefix; the first question's serves all, so the choice depends on the rows alone.
-        parts = [self._shard(self.batch[rows[0]])[: self.prefix]] if self.prefix else []
+        parts = []
         for row, prompt in zip(rows, layout.prompts, strict=True):
             own = self.states(row)
             if own.shape[0] != own_tokens(prompt, self.prefix):
@@ -77,7 +76,9 @@ class ActivationCache:
                     f"{_REMEDY}"
                 )
             parts += _of_gold(own, prompt, self.prefix) if layout.gold_only else [own]
-        return torch.cat(parts)
+        # Every shard holds the prefix; the first question's serves all, so the choice depends on the rows alone.
+        shared = [self._shard(self.batch[rows[0]])[: self.prefix]] if self.prefix else []
+        return torch.cat([*shared, *parts])
 
     def _shard(self, batch: int) -> Any:
         if batch not in self._shards:
@@ -149,11 +150,15 @@ Made = TypeVar("Made")
 
 def prefetched(make: Callable[[Item], Made], items: Iterable[Item], ahead: int = 2) -> Iterator[Made]:
     """`make` of each item, in order, made in a thread of its own while the caller works on the one before."""
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        waiting = []
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+    waiting = []
+    try:
         for item in items:
             waiting.append(pool.submit(make, item))
             if len(waiting) > ahead:
                 yield waiting.pop(0).result()
         for future in waiting:
             yield future.result()
+    finally:
+        # A caller that stops does not wait for what nobody will read.
+        pool.shutdown(cancel_futures=True)

@@ -22,12 +22,12 @@ import pyarrow.parquet as pq
 
 from roma_ray.artifacts import Stage, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
-from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table
+from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.streaming import stream
+from roma_ray.engine.streaming import STREAM, stream
 from roma_ray.engine.tables import WRITING, matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.work import Executor
 from roma_ray.errors import ArtifactError, ModelError, StorageError
@@ -69,7 +69,7 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
         done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
         pending = sorted(set(range(len(plan))) - set(done))
-        if setup.config.extraction.cache:
+        if setup.config.extraction.cache or setup.config.extraction.memory_gb:
             _check_room(setup, stage, prompts, prefix, [plan[n] for n in pending], progress)
         work = extract_work(setup, questions, stage)
         finished = sum(len(plan[n]) for n in done)
@@ -80,6 +80,8 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
                     meter.advance(report.rows)
             else:
                 stream(work, pending, execute, limit, meter.advance, progress.say)
+        # Also what a streamed attempt left that was gone on with unstreamed.
+        shutil.rmtree(stage.path / STREAM, ignore_errors=True)
         facts = gather(stage, len(plan), [p.id for p in prompts], prefix)
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     if facts["errors"]:
@@ -111,8 +113,7 @@ def _plan(stage: Stage, prompts: Sequence[Prompt], batch_tokens: int) -> tuple[i
         prefix = shared_prefix(prompts)
         batches = plan_batches([own_tokens(p, prefix) for p in prompts], batch_tokens)
         write_json(path, {"prefix": prefix, "batches": batches})
-    plan: dict[str, Any] = json.loads(path.read_text())
-    return plan["prefix"], plan["batches"]
+    return read_plan(path)
 
 
 def _check_room(
@@ -128,17 +129,23 @@ def _check_room(
 
     dtype = activation_dtype(setup)
     tokens = sum(prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in pending)
-    size = tokens * setup.hidden_size * getattr(torch, dtype).itemsize * len(setup.cuts)
+    caching, streaming = setup.config.extraction.cache, setup.config.extraction.memory_gb is not None
+    size = tokens * setup.hidden_size * getattr(torch, dtype).itemsize * len(setup.cuts) * caching
+    # Two generations of states lie between a slice and the next.
+    passing = 2 * tokens * setup.hidden_size * getattr(torch, setup.model.dtype).itemsize * streaming
     free = shutil.disk_usage(stage.path).free
     at = ", ".join(map(str, setup.cuts))
-    progress.say(
-        f"activation cache: {tokens:,} tokens x {setup.hidden_size} x {dtype} at layer {at}: {size / 1e9:.2f} GB "
-        f"({free / 1e9:.0f} GB free)"
-    )
-    if size > 0.95 * free:
+    if caching:
+        progress.say(
+            f"activation cache: {tokens:,} tokens x {setup.hidden_size} x {dtype} at layer {at}: {size / 1e9:.2f} GB "
+            f"({free / 1e9:.0f} GB free)"
+        )
+    if streaming:
+        progress.say(f"states between slices take {passing / 1e9:.2f} GB while the extraction streams")
+    if size + passing > 0.95 * free:
         raise StorageError(
-            f"the activation cache needs {size / 1e9:.1f} GB and {stage.path} has {free / 1e9:.1f} GB left. Give another place "
-            "with --storage, free some space, use extraction.activation_dtype=bfloat16, or extraction.cache=false: then every "
+            f"the activation cache and what streaming leaves meanwhile need {(size + passing) / 1e9:.1f} GB and "
+            f"{stage.path} has {free / 1e9:.1f} GB left. Give another place with --storage, free some space, use extraction.activation_dtype=bfloat16, or extraction.cache=false: then every "
             "epoch runs the layers below the tuned ones again."
         )
 

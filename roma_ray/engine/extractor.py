@@ -24,7 +24,7 @@ from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing
 from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.tables import read_prompts, write_table
 from roma_ray.engine.work import Report
-from roma_ray.errors import ModelError
+from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
@@ -125,14 +125,21 @@ class Result:
         return Result([], {}, {}, [])
 
 
+def read_plan(path: Path) -> tuple[int, list[list[int]]]:
+    """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
+    try:
+        plan = json.loads(path.read_text(encoding="utf-8"))
+        return int(plan["prefix"]), [[int(row) for row in batch] for batch in plan["batches"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ArtifactError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from None
+
+
 class Batches:
     """The plan, and the files of a planned batch."""
 
     def __init__(self, work: ExtractWork) -> None:
         self.work = work
-        plan = json.loads((Path(work.folder) / PLAN).read_text())
-        self.prefix: int = plan["prefix"]
-        self.batches: list[list[int]] = plan["batches"]
+        self.prefix, self.batches = read_plan(Path(work.folder) / PLAN)
         self.prompts = read_prompts(work.questions)
 
     def reading(self, rows: Sequence[int]) -> Reading:

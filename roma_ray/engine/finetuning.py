@@ -26,7 +26,7 @@ from roma_ray.engine.setup import ModelSpec, Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.training import ALONE, IDLE_RATIO, Outcome, World, finetune
 from roma_ray.engine.verification import verify_sample
-from roma_ray.errors import StorageError
+from roma_ray.errors import QuestionError, StorageError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.slices import Slice
 
@@ -80,11 +80,17 @@ class TrainJob:
         prompts = read_prompts(self.questions)
         neighborhoods = read_neighborhoods(Stage(Path(self.neighbors), "neighbors", {}), len(prompts))
         usable = usable_rows(Stage(Path(self.extraction), "extract", {})).tolist()
+        validation = [n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]]
+        if not validation:
+            raise QuestionError(
+                "no validation question came through extraction, so no epoch can be judged; see `error` in "
+                f"{Path(self.extraction) / ROWS}, and give more rows or a larger questions.validation_fraction"
+            )
         return TrainingData(
             prompts=prompts,
             states=self.open_states(),
             train=neighborhoods.queried.nonzero()[:, 0].tolist(),
-            validation=[n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]],
+            validation=validation,
             neighborhoods=neighborhoods,
             routing_NLE=read_routing_rows(self.extraction, self.tokens)[:, list(self.columns)],
             tokens=self.tokens,

@@ -131,12 +131,14 @@ def resolve(
     facts = _model_facts(path, config.model.revision)
     chosen = resolve_device(config) if device is None else device
     dtype = facts["dtype"] if config.model.dtype == "auto" else config.model.dtype
-    identity = model_identity(config.model, path)
+    # A hub's branch moves; the commit that this run found is part of every fingerprint, and what its workers load.
+    revision = facts["revision"] or config.model.revision
+    identity = model_identity(config.model.model_copy(update={"revision": revision}), path)
     backend = config.model.experts_backend
     if backend == "auto":
         # On a CPU a fixed one: what is fastest there depends on the load, and the bits must not.
         backend = "eager"
-    spec = ModelSpec(path, config.model.revision, dtype, backend, config.model.attention, chosen, config.threads)
+    spec = ModelSpec(path, revision, dtype, backend, config.model.attention, chosen, config.threads)
     if config.model.experts_backend == "auto" and chosen == "cuda":
         from roma_ray.engine.backends import kept_backend, measure_backends
 

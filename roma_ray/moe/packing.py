@@ -23,6 +23,9 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+# Keys that are gathered for one group: at a width of 2,048 in bf16, 134 MB of keys and as much of values.
+_KEYS_AT_ONCE = 32_768
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -141,8 +144,22 @@ def _queries(packing: Packing, kept: Sequence[int] | None) -> Queries:
         tokens = [t for t in range(start, start + len(segment.ids)) if rank is None or t in rank]
         if tokens:
             depths.setdefault(len(packing.path(number)), []).append((number, tokens))
-    groups = tuple(_group(packing, members, rank) for _, members in sorted(depths.items()))
+    groups = tuple(
+        _group(packing, part, rank) for _, members in sorted(depths.items()) for part in _bounded(packing, members)
+    )
     return Queries(groups, torch.cat([group.rows_N for group in groups]).argsort())
+
+
+def _bounded(packing: Packing, members: Sequence[tuple[int, list[int]]]) -> Iterator[Sequence[tuple[int, list[int]]]]:
+    """Parts of a group whose padded keys stay within a bound: after a long shared segment every question has all its keys."""
+    start, longest = 0, 0
+    for end, (number, _) in enumerate(members):
+        keys = int(packing.positions_T[packing.starts[number]]) + len(packing.span(number))
+        if end > start and (end - start + 1) * max(longest, keys) > _KEYS_AT_ONCE:
+            yield members[start:end]
+            start, longest = end, 0
+        longest = max(longest, keys)
+    yield members[start:]
 
 
 def _group(packing: Packing, members: Sequence[tuple[int, list[int]]], rank: dict[int, int] | None) -> Group:
@@ -276,7 +293,7 @@ def _attend(
     outputs = []
     for group in queries.groups:
         mine_NHC = query_NHC.index_select(0, group.rows_N)
-        if group.rooted and sinks_H is None and not eager and _has_varlen(query):
+        if group.rooted and sinks_H is None and not eager and _has_varlen(query, value):
             outputs.append(_varlen(group, mine_NHC, key_THC, value_THC, window, scale))
             continue
         padded_GQHC = mine_NHC.new_zeros(group.positions_GQ.numel(), *mine_NHC.shape[1:])
@@ -320,8 +337,12 @@ def _padded(
     return (weights[..., : key.shape[2]] @ value).transpose(1, 2)
 
 
-def _has_varlen(query: Tensor) -> bool:
-    """Whether torch's FlashAttention for ragged batches serves this call: half precision on a GPU, torch 2.10 or newer."""
+def _has_varlen(query: Tensor, value: Tensor) -> bool:
+    """Whether torch's FlashAttention for ragged batches serves this call: half precision on a GPU, torch 2.10 or newer,
+    heads of one width for queries and values (DeepSeek's are not)."""
+    width = query.shape[-1]
+    if width != value.shape[-1] or width > 256 or width % 8:
+        return False
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
         return False
     return find_spec("torch.nn.attention.varlen") is not None

@@ -78,6 +78,17 @@ def test_packed_equals_one_sequence_at_a_time(parts: tuple[Slice, Slice, Slice])
     close(got, torch.stack([want[t] for t in range(len(packing))]))
 
 
+def test_groups_of_many_keys_are_cut_and_change_nothing(
+    parts: tuple[Slice, Slice, Slice], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with torch.no_grad():
+        want = run_packed(parts[0], tree()).states
+        monkeypatch.setattr(packing_module, "_KEYS_AT_ONCE", 20)
+        packing = tree()
+        assert len(packing.queries().groups) > 4
+        close(run_packed(parts[0], packing).states, want)
+
+
 def test_trims_change_nothing(parts: tuple[Slice, Slice, Slice]) -> None:
     """Trunk and head, logits and routing at some tokens, some rows of lm_head, from the cut's input or after its attention."""
     whole, trunk, head = parts
@@ -229,7 +240,7 @@ def test_ragged_flash_attention_is_called_as_it_wants(monkeypatch: pytest.Monkey
         model = tiny_moe(family, seed=0)
         want = run_whole(model, packing)
         with monkeypatch.context() as patch:
-            patch.setattr(packing_module, "_has_varlen", lambda query: True)
+            patch.setattr(packing_module, "_has_varlen", lambda query, value: True)
             got = run_whole(model, packing)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert set(calls) == windows
