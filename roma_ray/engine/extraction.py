@@ -145,8 +145,9 @@ def _check_room(
     if size + passing > 0.95 * free:
         raise StorageError(
             f"the activation cache and what streaming leaves meanwhile need {(size + passing) / 1e9:.1f} GB and "
-            f"{stage.path} has {free / 1e9:.1f} GB left. Give another place with --storage, free some space, use extraction.activation_dtype=bfloat16, or extraction.cache=false: then every "
-            "epoch runs the layers below the tuned ones again."
+            f"{stage.path} has {free / 1e9:.1f} GB left. Give another place with --storage, free some space, use "
+            "extraction.activation_dtype=bfloat16, or extraction.cache=false: then every epoch runs the layers below the tuned "
+            "ones again."
         )
 
 
