@@ -128,7 +128,8 @@ def test_what_is_written(judge_world: JudgeWorld, judged: Stage) -> None:
 def piqa_rows(world: JudgeWorld) -> list[dict[str, Any]]:
     from roma_ray.evaluation.local_data import find_files, read_splits
 
-    return read_splits(find_files(world.data, "piqa", None), "piqa", None, "validation")["validation"]
+    files = find_files(world.data, "piqa", None, ["validation"])
+    return read_splits(files, "piqa", None, "validation", ["validation"])["validation"]
 
 
 class Counting:
