@@ -24,6 +24,8 @@ from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
 STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
+CONFIG = "config.yaml"
+"""The resolved configuration, beside the last stage of what a command was asked for."""
 
 
 @dataclass(frozen=True)
@@ -147,11 +149,19 @@ def replay(setup: Setup, observer: Observer) -> None:
     if "evaluate" in done:
         seconds = sum(stage.manifest()["seconds"] for stage in done.values())
         observer.finished(Run(setup, done, summarise_run(setup, done, seconds)))
+    elif _all_asked_for(planned, done):
+        observer.finished(Run(setup, done, {}))
+
+
+def _all_asked_for(planned: Mapping[str, Stage], done: Mapping[str, Stage]) -> bool:
+    """Whether the last command, `roma-ray finetune` say, came to its end: its configuration is there, and nothing begun since."""
+    begun = any(stage.path.exists() for name, stage in planned.items() if name not in done)
+    return not begun and (list(done.values())[-1].path / CONFIG).exists()
 
 
 def _save_config(stage: Stage, resolved: str) -> None:
     """Keep the resolved configuration beside the run's last stage."""
-    path = stage.path / "config.yaml"
+    path = stage.path / CONFIG
     if not path.exists() or path.read_text(encoding="utf-8") != resolved:
         write_text(path, resolved)
 

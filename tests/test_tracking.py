@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 import socket
 import sqlite3
 import subprocess
@@ -17,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import Stage
+from roma_ray.artifacts import Stage, Store
 from roma_ray.config import TrackingConfig
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import LOCAL
@@ -101,6 +102,24 @@ def ledger(uri: str) -> dict[str, Any]:
         history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
         runs[stage] = (found, {key: [(m.step, m.value) for m in values] for key, values in history.items()})
     return runs
+
+
+def test_a_run_of_some_stages_is_finished_once_these_are(finished: Run, database: str, tmp_path: Path) -> None:
+    for name in STAGES[:5]:
+        shutil.copytree(finished.stages[name].path, tmp_path / "s" / name / finished.stages[name].fingerprint)
+    setup = dataclasses.replace(tracked_setup(finished, database), store=Store(tmp_path / "s"))
+    record(setup)
+    assert ledger(database)["pipeline"][0].info.status == "RUNNING"
+    # As in an outage: `roma-ray finetune` came to its end, and MLflow did not hear of it.
+    run(setup, Said(), until="finetune")
+    record(setup)
+    assert ledger(database)["pipeline"][0].info.status == "FINISHED"
+    locate(setup)["evaluate"].path.mkdir(parents=True)
+    with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as connection:
+        connection.execute("update runs set status = 'RUNNING'")
+        connection.commit()
+    record(setup)
+    assert ledger(database)["pipeline"][0].info.status == "RUNNING"
 
 
 def artifacts(uri: str, run_id: str, folder: str | None = None) -> set[str]:
