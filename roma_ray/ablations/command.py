@@ -22,12 +22,19 @@ from roma_ray.stages.runners import measure_near
 
 
 def dry_run(space: Space) -> list[str]:
-    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away."""
+    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away.
+
+    Raises ConfigError.
+    """
+    import torch
+
     try:
         try:
             return describe(make_plan(space))
         except ModelError:
-            # A GPU that was never measured: what trials share is the same on a CPU.
+            if space.centre.device != "cuda" and not torch.cuda.is_available():
+                raise
+            # A GPU that is not here or was never measured: what trials share is the same on a CPU.
             return describe(make_plan(space, "cpu"))
     except (ModelError, QuestionError) as error:
         return without_model(space, error)

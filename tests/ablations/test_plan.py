@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from roma_ray.ablations.command import dry_run
 from roma_ray.ablations.plan import Plan, cost, describe, make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.errors import ConfigError
@@ -81,6 +83,28 @@ def test_what_optuna_may_draw_is_extracted_beforehand(base: dict[str, Any], tmp_
     assert plan.trials[0].setup.cuts == (13, 14, 15)
     with pytest.raises(ConfigError, match="decides what is extracted"):
         planned(base, tmp_path, sample={"questions.test_fraction": {"uniform": [0.1, 0.3]}}, samples=3, search="optuna")
+
+
+def test_a_dry_run_without_the_model_checks_what_it_can(base: dict[str, Any], tmp_path: Path) -> None:
+    """Names always; layers where the model's config.json is here, though its weights are not."""
+
+    def dry(model: Path, *layers: str | list[int]) -> list[str]:
+        one = {"layers": {"setting": "routing.layers", "values": list(layers)}}
+        path = tmp_path / "space.yaml"
+        path.write_text(yaml.safe_dump({"base": {**base, "model": {"path": str(model)}}, "one_at_a_time": one}))
+        return dry_run(load_space(path))
+
+    absent, bare = tmp_path / "absent", tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(base["model"]["path"]) / "config.json", bare)
+    assert "only their names were checked" in dry(absent, "F2", "F20", [14, 15])[-1]
+    for wrong in ("X5", "F2F3", [3, 3], [-1]):
+        with pytest.raises(ConfigError, match="layers"):
+            dry(absent, wrong)
+    assert "not known without the model:" in dry(bare, "F2", [14, 15])[-1]
+    for wrong in ("F20", "F9L9", [3, 16]):
+        with pytest.raises(ConfigError, match=r"layers .*(MoE layers)"):
+            dry(bare, "F2", wrong)
 
 
 def test_layers_that_the_model_lacks_are_told_with_their_trial(base: dict[str, Any], tmp_path: Path) -> None:
