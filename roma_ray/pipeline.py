@@ -10,16 +10,16 @@ from typing import Any, Protocol
 from roma_ray.artifacts import Stage, write_text
 from roma_ray.baselines.runs import method_stage
 from roma_ray.engine.devices import mixed_devices
-from roma_ray.engine.embedding import embed, embed_stage
-from roma_ray.engine.extraction import extract, extract_stage
-from roma_ray.engine.finetuning import finetune_stage, tune
-from roma_ray.engine.neighborhoods import describe, neighbors, neighbors_stage
-from roma_ray.engine.prepare import prepare, questions_stage
+from roma_ray.engine.embedding import embed
+from roma_ray.engine.extraction import extract
+from roma_ray.engine.finetuning import tune
+from roma_ray.engine.neighborhoods import describe, neighbors
+from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.errors import ArtifactError
-from roma_ray.evaluation.paired import evaluate, evaluate_stage
+from roma_ray.evaluation.paired import evaluate, locate_stages
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
@@ -71,14 +71,8 @@ NOBODY = Unobserved()
 
 def locate(setup: Setup) -> dict[str, Stage]:
     """Where each stage of this run lives, whether or not it ran yet. Raises QuestionError when a question file is gone."""
-    questions = questions_stage(setup)
-    extraction = extract_stage(setup, questions)
-    embeddings = embed_stage(setup, questions)
-    nearby = neighbors_stage(setup, extraction, embeddings)
-    tuned = finetune_stage(setup, extraction, nearby)
-    judged = evaluate_stage(setup, tuned)
-    stages = dict(zip(STAGES, (questions, extraction, embeddings, nearby, tuned, judged), strict=False))
-    return {**stages, "report": report_stage(setup, judged, oracle_answers(setup, stages))}
+    stages = locate_stages(setup)
+    return {**stages, "report": report_stage(setup, stages["evaluate"], oracle_answers(setup, stages))}
 
 
 def oracle_answers(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:

@@ -13,17 +13,12 @@ from typing import Any
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
-from roma_ray.engine.embedding import embed_stage
-from roma_ray.engine.extraction import extract_stage
-from roma_ray.engine.finetuning import finetune_stage
-from roma_ray.engine.neighborhoods import neighbors_stage
 from roma_ray.engine.prepare import questions_stage
 from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
 from roma_ray.errors import ConfigError, ModelError
-from roma_ray.evaluation.paired import evaluate_stage
+from roma_ray.evaluation.paired import locate_stages
 
 SHARED = ("questions", "extract", "embed", "neighbors")
-STAGES = (*SHARED, "finetune", "evaluate")
 # A backward pass through the head costs about two forward passes.
 _TRAINING_PASSES = 3
 
@@ -83,7 +78,7 @@ def make_plan(space: Space, device: str | None = None, measure: Measure = unmeas
     setups = resolve_all(space, device, measure)
     merged: dict[str, Planned] = {}
     for trial, setup in zip(space.trials, setups, strict=True):
-        planned = Planned(trial, setup, locate(setup))
+        planned = Planned(trial, setup, locate_stages(setup))
         # Different words for the same run, such as All and L5 of a model with five layers.
         key = planned.stages["evaluate"].fingerprint
         if key in merged:
@@ -141,17 +136,6 @@ def share(setups: Sequence[Setup], later: Sequence[Setup] = ()) -> list[Setup]:
         cuts.setdefault(key, set()).add(setup.cut)
         rules.setdefault(key, set()).add(setup.config.routing.tokens)
     return [setup.shared(cuts[key], rules[key]) for key, setup in zip(keys, setups, strict=False)]
-
-
-def locate(setup: Setup) -> dict[str, Stage]:
-    """Where a trial's stages live."""
-    questions = questions_stage(setup)
-    extraction = extract_stage(setup, questions)
-    embeddings = embed_stage(setup, questions)
-    nearby = neighbors_stage(setup, extraction, embeddings)
-    tuned = finetune_stage(setup, extraction, nearby)
-    found = (questions, extraction, embeddings, nearby, tuned, evaluate_stage(setup, tuned))
-    return dict(zip(STAGES, found, strict=True))
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from roma_ray.ablations.plan import Plan, Planned, describe, locate, with_config
+from roma_ray.ablations.plan import Plan, Planned, describe, with_config
 from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import Work, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
@@ -23,6 +23,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.errors import RomaError
+from roma_ray.evaluation.paired import locate_stages
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
 from roma_ray.stages.runners import ray_runners
@@ -121,7 +122,7 @@ def drawn(plan: Plan, values: Mapping[str, Any]) -> Planned:
     """The trial of values that optuna drew. Raises ConfigError."""
     trial = plan.space.sampled(values)
     setup = drawn_setup(plan.trials[0].setup, trial)
-    return Planned(trial, setup, locate(setup))
+    return Planned(trial, setup, locate_stages(setup))
 
 
 def drawn_setup(near: Setup, trial: Trial) -> Setup:

@@ -9,7 +9,7 @@ Q test questions of a batch, K neighbors of each, M of their copies (Q x K), L t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,20 +41,15 @@ class C3po(Method):
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The answers under the re-mixed routing; a question without neighbors keeps its own."""
         near = bench.neighbors_of(rows)
-        found: dict[int, tuple[list[float], np.ndarray]] = {}
-        for batch in bench.batches(rows, copies=1 + bench.config.c3po.neighbors):
-            run = HeadRun(bench, batch)
-            own_QLE = run.own_routing()
+
+        def reroute(batch: list[int], own_QLE: Tensor) -> Tensor:
             routing_QLE = own_QLE.clone()
             if led := [n for n, row in enumerate(batch) if len(near.of(row)[0])]:
                 neighborhood = Neighborhood(bench, [batch[n] for n in led], near)
                 routing_QLE[led] = self.remix(neighborhood, own_QLE[led], core_experts(bench, own_QLE[led]))
-            with torch.no_grad():
-                scores = as_lists(run.likelihoods(routing_QLE), run.prompts)
-            for number, row in enumerate(batch):
-                found[row] = (scores[number], routing_QLE[number].cpu().numpy())
-            bench.advance(len(batch), self.name)
-        return Answers(list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows]))
+            return routing_QLE
+
+        return answers_under(bench, rows, reroute, self.name, copies=1 + bench.config.c3po.neighbors)
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The new routing [Q, L, E] of the batch's questions."""
@@ -109,18 +104,28 @@ class C3poMode(C3po):
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The answers under the shifted routing."""
-        found: dict[int, tuple[list[float], np.ndarray]] = {}
-        for batch in bench.batches(rows):
-            run = HeadRun(bench, batch)
-            own_QLE = run.own_routing()
+
+        def reroute(batch: list[int], own_QLE: Tensor) -> Tensor:
             references_SLE = fitted.tensors["references"].to(own_QLE.device)
-            routing_QLE = mean_shift(own_QLE, references_SLE, core_experts(bench, own_QLE), bench.config.c3po)
-            with torch.no_grad():
-                scores = as_lists(run.likelihoods(routing_QLE), run.prompts)
-            for number, row in enumerate(batch):
-                found[row] = (scores[number], routing_QLE[number].cpu().numpy())
-            bench.advance(len(batch), self.name)
-        return Answers(list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows]))
+            return mean_shift(own_QLE, references_SLE, core_experts(bench, own_QLE), bench.config.c3po)
+
+        return answers_under(bench, rows, reroute, self.name)
+
+
+def answers_under(
+    bench: Bench, rows: Sequence[int], reroute: Callable[[list[int], Tensor], Tensor], name: str, *, copies: int = 1
+) -> Answers:
+    """The answers, and the routing that they were given under: `reroute` of each batch and its own routing [Q, L, E]."""
+    found: dict[int, tuple[list[float], np.ndarray]] = {}
+    for batch in bench.batches(rows, copies=copies):
+        run = HeadRun(bench, batch)
+        routing_QLE = reroute(batch, run.own_routing())
+        with torch.no_grad():
+            scores = as_lists(run.likelihoods(routing_QLE), run.prompts)
+        for number, row in enumerate(batch):
+            found[row] = (scores[number], routing_QLE[number].cpu().numpy())
+        bench.advance(len(batch), name)
+    return Answers(list(rows), [found[r][0] for r in rows], routing_NLE=np.stack([found[r][1] for r in rows]))
 
 
 class Neighborhood:

@@ -42,6 +42,16 @@ class ModelSpec:
         """Whole-model index of the first layer with a router. Raises ModelError."""
         return int(_model_facts(self.path, self.revision)["moe_layers"][0])
 
+    def numeric_identity(self) -> dict[str, Any]:
+        """The settings, beside the weights, that decide the bits of a forward pass, for fingerprints."""
+        identity: dict[str, Any] = {
+            "dtype": self.dtype,
+            "experts_backend": self.experts_backend,
+            "attention": self.attention,
+            "device": self.device,
+        }
+        return {**identity, "threads": self.threads} if self.device == "cpu" else identity
+
     def load(self, start: int, stop: int | None, *, with_lm_head: bool) -> Slice:
         """Load layers [start, stop) on this process's device, evaluation mode, frozen. Raises ModelError."""
         import torch
@@ -102,17 +112,7 @@ class Setup:
 
     def numeric_identity(self) -> dict[str, Any]:
         """The settings that decide the bits of a forward pass, for fingerprints."""
-        spec = self.model
-        identity: dict[str, Any] = {
-            "model": self.model_identity,
-            "dtype": spec.dtype,
-            "experts_backend": spec.experts_backend,
-            "attention": spec.attention,
-            "device": spec.device,
-        }
-        if spec.device == "cpu":
-            identity["threads"] = spec.threads
-        return identity
+        return {"model": self.model_identity, **self.model.numeric_identity()}
 
 
 def resolve(

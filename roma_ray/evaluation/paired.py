@@ -15,11 +15,12 @@ import torch
 from roma_ray.artifacts import Stage, fingerprint, note_device, read_manifest, write_json
 from roma_ray.engine.cache import open_states
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.embedding import read_embeddings
-from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.embedding import embed_stage, read_embeddings
+from roma_ray.engine.extraction import extract_stage
+from roma_ray.engine.finetuning import ADAPTER, finetune_stage
 from roma_ray.engine.heads import FRESH, Heads
-from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
-from roma_ray.engine.prepare import TABLE, load_tokenizer
+from roma_ray.engine.neighborhoods import neighbors_stage, read_neighborhoods, usable_rows
+from roma_ray.engine.prepare import TABLE, load_tokenizer, questions_stage
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
@@ -59,6 +60,17 @@ _RESULTS = pa.schema(
 def evaluate_stage(setup: Setup, tuned: Stage) -> Stage:
     """Where the paired evaluation of this tuned model lives."""
     return setup.store.stage("evaluate", {}, {"finetune": tuned.fingerprint}, VERSION)
+
+
+def locate_stages(setup: Setup) -> dict[str, Stage]:
+    """Where each stage up to the evaluation lives, by name in their order. Raises QuestionError when a question file is gone."""
+    questions = questions_stage(setup)
+    extraction = extract_stage(setup, questions)
+    embeddings = embed_stage(setup, questions)
+    nearby = neighbors_stage(setup, extraction, embeddings)
+    tuned = finetune_stage(setup, extraction, nearby)
+    stages = (questions, extraction, embeddings, nearby, tuned, evaluate_stage(setup, tuned))
+    return {stage.name: stage for stage in stages}
 
 
 def evaluate(

@@ -53,18 +53,8 @@ class Subject:
 
     def identity(self) -> dict[str, Any]:
         """What decides the bits of an answer, for fingerprints."""
-        spec = self.model
-        identity: dict[str, Any] = {
-            "model": self.model_identity,
-            "adapter": self.adapter_identity,
-            "dtype": spec.dtype,
-            "experts_backend": spec.experts_backend,
-            "attention": spec.attention,
-            "device": spec.device,
-        }
-        if spec.device == "cpu":
-            identity["threads"] = spec.threads
-        return identity
+        named = {"model": self.model_identity, "adapter": self.adapter_identity}
+        return {**named, **self.model.numeric_identity()}
 
     def plan_settings(self, kind: str) -> dict[str, int]:
         """The settings that decide how requests of a kind are batched."""

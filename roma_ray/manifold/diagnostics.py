@@ -111,22 +111,10 @@ def silhouette(
     return float(silhouette_score(features_NC[drawn].flatten(1).double().cpu().numpy(), labels, metric="euclidean"))
 
 
-def random_pairs(num_rows: int, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`count` pairs of different rows, drawn uniformly with replacement: two columns [P] int64."""
-    assert num_rows >= 2, "a pair needs two rows"
-    rows_P = torch.randint(num_rows, (count,), generator=generator)
-    # A step of 1 .. N - 1 around the circle reaches every other row equally often, and never the row itself.
-    return rows_P, (rows_P + torch.randint(1, num_rows, (count,), generator=generator)) % num_rows
-
-
 def routing_distance_quantiles(
     routing_NLE: Tensor, rows_P: Tensor, others_P: Tensor, at: Sequence[float] = QUANTILES
 ) -> dict[str, float]:
-    """Quantiles of ||r_i - r_j||^2 (the norm of eq. 7) over the given pairs, keyed "q5" for 0.05.
-
-    Compare the pairs of the neighborhoods (`rows`, `indices`) with `random_pairs`: if they are no nearer, the manifold
-    term has nothing to hold on to.
-    """
+    """Quantiles of ||r_i - r_j||^2 (the norm of eq. 7) over the given pairs, keyed "q5" for 0.05."""
     parts = [
         (routing_NLE[i].double() - routing_NLE[j].double()).square().sum((1, 2))
         for i, j in zip(rows_P.split(8192), others_P.split(8192), strict=True)

@@ -34,11 +34,9 @@ class RouterMasters:
         self.layers = tuple(sorted(set(layers)))
         self.routers = tuple(routers[layer] for layer in self.layers)
         self.parameters_by_layer: dict[int, dict[str, nn.Parameter]] = {}
-        self._base: dict[int, dict[str, nn.Parameter]] = {}
         self._undo: list[Callable[[], None]] = []
         for router in self.routers:
             frozen = router_parameters(router)
-            self._base[router.layer] = frozen
             self.parameters_by_layer[router.layer] = {
                 name: nn.Parameter(tensor.detach().to(torch.float32, copy=True)) for name, tensor in frozen.items()
             }
@@ -79,29 +77,6 @@ class RouterMasters:
         with torch.no_grad():
             for key, parameter in mine.items():
                 parameter.copy_(state[key])
-
-    def exported(self) -> dict[str, Tensor]:
-        """The tuned tensors cast to the model's type, on the CPU, under the whole model's own names.
-
-        For example `model.layers.11.mlp.gate.weight`. Loaded into a fresh model they give the live model's logits bit for bit.
-        """
-        return {
-            f"{router.whole_name}.{name}": master.detach().to(self._base[router.layer][name].dtype).cpu().clone()
-            for router in self.routers
-            for name, master in self.parameters_by_layer[router.layer].items()
-        }
-
-    def relative_change(self) -> dict[int, float]:
-        """By layer: norm of (exported - original) over the norm of the original, all router parameters together."""
-        changes: dict[int, float] = {}
-        for layer in self.layers:
-            moved = total = 0.0
-            for name, master in self.parameters_by_layer[layer].items():
-                base = self._base[layer][name].detach()
-                moved += float((master.detach().to(base.dtype).double() - base.double()).square().sum())
-                total += float(base.double().square().sum())
-            changes[layer] = (moved / total) ** 0.5 if total else float(moved > 0)
-        return changes
 
 
 def frozen_digest(model: nn.Module) -> str:
