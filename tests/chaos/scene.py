@@ -13,7 +13,7 @@ from roma_ray.artifacts import MANIFEST, Stage
 from roma_ray.cli import main
 from roma_ray.config import Config
 from roma_ray.pipeline import STAGES, Run
-from tests.chaos.simulated import Driver, Nodes
+from tests.chaos.simulated import PATIENCE, Driver, Nodes
 
 # What is there as soon as a stage has begun to do what a fault may interrupt.
 BEGUN = {
@@ -64,9 +64,14 @@ class Scene:
         where = [until, "--address", self.nodes.address, "--config", str(self.settings(storage, uri))]
         return Driver([*where, *words], self.nodes.environment, log)
 
-    def here(self, storage: Path) -> tuple[int, str]:
-        """Exit code and words of `roma-ray local`, in this process: what needs no process of its own costs none."""
-        done = CliRunner().invoke(main, ["local", "--quiet", "--config", str(self.settings(storage))])
+    def command(self, storage: Path, until: str) -> tuple[int, str]:
+        """Exit code and words of such a driver."""
+        driver = self.start(storage, until)
+        return driver.process.wait(timeout=PATIENCE), driver.said
+
+    def here(self, storage: Path, *words: str) -> tuple[int, str]:
+        """Exit code and words of `roma-ray local`, or another command, in this process."""
+        done = CliRunner().invoke(main, [*(words or ("local",)), "--config", str(self.settings(storage))])
         return done.exit_code, done.output
 
     def settings(self, storage: Path, uri: str | None = None) -> Path:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import Thread
 
 from roma_ray.artifacts import MANIFEST
 from tests.chaos.scene import Scene
+from tests.chaos.simulated import PATIENCE
 
 
 @contextmanager
@@ -26,6 +30,16 @@ def small_disk(scene: Scene, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+def may_mount(folder: Path) -> bool:
+    """Whether this process has the right."""
+    if os.geteuid() != 0:
+        return False
+    tried = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False)
+    if tried.returncode == 0:
+        subprocess.run(["umount", str(folder)], check=True)
+    return tried.returncode == 0
+
+
 def remount(place: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(place)], check=True)
 
@@ -34,18 +48,30 @@ def storage_full(scene: Scene) -> None:
     """No room left in extraction: a message and exit code 1; with room again the same command goes on."""
     with small_disk(scene, "64m") as place:
         storage, ballast = place / "s", place / "ballast"
-        driver = scene.start(storage, "extract")
-        driver.wait_until(scene.begun(storage, "extract"))
-        with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as stream:
-            while True:
-                stream.write(bytes(4096))
-        driver.end(1)
-        assert "No space left on device" in driver.said
-        assert "finished work is kept" in driver.said
-        assert "Traceback (most recent" not in driver.said
+        filling = Thread(target=_fill, args=(scene.begun(storage, "extract"), ballast))
+        filling.start()
+        code, said = scene.command(storage, "extract")
+        filling.join()
+        assert code == 1, said
+        assert "No space left on device" in said
+        assert "finished work is kept" in said
+        assert "Traceback (most recent" not in said
+        done = {path: path.stat().st_mtime_ns for path in scene.place(storage, "extract").glob("batches/*.parquet")}
         ballast.unlink()
-        scene.start(storage, "extract").end()
+        code, said = scene.command(storage, "extract")
+        assert code == 0, said
+        assert all(path.stat().st_mtime_ns == when for path, when in done.items()), "a finished batch was done again"
         scene.same(storage, "extract")
+
+
+def _fill(ready: Callable[[], bool], ballast: Path) -> None:
+    """Leave no room as soon as `ready`."""
+    limit = time.monotonic() + PATIENCE
+    while not ready() and time.monotonic() < limit:
+        time.sleep(0.005)
+    with contextlib.suppress(OSError), open(ballast, "wb", buffering=0) as stream:
+        while True:
+            stream.write(bytes(1 << 20))
 
 
 def storage_read_only(scene: Scene) -> None:
