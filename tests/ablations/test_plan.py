@@ -10,6 +10,9 @@ import yaml
 
 from roma_ray.ablations.plan import Plan, cost, describe, make_plan
 from roma_ray.ablations.space import load_space
+from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
+from roma_ray.artifacts import write_text
+from roma_ray.engine.prepare import TABLE
 from roma_ray.errors import ConfigError
 from tests.tiny import save_tiny, tiny_moe
 from tests.world import make_questions
@@ -86,3 +89,18 @@ def test_what_optuna_may_draw_is_extracted_beforehand(base: dict[str, Any], tmp_
 def test_layers_that_the_model_lacks_are_told_with_their_trial(base: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"layers F20: .*16 MoE layers"):
         planned(base, tmp_path, one_at_a_time={"layers": {"setting": "routing.layers", "values": ["F20"]}})
+
+
+def test_damaged_work_of_an_earlier_run_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    """Trials read what they share without looking again, so the sweep looks once: the trials on it fail, by name."""
+    base = {**base, "storage": str(tmp_path / "storage")}
+    plan = planned(base, tmp_path, one_at_a_time={"rate": {"setting": "finetune.learning_rate", "values": [0.1]}})
+    stage = plan.trials[0].stages["questions"]
+    damaged = stage.path / TABLE
+    write_text(damaged, "what the stage wrote")
+    stage.finish(facts={}, seconds=0.0)
+    damaged.write_text("what the stage wrotf")
+    sweep = open_sweep(plan)
+    prepare_shared(sweep)
+    assert [state.state for state in sweep.states.values()] == [FAILED, FAILED]
+    assert all(f"{damaged} is not what was written" in str(state.error) for state in sweep.states.values())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import Stage, Store
+from roma_ray.artifacts import Stage
 from roma_ray.config import TrackingConfig
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import LOCAL
@@ -79,24 +78,6 @@ def ledger(uri: str) -> dict[str, Any]:
         history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
         runs[stage] = (found, {key: [(m.step, m.value) for m in values] for key, values in history.items()})
     return runs
-
-
-def test_a_run_of_some_stages_is_finished_once_these_are(finished: Run, database: str, tmp_path: Path) -> None:
-    for name in STAGES[:5]:
-        shutil.copytree(finished.stages[name].path, tmp_path / "s" / name / finished.stages[name].fingerprint)
-    setup = dataclasses.replace(tracked_setup(finished, database), store=Store(tmp_path / "s"))
-    record(setup)
-    assert ledger(database)["pipeline"][0].info.status == "RUNNING"
-    # As in an outage: `roma-ray finetune` came to its end, and MLflow did not hear of it.
-    run(setup, Said(), until="finetune")
-    record(setup)
-    assert ledger(database)["pipeline"][0].info.status == "FINISHED"
-    locate(setup)["evaluate"].path.mkdir(parents=True)
-    with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as connection:
-        connection.execute("update runs set status = 'RUNNING'")
-        connection.commit()
-    record(setup)
-    assert ledger(database)["pipeline"][0].info.status == "RUNNING"
 
 
 def artifacts(uri: str, run_id: str, folder: str | None = None) -> set[str]:
@@ -275,6 +256,14 @@ def test_a_killed_run_goes_on_as_the_same_one(finished: Run, database: str) -> N
     after = ledger(database)
     assert {found.info.status for found, _ in after.values()} == {"FINISHED"}
     assert all(after[name][0].info.run_id == run_id for name, run_id in before.items())
+
+
+def test_a_run_up_to_a_stage_ends_there_also_when_it_is_delivered_later(finished: Run, database: str) -> None:
+    setup = again(finished, database, seed=4)
+    part = run(setup, Silence(), until="extract")
+    record(setup)
+    states = {name: found.info.status for name, (found, _) in ledger(database).items()}
+    assert states == dict.fromkeys(("pipeline", *part.stages), "FINISHED")
 
 
 def test_what_is_refused_holds_up_nothing_else(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
