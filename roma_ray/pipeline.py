@@ -23,6 +23,7 @@ from roma_ray.evaluation.paired import evaluate, evaluate_stage
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
+_CONFIG = "config.yaml"
 STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
 
 
@@ -147,11 +148,19 @@ def replay(setup: Setup, observer: Observer) -> None:
     if "evaluate" in done:
         seconds = sum(stage.manifest()["seconds"] for stage in done.values())
         observer.finished(Run(setup, done, summarise_run(setup, done, seconds)))
+    elif _ended(planned, list(done)[-1]):
+        observer.finished(Run(setup, done, {}))
+
+
+def _ended(planned: Mapping[str, Stage], last: str) -> bool:
+    """Whether a run was to go up to this stage and did; one that is at work or was killed beyond it is another matter."""
+    later = STAGES[STAGES.index(last) + 1 :]
+    return (planned[last].path / _CONFIG).exists() and not any(planned[name].path.exists() for name in later)
 
 
 def _save_config(stage: Stage, resolved: str) -> None:
     """Keep the resolved configuration beside the run's last stage."""
-    path = stage.path / "config.yaml"
+    path = stage.path / _CONFIG
     if not path.exists() or path.read_text(encoding="utf-8") != resolved:
         write_text(path, resolved)
 

@@ -112,6 +112,8 @@ def open_sweep(plan: Plan) -> Sweep:
             state.error = line["error"]
     for state in sweep.states.values():
         if state.planned.complete:
+            for name in ("finetune", "evaluate"):
+                state.planned.stages[name].verify()
             _close(state, closing(state.planned.stages["finetune"], state.planned.stages["evaluate"]))
     return sweep
 
@@ -153,7 +155,10 @@ def run_sweep(
 
 
 def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | None = None) -> None:
-    """Do every stage that trials share, once. A stage that fails takes the trials down that need it, and no others."""
+    """Do every stage that trials share, once, and compare those that are there with their digests.
+
+    A stage that fails, or is damaged, takes the trials down that need it, and no others.
+    """
     from roma_ray.engine.progress import Silence
 
     progress = progress or Silence()
@@ -162,10 +167,14 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
         done: set[str] = set()
         for state in [state for state in wanted if state.state == WAITING]:
             stage = state.planned.stages[name]
-            if stage.complete or stage.fingerprint in done:
+            if stage.fingerprint in done:
                 continue
             done.add(stage.fingerprint)
             try:
+                if stage.complete:
+                    # The trials themselves do not look again.
+                    stage.verify()
+                    continue
                 made = _shared(name, state.planned, runners, progress)
             except RomaError as error:
                 for other in wanted:

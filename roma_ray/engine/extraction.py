@@ -87,7 +87,10 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         work = extract_work(setup, questions, stage)
         finished = sum(len(plan[n]) for n in done)
         limit = setup.config.extraction.memory_gb
-        with progress.meter("extract", len(prompts), "questions", finished) as meter:
+        ids = [p.id for p in prompts]
+        # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
+        del prompts
+        with progress.meter("extract", len(ids), "questions", finished) as meter:
             if limit is None:
                 for report in execute(work, pending):
                     meter.advance(report.rows)
@@ -95,7 +98,7 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
                 stream(work, pending, execute, limit, meter.advance, progress.say)
         # Also what a streamed attempt left that was gone on with unstreamed.
         shutil.rmtree(stage.path / STREAM, ignore_errors=True)
-        facts = gather(stage, len(plan), [p.id for p in prompts], prefix)
+        facts = gather(stage, len(plan), ids, prefix)
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     if facts["errors"]:
         progress.say(

@@ -15,6 +15,9 @@ from huggingface_hub import constants
 from roma_ray.ablations.command import dry_run
 from roma_ray.ablations.plan import Plan, cost, describe, make_plan
 from roma_ray.ablations.space import load_space
+from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
+from roma_ray.artifacts import write_text
+from roma_ray.engine.prepare import TABLE
 from roma_ray.errors import ConfigError
 from roma_ray.moe.snapshot import ask_once
 from tests.tiny import save_tiny, tiny_moe
@@ -114,3 +117,18 @@ def test_a_dry_run_does_not_wait_for_a_hub_that_is_away(
     assert "not known without the model: allenai/OLMoE" in told[-1]
     assert "does not answer" in told[-1]
     assert "Retrying" not in "".join(capfd.readouterr())
+
+
+def test_damaged_work_of_an_earlier_run_is_refused(base: dict[str, Any], tmp_path: Path) -> None:
+    """Trials read what they share without looking again, so the sweep looks once: the trials on it fail, by name."""
+    base = {**base, "storage": str(tmp_path / "storage")}
+    plan = planned(base, tmp_path, one_at_a_time={"rate": {"setting": "finetune.learning_rate", "values": [0.1]}})
+    stage = plan.trials[0].stages["questions"]
+    damaged = stage.path / TABLE
+    write_text(damaged, "what the stage wrote")
+    stage.finish(facts={}, seconds=0.0)
+    damaged.write_text("what the stage wrotf")
+    sweep = open_sweep(plan)
+    prepare_shared(sweep)
+    assert [state.state for state in sweep.states.values()] == [FAILED, FAILED]
+    assert all(f"{damaged} is not what was written" in str(state.error) for state in sweep.states.values())

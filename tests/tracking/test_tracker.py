@@ -258,6 +258,14 @@ def test_a_killed_run_goes_on_as_the_same_one(finished: Run, database: str) -> N
     assert all(after[name][0].info.run_id == run_id for name, run_id in before.items())
 
 
+def test_a_run_up_to_a_stage_ends_there_also_when_it_is_delivered_later(finished: Run, database: str) -> None:
+    setup = again(finished, database, seed=4)
+    part = run(setup, Silence(), until="extract")
+    record(setup)
+    states = {name: found.info.status for name, (found, _) in ledger(database).items()}
+    assert states == dict.fromkeys(("pipeline", *part.stages), "FINISHED")
+
+
 def test_what_is_refused_holds_up_nothing_else(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = records.stage_parameters
 
