@@ -17,7 +17,7 @@ from roma_ray.engine.finetuning import finetune_stage
 from roma_ray.engine.neighborhoods import neighbors_stage
 from roma_ray.engine.prepare import questions_stage
 from roma_ray.engine.setup import ModelSpec, Setup, resolve
-from roma_ray.errors import ConfigError, ModelError
+from roma_ray.errors import ConfigError, UnmeasuredError
 from roma_ray.evaluation.paired import evaluate_stage
 
 SHARED = ("questions", "extract", "embed", "neighbors")
@@ -76,8 +76,8 @@ Measure = Callable[[ModelSpec], dict[str, Any]]
 
 
 def unmeasured(spec: ModelSpec) -> dict[str, Any]:
-    """In place of measuring a GPU's experts backends, where nothing may be started. Raises ModelError."""
-    raise ModelError("no run of this model has measured its experts implementation in this storage")
+    """In place of measuring a GPU's experts backends, where nothing may be started. Raises UnmeasuredError."""
+    raise UnmeasuredError("no run of this model has measured its experts implementation in this storage")
 
 
 def make_plan(space: Space, device: str | None = None, measure: Measure = unmeasured) -> Plan:
