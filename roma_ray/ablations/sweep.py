@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from roma_ray.ablations.plan import Plan, Planned, describe, locate, with_config
+from roma_ray.ablations.plan import Plan, Planned, describe, locate
 from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import Work, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
@@ -21,7 +21,6 @@ from roma_ray.engine.neighborhoods import neighbors
 from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.engine.setup import Setup
 from roma_ray.errors import RomaError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
@@ -122,13 +121,8 @@ def open_sweep(plan: Plan) -> Sweep:
 def drawn(plan: Plan, values: Mapping[str, Any]) -> Planned:
     """The trial of values that optuna drew. Raises ConfigError."""
     trial = plan.space.sampled(values)
-    setup = drawn_setup(plan.trials[0].setup, trial)
+    setup = plan.beside(trial.config)
     return Planned(trial, setup, locate(setup))
-
-
-def drawn_setup(near: Setup, trial: Trial) -> Setup:
-    """The trial's set-up beside one of the same plan."""
-    return with_config(near, trial.config)
 
 
 def run_sweep(

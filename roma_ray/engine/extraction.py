@@ -6,6 +6,7 @@ then, as the mark that it is done, `batches/NNNNNN.parquet` (one row a question)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from roma_ray.artifacts import Stage, unwritable, write_atomically, write_json
+from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
@@ -50,6 +51,18 @@ def extract_stage(setup: Setup, questions: Stage) -> Stage:
         "activation_dtype": activation_dtype(setup) if extraction.cache else None,
     }
     return setup.store.stage("extract", settings, {"questions": questions.fingerprint}, VERSION)
+
+
+def finished_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Cuts and token rules of every complete extraction in the storage, the oldest first; damaged and outdated ones are left out."""
+    found = []
+    for manifest in store.root.glob(f"extract/*/{MANIFEST}"):
+        with contextlib.suppress(ArtifactError):
+            content = read_manifest(manifest.parent)
+            if content["identity"].get("version") == VERSION:
+                settings, key = content["identity"]["settings"], (content["finished"], manifest.parent.name)
+                found.append((key, tuple(settings["cuts"]), tuple(settings["tokens"])))
+    return [(cuts, rules) for _, cuts, rules in sorted(found)]
 
 
 def activation_dtype(setup: Setup) -> str:

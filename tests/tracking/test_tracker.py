@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +22,7 @@ from roma_ray.errors import ConfigError, TrainingError
 from roma_ray.pipeline import STAGES, Run, locate, replay, run
 from roma_ray.tracking import Tracker, delivery, records, tracked
 from roma_ray.tracking.client import Client
+from tests.tracking.support import copied, free_port, served
 from tests.world import make_world
 
 
@@ -52,25 +48,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(root: Path) -> Run:
     """A whole run that nobody recorded; ten test questions, so that the report needs no UMAP."""
     return run(resolve(make_world(root / "world", count=30)), Silence(), until="report")
-
-
-@pytest.fixture(scope="module")
-def empty_database(root: Path) -> Path:
-    """A database with MLflow's tables in it: making them takes seconds."""
-    Client(f"sqlite:///{root}/empty.db", "other", root / "other")
-    return root / "empty.db"
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path) -> str:
-    return f"sqlite:///{copied(empty_database, tmp_path / 'mlflow.db')}"
-
-
-def copied(database: Path, target: Path) -> Path:
-    """A copy through SQLite: in write-ahead mode, what was written last is in a second file."""
-    with contextlib.closing(sqlite3.connect(database)) as old, contextlib.closing(sqlite3.connect(target)) as new:
-        old.backup(new)
-    return target
 
 
 def tracked_setup(finished: Run, uri: str, **changes: Any) -> Setup:
@@ -301,32 +278,6 @@ def test_what_is_refused_holds_up_nothing_else(finished: Run, database: str, mon
     assert {name for name, (found, _) in runs.items() if found.info.status != "FINISHED"} == {"embed"}
     assert len(said.about("does not take all of `embed`")) == 1
     assert len(said.about("still lacks: embed.")) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def served(port: int, folder: Path, database: Path) -> Iterator[None]:
-    """A real MLflow server on the loopback interface."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", str(folder / "served")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "a") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    try:
-        for _ in range(240):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            assert server.poll() is None, (folder / "server.log").read_text()
-            time.sleep(0.5)
-        yield
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
 
 
 def test_a_server_that_is_down_then_up_then_gone_and_back(
