@@ -1,8 +1,9 @@
 """The driver's memory at many questions: python benchmarks/driver_memory.py --sizes 100000 1000000
 
 Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes, and the peak of its resident
-memory is printed: reading and encoding questions, planning and gathering extraction, neighbors, manifests and MLflow. No model
-runs. Questions are short ones of four choices; embeddings have 384 numbers, around topics as sentence embeddings lie.
+memory is printed, with the seconds and the CPU's (which other jobs on the machine do not lengthen): reading and encoding questions,
+planning and gathering extraction, neighbors, manifests and MLflow. No model runs. Questions are short ones of four choices;
+embeddings have 384 numbers, around topics as sentence embeddings lie.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 WIDTH = 384
+LOOKED_UP = 16_384
 WORDS = "red green blue cat dog fish one two three four five six apple pear plum north south east west".split()  # noqa: SIM905
 
 
@@ -104,11 +106,9 @@ def _ids(path: Path) -> list[str]:
     return list(read_table(path, ["id"]).column("id").to_pylist())
 
 
-def neighbors(folder: Path, rows: int) -> None:
-    """Find three neighbors of every row among two thirds of them."""
+def embeddings(rows: int) -> Any:
+    """Synthetic ones around two thousand topics, fp32."""
     import torch
-
-    from roma_ray.manifold.neighbors import find_neighbors
 
     generator = torch.Generator().manual_seed(0)
     centers = torch.randn(2000, 24, generator=generator)
@@ -117,15 +117,42 @@ def neighbors(folder: Path, rows: int) -> None:
     for part in torch.arange(rows).split(65536):
         near = centers[torch.randint(2000, (len(part),), generator=generator)]
         table[part] = (near + 0.5 * torch.randn(len(part), 24, generator=generator)) @ spread
+    return table
+
+
+def neighbors(folder: Path, rows: int) -> None:
+    """Find three neighbors of every row among two thirds of them."""
+    import torch
+
+    from roma_ray.manifold.neighbors import find_neighbors
+
     everything = torch.ones(rows, dtype=torch.bool)
     found = find_neighbors(
-        table,
+        embeddings(rows),
         torch.arange(rows) % 3 > 0,
         training_N=everything,
         ids=[f"q{n}" for n in range(rows)],
         text_keys=[f"t{n}" for n in range(rows)],
         similarity="gaussian",
         sigma=0.5,
+    )
+    print(f"recall {found.recall:.4f}", file=sys.stderr)
+
+
+def shards(folder: Path, rows: int) -> None:
+    """The index alone, a shard of S at a time: all rows are in S, some thousands are looked up."""
+    import torch
+
+    from roma_ray.manifold.inverted import propose
+    from roma_ray.manifold.similarity import UnitRows
+
+    found = propose(
+        UnitRows(embeddings(rows)),
+        torch.arange(rows),
+        torch.arange(0, rows, max(1, rows // LOOKED_UP)),
+        4,
+        12,
+        torch.device("cpu"),
     )
     print(f"recall {found.recall:.4f}", file=sys.stderr)
 
@@ -146,7 +173,7 @@ def records(folder: Path, rows: int) -> None:
     client.log(client.create("stage", {}, 0), metrics=stage_metrics(stage))
 
 
-PARTS = {"questions": questions, "extraction": extraction, "records": records, "neighbors": neighbors}
+PARTS = {"questions": questions, "extraction": extraction, "records": records, "neighbors": neighbors, "shards": shards}
 
 
 def main() -> None:
@@ -154,27 +181,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--parts", default=",".join(PARTS))
+    parser.add_argument("--parts", default="questions,extraction,records,neighbors", help=f"of: {', '.join(PARTS)}")
     parser.add_argument("--child", nargs=2)
     options = parser.parse_args()
     if options.child:
-        began = time.monotonic()
+        began, idle = time.monotonic(), time.process_time()
         PARTS[options.child[0]](Path(options.child[1]), options.rows)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print(f"{peak:.2f} {time.monotonic() - began:.1f}")
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        cpu = used.ru_utime + used.ru_stime - idle
+        print(f"{used.ru_maxrss / 2**20:.2f} {time.monotonic() - began:.1f} {cpu:.1f}")
         return
-    print(f"{'part':<12} {'rows':>9} {'peak GiB':>9} {'seconds':>8}", flush=True)
+    print(f"{'part':<12} {'rows':>9} {'peak GiB':>9} {'seconds':>8} {'CPU s':>8}", flush=True)
     for rows in options.sizes:
         folder = Path(tempfile.mkdtemp(prefix="roma-memory-"))
-        write_questions(folder / "q.jsonl", rows)
+        if {"questions", "extraction"} & set(options.parts.split(",")):
+            write_questions(folder / "q.jsonl", rows)
         for part in options.parts.split(","):
             command = [sys.executable, __file__, "--child", part, str(folder), "--rows", str(rows)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 sys.exit(done.stderr[-3000:])
-            peak, seconds = done.stdout.split()[-2:]
+            peak, seconds, cpu = done.stdout.split()[-3:]
             note = done.stderr.strip()[-40:] if "recall" in done.stderr else ""
-            print(f"{part:<12} {rows:>9,} {peak:>9} {seconds:>8}  {note}", flush=True)
+            print(f"{part:<12} {rows:>9,} {peak:>9} {seconds:>8} {cpu:>8}  {note}", flush=True)
         shutil.rmtree(folder)
 
 

@@ -1,8 +1,9 @@
 """Where the pipeline stops scaling, by simulation: python benchmarks/simulate.py [--summary summary.json] [--measure]
 
 Simulates 1 to 256 nodes of 8 workers for 49,000 to 10 million questions: extraction and embedding as batches that a driver
-hands out one after the other to workers that start, load a model, compute and write to shared storage; neighbors and report in
-one process; finetuning on no more workers than a step has micro-batches; evaluation in one process with one device.
+hands out one after the other to workers that start, load a model, compute and write to shared storage; reading the questions,
+gathering the extraction's rows and finding neighbors in the driver; finetuning on no more workers than a step has micro-batches;
+evaluation in one process with one device.
 
 What goes in is measured: `--summary` takes a finished run's rates (its stage seconds and counts, one worker), `--measure` the
 driver's overhead by running empty batches through Ray on this machine. What was not measured here is an option with its default
@@ -61,8 +62,16 @@ class Rates:
     micro_batches: int = 4
     epochs: int = 3
     trained_part: float = 0.7
-    neighbors_per_second: float = 8000.0
-    """Questions searched by inverted lists in the driver; exact and slower in proportion to S below 200,000 successes."""
+    read_per_second: float = 1800.0
+    """Questions read, encoded and written by the driver (driver_memory.py, a CPU core)."""
+    gather_per_second: float = 5700.0
+    """Questions whose extracted rows the driver puts in order (driver_memory.py, a CPU core)."""
+    successful_part: float = 0.5
+    """Of the training questions: S."""
+    neighbors_per_second: float = 4200.0
+    """Questions searched by inverted lists in the driver (driver_memory.py, a CPU core)."""
+    pairs_per_second: float = 3.2e7
+    """Questions times S up to 200,000 successes, where the search is exact (driver_memory.py, a CPU core)."""
 
 
 def batches(questions: int, rate: float, workers: int, rates: Rates, written: float, loads: float) -> dict[str, float]:
@@ -103,13 +112,17 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
     extract = batches(questions, rates.extract_per_second, workers, rates, rates.bytes_a_question, loading)
     embed = batches(questions, rates.embed_per_second, workers, rates, WIDTH_BYTES, 2.0)
     trained = rates.trained_part * questions
+    successes = rates.successful_part * trained
+    exact = successes <= EXACT_UP_TO
     steps = rates.epochs * trained / rates.questions_a_step
     trainers = min(workers, rates.micro_batches)
     step = rates.questions_a_step / rates.train_per_second / trainers + rates.step_seconds
     stages = {
+        "questions": questions / rates.read_per_second,
         "extract": extract["seconds"],
+        "gather": questions / rates.gather_per_second,
         "embed": embed["seconds"],
-        "neighbors": trained / rates.neighbors_per_second,
+        "neighbors": trained * successes / rates.pairs_per_second if exact else trained / rates.neighbors_per_second,
         "finetune": rates.start_seconds + rates.load_seconds + steps * step,
         "evaluate": rates.load_seconds + 2 * questions / rates.evaluate_per_second,
     }
@@ -120,6 +133,7 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
 
 
 WIDTH_BYTES = 384 * 4.0
+EXACT_UP_TO = 200_000
 
 
 def report(rates: Rates, say: Callable[[str], None] = print) -> None:
@@ -181,7 +195,7 @@ class EmptyWork:
 
 
 def measure_dispatch(count: int = 1500) -> float:
-    """Seconds of the driver's time that one batch costs through the pipeline's own Ray executor."""
+    """CPU seconds of the driver's process that one batch costs through the pipeline's own Ray executor."""
     from roma_ray.config import load_config
     from roma_ray.stages.batches import ray_executor
     from roma_ray.stages.cluster import open_cluster
@@ -190,12 +204,12 @@ def measure_dispatch(count: int = 1500) -> float:
     with tempfile.TemporaryDirectory() as folder, open_cluster(config, "local") as cluster:
         execute = ray_executor(cluster, "extract", "cpu")
         list(execute(EmptyWork(folder), range(50)))
-        began = time.monotonic()
+        began = time.process_time()
         list(execute(EmptyWork(folder), range(50)))
-        short = time.monotonic() - began
-        began = time.monotonic()
+        short = time.process_time() - began
+        began = time.process_time()
         list(execute(EmptyWork(folder), range(50 + count)))
-        return (time.monotonic() - began - short) / count
+        return (time.process_time() - began - short) / count
 
 
 def main() -> None:

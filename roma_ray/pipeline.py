@@ -23,9 +23,8 @@ from roma_ray.evaluation.paired import evaluate, locate_stages
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
 
+_CONFIG = "config.yaml"
 STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
-CONFIG = "config.yaml"
-"""The resolved configuration, beside the last stage of what a command was asked for."""
 
 
 @dataclass(frozen=True)
@@ -143,19 +142,19 @@ def replay(setup: Setup, observer: Observer) -> None:
     if "evaluate" in done:
         seconds = sum(stage.manifest()["seconds"] for stage in done.values())
         observer.finished(Run(setup, done, summarise_run(setup, done, seconds)))
-    elif _all_asked_for(planned, done):
+    elif _ended(planned, list(done)[-1]):
         observer.finished(Run(setup, done, {}))
 
 
-def _all_asked_for(planned: Mapping[str, Stage], done: Mapping[str, Stage]) -> bool:
-    """Whether the last command, `roma-ray finetune` say, came to its end: its configuration is there, and nothing begun since."""
-    begun = any(stage.path.exists() for name, stage in planned.items() if name not in done)
-    return not begun and (list(done.values())[-1].path / CONFIG).exists()
+def _ended(planned: Mapping[str, Stage], last: str) -> bool:
+    """Whether a run was to go up to this stage and did; one that is at work or was killed beyond it is another matter."""
+    later = STAGES[STAGES.index(last) + 1 :]
+    return (planned[last].path / _CONFIG).exists() and not any(planned[name].path.exists() for name in later)
 
 
 def _save_config(stage: Stage, resolved: str) -> None:
     """Keep the resolved configuration beside the run's last stage."""
-    path = stage.path / CONFIG
+    path = stage.path / _CONFIG
     if not path.exists() or path.read_text(encoding="utf-8") != resolved:
         write_text(path, resolved)
 

@@ -24,10 +24,11 @@ settings.load_profile("roma")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For parallel runs: a file's tests stay together, and all that share the session's Ray cluster are one group."""
+    """For parallel runs: a file's tests stay together, and so do all of a folder that share what takes long to make."""
+    groups = {"stages": "ray", "tracking": "mlflow"}
     for item in items:
         place = item.path.relative_to(Path(__file__).parent)
-        item.add_marker(pytest.mark.xdist_group("ray" if place.parts[0] == "stages" else str(place)))
+        item.add_marker(pytest.mark.xdist_group(groups.get(place.parts[0], str(place))))
 
 
 @pytest.fixture(autouse=True)

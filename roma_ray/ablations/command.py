@@ -15,8 +15,10 @@ from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, run_sweep
 from roma_ray.artifacts import Store
 from roma_ray.engine.progress import Progress
-from roma_ray.errors import ModelError, QuestionError
+from roma_ray.engine.setup import resolve_path
+from roma_ray.errors import ModelError, QuestionError, UnmeasuredError
 from roma_ray.figures.tables import Table
+from roma_ray.moe.snapshot import ask_once
 from roma_ray.stages.cluster import open_cluster
 from roma_ray.stages.runners import measure_near
 
@@ -26,13 +28,13 @@ def dry_run(space: Space) -> list[str]:
 
     Raises ConfigError.
     """
-    import torch
-
     try:
+        for model in {trial.config.model for trial in space.trials}:
+            ask_once(resolve_path(model.path), model.revision)
         try:
             return describe(make_plan(space))
-        except ModelError:
-            if space.centre.device != "cuda" and not torch.cuda.is_available():
+        except ModelError as error:
+            if space.centre.device != "cuda" and not isinstance(error, UnmeasuredError):
                 raise
             # A GPU that is not here or was never measured: what trials share is the same on a CPU.
             return describe(make_plan(space, "cpu"))
@@ -72,7 +74,7 @@ def _plans(space: Space) -> Sequence[Plan]:
     found = []
     for device in ("cuda", "cpu") if space.centre.device == "auto" else (None,):
         # On GPUs that no run ever used there is nothing to look for.
-        with suppress(ModelError) if device == "cuda" else nullcontext():
+        with suppress(UnmeasuredError) if device == "cuda" else nullcontext():
             found.append(make_plan(space, device))
     return found
 

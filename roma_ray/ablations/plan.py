@@ -13,9 +13,10 @@ from typing import Any
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
+from roma_ray.engine.extraction import extract_stage, finished_extractions
 from roma_ray.engine.prepare import questions_stage
 from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
-from roma_ray.errors import ConfigError, ModelError
+from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
 from roma_ray.evaluation.paired import locate_stages
 
 SHARED = ("questions", "extract", "embed", "neighbors")
@@ -47,10 +48,18 @@ class Plan:
     space: Space
     device: str
     trials: tuple[Planned, ...]
+    later: tuple[Setup, ...]
+    """A set-up for every layer and token choice that optuna may draw."""
 
     @property
     def store(self) -> Store:
         return self.trials[0].setup.store
+
+    def beside(self, config: Config) -> Setup:
+        """The set-up of a trial that optuna draws: on an extraction of this plan. Raises ConfigError."""
+        setup = with_config(self.later[0], config)
+        near = next(other for other in self.later if _reads(other) == _reads(setup))
+        return dataclasses.replace(setup, cuts=near.cuts, token_rules=near.token_rules)
 
     def stages(self, name: str) -> list[tuple[Planned, Stage]]:
         """The distinct stages of that name, each with the first trial that needs it."""
@@ -65,8 +74,8 @@ Measure = Callable[[ModelSpec], dict[str, Any]]
 
 
 def unmeasured(spec: ModelSpec) -> dict[str, Any]:
-    """In place of measuring a GPU's experts backends, where nothing may be started. Raises ModelError."""
-    raise ModelError("no run of this model has measured its experts implementation in this storage")
+    """In place of measuring a GPU's experts backends, where nothing may be started. Raises UnmeasuredError."""
+    raise UnmeasuredError("no run of this model has measured its experts implementation in this storage")
 
 
 def make_plan(space: Space, device: str | None = None, measure: Measure = unmeasured) -> Plan:
@@ -75,7 +84,7 @@ def make_plan(space: Space, device: str | None = None, measure: Measure = unmeas
     Raises ModelError, ConfigError, QuestionError, StorageError.
     """
     check_searchable(space)
-    setups = resolve_all(space, device, measure)
+    setups, later = resolve_all(space, device, measure)
     merged: dict[str, Planned] = {}
     for trial, setup in zip(space.trials, setups, strict=True):
         planned = Planned(trial, setup, locate_stages(setup))
@@ -86,11 +95,11 @@ def make_plan(space: Space, device: str | None = None, measure: Measure = unmeas
             factors = tuple(dict.fromkeys([*kept.factors, *trial.factors]))
             planned = dataclasses.replace(merged[key], trial=dataclasses.replace(kept, factors=factors))
         merged[key] = planned
-    return Plan(space, setups[0].model.device, tuple(merged.values()))
+    return Plan(space, setups[0].model.device, tuple(merged.values()), tuple(later))
 
 
-def resolve_all(space: Space, device: str | None, measure: Measure) -> list[Setup]:
-    """Each trial's set-up; what trials share is extracted once, so each knows of all cuts and token rules.
+def resolve_all(space: Space, device: str | None, measure: Measure) -> tuple[list[Setup], list[Setup]]:
+    """Each trial's set-up, and one for all that optuna may draw; what they share is extracted once.
 
     Raises ConfigError (when a trial's layers or tokens do not fit the model), ModelError.
     """
@@ -111,7 +120,8 @@ def resolve_all(space: Space, device: str | None, measure: Measure) -> list[Setu
             raise ConfigError(f"{trial.name}: {error}") from None
     # What optuna may still draw is extracted beforehand too.
     later = [of_model(config) for config in possible_extractions(space)]
-    return share(setups, later)
+    shared = share([*setups, *later])
+    return shared[: len(setups)], shared[len(setups) :]
 
 
 def with_config(near: Setup, config: Config) -> Setup:
@@ -123,19 +133,46 @@ def with_config(near: Setup, config: Config) -> Setup:
     return dataclasses.replace(near, config=config, layers=layers)
 
 
-def share(setups: Sequence[Setup], later: Sequence[Setup] = ()) -> list[Setup]:
-    """The set-ups, each told of the cuts and token rules of all that ask the same questions of the same model."""
+def _reads(setup: Setup) -> tuple[int, str]:
+    """What a trial reads of an extraction."""
+    return setup.cut, setup.config.routing.tokens
 
-    def together(setup: Setup) -> str:
-        return f"{questions_stage(setup).fingerprint} {setup.model_identity} {setup.model} {setup.config.extraction}"
 
-    cuts: dict[str, set[int]] = {}
-    rules: dict[str, set[str]] = {}
-    keys = [together(setup) for setup in (*setups, *later)]
-    for key, setup in zip(keys, (*setups, *later), strict=True):
-        cuts.setdefault(key, set()).add(setup.cut)
-        rules.setdefault(key, set()).add(setup.config.routing.tokens)
-    return [setup.shared(cuts[key], rules[key]) for key, setup in zip(keys, setups, strict=False)]
+def share(setups: Sequence[Setup]) -> list[Setup]:
+    """The set-ups on as few extractions as can be: finished ones that hold what they read, and one new one for the others.
+
+    An extraction cannot stand for one that keeps more or less: the last layer runs at the tokens that are read alone, and how
+    many they are moves its last digits. So what it keeps is part of its identity, and a trial stays with the one it has.
+    """
+    kept = finished_extractions(setups[0].store)
+    questions = [questions_stage(setup) for setup in setups]
+    found = [_on_finished(*each, kept) for each in zip(setups, questions, strict=True)]
+    missing: dict[str, set[tuple[int, str]]] = {}
+    keys = [
+        f"{asked.fingerprint} {setup.model_identity} {setup.model} {setup.config.extraction}"
+        for setup, asked in zip(setups, questions, strict=True)
+    ]
+    for key, setup, on_finished in zip(keys, setups, found, strict=True):
+        if on_finished is None:
+            missing.setdefault(key, set()).add(_reads(setup))
+    return [
+        on_finished or setup.shared(*zip(*missing[key], strict=True))
+        for key, setup, on_finished in zip(keys, setups, found, strict=True)
+    ]
+
+
+def _on_finished(
+    setup: Setup, questions: Stage, kept: Sequence[tuple[tuple[int, ...], tuple[str, ...]]]
+) -> Setup | None:
+    """The set-up on the finished extraction where its trial has come furthest, the oldest of equals; None without one."""
+    able = [setup.shared(*each) for each in kept]
+    able = [each for each in able if extract_stage(each, questions).complete]
+
+    def come(each: Setup) -> tuple[bool, bool]:
+        stages = locate_stages(each, questions)
+        return stages["evaluate"].complete, stages["finetune"].path.exists()
+
+    return max(able, key=come, default=None)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
-from roma_ray.ablations.plan import Plan, Planned, describe, with_config
+from roma_ray.ablations.plan import Plan, Planned, describe
 from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import Work, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
@@ -21,7 +21,6 @@ from roma_ray.engine.neighborhoods import neighbors
 from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.engine.setup import Setup
 from roma_ray.errors import RomaError
 from roma_ray.evaluation.paired import locate_stages
 from roma_ray.stages.cluster import Cluster
@@ -114,6 +113,8 @@ def open_sweep(plan: Plan) -> Sweep:
             state.error = line["error"]
     for state in sweep.states.values():
         if state.planned.complete:
+            for name in ("finetune", "evaluate"):
+                state.planned.stages[name].verify()
             _close(state, closing(state.planned.stages["finetune"], state.planned.stages["evaluate"]))
     return sweep
 
@@ -121,13 +122,8 @@ def open_sweep(plan: Plan) -> Sweep:
 def drawn(plan: Plan, values: Mapping[str, Any]) -> Planned:
     """The trial of values that optuna drew. Raises ConfigError."""
     trial = plan.space.sampled(values)
-    setup = drawn_setup(plan.trials[0].setup, trial)
+    setup = plan.beside(trial.config)
     return Planned(trial, setup, locate_stages(setup))
-
-
-def drawn_setup(near: Setup, trial: Trial) -> Setup:
-    """The trial's set-up beside one of the same plan."""
-    return with_config(near, trial.config)
 
 
 def run_sweep(
@@ -160,7 +156,10 @@ def run_sweep(
 
 
 def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | None = None) -> None:
-    """Do every stage that trials share, once. A stage that fails takes the trials down that need it, and no others."""
+    """Do every stage that trials share, once, and compare those that are there with their digests.
+
+    A stage that fails, or is damaged, takes the trials down that need it, and no others.
+    """
     from roma_ray.engine.progress import Silence
 
     progress = progress or Silence()
@@ -169,10 +168,14 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
         done: set[str] = set()
         for state in [state for state in wanted if state.state == WAITING]:
             stage = state.planned.stages[name]
-            if stage.complete or stage.fingerprint in done:
+            if stage.fingerprint in done:
                 continue
             done.add(stage.fingerprint)
             try:
+                if stage.complete:
+                    # The trials themselves do not look again.
+                    stage.verify()
+                    continue
                 made = _shared(name, state.planned, runners, progress)
             except RomaError as error:
                 for other in wanted:

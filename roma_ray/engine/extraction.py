@@ -6,6 +6,7 @@ then, as the mark that it is done, `batches/NNNNNN.parquet` (one row a question)
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -20,7 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from roma_ray.artifacts import Stage, unwritable, write_atomically, write_json
+from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
@@ -52,6 +53,18 @@ def extract_stage(setup: Setup, questions: Stage) -> Stage:
     return setup.store.stage("extract", settings, {"questions": questions.fingerprint}, VERSION)
 
 
+def finished_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Cuts and token rules of every complete extraction in the storage, the oldest first; damaged and outdated ones are left out."""
+    found = []
+    for manifest in store.root.glob(f"extract/*/{MANIFEST}"):
+        with contextlib.suppress(ArtifactError):
+            content = read_manifest(manifest.parent)
+            if content["identity"].get("version") == VERSION:
+                settings, key = content["identity"]["settings"], (content["finished"], manifest.parent.name)
+                found.append((key, tuple(settings["cuts"]), tuple(settings["tokens"])))
+    return [(cuts, rules) for _, cuts, rules in sorted(found)]
+
+
 def activation_dtype(setup: Setup) -> str:
     """Type of the cached activations; `auto` is the model's own."""
     chosen = setup.config.extraction.activation_dtype
@@ -74,7 +87,10 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         work = extract_work(setup, questions, stage)
         finished = sum(len(plan[n]) for n in done)
         limit = setup.config.extraction.memory_gb
-        with progress.meter("extract", len(prompts), "questions", finished) as meter:
+        ids = [p.id for p in prompts]
+        # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
+        del prompts
+        with progress.meter("extract", len(ids), "questions", finished) as meter:
             if limit is None:
                 for report in execute(work, pending):
                     meter.advance(report.rows)
@@ -82,7 +98,7 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
                 stream(work, pending, execute, limit, meter.advance, progress.say)
         # Also what a streamed attempt left that was gone on with unstreamed.
         shutil.rmtree(stage.path / STREAM, ignore_errors=True)
-        facts = gather(stage, len(plan), [p.id for p in prompts], prefix)
+        facts = gather(stage, len(plan), ids, prefix)
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     if facts["errors"]:
         progress.say(

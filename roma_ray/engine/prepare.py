@@ -89,7 +89,8 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(path, revision=revision)
+        # Said, for a library that is not told asks at the terminal whether a stranger's code may run.
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
 
@@ -128,12 +129,12 @@ def _write(
         "task": [p.task for p in prompts],
         "split": [p.split for p in prompts],
         "question": [q.question for q in kept],
-        "choices": [list(q.choices) for q in kept],
+        "choices": [q.choices for q in kept],
         "answer": [p.answer for p in prompts],
         "context": [q.context for q in kept],
-        "prompt_ids": [list(p.prompt_ids) for p in prompts],
-        "choice_ids": [[list(ids) for ids in p.choice_ids] for p in prompts],
-        "choice_chars": [list(p.choice_chars) for p in prompts],
+        "prompt_ids": [p.prompt_ids for p in prompts],
+        "choice_ids": [p.choice_ids for p in prompts],
+        "choice_chars": [p.choice_chars for p in prompts],
         "truncated": [p.truncated for p in prompts],
     }
     write_table(stage.path / TABLE, columns, QUESTIONS)

@@ -35,6 +35,8 @@ QUESTIONS = pa.schema(
 WRITING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 """How tables are written: a damaged page is then seen when it is read, also where no manifest speaks for the file yet."""
 
+_ROWS_AT_ONCE = 8192
+
 REJECTED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
 
 
@@ -87,6 +89,12 @@ def matrix(table: pa.Table, column: str, width: int) -> np.ndarray:
     return values.reshape(len(table), width)
 
 
+def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """The rows one by one. All of a million questions' as dictionaries would take more memory than what is made of them."""
+    for part in table.to_batches(max_chunksize=_ROWS_AT_ONCE):
+        yield from part.to_pylist()
+
+
 def read_prompts(path: str | Path, rows: Sequence[int] | None = None) -> list[Prompt]:
     """The encoded prompts of a question table, all or some rows, in the order asked for."""
     table = read_table(path, [f.name for f in QUESTIONS if f.name not in {"question", "choices", "context"}])
@@ -96,7 +104,7 @@ def read_prompts(path: str | Path, rows: Sequence[int] | None = None) -> list[Pr
 
 
 def _prompts(table: pa.Table) -> Iterator[Prompt]:
-    for row in table.to_pylist():
+    for row in rows_of(table):
         yield Prompt(
             id=row["id"],
             task=row["task"],

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from roma_ray.artifacts import Store, read_manifest
+from roma_ray.artifacts import Stage, Store, read_manifest
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.evaluation.judge import METRICS, read_benchmarks
@@ -94,8 +94,10 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
 
 
 def read_column(name: str, folder: Path, which: str) -> Column:
-    """The base's or the tuned model's values of a finished evaluation. Raises ArtifactError."""
-    stage = read_manifest(folder)["stage"]
+    """The base's or the tuned model's values of a finished evaluation. Raises ArtifactError, also where it is damaged."""
+    manifest = read_manifest(folder)
+    stage = manifest["stage"]
+    Stage(folder, stage, manifest["identity"]).verify()
     if stage == "benchmarks":
         table = read_table(folder / METRICS).to_pydict()
         found = read_benchmarks(folder)

@@ -91,7 +91,8 @@ def judge(
 
     `training`: texts and choices of the questions that the tuned model was trained on, to be looked for in the benchmarks;
     None where that is not known.
-    Raises ConfigError, QuestionError, ModelError, CheckpointError, GuardError, StorageError, WorkerError.
+    Raises ConfigError, QuestionError, ModelError, CheckpointError, GuardError, StorageError, WorkerError; ArtifactError where
+    what is there is damaged.
     """
     from roma_ray.evaluation.lm import JudgeLM
     from roma_ray.evaluation.tasks import leaves, load_tasks
@@ -117,6 +118,7 @@ def judge(
     inputs = {f"requests{n}": a.stage.fingerprint for n, a in enumerate(lm.answered)}
     stage = store.stage("benchmarks", settings, inputs, VERSION)
     if stage.complete:
+        stage.verify()
         return stage
     with stage.exclusive():
         for name, found in results.items():

@@ -62,9 +62,12 @@ def evaluate_stage(setup: Setup, tuned: Stage) -> Stage:
     return setup.store.stage("evaluate", {}, {"finetune": tuned.fingerprint}, VERSION)
 
 
-def locate_stages(setup: Setup) -> dict[str, Stage]:
-    """Where each stage up to the evaluation lives, by name in their order. Raises QuestionError when a question file is gone."""
-    questions = questions_stage(setup)
+def locate_stages(setup: Setup, questions: Stage | None = None) -> dict[str, Stage]:
+    """Where each stage up to the evaluation lives, by name in their order; `questions` where its place is known.
+
+    Raises QuestionError when a question file is gone.
+    """
+    questions = questions or questions_stage(setup)
     extraction = extract_stage(setup, questions)
     embeddings = embed_stage(setup, questions)
     nearby = neighbors_stage(setup, extraction, embeddings)

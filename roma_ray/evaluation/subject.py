@@ -94,6 +94,7 @@ class Subject:
                 device_map={"": spec.device},
                 attn_implementation=spec.attention,
                 use_safetensors=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"{spec.path} cannot be loaded: {str(error).splitlines()[0]}") from None

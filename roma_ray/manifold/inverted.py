@@ -18,7 +18,7 @@ from torch import Tensor
 from roma_ray.manifold.search import TorchSearch
 from roma_ray.manifold.similarity import UnitRows
 
-# Candidates whose vectors are held at once: at 384 numbers 1.6 GB.
+# Candidates whose vectors are held at once: at 384 numbers 1.6 GB, twice while they are sorted into lists.
 SHARD_ROWS = 2**20
 # Queried rows searched at once.
 _BLOCK = 8192
@@ -47,7 +47,8 @@ def propose(
 ) -> Proposals:
     """`count` likely nearest candidates of each queried row.
 
-    Memory: one shard's vectors and Q x count x 12 bytes. `count` must be at least k; recall is that of the nearest k.
+    Memory: one shard's vectors, twice while they are sorted, and Q x count x 12 bytes. `count` must be at least k; recall is
+    that of the nearest k.
     """
     count = min(count, len(candidates_M))
     scores_QF = torch.full((len(rows_Q), count), float("-inf"))
@@ -57,7 +58,7 @@ def propose(
     true_TF, true_picks_TF = torch.empty(len(at_T), 0), torch.empty(len(at_T), 0, dtype=torch.int64)
     first = 0
     for part_M in candidates_M.split(SHARD_ROWS):
-        vectors_MC = torch.cat([unit.take(rows).float() for rows in part_M.split(_BLOCK)]).to(device)
+        vectors_MC = _taken(unit, part_M).to(device)
         near_TF, near_picks_TF = TorchSearch(vectors_MC, device).top(sample_TC, min(k, len(part_M)))
         true_TF, true_picks_TF = merged(true_TF, true_picks_TF, near_TF, near_picks_TF + first, k)
         lists = InvertedLists(vectors_MC)
@@ -69,9 +70,19 @@ def propose(
                 scores_QF[at_B], picks_QF[at_B], found_BF, found_picks_BF + first, count
             )
         first += len(part_M)
+        # Before the next shard is read: one shard's vectors at a time, twice while they are sorted into lists.
+        del lists
     # A question always finds itself, and is no neighbor of its own: it must not count as found.
     others_TF = candidates_M[true_picks_TF] != rows_Q[at_T][:, None]
     return Proposals(scores_QF, picks_QF, share_found(true_picks_TF, picks_QF[at_T], others_TF))
+
+
+def _taken(unit: UnitRows, rows_M: Tensor) -> Tensor:
+    """Unit vectors of some rows [M, C] in fp32, block by block."""
+    vectors_MC = torch.empty(len(rows_M), unit.table_NC.shape[1])
+    for at_B in torch.arange(len(rows_M)).split(_BLOCK):
+        vectors_MC[at_B] = unit.take(rows_M[at_B]).float()
+    return vectors_MC
 
 
 def share_found(wanted_TK: Tensor, picks_TF: Tensor, counted_TK: Tensor) -> float:
@@ -160,7 +171,7 @@ class ShardedSearch:
         return [(n, self.candidates_M[n : n + SHARD_ROWS]) for n in range(0, len(self.candidates_M), SHARD_ROWS)]
 
     def _open(self, rows_M: Tensor) -> TorchSearch:
-        return TorchSearch(torch.cat([self.unit.take(rows).float() for rows in rows_M.split(_BLOCK)]), self.device)
+        return TorchSearch(_taken(self.unit, rows_M), self.device)
 
     def top(self, queries_BC: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """The `count` best candidates of each query."""

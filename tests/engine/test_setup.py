@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,10 @@ from safetensors.torch import save_file
 
 from roma_ray.config import ModelConfig
 from roma_ray.engine import setup as resolution
+from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.engine.setup import model_identity, resolve
 from roma_ray.errors import ConfigError, ModelError
+from roma_ray.moe.snapshot import open_snapshot
 from tests.world import make_world
 
 
@@ -62,3 +65,19 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"x")
     with pytest.raises(ModelError, match="safetensors"):
         model_identity(ModelConfig(path=str(tmp_path)), str(tmp_path))
+
+
+def test_a_stranger_s_code_is_never_run_nor_asked_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tokenizer with code of its own, at a terminal whose user says yes to everything."""
+    folder, ran = tmp_path / "model", tmp_path / "ran"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil:\n    pass\n")
+    code = {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}}
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", **code}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "Evil", **code}))
+    monkeypatch.setattr("builtins.input", lambda *words: "y")
+    with pytest.raises(ConfigError, match="no tokenizer can be loaded"):
+        load_tokenizer(str(folder), None)
+    with pytest.raises(ModelError):
+        open_snapshot(str(folder), None).config()
+    assert not ran.exists()

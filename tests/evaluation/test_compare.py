@@ -152,6 +152,9 @@ def test_runs_are_found_by_path_fingerprint_and_run_id(tmp_path: Path) -> None:
     assert list(alone[1].values["one", "acc"].values()) == list(map(float, VERDICTS["b"]["one"]))
     both = open_columns([f"{first}:base", str(second)], store, lambda name: None)
     assert both[0].values == both[1].values
+    (second / SUMMARY).write_text((second / SUMMARY).read_text().replace("null", '"x"'))
+    with pytest.raises(ArtifactError, match=f"{SUMMARY} is not what was written"):
+        open_columns([str(first), str(second)], store, lambda name: None)
 
 
 def test_a_group_is_one_benchmark(tmp_path: Path) -> None:

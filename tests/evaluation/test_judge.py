@@ -21,7 +21,7 @@ from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.tables import read_table
 from roma_ray.engine.work import Report, Work, serial
-from roma_ray.errors import ConfigError, GuardError, QuestionError
+from roma_ray.errors import ArtifactError, ConfigError, GuardError, QuestionError
 from roma_ray.evaluation import tasks
 from roma_ray.evaluation.judge import METRICS, RESPONSES, Wanted, configure, judge, read_benchmarks
 from roma_ray.evaluation.requests import batch_file
@@ -172,6 +172,11 @@ def test_budget_changes_no_verdict_and_a_resume_does_only_what_is_missing(
     first = [r for r in read_table(judged.path / METRICS).to_pylist() if r["task"] in chosen]
     assert read_table(other.path / METRICS).to_pylist() == first
     assert batch_file(folder, 0).exists()
+    # What is there already is believed only as it was written.
+    kept = other.path / "lm_eval_tuned.json"
+    kept.write_text(kept.read_text().replace("0", "1", 1))
+    with pytest.raises(ArtifactError, match=r"lm_eval_tuned\.json is not what was written"):
+        judge(config, small, wanted, Store(tmp_path), again, Silence())
 
 
 def test_kept_states_serve_the_next_adapter(

@@ -6,6 +6,8 @@ The GPUs are counted by Ray and by nobody else: the work that runs on them only 
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 import threading
 import time
@@ -15,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.config import Config, PlacementConfig, load_config
+from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.work import Report
 from roma_ray.errors import ConfigError
 from tests.chaos.simulated import Nodes, simulated_cluster
@@ -75,6 +78,32 @@ def disturbed(nodes: Nodes, config: Config, folder: Path, batches: int = 24) -> 
     return {"reported": sorted(r.batch for r in reports), "written": len(list(folder.glob("*.json")))}
 
 
+def dies_once(folder: Path, progress: Progress) -> dict[str, Any]:
+    """A stage's function that says where it runs, whose first process is killed."""
+    import ray
+
+    marker = folder / "died"
+    if not marker.exists():
+        marker.touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    context = ray.get_runtime_context()
+    return {"gpus": len(ray.get_gpu_ids()), "driver": context.get_task_id() is None}
+
+
+def called(config: Config, folder: Path) -> dict[str, Any]:
+    """A stage that needs a GPU, asked for by a driver without one: evaluation, neighbors."""
+    import torch
+
+    from roma_ray.stages.cluster import open_cluster
+    from roma_ray.stages.runners import near_device
+
+    folder.mkdir()
+    torch.cuda.is_available = lambda: False
+    with open_cluster(config) as cluster:
+        found: dict[str, Any] = near_device(cluster, "cuda")(dies_once, folder, progress=Silence())
+    return found
+
+
 def main() -> None:
     """Run on an A100, an MI300X and a plain node; print what happened."""
     folder = Path(sys.argv[1])
@@ -94,6 +123,7 @@ def main() -> None:
         found["one kind"] = where(config(extract=amd), folder / "kind", 4)
         found["by label"] = where(config(extract=PlacementConfig(labels={"gpu-type": "!mi300x"})), folder / "label", 4)
         found["training"] = training(config())
+        found["called"] = called(config(), folder / "called")
         found["node removed"] = disturbed(nodes, config(), folder / "removed")
         try:
             where(config(extract=PlacementConfig(accelerator="H100")), folder / "none")

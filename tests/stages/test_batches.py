@@ -100,6 +100,14 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
     assert "batch_tokens" in worker({"item": [0]})["failure"][0]
     assert worker({"item": [1]})["failure"] == [""]
 
+    # Requests of a benchmark are not set aside one by one: two deaths are enough.
+    whole = BatchWorker(FailingWork(**fields(local_run, tmp_path / "whole"), bug=True), "token", 1)
+    for _ in range(2):
+        Marks(str(tmp_path / "whole"), "token", 0).add("batch")
+    failure = json.loads(whole({"item": [0]})["failure"][0])
+    assert failure["kind"] == "WorkerError"
+    assert "batch 0 killed its worker 2 times" in failure["text"]
+
     other = Marks(str(tmp_path / "ray"), "token", 2)
     for _ in range(3):
         other.add("open")

@@ -4,21 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import shutil
-import socket
 import sqlite3
-import subprocess
-import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import Stage, Store
+from roma_ray.artifacts import Stage
 from roma_ray.config import TrackingConfig
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import LOCAL
@@ -28,6 +22,7 @@ from roma_ray.errors import ConfigError, TrainingError
 from roma_ray.pipeline import STAGES, Run, locate, replay, run
 from roma_ray.tracking import Tracker, delivery, records, tracked
 from roma_ray.tracking.client import Client
+from tests.tracking.support import copied, free_port, served
 from tests.world import make_world
 
 
@@ -53,25 +48,6 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(root: Path) -> Run:
     """A whole run that nobody recorded; ten test questions, so that the report needs no UMAP."""
     return run(resolve(make_world(root / "world", count=30)), Silence(), until="report")
-
-
-@pytest.fixture(scope="module")
-def empty_database(root: Path) -> Path:
-    """A database with MLflow's tables in it: making them takes seconds."""
-    Client(f"sqlite:///{root}/empty.db", "other", root / "other")
-    return root / "empty.db"
-
-
-@pytest.fixture
-def database(empty_database: Path, tmp_path: Path) -> str:
-    return f"sqlite:///{copied(empty_database, tmp_path / 'mlflow.db')}"
-
-
-def copied(database: Path, target: Path) -> Path:
-    """A copy through SQLite: in write-ahead mode, what was written last is in a second file."""
-    with contextlib.closing(sqlite3.connect(database)) as old, contextlib.closing(sqlite3.connect(target)) as new:
-        old.backup(new)
-    return target
 
 
 def tracked_setup(finished: Run, uri: str, **changes: Any) -> Setup:
@@ -102,24 +78,6 @@ def ledger(uri: str) -> dict[str, Any]:
         history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
         runs[stage] = (found, {key: [(m.step, m.value) for m in values] for key, values in history.items()})
     return runs
-
-
-def test_a_run_of_some_stages_is_finished_once_these_are(finished: Run, database: str, tmp_path: Path) -> None:
-    for name in STAGES[:5]:
-        shutil.copytree(finished.stages[name].path, tmp_path / "s" / name / finished.stages[name].fingerprint)
-    setup = dataclasses.replace(tracked_setup(finished, database), store=Store(tmp_path / "s"))
-    record(setup)
-    assert ledger(database)["pipeline"][0].info.status == "RUNNING"
-    # As in an outage: `roma-ray finetune` came to its end, and MLflow did not hear of it.
-    run(setup, Said(), until="finetune")
-    record(setup)
-    assert ledger(database)["pipeline"][0].info.status == "FINISHED"
-    locate(setup)["evaluate"].path.mkdir(parents=True)
-    with contextlib.closing(sqlite3.connect(database.removeprefix("sqlite:///"))) as connection:
-        connection.execute("update runs set status = 'RUNNING'")
-        connection.commit()
-    record(setup)
-    assert ledger(database)["pipeline"][0].info.status == "RUNNING"
 
 
 def artifacts(uri: str, run_id: str, folder: str | None = None) -> set[str]:
@@ -300,6 +258,14 @@ def test_a_killed_run_goes_on_as_the_same_one(finished: Run, database: str) -> N
     assert all(after[name][0].info.run_id == run_id for name, run_id in before.items())
 
 
+def test_a_run_up_to_a_stage_ends_there_also_when_it_is_delivered_later(finished: Run, database: str) -> None:
+    setup = again(finished, database, seed=4)
+    part = run(setup, Silence(), until="extract")
+    record(setup)
+    states = {name: found.info.status for name, (found, _) in ledger(database).items()}
+    assert states == dict.fromkeys(("pipeline", *part.stages), "FINISHED")
+
+
 def test_what_is_refused_holds_up_nothing_else(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     genuine = records.stage_parameters
 
@@ -312,32 +278,6 @@ def test_what_is_refused_holds_up_nothing_else(finished: Run, database: str, mon
     assert {name for name, (found, _) in runs.items() if found.info.status != "FINISHED"} == {"embed"}
     assert len(said.about("does not take all of `embed`")) == 1
     assert len(said.about("still lacks: embed.")) == 1
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@contextlib.contextmanager
-def served(port: int, folder: Path, database: Path) -> Iterator[None]:
-    """A real MLflow server on the loopback interface."""
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", f"sqlite:///{database}", "--artifacts-destination", str(folder / "served")]
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with open(folder / "server.log", "a") as log:
-        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder)
-    try:
-        for _ in range(240):
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            assert server.poll() is None, (folder / "server.log").read_text()
-            time.sleep(0.5)
-        yield
-    finally:
-        server.terminate()
-        server.wait(timeout=60)
 
 
 def test_a_server_that_is_down_then_up_then_gone_and_back(

@@ -1,0 +1,95 @@
+"""What faults happen to: a cluster, a configuration, and the undisturbed run that everything must equal afterwards."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from click.testing import CliRunner
+
+from roma_ray.artifacts import MANIFEST, Stage
+from roma_ray.cli import main
+from roma_ray.config import Config
+from roma_ray.pipeline import STAGES, Run
+from tests.chaos.simulated import PATIENCE, Driver, Nodes
+
+# What is there as soon as a stage has begun to do what a fault may interrupt.
+BEGUN = {
+    "extract": "batches/*.parquet",
+    "embed": "batches/*.parquet",
+    "finetune": "checkpoint.safetensors",
+    "evaluate": ".lock",
+}
+
+
+@dataclass
+class Scene:
+    """What faults happen to: a cluster, a configuration and its undisturbed run."""
+
+    nodes: Nodes
+    config: Config
+    reference: Run
+    folder: Path
+    count: int = 0
+
+    def storage(self, until: str | None = None) -> Path:
+        """A fresh storage; with the undisturbed run's stages before `until` in it, to save their time."""
+        self.count += 1
+        storage = self.folder / f"storage-{self.count}"
+        for name in STAGES[: STAGES.index(until)] if until else ():
+            stage = self.reference.stages[name]
+            shutil.copytree(stage.path, storage / name / stage.fingerprint)
+        return storage
+
+    def place(self, storage: Path, stage: str) -> Path:
+        """Where a stage lies in a storage."""
+        return storage / stage / self.reference.stages[stage].fingerprint
+
+    def begun(self, storage: Path, stage: str) -> Callable[[], bool]:
+        """Whether a stage is at work; it fails when the stage is over before the fault could happen."""
+        folder = self.place(storage, stage)
+
+        def ready() -> bool:
+            assert not (folder / MANIFEST).exists(), f"{stage} was over before the fault"
+            return any(folder.glob(BEGUN[stage]))
+
+        return ready
+
+    def start(self, storage: Path, until: str, *words: str, uri: str | None = None) -> Driver:
+        """A driver that runs up to a stage on the cluster; tracked where there is a server."""
+        self.count += 1
+        log = self.folder / f"driver-{self.count}.log"
+        where = [until, "--address", self.nodes.address, "--config", str(self.settings(storage, uri))]
+        return Driver([*where, *words], self.nodes.environment, log)
+
+    def command(self, storage: Path, until: str) -> tuple[int, str]:
+        """Exit code and words of such a driver."""
+        driver = self.start(storage, until)
+        return driver.process.wait(timeout=PATIENCE), driver.said
+
+    def here(self, storage: Path, *words: str) -> tuple[int, str]:
+        """Exit code and words of `roma-ray local`, or another command, in this process."""
+        done = CliRunner().invoke(main, [*(words or ("local",)), "--config", str(self.settings(storage))])
+        return done.exit_code, done.output
+
+    def settings(self, storage: Path, uri: str | None = None) -> Path:
+        """The configuration as a file, with this storage."""
+        tracking = self.config.tracking.model_copy(
+            update={"enabled": uri is not None, "uri": uri, "system_metrics": False}
+        )
+        config = self.config.model_copy(update={"storage": str(storage), "tracking": tracking})
+        file = self.folder / f"config-{storage.name}.yaml"
+        file.write_text(config.to_yaml())
+        return file
+
+    def same(self, storage: Path, until: str) -> None:
+        """Every file of the undisturbed run up to a stage is here to the bit, so its rows once each, and no other file."""
+        for name in STAGES[: STAGES.index(until) + 1]:
+            expected = self.reference.stages[name]
+            got = Stage(self.place(storage, name), name, expected.identity)
+            got.verify()
+            files, known = got.manifest()["files"], expected.manifest()["files"]
+            differing = sorted(f for f in {*files, *known} if files.get(f) != known.get(f) and f != "config.yaml")
+            assert not differing, f"{name}: {differing[:3]} differ"
