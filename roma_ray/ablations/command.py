@@ -24,14 +24,19 @@ from roma_ray.stages.runners import measure_near
 
 
 def dry_run(space: Space) -> list[str]:
-    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away."""
+    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away.
+
+    Raises ConfigError.
+    """
     try:
         for model in {trial.config.model for trial in space.trials}:
             ask_once(resolve_path(model.path), model.revision)
         try:
             return describe(make_plan(space))
-        except UnmeasuredError:
-            # A GPU that was never measured: what trials share is the same on a CPU.
+        except ModelError as error:
+            if space.centre.device != "cuda" and not isinstance(error, UnmeasuredError):
+                raise
+            # A GPU that is not here or was never measured: what trials share is the same on a CPU.
             return describe(make_plan(space, "cpu"))
     except (ModelError, QuestionError) as error:
         return without_model(space, error)
