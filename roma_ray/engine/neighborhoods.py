@@ -92,8 +92,8 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:
-    """The line that states the search and its memory: embeddings (fp32), the vectors of one shard of S, and one block of scores."""
-    held = questions * width * 4 + min(successful, SHARD_ROWS) * width * 4
+    """The line that states the search and its memory: embeddings (fp32), one shard of S, twice while it is sorted, and scores."""
+    held = questions * width * 4 + 2 * min(successful, SHARD_ROWS) * width * 4
     block = min(TILE_SCORES, BLOCK_ROWS * successful) * 4
     return f"neighbors: searching {successful:,} successes, about {(held + block) / 2**20:,.0f} MiB of memory"
 
