@@ -17,7 +17,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError
-from roma_ray.evaluation.compare import compare_columns, left_out, open_columns
+from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
@@ -152,8 +152,6 @@ def compare_runs(
     store = Store(config.storage)
     columns = open_columns(names, store, lambda name: tracking.fingerprint_of(config, store, name))
     comparison = compare_columns(columns, allow_different_pins=allow_different_pins)
-    if left := left_out(columns):
-        click.echo(f"note: not in the table, since the first run or all others lack them: {', '.join(left)}", err=True)
     if out is not None:
         suffixes = {Path(f"x.{suffix}").suffix: name for name, suffix in FORMATS.items()}
         if Path(out).suffix not in suffixes:

@@ -11,11 +11,11 @@ import click
 
 def print_comparison(summary: Mapping[str, Any]) -> None:
     """Print the table of all methods, what was equal for all, and what the oracle means."""
-    from roma_ray.evaluation.methods import COSTS, RESULTS, budget_line, cost_rows, describe_oracle, result_rows
+    from roma_ray.evaluation.methods import COSTS, budget_line, cost_rows, describe_oracle, result_header, result_rows
     from roma_ray.terminal import print_table
 
     title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
-    print_table(title, RESULTS, result_rows(summary))
+    print_table(title, result_header(summary), result_rows(summary))
     print_table("costs, trunk included", COSTS, cost_rows(summary))
     click.echo(budget_line(summary))
     if summary["oracle"]:

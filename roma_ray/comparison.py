@@ -17,7 +17,7 @@ from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.methods import Entry, compare_methods
 from roma_ray.pipeline import run
 
-VERSION = 1
+VERSION = 2
 SUMMARY = "comparison.json"
 
 

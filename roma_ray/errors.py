@@ -21,6 +21,10 @@ class ModelError(RomaError, ValueError):
     """A model cannot be found, loaded, or is not one whose routers can be tuned."""
 
 
+class UnmeasuredError(ModelError):
+    """No run has measured what a GPU is to use, and here nothing may be started."""
+
+
 class CheckpointError(RomaError, ValueError):
     """A router checkpoint is foreign, truncated, unsafe, or does not fit the model."""
 

@@ -57,6 +57,7 @@ def test_a_failure_is_named_then_the_same_command_completes_the_table(
     assert again["oracle"]["n"] == found["questions"] == again["base"]["n"]
     assert "equal budgets: 1 epochs over the same" in whole.output
     assert "Difference:" in whole.output
+    assert "(seed 0" in whole.output, "McNemar's p of one seed of two, and the table says so"
     assert list((world / "storage" / "comparison").glob("*/comparison.json"))
     _check_mlflow(world, again)
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
+from lm_eval.models.huggingface import HFLM
 
 from roma_ray.engine.progress import Silence
 from roma_ray.errors import ArtifactError
@@ -120,6 +122,9 @@ def test_the_model_card_has_a_header_that_hubs_read(finished: Run) -> None:
     assert all(entry["dataset"]["type"] for entry in index["results"])
     for section in ("Intended use", "Training data", "Procedure", "Evaluation", "Limitations and guards"):
         assert f"## {section}\n" in body
+    # The card's warning, and stock's code that it warns of.
+    assert "do not use `peft=`" in body
+    assert "self._model.resize_token_embeddings(len(self.tokenizer))" in inspect.getsource(HFLM._create_model)
     assert str(finished.setup.store.root) not in text, "a card is published: no path of this machine"
     assert str(Path(finished.setup.model.path).parent) not in text
 

@@ -15,19 +15,28 @@ from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, run_sweep
 from roma_ray.artifacts import Store
 from roma_ray.engine.progress import Progress
-from roma_ray.errors import ModelError, QuestionError
+from roma_ray.engine.setup import resolve_path
+from roma_ray.errors import ModelError, QuestionError, UnmeasuredError
 from roma_ray.figures.tables import Table
+from roma_ray.moe.snapshot import ask_once
 from roma_ray.stages.cluster import open_cluster
 from roma_ray.stages.runners import measure_near
 
 
 def dry_run(space: Space) -> list[str]:
-    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away."""
+    """What a sweep would do, as lines; starts nothing and writes nothing. A model out of reach takes only its part away.
+
+    Raises ConfigError.
+    """
     try:
+        for model in {trial.config.model for trial in space.trials}:
+            ask_once(resolve_path(model.path), model.revision)
         try:
             return describe(make_plan(space))
-        except ModelError:
-            # A GPU that was never measured: what trials share is the same on a CPU.
+        except ModelError as error:
+            if space.centre.device != "cuda" and not isinstance(error, UnmeasuredError):
+                raise
+            # A GPU that is not here or was never measured: what trials share is the same on a CPU.
             return describe(make_plan(space, "cpu"))
     except (ModelError, QuestionError) as error:
         return without_model(space, error)
@@ -65,7 +74,7 @@ def _plans(space: Space) -> Sequence[Plan]:
     found = []
     for device in ("cuda", "cpu") if space.centre.device == "auto" else (None,):
         # On GPUs that no run ever used there is nothing to look for.
-        with suppress(ModelError) if device == "cuda" else nullcontext():
+        with suppress(UnmeasuredError) if device == "cuda" else nullcontext():
             found.append(make_plan(space, device))
     return found
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from roma_ray.ablations.space import Space, Trial, possible_extractions
@@ -16,8 +18,8 @@ from roma_ray.engine.extraction import extract_stage, finished_extractions
 from roma_ray.engine.finetuning import finetune_stage
 from roma_ray.engine.neighborhoods import neighbors_stage
 from roma_ray.engine.prepare import questions_stage
-from roma_ray.engine.setup import ModelSpec, Setup, resolve
-from roma_ray.errors import ConfigError, ModelError
+from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
+from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
 from roma_ray.evaluation.paired import evaluate_stage
 
 SHARED = ("questions", "extract", "embed", "neighbors")
@@ -76,8 +78,8 @@ Measure = Callable[[ModelSpec], dict[str, Any]]
 
 
 def unmeasured(spec: ModelSpec) -> dict[str, Any]:
-    """In place of measuring a GPU's experts backends, where nothing may be started. Raises ModelError."""
-    raise ModelError("no run of this model has measured its experts implementation in this storage")
+    """In place of measuring a GPU's experts backends, where nothing may be started. Raises UnmeasuredError."""
+    raise UnmeasuredError("no run of this model has measured its experts implementation in this storage")
 
 
 def make_plan(space: Space, device: str | None = None, measure: Measure = unmeasured) -> Plan:
@@ -272,15 +274,41 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def without_model(space: Space, reason: Exception) -> list[str]:
-    """What can be said of a sweep whose model is not at hand."""
+    """What can be said of a sweep whose model is not at hand: names are checked, layers too where its config.json is here.
+
+    Raises ConfigError.
+    """
+    known = [_check_layers(trial) for trial in space.trials]
     configs = [trial.config for trial in space.trials]
+    unchecked = (
+        [] if all(known) else ["whether the model has these layers is not known either: only their names were checked"]
+    )
     return [
         f"{space.file.name}: {len(configs)} trials, seeds {listed(sorted({config.seed for config in configs}))}",
         f"layers: {listed(dict.fromkeys(json.dumps(config.routing.layers).strip(chr(34)) for config in configs))}; token "
         f"rules: {listed(sorted({config.routing.tokens for config in configs}))}; training fractions: "
         f"{listed(sorted({config.questions.fraction for config in configs}))}",
         f"cuts and cost are not known without the model: {reason}",
+        *unchecked,
     ]
+
+
+def _check_layers(trial: Trial) -> bool:
+    """Whether a local config.json says that the model has a trial's layers. Raises ConfigError."""
+    from roma_ray.moe.layers import check_names, select_layers
+    from roma_ray.moe.slices import model_facts
+
+    routing, path = trial.config.routing, resolve_path(trial.config.model.path)
+    try:
+        check_names(routing.layers, routing.tokens)
+        # Of the hub nothing more is asked: it is out of reach, or the model would be known.
+        with suppress(ModelError):
+            if Path(path).is_dir():
+                select_layers(routing.layers, model_facts(path)["moe_layers"])
+                return True
+    except ConfigError as error:
+        raise ConfigError(f"{trial.name}: {error}") from None
+    return False
 
 
 def check_searchable(space: Space) -> None:

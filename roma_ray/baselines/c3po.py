@@ -39,13 +39,16 @@ class C3po(Method):
         return {"c3po": settings, "sigma": config.neighbors.sigma, "task_loss": config.finetune.task_loss}
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
-        """The answers under the re-mixed routing."""
+        """The answers under the re-mixed routing; a question without neighbors keeps its own."""
         near = bench.neighbors_of(rows)
         found: dict[int, tuple[list[float], np.ndarray]] = {}
         for batch in bench.batches(rows, copies=1 + bench.config.c3po.neighbors):
             run = HeadRun(bench, batch)
             own_QLE = run.own_routing()
-            routing_QLE = self.remix(Neighborhood(bench, batch, near), own_QLE, core_experts(bench, own_QLE))
+            routing_QLE = own_QLE.clone()
+            if led := [n for n, row in enumerate(batch) if len(near.of(row)[0])]:
+                neighborhood = Neighborhood(bench, [batch[n] for n in led], near)
+                routing_QLE[led] = self.remix(neighborhood, own_QLE[led], core_experts(bench, own_QLE[led]))
             with torch.no_grad():
                 scores = as_lists(run.likelihoods(routing_QLE), run.prompts)
             for number, row in enumerate(batch):
@@ -73,11 +76,14 @@ class C3poKernel(C3po):
     title = "test-time re-mixing towards the neighbors' mean routing (kernel regression)"
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
-        """The best of alpha ω + (1 - alpha) ω̂ under the neighbors' kernel-weighted loss, for each question."""
+        """The best of alpha ω + (1 - alpha) ω̂ under the neighbors' kernel-weighted loss, for each question.
+
+        Of equally good ones the nearest to the question's own routing.
+        """
         mean_QLE = near.mean_routing()
         best_Q = torch.full((len(own_QLE),), torch.inf, device=own_QLE.device)
         best_QLE = own_QLE
-        for alpha in near.bench.config.c3po.alphas:
+        for alpha in sorted(near.bench.config.c3po.alphas, reverse=True):
             mixed_QLE = mixed(own_QLE, mean_QLE, alpha, core_QLE)
             with torch.no_grad():
                 loss_Q = near.losses(mixed_QLE)
@@ -118,7 +124,7 @@ class C3poMode(C3po):
 
 
 class Neighborhood:
-    """The successful neighbors of a batch of questions, and their loss under those questions' routing."""
+    """The successful neighbors of a batch of questions (of each at least one), and their loss under those questions' routing."""
 
     def __init__(self, bench: Bench, rows: Sequence[int], near: Neighborhoods) -> None:
         self.bench = bench

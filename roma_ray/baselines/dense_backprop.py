@@ -2,12 +2,18 @@
 
 An inactive expert stands in with its *default vector*, a running average of what it gave to the tokens that did choose it:
 
-    y = sum over active i of w_i E_i(x)  +  sum over inactive i of r_i d_i        d_i <- beta d_i + (1 - beta) mean E_i(x)
+    y = sum over active i of w_i E_i(x)  +  sum over inactive i of c r_i d_i      d_i <- beta d_i + (1 - beta) mean E_i(x)
 
-with w_i the model's own weights of the top-k and r = the routing weights over all experts. So the router hears of every
-expert at every token, and no further expert is computed. The second sum is part of the **forward pass** too, as in the paper
-and its published code (`output + default_vector_ema(...)`); answers are therefore given with it, by the function that was
-trained. Averages start at zero and move only in passes that train; gradient reaches them through r alone.
+with w_i the model's own weights of the top-k, r the routing weights over all experts, and c = (sum of w) / (sum of r over the
+active). So the router hears of every expert at every token, and no further expert is computed. The paper's equations have w = r
+and c = 1. Families that scale what they have chosen (Qwen3, Mixtral, GPT-OSS, Granite and others to a sum of 1, the DeepSeeks
+by a constant) are not in them, so c is this project's reading: there w = c r, and the inactive experts get the same c. The
+weights of any two experts stand to one another as their r, active or not, and what the model itself computes is kept; the
+price is that all weights together sum to c, not to 1.
+
+The second sum is part of the **forward pass** too, as in the paper and its published code (`output + default_vector_ema(...)`);
+answers are therefore given with it, by the function that was trained. Averages start at zero, move only in passes that train,
+and carry no gradient themselves.
 
 T tokens, K chosen experts, E experts, D width.
 """
@@ -90,7 +96,8 @@ class DefaultVectors:
         vectors_ED = self.vectors_ED[layer]
         if torch.is_grad_enabled():
             self._move(vectors_ED, given_TKD.detach().flatten(0, 1).float(), index_TK.reshape(-1))
-        inactive_TE = routing_TE.scatter(1, index_TK, 0.0)
+        scale_T1 = weights_TK.float().sum(1, keepdim=True) / routing_TE.gather(1, index_TK).sum(1, keepdim=True)
+        inactive_TE = scale_T1 * routing_TE.scatter(1, index_TK, 0.0)
         active_TD = (weights_TK[:, :, None].to(given_TKD.dtype) * given_TKD).sum(1)
         # A copy: the next pass moves the vectors in place, the backward pass of this one still needs them.
         return active_TD + (inactive_TE @ vectors_ED.clone()).to(active_TD.dtype)

@@ -27,7 +27,7 @@ from roma_ray.engine.setup import Setup, set_threads
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError
 
-VERSION = 1
+VERSION = 2
 STAGE = "baselines"
 FAILURE = "failure.json"
 _PREPARED = "prepared.safetensors"

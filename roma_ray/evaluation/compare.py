@@ -53,13 +53,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class Row:
-    """A benchmark (or the macro average of a metric over its tasks)."""
+    """A benchmark that any run has (or the macro average of a metric over the tasks that all have)."""
 
     task: str
     metric: str
     n: int
     """Questions; of a macro average the tasks."""
     cells: tuple[Cell | None, ...]
+    """By column; None for a run without this benchmark."""
 
 
 @dataclass(frozen=True)
@@ -147,35 +148,36 @@ def has_tuned(folder: Path) -> bool:
 
 
 def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = False) -> Comparison:
-    """The comparison with the first column. Raises GuardError when runs share no benchmark, or one with different pins."""
+    """The comparison with the first column: a row for every benchmark that any run has, so that none is left out unsaid.
+
+    Raises GuardError when the first run shares no benchmark with the others, or runs have one with different pins.
+    """
     first = columns[0]
-    shared = [key for key in first.values if any(key in other.values for other in columns[1:])]
+    every = sorted({key for column in columns for key in column.values})
+    shared = [key for key in every if key in first.values and any(key in other.values for other in columns[1:])]
     if not shared:
         raise GuardError(f"{first.label} and the other runs have no benchmark in common")
     differing = sorted(
-        {f"{t} ({c.label})" for t, m in shared for c in columns if c.pins.get(t, first.pins[t]) != first.pins[t]}
+        {f"{key[0]} ({c.label})" for key in every for c in columns if key in c.values and _other_pin(key, c, columns)}
     )
     if differing and not allow_different_pins:
         raise GuardError(
             f"not the same questions, prompts or metric: {', '.join(differing)}. Their scores are not comparable; to see them side "
             "by side all the same, marked and without paired figures, use --allow-different-pins"
         )
-    rows = [_row(key, columns) for key in sorted(shared)]
+    rows = [_row(key, columns) for key in every]
     metrics = sorted({metric for _, metric in shared})
-    macro = [_macro(metric, [key for key in sorted(shared) if key[1] == metric], columns) for metric in metrics]
+    macro = [_macro(metric, [key for key in shared if key[1] == metric], columns) for metric in metrics]
     return Comparison(tuple(c.label for c in columns), (*rows, *(m for m in macro if m is not None)))
 
 
-def left_out(columns: Sequence[Column]) -> list[str]:
-    """Benchmarks that some run has and the comparison with the first leaves out."""
-    first, others = columns[0], columns[1:]
-    every = {key for column in columns for key in column.values}
-    shown = {key for key in first.values if any(key in other.values for other in others)}
-    return sorted({task for task, _ in every - shown})
+def _other_pin(key: tuple[str, str], column: Column, columns: Sequence[Column]) -> bool:
+    """Whether a column's questions, prompts or metric are others than those of the first that has the benchmark."""
+    return column.pins[key[0]] != next(c for c in columns if key in c.values).pins[key[0]]
 
 
 def _row(key: tuple[str, str], columns: Sequence[Column]) -> Row:
-    reference = columns[0].values[key]
+    reference = columns[0].values.get(key)
     cells: list[Cell | None] = []
     for column in columns:
         values = column.values.get(key)
@@ -184,14 +186,14 @@ def _row(key: tuple[str, str], columns: Sequence[Column]) -> Row:
             continue
         own = np.array(list(values.values()))
         cell = Cell(accuracy(own), standard_error(own))
-        if column.pins[key[0]] != columns[0].pins[key[0]]:
+        if _other_pin(key, column, columns):
             cell = Cell(cell.score, cell.stderr, other_pin=True)
-        elif column is not columns[0]:
+        elif column is not columns[0] and reference is not None:
             before, after = _paired(reference, values, column.label)
             low, high = bootstrap_interval([after - before], seed=_SEED)
             cell = Cell(cell.score, cell.stderr, float((after - before).mean()), low, high, _p(before, after))
         cells.append(cell)
-    return Row(*key, len(reference), tuple(cells))
+    return Row(*key, len(next(c.values[key] for c in columns if key in c.values)), tuple(cells))
 
 
 def _paired(one: Mapping[Any, float], other: Mapping[Any, float], label: str) -> tuple[np.ndarray, np.ndarray]:

@@ -1,15 +1,18 @@
 """Benchmarks from files, for machines without the hub: the data sets' own columns, or question records converted to them.
 
-`DIR/<task>/<split>.jsonl|jsonl.gz|parquet` (`DIR/mmlu/<subject>/...` or a `subject` column for MMLU's parts), or one file
-`DIR/<task>.jsonl|...` whose rows name their `split`. The stock task definitions stay as they are; only where the rows
-come from changes. A benchmark is whole or refused: no row is set aside.
+`DIR/<task>/<split>.jsonl|jsonl.gz|parquet`, or the hub's own layout below `DIR/<task>`: shards
+(`validation-00000-of-00001.parquet`) and the folders `data` or that of the data set's configuration (`ARC-Easy`). MMLU's parts
+lie in `DIR/mmlu/<subject>/`, or in files with a `subject` column. Or one file `DIR/<task>.jsonl|...` whose rows name their
+`split`. A split that two files claim is refused. The stock task definitions stay as they are; only where the rows come from
+changes. A benchmark is whole or refused: no row is set aside.
 """
 
 from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,45 +24,79 @@ from roma_ray.questions.records import LETTERS, BadRow, answer_index, printable
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")
+WHOLE = "*"
+# The hub names a split's files `split-00000-of-00002.parquet`.
+_FILE = re.compile(
+    r"(?P<split>.+?)(?:-(?P<number>\d{5})-of-(?P<count>\d{5}))?(?P<suffix>\.jsonl|\.jsonl\.gz|\.parquet)"
+)
+# What rows of one file may say besides: a task reads some splits, and data sets have others.
+_OTHER_SPLITS = ("train", "validation", "test")
 
 
-def find_files(folder: Path, task: str, part: str | None) -> dict[str, Path]:
-    """Files of a task by split, `*` for one file that holds them all; empty where there are none.
+def find_files(folder: Path, task: str, part: str | None, splits: Collection[str]) -> dict[str, list[Path]]:
+    """Files of a task by split, those of `splits` alone, or under WHOLE one file that holds all; empty where there are none.
 
-    `part` is the data set's configuration (MMLU's subject), whose files may lie under the group's name.
+    `part` is the data set's configuration (MMLU's subject), whose files may lie under the group's name. Raises QuestionError
+    when several files claim a split, or shards of one are missing.
     """
     group = task.removesuffix(f"_{part}") if part and task.endswith(f"_{part}") else None
-    names = [task] if group is None else [task, f"{group}/{part}", group]
-    for name in names:
-        place = folder / name
-        found = {
-            file.name[: -len(suffix)]: file
-            for suffix in SUFFIXES
-            for file in sorted(place.glob(f"*{suffix}"))
-            if file.is_file()
-        }
-        if found:
-            return found
+    names = [task] if group is None else [task, group]
+    places = dict.fromkeys(folder / name / inner for name in names for inner in ("", "data", part or ""))
+    claims: dict[str, dict[object, list[Path]]] = {}
+    for place in places:
+        for file in sorted(place.iterdir()) if place.is_dir() else ():
+            match = _FILE.fullmatch(file.name)
+            if match and match["split"] in splits and file.is_file():
+                # Shards of one number and kind are one claim.
+                claims.setdefault(match["split"], {}).setdefault((place, match["count"], match["suffix"]), []).append(
+                    file
+                )
+    for name in names if group is None else [task, f"{group}/{part}", group]:
         for suffix in SUFFIXES:
-            whole = folder / f"{name}{suffix}"
-            if whole.is_file():
-                return {"*": whole}
-    return {}
+            if (whole := folder / f"{name}{suffix}").is_file():
+                claims.setdefault(WHOLE, {})[whole] = [whole]
+    return _unambiguous(claims, task)
 
 
-def read_splits(files: Mapping[str, Path], task: str, part: str | None, default: str) -> dict[str, list[Row]]:
-    """Rows by split in the data set's columns; rows of one file without a `split` are of `default`. Raises QuestionError."""
-    splits: dict[str, list[Row]] = {}
-    for name, file in files.items():
+def _unambiguous(claims: Mapping[str, Mapping[object, list[Path]]], task: str) -> dict[str, list[Path]]:
+    """The one claim to each split. Raises QuestionError."""
+    for split, found in claims.items():
+        # One file that holds all is a rival of every other.
+        rivals = [files[0] for name in (claims if WHOLE in claims else [split]) for files in claims[name].values()]
+        if len(rivals) > 1:
+            what = "rows" if WHOLE in claims else f"{split} split"
+            raise QuestionError(
+                f"{task}'s {what} could be read from {' or '.join(map(str, rivals[:3]))}: keep one of them in --data-dir"
+            )
+        (files,) = found.values()
+        shards = [match for file in files if (match := _FILE.fullmatch(file.name)) and match["count"]]
+        if shards and [int(shard["number"]) for shard in shards] != list(range(int(shards[0]["count"]))):
+            raise QuestionError(
+                f"{files[0].parent} holds {len(shards)} of the {int(shards[0]['count'])} shards of {task}'s {split} split"
+            )
+    return {split: next(iter(found.values())) for split, found in claims.items()}
+
+
+def read_splits(
+    files: Mapping[str, Sequence[Path]], task: str, part: str | None, default: str, splits: Collection[str]
+) -> dict[str, list[Row]]:
+    """Rows of `splits` in the data set's columns; rows of one file without a `split` are of `default`. Raises QuestionError."""
+    found: dict[str, list[Row]] = {}
+    for name, file in ((name, file) for name, some in files.items() for file in some):
         for line, row in enumerate(read_rows(file), start=1):
             if part is not None and "subject" in row and task.endswith(f"_{part}") and row["subject"] != part:
                 continue
-            split = name if name != "*" else str(row.get("split") or default)
+            split = name if name != WHOLE else row.get("split") or default
+            if split not in splits:
+                if split in _OTHER_SPLITS:
+                    continue
+                known = ", ".join(sorted({*splits, *_OTHER_SPLITS}))
+                raise QuestionError(f"{file}, row {line}: its split is {printable(str(split), 40)!r}, none of {known}")
             try:
-                splits.setdefault(split, []).append(to_hub_row(task, row))
+                found.setdefault(split, []).append(to_hub_row(task, row))
             except BadRow as error:
                 raise QuestionError(f"{file}, row {line}: {error}") from None
-    return splits
+    return found
 
 
 def read_rows(file: Path) -> Iterator[Row]:

@@ -7,8 +7,9 @@ questions         number of test questions
 budget            what is equal for all methods that train
 methods           one object a method, in order: name, title, sees_labels, seeds, n, accuracy, stderr (over questions, of the
                   mean over seeds), seed_deviation (of the accuracy over seeds; null for one), difference and
-                  difference_stderr (to the base model, paired), lost, won and mcnemar_p (of the first seed), tasks (accuracy by
-                  task), learning_rate, validation_accuracy, trials (validation accuracy by learning rate),
+                  difference_stderr (to the base model, paired), first_seed (lost, won and mcnemar_p of the first seed alone: the test
+                  takes verdicts, and a mean over seeds is none), tasks (accuracy by task), learning_rate, validation_accuracy,
+                  trials (validation accuracy by learning rate),
                   trained_parameters, train_seconds (of the chosen learning rate, preparation included), selection_seconds (of the
                   whole grid), flops_per_question, questions_per_second, fingerprints. A failed one: name, title, failure
 oracle            the oracle beside its control (null when it was not run): see `oracle_and_control`
@@ -98,9 +99,7 @@ def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table) -> dict[str, 
         "seed_deviation": stdev(map(float, right_SN.mean(1))) if len(tables) > 1 else None,
         "difference": float((mean_N - base_N).mean()),
         "difference_stderr": _error(mean_N - base_N),
-        "lost": lost,
-        "won": won,
-        "mcnemar_p": mcnemar(base_N, right_SN[0]),
+        "first_seed": {"lost": lost, "won": won, "mcnemar_p": mcnemar(base_N, right_SN[0])},
         "tasks": {str(task): float(mean_N[tasks == task].mean()) for task in sorted(set(tasks))},
         **{key: facts.get(key) for key in _FACTS},
         "train_seconds": mean(stage.manifest()["facts"]["train_seconds"] for stage in entry.stages),
@@ -160,8 +159,13 @@ def _error(values: np.ndarray) -> float:
     return standard_error(values)
 
 
-RESULTS = ("method", "accuracy %", "to base", "McNemar p", "over seeds", "learning rate")
 COSTS = ("method", "trained parameters", "training s", "MFLOPs a question", "questions/s")
+
+
+def result_header(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of `result_rows`; with several seeds McNemar's test is of the first, which its heading says."""
+    p = "McNemar p" if summary["seeds"] == 1 else f"McNemar p (seed {summary['seed']} alone)"
+    return ("method", "accuracy %", "to base", p, "over seeds", "learning rate")
 
 
 def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -169,7 +173,7 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     rows = []
     for found in summary["methods"]:
         if "failure" in found:
-            rows.append((found["name"], "failed", *[""] * (len(RESULTS) - 2)))
+            rows.append((found["name"], "failed", *[""] * (len(result_header(summary)) - 2)))
             continue
         base = found["name"] == "base"
         deviation, rate = found["seed_deviation"], found["learning_rate"]
@@ -178,7 +182,7 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
                 found["name"] + (" (sees the label)" if found["sees_labels"] else ""),
                 f"{100 * found['accuracy']:.2f} ± {100 * found['stderr']:.2f}",
                 "" if base else f"{100 * found['difference']:+.2f} ± {100 * found['difference_stderr']:.2f}",
-                "" if base else f"{found['mcnemar_p']:.3g}",
+                "" if base else f"{found['first_seed']['mcnemar_p']:.3g}",
                 "" if deviation is None else f"± {100 * deviation:.2f} ({found['seeds']})",
                 "" if rate is None else f"{rate:g}",
             )

@@ -146,14 +146,14 @@ class _LocalFactory(TaskFactory):
 def local_dataset(local: dict[str, Any], **_: Any) -> DatasetDict:
     """The data set of a task from its files. Raises QuestionError naming the file that is wanted."""
     folder, task, judged = Path(local["folder"]), local["task"], local["judged"]
-    files = find_files(folder, task, local["part"])
-    rows = read_splits(files, task, local["part"], judged)
+    files = find_files(folder, task, local["part"], local["splits"])
+    rows = read_splits(files, task, local["part"], judged, local["splits"])
     if not rows.get(judged):
         raise QuestionError(
             f"{folder} has no rows of {task}'s {judged} split: put them into {folder / task / judged}.jsonl (or .parquet), in the "
             "columns of the hub's data set or, for the eight named benchmarks, as question records"
         )
-    made = {split: Dataset.from_list(found) for split, found in rows.items() if split in local["splits"]}
+    made = {split: Dataset.from_list(found) for split, found in rows.items()}
     # Splits that only few-shot examples need may be missing; asking for examples from one is refused later.
     empty: dict[str, list[Any]] = {name: [] for name in made[judged].column_names}
     for split in local["splits"]:

@@ -6,14 +6,16 @@ import csv
 import io
 from html import escape
 
-from roma_ray.evaluation.compare import Cell, Comparison, Row, plain
+from roma_ray.evaluation.compare import MACRO, Cell, Comparison, Row, plain
 
 # Format -> suffix of its files.
 FORMATS = {"markdown": "md", "html": "html", "csv": "csv"}
 _OTHER_PIN = "≠ pin"
+_ABSENT = "–"
 _LEGEND = (
     "Scores in percent with standard errors; differences to the first column with paired bootstrap 95 % intervals; p: exact "
-    f"McNemar. {_OTHER_PIN}: other questions, prompts or metric than the first column, not comparable with it."
+    f"McNemar. {_OTHER_PIN}: other questions, prompts or metric than the row's first score, not comparable with it. {_ABSENT}: a "
+    f"run without this benchmark. {MACRO}: over the n benchmarks that all runs share."
 )
 _STYLE = (
     "body{font:15px system-ui,sans-serif;margin:2rem}table{border-collapse:collapse}th,td{padding:.3rem .7rem;text-align:right;"
@@ -56,7 +58,7 @@ def _row(row: Row) -> list[str]:
 
 def _score(cell: Cell | None) -> str:
     if cell is None:
-        return ""
+        return _ABSENT
     error = "" if cell.stderr is None else f" ± {100 * cell.stderr:.2f}"
     return f"{100 * cell.score:.2f}{error}"
 

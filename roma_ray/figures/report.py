@@ -34,7 +34,7 @@ from roma_ray.figures import projection, results, routing, tables, training, wor
 from roma_ray.figures.style import save
 from roma_ray.manifold.diagnostics import silhouette
 
-VERSION = 1
+VERSION = 2
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
 FIGURES, TABLES = "figures", "tables"
 

@@ -33,6 +33,17 @@ def select_layers(spec: str | Sequence[int], moe_layers: Sequence[int]) -> tuple
     return tuple(available[index] for index in _select(spec, len(available)))
 
 
+def check_names(layers: str | Sequence[int], tokens: str) -> None:
+    """Refuse what is wrong for any model: unknown names, a part twice, an index twice or below 0. Raises ConfigError."""
+    token_positions(tokens, 1)
+    if isinstance(layers, str):
+        kinds = [kind for kind, _ in _layer_parts(layers)] if layers.lower() != "all" else []
+        if len(set(kinds)) != len(kinds):
+            raise ConfigError(f"the parts of layers {layers!r} overlap: each of F, M and L may stand once")
+    else:
+        _explicit(layers, tuple(range(max(layers, default=0) + 1)))
+
+
 def token_positions(spec: str, prompt_length: int) -> tuple[int, ...]:
     """Return the positions, ascending, that `spec` names in a prompt of `prompt_length` real tokens (0 is the first).
 
@@ -71,6 +82,10 @@ def _parts(spec: str, pattern: re.Pattern[str], what: str, forms: str) -> list[t
     return parts
 
 
+def _layer_parts(spec: str) -> list[tuple[str, int]]:
+    return _parts(spec, _LAYER_PART, "layers", "F3, L5, M4, F2M3, F2L2, All, or explicit indices")
+
+
 def _range(kind: str, count: int, total: int) -> range:
     start = {"F": 0, "M": (total - count) // 2, "L": total - count}[kind]
     return range(start, start + count)
@@ -78,7 +93,7 @@ def _range(kind: str, count: int, total: int) -> range:
 
 def _select(spec: str, total: int) -> tuple[int, ...]:
     chosen: list[int] = []
-    for kind, count in _parts(spec, _LAYER_PART, "layers", "F3, L5, M4, F2M3, F2L2, All, or explicit indices"):
+    for kind, count in _layer_parts(spec):
         if count > total:
             raise ConfigError(f"layers {spec!r} asks for {count} layers, but the model has {total} MoE layers")
         chosen.extend(_range(kind, count, total))

@@ -17,7 +17,15 @@ from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
-from roma_ray.evaluation.methods import COSTS, RESULTS, SPLIT, budget_line, cost_rows, describe_oracle, result_rows
+from roma_ray.evaluation.methods import (
+    COSTS,
+    SPLIT,
+    budget_line,
+    cost_rows,
+    describe_oracle,
+    result_header,
+    result_rows,
+)
 from roma_ray.tracking import records
 from roma_ray.tracking.client import Client, RunState, Unavailable, Value, one_at_a_time
 
@@ -137,7 +145,7 @@ class ComparisonTracker:
 def table_text(summary: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
     lines = [f"{summary['questions']} test questions; {budget_line(summary)}"]
-    for header, rows in ((RESULTS, result_rows(summary)), (COSTS, cost_rows(summary))):
+    for header, rows in ((result_header(summary), result_rows(summary)), (COSTS, cost_rows(summary))):
         lines += ["", *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))]
     if summary["oracle"]:
         lines += ["", describe_oracle(summary["oracle"])]
@@ -158,9 +166,11 @@ def _seed_values(stage: Stage, number: int) -> list[Value]:
 def _row_values(summary: Mapping[str, Any], name: str) -> list[Value]:
     """What the table says of a method beyond its own facts."""
     found = next(row for row in summary["methods"] if row["name"] == name)
-    keys = ("stderr", "difference", "difference_stderr", "mcnemar_p", "lost", "won", "seed_deviation")
+    keys = ("stderr", "difference", "difference_stderr", "seed_deviation")
+    named = {key: found[key] for key in keys if found.get(key) is not None}
+    named |= {f"first_seed/{key}": value for key, value in found.get("first_seed", {}).items()}
     at = records.now()
-    return [Value(f"test/{key}", float(found[key]), 0, at) for key in keys if found.get(key) is not None]
+    return [Value(f"test/{key}", float(value), 0, at) for key, value in named.items()]
 
 
 def _missing(wanted: Mapping[str, str], there: set[str]) -> dict[str, str]:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import constants
 
+from roma_ray.ablations.command import dry_run
 from roma_ray.ablations.plan import Plan, cost, describe, make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
 from roma_ray.artifacts import write_text
 from roma_ray.engine.prepare import TABLE
 from roma_ray.errors import ConfigError
+from roma_ray.moe.snapshot import ask_once
 from tests.tiny import save_tiny, tiny_moe
 from tests.world import make_questions
 
@@ -86,9 +92,52 @@ def test_what_optuna_may_draw_is_extracted_beforehand(base: dict[str, Any], tmp_
         planned(base, tmp_path, sample={"questions.test_fraction": {"uniform": [0.1, 0.3]}}, samples=3, search="optuna")
 
 
+def test_a_dry_run_without_the_model_checks_what_it_can(base: dict[str, Any], tmp_path: Path) -> None:
+    """Names always; layers where the model's config.json is here, though its weights are not."""
+
+    def dry(model: Path, *layers: str | list[int]) -> list[str]:
+        one = {"layers": {"setting": "routing.layers", "values": list(layers)}}
+        path = tmp_path / "space.yaml"
+        path.write_text(yaml.safe_dump({"base": {**base, "model": {"path": str(model)}}, "one_at_a_time": one}))
+        return dry_run(load_space(path))
+
+    absent, bare = tmp_path / "absent", tmp_path / "bare"
+    bare.mkdir()
+    shutil.copy(Path(base["model"]["path"]) / "config.json", bare)
+    assert "only their names were checked" in dry(absent, "F2", "F20", [14, 15])[-1]
+    for wrong in ("X5", "F2F3", [3, 3], [-1]):
+        with pytest.raises(ConfigError, match="layers"):
+            dry(absent, wrong)
+    assert "not known without the model:" in dry(bare, "F2", [14, 15])[-1]
+    for wrong in ("F20", "F9L9", [3, 16]):
+        with pytest.raises(ConfigError, match=r"layers .*(MoE layers)"):
+            dry(bare, "F2", wrong)
+
+
 def test_layers_that_the_model_lacks_are_told_with_their_trial(base: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"layers F20: .*16 MoE layers"):
         planned(base, tmp_path, one_at_a_time={"layers": {"setting": "routing.layers", "values": ["F20"]}})
+
+
+def test_a_dry_run_does_not_wait_for_a_hub_that_is_away(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What needs no model is told at once and without the hub client's own tries; an answer of any kind is one to go on with."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    space = load_space(ROOT / "configs" / "ablations.yaml", [f"storage={tmp_path}"])
+    with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        thread = Thread(target=server.handle_request)
+        thread.start()
+        ask_once("nobody/nothing")
+        thread.join()
+    monkeypatch.delattr("roma_ray.ablations.command.make_plan")
+    told = dry_run(space)
+    assert told[0].startswith("ablations: 35 trials")
+    assert "not known without the model: allenai/OLMoE" in told[2]
+    assert "does not answer" in told[2]
+    assert "Retrying" not in "".join(capfd.readouterr())
 
 
 def test_damaged_work_of_an_earlier_run_is_refused(base: dict[str, Any], tmp_path: Path) -> None:

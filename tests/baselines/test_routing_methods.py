@@ -10,6 +10,7 @@ import torch
 
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.c3po import Neighborhood, core_experts, mean_shift, mixed, reference_routing
+from roma_ray.baselines.contract import Fitted
 from roma_ray.baselines.oracle import optimise, wrong_choice
 from roma_ray.baselines.oracle_tuning import OracleTuning, own_neighborhoods
 from roma_ray.baselines.passes import HeadRun, loss_kind, task_loss
@@ -17,6 +18,7 @@ from roma_ray.baselines.registry import METHODS
 from roma_ray.config_baselines import C3poConfig, OracleConfig
 from roma_ray.engine.forward import lay_out, task_losses
 from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
+from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.moe.passes import run_packed
 
 SETTINGS = OracleConfig(steps=6, step_size=0.3)
@@ -142,6 +144,44 @@ def test_c3po_lowers_the_neighbors_loss(letter: Bench) -> None:
         loss_kind(letter),
     )
     assert float(start_Q[0]) == pytest.approx(float((losses * weights).sum()), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["c3po", "c3po_kernel"])
+def test_a_question_without_neighbors_keeps_its_own_routing(
+    letter: Bench, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, method = letter.rows["test"][:4], METHODS[name]
+    full = method.predict(letter, Fitted({}), rows, 0).routing_NLE
+    found = letter.neighbors_of(rows)
+    for alone in ([rows[1]], rows):
+        kept = ~torch.isin(found.rows, torch.tensor(alone))
+        sizes = found.sizes.clone()
+        sizes[alone] = 0
+        fewer = Neighborhoods(
+            torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]),
+            found.indices[kept],
+            found.similarities[kept],
+            found.weights[kept],
+            found.queried,
+        )
+        monkeypatch.setattr(Bench, "neighbors_of", lambda self, rows, fewer=fewer: fewer)
+        mine = method.predict(letter, Fitted({}), rows, 0).routing_NLE
+        own = HeadRun(letter, rows).own_routing().numpy()
+        assert full is not None
+        assert mine is not None
+        for number, row in enumerate(rows):
+            assert mine[number] == pytest.approx(own[number] if row in alone else full[number], abs=1e-5)
+
+
+def test_of_equally_good_mixtures_the_nearest_to_the_own_routing_is_taken(
+    letter: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = letter.rows["test"][:4]
+    own_QLE = HeadRun(letter, rows).own_routing()
+    near = Neighborhood(letter, rows, letter.neighbors_of(rows))
+    monkeypatch.setattr(near, "losses", lambda routing_QLE: torch.zeros(len(routing_QLE)))
+    chosen_QLE = METHODS["c3po_kernel"].remix(near, own_QLE, core_experts(letter, own_QLE))  # type: ignore[attr-defined]
+    torch.testing.assert_close(chosen_QLE, own_QLE)
 
 
 def test_mean_shift_against_a_literal_step(letter: Bench) -> None:

@@ -20,11 +20,11 @@ from tests.tiny import FAMILIES, VOCABULARY, tiny_moe
 
 
 def literal_layer(
-    hidden_TD: Tensor, router: nn.Module, experts: nn.Module, defaults_ED: Tensor
+    hidden_TD: Tensor, router: nn.Module, experts: nn.Module, defaults_ED: Tensor, sigmoid: bool
 ) -> tuple[Tensor, Tensor]:
     """The documented output, token by token and expert by expert, and which experts were active [T, E]."""
     logits_TE, weights_TK, index_TK = router(hidden_TD)
-    routing_TE = logits_TE.float().softmax(-1)
+    scores_TE = logits_TE.float().sigmoid() if sigmoid else logits_TE.float().softmax(-1)
     tokens, width = hidden_TD.shape
     active_TE = torch.zeros(tokens, len(defaults_ED), dtype=torch.bool)
     rows = []
@@ -36,12 +36,15 @@ def literal_layer(
             total = total + weights_TK[t, k] * alone
         for e in range(len(defaults_ED)):
             if not active_TE[t, e]:
-                total = total + routing_TE[t, e] * defaults_ED[e]
+                # Its weight stands to that of any active expert as the scores of both.
+                ratio = scores_TE[t, e] / scores_TE[t, index_TK[t, -1]]
+                total = total + ratio * weights_TK[t, -1] * defaults_ED[e]
         rows.append(total)
     return torch.stack(rows), active_TE
 
 
-@pytest.mark.parametrize("family", ["olmoe", "granitemoe"])
+# As they are; renormalised, by softmax and by division; multiplied; renormalised sigmoids, chosen with a bias.
+@pytest.mark.parametrize("family", ["olmoe", "granitemoe", "qwen3_moe", "deepseek_v2", "deepseek_v3"])
 def test_the_forward_pass_holds_the_default_vectors_of_inactive_experts(family: str) -> None:
     model = tiny_moe(family, seed=2)
     routers = find_routers(model)[-1:]
@@ -51,7 +54,8 @@ def test_the_forward_pass_holds_the_default_vectors_of_inactive_experts(family: 
     start_ED = torch.randn(vectors.vectors_ED[routers[0].layer].shape, generator=generator)
     vectors.load({f"default.{routers[0].layer}": start_ED})
     hidden_TD = torch.randn(7, model.config.hidden_size, generator=generator)
-    expected, active_TE = literal_layer(hidden_TD, routers[0].module, block.experts, start_ED)
+    sigmoid = family == "deepseek_v3"
+    expected, active_TE = literal_layer(hidden_TD, routers[0].module, block.experts, start_ED, sigmoid)
     with vectors.installed(), torch.no_grad():
         _, weights_TK, index_TK = routers[0].module(hidden_TD)
         given = block.experts(hidden_TD, index_TK, weights_TK)

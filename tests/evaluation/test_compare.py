@@ -72,6 +72,30 @@ def test_different_pins_are_refused_or_marked() -> None:
         compare_columns([column("a", tasks=("one",)), column("b", tasks=("two",))])
 
 
+def test_a_benchmark_that_a_run_lacks_stands_in_every_form() -> None:
+    two, one = column("a"), column("b", tasks=("two",))
+    for columns in ([two, one], [one, two]):
+        found = compare_columns(columns)
+        assert [(row.task, row.n) for row in found.rows] == [("one", 60), ("two", 60)]
+        absent = [n for n, c in enumerate(columns) if c is one]
+        cells = found.rows[0].cells
+        assert [n for n, cell in enumerate(cells) if cell is None] == absent
+        assert [(c.score, c.difference) for c in cells if c] == [(pytest.approx(VERDICTS["a"]["one"].mean()), None)]
+        line = next(line for line in render(found, "markdown").splitlines() if line.startswith("| one"))
+        assert "–" in line
+        assert f"{100 * VERDICTS['a']['one'].mean():.2f} ±" in line
+        assert "<td>one</td>" in render(found, "html")
+        rows = list(csv.DictReader(io.StringIO(render(found, "csv"))))
+        assert [row["b score"] == "" for row in rows] == [True, False]
+        assert plain(found)["a score"][0] == pytest.approx(VERDICTS["a"]["one"].mean())
+    # Two runs with other questions are told apart where the first run has none too.
+    three = [column("a", tasks=("two",)), column("b"), Column("c", two.values, {"one": "q", "two": "p"})]
+    with pytest.raises(GuardError, match=r"one \(c\)"):
+        compare_columns(three)
+    marked = compare_columns(three, allow_different_pins=True).rows[0].cells
+    assert [cell is not None and cell.other_pin for cell in marked] == [False, False, True]
+
+
 def test_the_forms_hold_the_same_figures() -> None:
     found = compare_columns([column("a"), Column("<b|c>", column("b").values, column("b").pins)])
     table = plain(found)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -75,20 +77,68 @@ def test_records_of_all_eight_benchmarks_give_the_stock_prompts(tmp_path: Path) 
 def test_a_row_that_does_not_fit_is_named(tmp_path: Path, task: str, row: dict[str, Any], reason: str) -> None:
     write_rows(tmp_path / f"{task}.jsonl", [RECORDS[task], row])
     with pytest.raises(QuestionError, match=rf"{task}\.jsonl, row 2: .*{reason}"):
-        read_splits(find_files(tmp_path, task, None), task, None, "test")
+        read(tmp_path, task, default="test")
+
+
+def read(folder: Path, task: str, part: str | None = None, default: str = "validation") -> dict[str, list[Any]]:
+    splits = ("train", default)
+    return read_splits(find_files(folder, task, part, splits), task, part, default, splits)
+
+
+OWN = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
 
 
 def test_own_columns_pass_unchanged_and_damage_is_named(tmp_path: Path) -> None:
-    own = {"goal": "g", "sol1": "a", "sol2": "b", "label": 1}
-    write_rows(tmp_path / "piqa" / "validation.jsonl", [own])
-    files = find_files(tmp_path, "piqa", None)
-    assert read_splits(files, "piqa", None, "validation") == {"validation": [own]}
-    files["validation"].write_text("{broken\n")
+    write_rows(tmp_path / "piqa" / "validation.jsonl", [OWN])
+    # The hub's test rows have no labels, and this benchmark does not ask them.
+    write_rows(tmp_path / "piqa" / "test.jsonl", [{**OWN, "label": -1}])
+    assert read(tmp_path, "piqa") == {"validation": [OWN]}
+    (tmp_path / "piqa" / "validation.jsonl").write_text("{broken\n")
     with pytest.raises(QuestionError, match="cannot be read as rows"):
-        read_splits(files, "piqa", None, "validation")
-    (tmp_path / "piqa" / "validation.parquet").write_bytes(b"PAR1 no")
+        read(tmp_path, "piqa")
+    (tmp_path / "piqa" / "validation.jsonl").rename(tmp_path / "piqa" / "validation.parquet")
     with pytest.raises(QuestionError, match="cannot be read as rows"):
-        read_splits(find_files(tmp_path, "piqa", None), "piqa", None, "validation")
+        read(tmp_path, "piqa")
+
+
+@pytest.mark.parametrize("inner", ["", "data", "plain_text"])
+def test_the_hubs_layout_is_read_shard_after_shard(tmp_path: Path, inner: str) -> None:
+    place = tmp_path / "piqa" / inner
+    place.mkdir(parents=True)
+    rows = [{**OWN, "goal": str(n)} for n in range(3)]
+    for number, part in enumerate((rows[:2], rows[2:])):
+        pq.write_table(pa.Table.from_pylist(part), place / f"validation-0000{number}-of-00002.parquet")
+    assert read(tmp_path, "piqa", "plain_text") == {"validation": rows}
+    (place / "validation-00000-of-00002.parquet").unlink()
+    with pytest.raises(QuestionError, match=r"holds 1 of the 2 shards of piqa's validation split"):
+        read(tmp_path, "piqa", "plain_text")
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("piqa/validation.jsonl", "piqa/validation.parquet"),
+        ("piqa/validation.jsonl", "piqa/validation-00000-of-00001.jsonl"),
+        ("piqa/validation.jsonl", "piqa/data/validation.jsonl"),
+        ("piqa.jsonl", "piqa/train.jsonl"),
+        ("piqa.jsonl", "piqa.jsonl.gz"),
+    ],
+)
+def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.raises(QuestionError, match="could be read from") as caught:
+        read(tmp_path, "piqa")
+    assert all(str(tmp_path / name) in str(caught.value) for name in names)
+
+
+def test_rows_of_an_unknown_split_are_refused_and_those_of_an_unused_one_passed_over(tmp_path: Path) -> None:
+    write_rows(tmp_path / "piqa.jsonl", [{**OWN, "split": split} for split in ("validation", "test", "train", None)])
+    assert {split: len(rows) for split, rows in read(tmp_path, "piqa").items()} == {"validation": 2, "train": 1}
+    write_rows(tmp_path / "piqa.jsonl", [{**OWN, "split": split} for split in ("validation", "val")])
+    with pytest.raises(QuestionError, match=r"row 2: its split is 'val', none of test, train, validation"):
+        read(tmp_path, "piqa")
 
 
 CODE = "import pathlib\npathlib.Path({mark!r}).touch()\ndef text(doc):\n    return doc['question']\n"

@@ -10,7 +10,7 @@ import pytest
 from roma_ray.artifacts import Stage, Store
 from roma_ray.engine.answers import ANSWERS, Answers, write_answers
 from roma_ray.errors import GuardError
-from roma_ray.evaluation.methods import Entry, compare_methods, cost_rows, describe_oracle, result_rows
+from roma_ray.evaluation.methods import Entry, compare_methods, cost_rows, describe_oracle, result_header, result_rows
 from roma_ray.questions.prompts import Prompt
 
 BUDGET = {"learning_rates": [0.1], "epochs": 1, "batch_size": 2, "training_questions": 5, "validation_questions": 2}
@@ -55,7 +55,7 @@ def test_accuracies_are_paired_and_averaged_over_seeds(summary: dict[str, Any]) 
     assert two["accuracy"] == pytest.approx((0.6 + 0.8) / 2)
     assert two["difference"] == pytest.approx(0.2)
     assert two["seed_deviation"] == pytest.approx(2**0.5 * 0.1)
-    assert (two["lost"], two["won"], two["mcnemar_p"]) == (0, 1, 1.0)
+    assert two["first_seed"] == {"lost": 0, "won": 1, "mcnemar_p": 1.0}
     # Mean over seeds of each question's verdict: .5, then 1 four times, ...
     values = [0.5, 1, 1, 1, 1, 1, 0.5, 0.5, 0.5, 0]
     mean = sum(values) / 10
@@ -67,7 +67,11 @@ def test_accuracies_are_paired_and_averaged_over_seeds(summary: dict[str, Any]) 
 def test_a_failed_method_keeps_its_place_and_no_figure(summary: dict[str, Any]) -> None:
     assert [row["name"] for row in summary["methods"]] == ["base", "two", "broken", "oracle", "oracle_control"]
     assert set(summary["methods"][2]) == {"name", "title", "failure"}
+    summary |= {"seed": 4, "seeds": 2}
     assert result_rows(summary)[2][:2] == ("broken", "failed")
+    # With several seeds the table says whose p it is.
+    assert result_header(summary)[3] == "McNemar p (seed 4 alone)"
+    assert result_header(summary | {"seeds": 1})[3] == "McNemar p"
     assert len(cost_rows(summary)) == 4
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from roma_ray.errors import ConfigError
-from roma_ray.moe.layers import select_layers, token_positions
+from roma_ray.moe.layers import check_names, select_layers, token_positions
 
 SIXTEEN = tuple(range(16))
 
@@ -58,6 +60,20 @@ def test_layers_count_moe_layers_only() -> None:
 def test_bad_layers(spec, match: str) -> None:
     with pytest.raises(ConfigError, match=match):
         select_layers(spec, SIXTEEN)
+
+
+@pytest.mark.parametrize(
+    ("spec", "bad"),
+    [
+        *[(spec, True) for spec in ("L2L3", "X5", "", [], [3, 3], [-1, 2])],
+        *[(spec, False) for spec in ("F9L9", "L17", "all", [3, 16])],
+    ],
+)
+def test_names_that_no_model_has_are_known_without_one(spec, bad: bool) -> None:
+    with pytest.raises(ConfigError) if bad else nullcontext():
+        check_names(spec, "Last1")
+    with pytest.raises(ConfigError, match="not a name"):
+        check_names("L5", "Final")
 
 
 @pytest.mark.parametrize(

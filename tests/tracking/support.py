@@ -76,8 +76,9 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, BROWSERS)), None)
 
 
-def page(url: str, folder: Path) -> str:
-    """The document at `url` as HTML once its scripts have drawn it, by a headless Chromium that reaches this machine alone."""
+def page(url: str, folder: Path, shows: Callable[[str], bool]) -> str:
+    """The document at `url` as HTML once its scripts have drawn what `shows` wants, by a headless Chromium that reaches this
+    machine alone. On a busy machine the first looks may come too early."""
     program = browser()
     assert program is not None
     # The budget is the page's own time, in ms, which stands still while it waits for the server.
@@ -86,8 +87,11 @@ def page(url: str, folder: Path) -> str:
     command += ["--disable-background-networking", "--disable-component-update", "--disable-dev-shm-usage"]
     command += ["--no-sandbox"] if os.getuid() == 0 else []
     html, log = folder.with_suffix(".html"), folder.with_suffix(".log")
-    with open(html, "w") as seen, open(log, "w") as said:
-        process = subprocess.Popen([*command, url], stdout=seen, stderr=said, start_new_session=True)
-    with ended(process):
-        assert process.wait(timeout=120) == 0, log.read_text()
-    return html.read_text()
+    for _ in range(5):
+        with open(html, "w") as seen, open(log, "w") as said:
+            process = subprocess.Popen([*command, url], stdout=seen, stderr=said, start_new_session=True)
+        with ended(process), contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=60)
+        if shows(html.read_text()):
+            return html.read_text()
+    raise AssertionError(f"what is looked for is not in {html.read_text()}\n{log.read_text()}")
