@@ -121,9 +121,11 @@ def embeddings(rows: int) -> Any:
 
 
 def neighbors(folder: Path, rows: int) -> None:
-    """Find three neighbors of every row among two thirds of them."""
+    """Find three neighbors of every row among two thirds of them, and write and read them."""
     import torch
 
+    from roma_ray.artifacts import Store
+    from roma_ray.engine.neighborhoods import _write, read_neighborhoods
     from roma_ray.manifold.neighbors import find_neighbors
 
     everything = torch.ones(rows, dtype=torch.bool)
@@ -136,6 +138,9 @@ def neighbors(folder: Path, rows: int) -> None:
         similarity="gaussian",
         sigma=0.5,
     )
+    stage = Store(folder).stage("neighbors", {}, {}, 1)
+    _write(stage, found)
+    assert len(read_neighborhoods(stage, rows).indices) == 3 * rows
     print(f"recall {found.recall:.4f}", file=sys.stderr)
 
 

@@ -271,7 +271,7 @@ for _stage, _text in {
 @click.option("--tasks", help="lm-eval's tasks by name, .yaml task files, question files; separated by commas.")
 @click.option(
     "--data-dir",
-    help="Folder with the tasks' rows, DIR/<task>/<split>.jsonl or .parquet, or the hub's own files below DIR/<task>, in place of the hub.",
+    help="Folder with the tasks' rows in place of the hub: DIR/<task>/<split>.jsonl or .parquet, or the hub's own files.",
 )
 @click.option("--adapter", help="The exported routers to judge beside the base; default: those of the configured run.")
 @click.option("--base-only", is_flag=True, help="Judge the model alone.")

@@ -89,7 +89,7 @@ def progress_of(sweep: Sweep) -> str:
 
 
 def seconds_left(sweep: Sweep) -> float | None:
-    """From the epochs that this run of the command has done, and how many trials work at a time; None before the first."""
+    """From the epochs that this run of the command has done, and how many trials work at a time; None where nothing tells."""
     now = time.monotonic()
     mine = [s for s in sweep.states.values() if s.began is not None]
     done = sum(s.epoch for s in mine)
@@ -98,7 +98,7 @@ def seconds_left(sweep: Sweep) -> float | None:
     spent = sum((s.seconds if s.seconds is not None else now - (s.began or now)) for s in mine)
     todo = sum(s.planned.epochs - s.epoch for s in sweep.states.values() if s.state in (RUNNING, "waiting"))
     todo += sweep.missing_samples * max(s.planned.epochs for s in sweep.states.values()) if sweep.missing_samples else 0
-    return todo * spent / done / max(1, len(sweep.having(RUNNING)))
+    return todo * spent / done / max(1, len(sweep.having(RUNNING))) if todo else None
 
 
 class InMlflow:

@@ -185,7 +185,7 @@ def _cells(result: Result) -> tuple[str, ...]:
         percent(result.validation),
         _accuracy(result.accuracy, result.stderr),
         _points(result.gain),
-        "centre" if result.centre else _points(near) if near else "other questions",
+        "centre" if result.centre else _points(near) if near else "not paired",
         p_value(near.p) if near else "",
         p_value(near.corrected_p) if near else "",
     )
@@ -207,12 +207,14 @@ def _points(found: Paired) -> str:
 def headline(findings: Findings) -> str:
     """The sweep in one sentence, whichever way it goes."""
     best, centre = findings.results[0], findings.centre
-    if centre is None or best.centre:
-        gain = best.gain
-        asked = f"on {findings.questions} test questions"
-        return f"The centre is the best on validation questions; {asked} it gains {_points(gain)} points on the base model."
+    first = f"Best on validation questions: {best.name} ({percent(best.validation)} %"
+    gains = f"On {findings.questions} test questions it gains {_points(best.gain)} points on the base model."
+    if centre is None:
+        return f"{first}); the centre is not finished. {gains}"
+    if best.centre:
+        return f"No setting is better on validation questions than the centre ({percent(best.validation)} %). {gains}"
     near = best.to_centre
-    text = f"Best on validation questions: {best.name} ({percent(best.validation)} %, the centre {percent(centre.validation)} %)."
+    text = f"{first}, the centre {percent(centre.validation)} %)."
     if near is None:
         return text
     sure = (

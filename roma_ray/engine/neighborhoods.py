@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from roma_ray.artifacts import Stage, note_device
@@ -91,8 +92,8 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:
-    """The line that states the search and its memory: embeddings (fp32), the vectors of one shard of S, and one block of scores."""
-    held = questions * width * 4 + min(successful, SHARD_ROWS) * width * 4
+    """The line that states the search and its memory: embeddings (fp32), one shard of S, twice while it is sorted, and scores."""
+    held = questions * width * 4 + 2 * min(successful, SHARD_ROWS) * width * 4
     block = min(TILE_SCORES, BLOCK_ROWS * successful) * 4
     return f"neighbors: searching {successful:,} successes, about {(held + block) / 2**20:,.0f} MiB of memory"
 
@@ -116,15 +117,12 @@ def usable_rows(extraction: Stage) -> torch.Tensor:
 
 
 def _write(stage: Stage, found: Neighborhoods) -> None:
-    rows = found.queried.nonzero()[:, 0].tolist()
-    parts = [found.of(row) for row in rows]
-    columns = {
-        "row": rows,
-        "neighbors": [p[0].tolist() for p in parts],
-        "similarities": [p[1].tolist() for p in parts],
-        "weights": [p[2].tolist() for p in parts],
-    }
-    write_table(stage.path / NEIGHBORS, columns, _SCHEMA, {"questions": len(found.queried)})
+    rows = found.queried.nonzero()[:, 0]
+    # Questions that nothing was looked for have no pairs, so those of the others lie one after another.
+    offsets = pa.array(torch.cat([found.offsets[rows], found.offsets[-1:]]).numpy().astype("int32"))
+    flat = {"neighbors": found.indices, "similarities": found.similarities, "weights": found.weights}
+    columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values.numpy())) for name, values in flat.items()}
+    write_table(stage.path / NEIGHBORS, {"row": rows.numpy(), **columns}, _SCHEMA, {"questions": len(found.queried)})
 
 
 def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
@@ -136,7 +134,7 @@ def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
             f"{stage.path / NEIGHBORS} does not belong to these questions; remove its folder and run again"
         )
     sizes = torch.zeros(questions, dtype=torch.int64)
-    sizes[rows] = torch.tensor([len(n) for n in table.column("neighbors").to_pylist()], dtype=torch.int64)
+    sizes[rows] = torch.tensor(pc.list_value_length(table.column("neighbors")).to_numpy(), dtype=torch.int64)
     queried = torch.zeros(questions, dtype=torch.bool)
     queried[rows] = True
     return Neighborhoods(

@@ -7,7 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from roma_ray.ablations.results import holm, paired
+from roma_ray.ablations.report import headline
+from roma_ray.ablations.results import Findings, Paired, Result, holm, paired
 from roma_ray.evaluation.statistics import compare
 
 
@@ -41,3 +42,29 @@ def test_holm_by_hand() -> None:
     assert holm([0.02, 0.02]) == {0.02: pytest.approx(0.04)}
     assert holm([0.9, 0.8]) == {0.8: 1.0, 0.9: 1.0}
     assert holm([]) == {}
+
+
+def result(name: str, validation: float, gain: float, to_centre: Paired | None = None) -> Result:
+    found = Paired(gain, 0.01, 0.5)
+    return Result(name, (), name == "centre", (0,), validation, 0.5, 0.01, found, to_centre, None, ())
+
+
+def test_the_headline_says_no_more_than_was_found() -> None:
+    """Equals of the centre are not called worse, and a centre that is not finished is not called the best."""
+
+    def told(*results: Result) -> str:
+        return headline(Findings(results, 0.5, 0.01, 0.5, 836))
+
+    centre, equal = result("centre", 0.57, -0.001), result("k = 1", 0.57, 0.002, Paired(0.003, 0.01, 0.5, 0.5))
+    assert told(centre, equal) == (
+        "No setting is better on validation questions than the centre (57.00 %). On 836 test questions it gains "
+        "-0.10 ± 1.00 points on the base model."
+    )
+    assert told(result("k = 1", 0.58, 0.002)) == (
+        "Best on validation questions: k = 1 (58.00 %); the centre is not finished. On 836 test questions it gains "
+        "+0.20 ± 1.00 points on the base model."
+    )
+    better = result("k = 5", 0.6, 0.1, Paired(0.1, 0.01, 0.001, 0.02))
+    assert "the centre 57.00 %). On 836 test questions it differs from the centre by +10.00" in told(better, centre)
+    assert "p = 0.02 after correction" in told(better, centre)
+    assert "no clear difference" in told(result("k = 1", 0.58, 0.0, equal.to_centre), centre)
