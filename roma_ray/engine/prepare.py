@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,16 @@ def _identity(source: QuestionSource) -> dict[str, Any]:
     facts = source.model_dump(mode="json")
     if source.path is not None:
         # The content and the name (rows without ids are named after it), not the place: a moved file is the same questions.
-        facts["path"] = [Path(source.path).name, file_digest(resolve_question_path(source.path))]
+        path = Path(resolve_question_path(source.path))
+        status = path.stat()
+        facts["path"] = [path.name, _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)]
     return facts
+
+
+@lru_cache
+def _digest(path: Path, inode: int, size: int, changed: int) -> str:
+    """A sweep asks for the same file's digest hundreds of times; a file that has changed is another one here."""
+    return file_digest(path)
 
 
 def _resolved(source: QuestionSource) -> QuestionSource:
