@@ -51,7 +51,7 @@ def print_result(summary: Mapping[str, Any]) -> None:
 
 
 def setup_of_finished(config: Any) -> Any:
-    """The set-up whose run is finished: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
+    """The set-up whose run has come furthest: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
     from roma_ray.engine.setup import resolve
     from roma_ray.errors import ModelError
     from roma_ray.pipeline import locate
@@ -63,4 +63,9 @@ def setup_of_finished(config: Any) -> Any:
     for device in ("cuda", "cpu") if config.device == "auto" else ():
         with suppress(ModelError):
             others.append(resolve(config, device=device, measure=nothing_kept))
-    return next((setup for setup in (first, *others) if locate(setup)["evaluate"].complete), first)
+
+    def come(setup: Any) -> tuple[bool, int]:
+        stages = locate(setup)
+        return stages["evaluate"].complete, sum(stage.complete for stage in stages.values())
+
+    return max((first, *others), key=come)

@@ -13,7 +13,7 @@ from typing import Any
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
-from roma_ray.engine.extraction import extract_stage, finished_extractions
+from roma_ray.engine.extraction import known_extractions
 from roma_ray.engine.prepare import questions_stage
 from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
@@ -34,7 +34,8 @@ class Planned:
 
     @property
     def complete(self) -> bool:
-        return self.stages["evaluate"].complete
+        # Of a removed stage the evaluation alone may be left: the trial is done again up to it.
+        return self.stages["finetune"].complete and self.stages["evaluate"].complete
 
     @property
     def epochs(self) -> int:
@@ -144,7 +145,7 @@ def share(setups: Sequence[Setup]) -> list[Setup]:
     An extraction cannot stand for one that keeps more or less: the last layer runs at the tokens that are read alone, and how
     many they are moves its last digits. So what it keeps is part of its identity, and a trial stays with the one it has.
     """
-    kept = finished_extractions(setups[0].store)
+    kept = known_extractions(setups[0].store)
     questions = [questions_stage(setup) for setup in setups]
     found = [_on_finished(*each, kept) for each in zip(setups, questions, strict=True)]
     missing: dict[str, set[tuple[int, str]]] = {}
@@ -165,14 +166,15 @@ def _on_finished(
     setup: Setup, questions: Stage, kept: Sequence[tuple[tuple[int, ...], tuple[str, ...]]]
 ) -> Setup | None:
     """The set-up on the finished extraction where its trial has come furthest, the oldest of equals; None without one."""
-    able = [setup.shared(*each) for each in kept]
-    able = [each for each in able if extract_stage(each, questions).complete]
+    able = [(each := setup.shared(*place), locate_stages(each, questions)) for place in kept]
 
-    def come(each: Setup) -> tuple[bool, bool]:
-        stages = locate_stages(each, questions)
-        return stages["evaluate"].complete, stages["finetune"].path.exists()
+    def come(found: tuple[Setup, Mapping[str, Stage]]) -> tuple[bool, bool]:
+        stages = found[1]
+        # What is trained and judged stays so without the extraction, which is large and may be removed.
+        return stages["finetune"].complete and stages["evaluate"].complete, stages["finetune"].path.exists()
 
-    return max(able, key=come, default=None)
+    able = [found for found in able if found[1]["extract"].complete or come(found)[0]]
+    return max(able, key=come)[0] if able else None
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,9 @@ class Cost:
 
 def cost(plan: Plan) -> Cost:
     """Estimate what the trials and stages that are not complete will take."""
-    extraction = float(sum(not stage.complete for _, stage in plan.stages("extract")))
+    unfinished = [each.stages["extract"] for each in plan.trials if not each.complete]
+    unfinished += [locate_stages(setup)["extract"] for setup in plan.later]
+    extraction = float(len({stage.fingerprint for stage in unfinished if not stage.complete}))
     trials = sum(_passes(planned) for planned in plan.trials if not planned.complete)
     seconds = [stage.manifest()["seconds"] for _, stage in plan.stages("extract") if stage.complete]
     return Cost(extraction, trials, (extraction + trials) * min(seconds) if seconds else None)
@@ -235,11 +239,12 @@ def describe(plan: Plan) -> list[str]:
 def describe_cost(plan: Plan) -> str:
     """The line about what is left to do."""
     left = cost(plan)
+    uncounted = "embedding and what optuna chooses" if plan.later else "embedding"
     if not left.extraction + left.trials:
-        return "cost: nothing is left to do"
+        return "cost: nothing is left to do" + (", beside what optuna chooses" if plan.later else "")
     text = (
         f"cost: about {left.extraction + left.trials:.1f} forward passes of the whole model over all questions "
-        f"({left.extraction:.0f} to extract, {left.trials:.1f} for the trials' heads; embedding not counted)"
+        f"({left.extraction:.0f} to extract, {left.trials:.1f} for the trials' heads; {uncounted} not counted)"
     )
     if left.seconds is not None:
         return f"{text}; about {hours(left.seconds)} of one worker at the speed of the finished extraction"

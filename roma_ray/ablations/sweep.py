@@ -21,7 +21,7 @@ from roma_ray.engine.neighborhoods import neighbors
 from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.errors import RomaError
+from roma_ray.errors import ArtifactError, RomaError
 from roma_ray.evaluation.paired import locate_stages
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
@@ -104,7 +104,7 @@ def open_sweep(plan: Plan) -> Sweep:
         sweep.states[planned.trial.id] = State(planned)
     for line in _ledger(sweep.stage):
         if line.get("values") is not None and line["trial"] not in sweep.states:
-            sweep.states[line["trial"]] = State(drawn(plan, line["values"]), values=line["values"])
+            sweep.states[line["trial"]] = State(drawn(plan, line["values"], line.get("place")), values=line["values"])
         if line["trial"] in sweep.states:
             state = sweep.states[line["trial"]]
             # A failed trial is tried again by the next run of the command; a stopped one is finished with.
@@ -113,16 +113,24 @@ def open_sweep(plan: Plan) -> Sweep:
             state.error = line["error"]
     for state in sweep.states.values():
         if state.planned.complete:
-            for name in ("finetune", "evaluate"):
-                state.planned.stages[name].verify()
-            _close(state, closing(state.planned.stages["finetune"], state.planned.stages["evaluate"]))
+            tuned, judged = (state.planned.stages[name] for name in ("finetune", "evaluate"))
+            try:
+                tuned.verify()
+                judged.verify()
+            except ArtifactError as error:
+                state.state, state.error = FAILED, str(error)
+            else:
+                _close(state, closing(tuned, judged))
     return sweep
 
 
-def drawn(plan: Plan, values: Mapping[str, Any]) -> Planned:
-    """The trial of values that optuna drew. Raises ConfigError."""
+def drawn(plan: Plan, values: Mapping[str, Any], place: Sequence[Sequence[Any]] | None = None) -> Planned:
+    """The trial of values that optuna drew, on the extraction (its cuts and rules) where it began. Raises ConfigError."""
     trial = plan.space.sampled(values)
     setup = plan.beside(trial.config)
+    began = Planned(trial, there := setup.shared(*place), locate_stages(there)) if place else None
+    if began is not None and (began.complete or began.stages["extract"].complete):
+        return began
     return Planned(trial, setup, locate_stages(setup))
 
 
@@ -164,9 +172,16 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
 
     progress = progress or Silence()
     wanted = [state for state in sweep.states.values() if state.state == WAITING]
+    # What optuna may draw: it reads these stages too, and no trial of it may be there yet.
+    trial = sweep.plan.trials[0].trial
+    ahead = [
+        State(Planned(trial, setup, locate_stages(setup)))
+        for setup in (sweep.plan.later if sweep.missing_samples > 0 else ())
+    ]
     for name in ("questions", "extract", "embed", "neighbors"):
         done: set[str] = set()
-        for state in [state for state in wanted if state.state == WAITING]:
+        needing = [*wanted, *ahead] if name != "neighbors" else wanted
+        for state in [state for state in needing if state.state == WAITING]:
             stage = state.planned.stages[name]
             if stage.fingerprint in done:
                 continue
@@ -178,7 +193,7 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
                     continue
                 made = _shared(name, state.planned, runners, progress)
             except RomaError as error:
-                for other in wanted:
+                for other in [*wanted, *ahead]:
                     if other.planned.stages[name].fingerprint == stage.fingerprint:
                         other.state, other.error = FAILED, f"{name}: {error}"
                 progress.say(f"{name}: {error}")
@@ -317,6 +332,7 @@ def _note(stage: Stage, state: State) -> None:
         "validation_accuracy": state.validation_accuracy,
         "error": state.error,
         "values": state.values,
+        "place": [state.planned.setup.cuts, state.planned.setup.token_rules],
     }
     with open(stage.path / LEDGER, "a") as stream:
         stream.write("\n" + json.dumps(line) + "\n")

@@ -53,16 +53,23 @@ def extract_stage(setup: Setup, questions: Stage) -> Stage:
     return setup.store.stage("extract", settings, {"questions": questions.fingerprint}, VERSION)
 
 
-def finished_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
-    """Cuts and token rules of every complete extraction in the storage, the oldest first; damaged and outdated ones are left out."""
-    found = []
+def known_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
+    """Cuts and token rules of every complete extraction in the storage, the oldest first, then of those that only finished
+    trainings still tell of; damaged and outdated ones are left out.
+    """
+    found, told = [], set()
     for manifest in store.root.glob(f"extract/*/{MANIFEST}"):
         with contextlib.suppress(ArtifactError):
             content = read_manifest(manifest.parent)
-            if content["identity"].get("version") == VERSION:
+            if content["stage"] == "extract" and content["identity"].get("version") == VERSION:
                 settings, key = content["identity"]["settings"], (content["finished"], manifest.parent.name)
                 found.append((key, tuple(settings["cuts"]), tuple(settings["tokens"])))
-    return [(cuts, rules) for _, cuts, rules in sorted(found)]
+    for manifest in store.root.glob(f"finetune/*/{MANIFEST}"):
+        with contextlib.suppress(ArtifactError):
+            place = read_manifest(manifest.parent)["facts"].get("extraction")
+            if place:
+                told.add((tuple(place["cuts"]), tuple(place["tokens"])))
+    return list(dict.fromkeys([*((cuts, rules) for _, cuts, rules in sorted(found)), *sorted(told)]))
 
 
 def activation_dtype(setup: Setup) -> str:

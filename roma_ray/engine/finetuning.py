@@ -232,6 +232,8 @@ def tune(
             with progress.meter("finetune", total, "questions") as meter:
                 train(job, tell, meter.advance)
         facts = json.loads((stage.path / OUTCOME).read_text())
+        # Where a sweep finds this run again, though the extraction may have been removed to free its space.
+        facts["extraction"] = {"cuts": list(setup.cuts), "tokens": list(setup.token_rules)}
         facts["trained_parameters"] = sum(_shapes(stage.path / ADAPTER))
         (stage.path / CHECKPOINT).unlink(missing_ok=True)
         stage.finish(facts=facts, seconds=time.monotonic() - started)

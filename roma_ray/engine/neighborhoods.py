@@ -19,7 +19,7 @@ from roma_ray.engine.prepare import TABLE, training_rows
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_table, write_table
-from roma_ray.errors import ArtifactError
+from roma_ray.errors import ArtifactError, NeighborError
 from roma_ray.manifold.inverted import SHARD_ROWS
 from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
 from roma_ray.manifold.search import TILE_SCORES
@@ -27,6 +27,8 @@ from roma_ray.manifold.summary import NeighborSummary, summarise
 
 VERSION = 1
 NEIGHBORS = "neighbors.parquet"
+# The offsets of a Parquet list are 32-bit numbers.
+_MOST_PAIRS = 2**31 - 1
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -117,6 +119,11 @@ def usable_rows(extraction: Stage) -> torch.Tensor:
 
 
 def _write(stage: Stage, found: Neighborhoods) -> None:
+    if len(found.indices) > _MOST_PAIRS:
+        raise NeighborError(
+            f"{len(found.indices):,} pairs of neighbors are more than their table can hold; take a larger neighbors.epsilon or a "
+            "smaller neighbors.k"
+        )
     rows = found.queried.nonzero()[:, 0]
     # Questions that nothing was looked for have no pairs, so those of the others lie one after another.
     offsets = pa.array(torch.cat([found.offsets[rows], found.offsets[-1:]]).numpy().astype("int32"))

@@ -126,6 +126,8 @@ def read_column(name: str, folder: Path, which: str) -> Column:
 def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], str | None]) -> list[Column]:
     """The columns of the named runs; a single run is compared with its own base. Raises ArtifactError."""
     wanted = [f"{names[0]}{_BASE}", *names] if len(names) == 1 and not names[0].endswith(_BASE) else list(names)
+    if len(names) == 1 and (len(wanted) == 1 or not has_tuned(find_run(names[0], store, look_up))):
+        raise ArtifactError(f"{names[0]} is one model alone: name another run to compare it with")
     twice = sorted({name for name in wanted if wanted.count(name) > 1})
     if twice:
         raise ArtifactError(

@@ -41,9 +41,13 @@ def find_files(folder: Path, task: str, part: str | None, splits: Collection[str
     """
     group = task.removesuffix(f"_{part}") if part and task.endswith(f"_{part}") else None
     names = [task] if group is None else [task, group]
-    places = dict.fromkeys(folder / name / inner for name in names for inner in ("", "data", part or ""))
+    # On the hub `all` holds every part of MMLU. A link to a folder that is looked into anyway is no second claim.
+    inners = ("", "data", part or "", *(["all"] if group else []))
+    places: dict[Path, Path] = {}
+    for place in (folder / name / inner for name in names for inner in inners):
+        places.setdefault(place.resolve(), place)
     claims: dict[str, dict[object, list[Path]]] = {}
-    for place in places:
+    for place in places.values():
         for file in sorted(place.iterdir()) if place.is_dir() else ():
             match = _FILE.fullmatch(file.name)
             if match and match["split"] in splits and file.is_file():
@@ -129,7 +133,7 @@ def to_hub_row(task: str, row: Row) -> Row:
                 return convert(row)
             for column, valid in own.items():
                 if not valid(row[column]):
-                    raise BadRow(f"its {column} is {printable(str(row[column]), 40)!r}, which {name} has not")
+                    raise BadRow(f"its {column} is {printable(repr(row[column]), 40)}, which {name} has not")
             return row
     return row
 

@@ -57,6 +57,13 @@ def test_the_interval_is_that_of_drawing_questions_one_by_one() -> None:
     assert bootstrap_interval([values], seed=1) == bootstrap_interval([values], seed=1)
 
 
+@pytest.mark.parametrize(("tuned", "which"), [(False, ""), (True, ":base")])
+def test_one_model_alone_is_compared_with_nothing(tmp_path: Path, tuned: bool, which: str) -> None:
+    run = make_run(Store(tmp_path), "run", "b", tuned=tuned)
+    with pytest.raises(ArtifactError, match="is one model alone: name another run"):
+        open_columns([f"{run.name}{which}"], Store(tmp_path), lambda name: None)
+
+
 def test_different_pins_are_refused_or_marked() -> None:
     columns = [column("a"), column("b", {"one": "p", "two": "q"})]
     with pytest.raises(GuardError, match=r"two \(b\).*--allow-different-pins"):

@@ -133,6 +133,14 @@ def test_two_files_for_one_split_are_refused_by_name(tmp_path: Path, names: tupl
     assert all(str(tmp_path / name) in str(caught.value) for name in names)
 
 
+def test_mmlus_table_of_all_parts_is_read_and_a_link_is_no_second_claim(tmp_path: Path) -> None:
+    (tmp_path / "mmlu" / "all").mkdir(parents=True)
+    rows = [{"question": "q", "choices": ["a", "b", "c", "d"], "answer": 1, "subject": s} for s in ("anatomy", "law")]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "mmlu" / "all" / "validation-00000-of-00001.parquet")
+    (tmp_path / "mmlu" / "data").symlink_to("all")
+    assert [row["subject"] for row in read(tmp_path, "mmlu_anatomy", "anatomy")["validation"]] == ["anatomy"]
+
+
 def test_rows_of_an_unknown_split_are_refused_and_those_of_an_unused_one_passed_over(tmp_path: Path) -> None:
     write_rows(tmp_path / "piqa.jsonl", [{**OWN, "split": split} for split in ("validation", "test", "train", None)])
     assert {split: len(rows) for split, rows in read(tmp_path, "piqa").items()} == {"validation": 2, "train": 1}

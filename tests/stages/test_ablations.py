@@ -5,8 +5,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import json
-import shutil
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +13,10 @@ import yaml
 
 from roma_ray.ablations.command import failures, result, revisit, summary
 from roma_ray.ablations.observers import in_mlflow, progress_of, table_of
-from roma_ray.ablations.plan import Planned, make_plan
+from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.report import write_report
 from roma_ray.ablations.space import Space, load_space
-from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, Sweep, open_sweep, prepare_shared, run_sweep
-from roma_ray.ablations.trial import Work, here
+from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, Sweep, open_sweep, run_sweep
 from roma_ray.ablations.tuning import make_room
 from roma_ray.artifacts import MANIFEST, file_digest
 from roma_ray.config import Config
@@ -167,52 +164,6 @@ def check_report(sweep: Sweep) -> None:
     assert all(len(row) == len(header) for row in rows_of_table)
     told = summary(sweep)
     assert [trial["state"] for trial in told["trials"]] == [state.state for state in sweep.states.values()]
-
-
-def test_a_level_added_later_leaves_finished_trials_alone(local_run: Run, world: Config, tmp_path: Path) -> None:
-    """Their fingerprints stay, whatever else is extracted; what finished extractions lack is extracted, and no more."""
-    storage = tmp_path / "storage"
-
-    def planned(*layers: str, tokens: Sequence[str] = ()) -> dict[str, Planned]:
-        factors = {
-            "layers": {"setting": "routing.layers", "values": list(layers)},
-            "tokens": {"setting": "routing.tokens", "values": list(tokens) or ["Last1"]},
-        }
-        plan = make_plan(space_of(world, tmp_path, one_at_a_time=factors), "cpu")
-        prepare_shared(open_sweep(plan))
-        return {each.trial.name: each for each in plan.trials}
-
-    def train(each: Planned) -> None:
-        here(Work(each.trial.id, each.setup, each.stages), lambda record: None)
-
-    first = planned("F2")
-    assert first["centre"].setup.cuts == first["layers F2"].setup.cuts == (0, 4)
-    train(first["centre"])
-    # A single run's extraction, here an older one, serves trials too, but none that is finished on another.
-    shutil.copytree(Path(world.storage) / "extract", storage / "extract", dirs_exist_ok=True)
-    more = planned("F2", "M1", tokens=["First1"])
-    for name, each in first.items():
-        assert {k: s.fingerprint for k, s in more[name].stages.items()} == {
-            k: s.fingerprint for k, s in each.stages.items()
-        }
-    assert more["centre"].complete
-    assert not more["layers F2"].complete
-    new = {more["layers M1"].setup.cut, 4}
-    assert {more[name].setup.cuts for name in ("layers M1", "tokens First1")} == {tuple(sorted(new))}
-    assert more["tokens First1"].setup.token_rules == ("First1", "Last1")
-    extractions = {path.parent.name for path in storage.glob(f"extract/*/{MANIFEST}")}
-    assert extractions == {
-        local_run.stages["extract"].fingerprint,
-        first["centre"].stages["extract"].fingerprint,
-        more["layers M1"].stages["extract"].fingerprint,
-    }
-
-    # Where no trial has begun, a single run's results are the sweep's.
-    shutil.rmtree(storage)
-    shutil.copytree(world.storage, storage)
-    centre = planned("F2")["centre"]
-    assert centre.complete
-    assert centre.stages["evaluate"].path.name == local_run.stages["evaluate"].fingerprint
 
 
 def test_schedulers_and_searches(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path) -> None:

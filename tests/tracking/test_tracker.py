@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from roma_ray.artifacts import Stage
+from roma_ray.cli_results import setup_of_finished
 from roma_ray.config import TrackingConfig
+from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import LOCAL
 from roma_ray.engine.setup import Setup, resolve
@@ -371,3 +373,14 @@ def test_tracking_is_no_part_of_any_identity(finished: Run) -> None:
 def test_no_commit_where_git_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
     assert records.git_tags() == {}
+
+
+def test_a_part_run_on_gpus_is_found_from_a_machine_without(tmp_path: Path) -> None:
+    config = make_world(tmp_path, count=24).model_copy(update={"device": "auto"})
+    config = config.model_copy(update={"model": config.model.model_copy(update={"experts_backend": "eager"})})
+    there = resolve(config, device="cuda")
+    prepare(there, Silence())
+    stage = locate(there)["extract"]
+    with stage.exclusive():
+        stage.finish(facts={}, seconds=1.0)
+    assert setup_of_finished(config).model.device == "cuda"
