@@ -45,9 +45,9 @@ def command(root: Path, storage: str) -> list[str]:
     ]
 
 
-def start(root: Path, storage: str) -> subprocess.Popen[str]:
+def start(root: Path, storage: str, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        command(root, storage),
+        [*command(root, storage), *more],
         cwd=Path(__file__).parents[2],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -122,10 +122,11 @@ def test_a_second_run_recomputes_nothing(world: tuple[Path, Config], straight: d
 
 def test_ctrl_c_says_how_to_go_on(world: tuple[Path, Config]) -> None:
     root, _ = world
-    process = start(root, "interrupted")
+    # Too long to end before the signal, however busy the machine is.
+    process = start(root, "interrupted", "--set", "finetune.epochs=100000")
     wait_for(root, "interrupted", "extract/*/batches/*.parquet", 2, process)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 130, output
     assert "run the same command to go on" in output
     assert "Traceback" not in output
