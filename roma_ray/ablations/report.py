@@ -207,7 +207,10 @@ def _points(found: Paired) -> str:
 def headline(findings: Findings) -> str:
     """The sweep in one sentence, whichever way it goes."""
     best, centre = findings.results[0], findings.centre
+    equal = sum(result.validation == best.validation for result in findings.results) - 1
     first = f"Best on validation questions: {best.name} ({percent(best.validation)} %"
+    if equal:
+        first += f", as {equal} other{'s' if equal > 1 else ''}"
     gains = f"On {findings.questions} test questions it gains {_points(best.gain)} points on the base model."
     if centre is None:
         return f"{first}); the centre is not finished. {gains}"

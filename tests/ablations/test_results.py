@@ -64,7 +64,9 @@ def test_the_headline_says_no_more_than_was_found() -> None:
         "Best on validation questions: k = 1 (58.00 %); the centre is not finished. On 836 test questions it gains "
         "+0.20 ± 1.00 points on the base model."
     )
-    better = result("k = 5", 0.6, 0.1, Paired(0.1, 0.01, 0.001, 0.02))
+    near = Paired(0.1, 0.01, 0.001, 0.02)
+    better = result("k = 5", 0.6, 0.1, near)
     assert "the centre 57.00 %). On 836 test questions it differs from the centre by +10.00" in told(better, centre)
     assert "p = 0.02 after correction" in told(better, centre)
     assert "no clear difference" in told(result("k = 1", 0.58, 0.0, equal.to_centre), centre)
+    assert "k = 5 (60.00 %, as 1 other, the centre 57.00 %)" in told(better, result("k = 9", 0.6, 0.1, near), centre)
