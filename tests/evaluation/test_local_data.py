@@ -101,6 +101,13 @@ def test_own_columns_pass_unchanged_and_damage_is_named(tmp_path: Path) -> None:
         read(tmp_path, "piqa")
 
 
+@pytest.mark.parametrize("label", ["2", 2])
+def test_hellaswags_labels_are_the_hubs_or_its_authors(tmp_path: Path, label: object) -> None:
+    row = {"activity_label": "a", "ctx_a": "b", "ctx_b": "", "endings": ["1", "2", "3", "4"], "label": label}
+    write_rows(tmp_path / "hellaswag" / "validation.jsonl", [row])
+    assert read(tmp_path, "hellaswag") == {"validation": [row]}
+
+
 @pytest.mark.parametrize("inner", ["", "data", "plain_text"])
 def test_the_hubs_layout_is_read_shard_after_shard(tmp_path: Path, inner: str) -> None:
     place = tmp_path / "piqa" / inner
