@@ -29,7 +29,10 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Config]:
 
 
 def command(root: Path, storage: str) -> list[str]:
-    code = "from roma_ray.cli import main; main()"
+    # A shell that runs the tests in the background ignores SIGINT, which its children inherit.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); from roma_ray.cli import main; main()"
+    )
     summary = str(root / f"{storage}.json")
     return [
         sys.executable,
