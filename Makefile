@@ -39,7 +39,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || \
 	  { echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install --constraint constraints.txt $(TORCH); }
-	@echo "installing roma-ray[$(EXTRAS)] with the versions of constraints.txt: a few minutes and about 2.5 GB"
+	@echo "installing roma-ray[$(EXTRAS)] with the versions of constraints.txt: a few minutes and about 2.8 GB"
 	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $@
 

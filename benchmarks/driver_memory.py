@@ -47,7 +47,7 @@ def write_questions(path: Path, rows: int) -> None:
 
 def setup_for(folder: Path) -> Any:
     """The embedded model with the synthetic questions."""
-    from roma_ray.config import load_config
+    from roma_ray.config_reading import load_config
     from roma_ray.engine.setup import resolve
 
     sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"

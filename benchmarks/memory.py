@@ -109,7 +109,7 @@ def stage(until: str, model: str, storage: str, questions: int, memory_gb: float
     """Run the pipeline up to a stage in this process and print its peaks as JSON."""
     peaks = Peaks()
     peaks.start()
-    from roma_ray.config import load_config
+    from roma_ray.config_reading import load_config
     from roma_ray.engine.progress import Silence
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run

@@ -74,7 +74,7 @@ def on_ray(work: Any, batches: int, nodes: int) -> tuple[float, float, int]:
     import ray
     from ray.cluster_utils import Cluster as Simulated
 
-    from roma_ray.config import load_config
+    from roma_ray.config_reading import load_config
     from roma_ray.stages.cluster import open_cluster
     from roma_ray.stages.extract import extract_on_ray
 

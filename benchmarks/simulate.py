@@ -196,7 +196,7 @@ class EmptyWork:
 
 def measure_dispatch(count: int = 1500) -> float:
     """CPU seconds of the driver's process that one batch costs through the pipeline's own Ray executor."""
-    from roma_ray.config import load_config
+    from roma_ray.config_reading import load_config
     from roma_ray.stages.batches import ray_executor
     from roma_ray.stages.cluster import open_cluster
 

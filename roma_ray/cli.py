@@ -47,7 +47,7 @@ def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
     @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
     @functools.wraps(command)
     def wrapped(config_path: str | None, overrides: tuple[str, ...], storage: str | None, **others: Any) -> Any:
-        from roma_ray.config import load_config
+        from roma_ray.config_reading import load_config
 
         config = load_config(config_path, overrides)
         if storage is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.artifacts import Store
-from roma_ray.config import load_config
+from roma_ray.config_reading import load_config
 from roma_ray.doctor import Check
 from roma_ray.errors import RomaError
 from roma_ray.stages.cluster import Cluster, find_address, token_known

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from roma_ray.config import Config, apply_override, load_config, parse_config
+from roma_ray.config import Config
+from roma_ray.config_reading import apply_override, load_config, parse_config
 from roma_ray.errors import ConfigError
 from roma_ray.questions.registry import REGISTRY
 

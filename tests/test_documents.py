@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from roma_ray.cli import main
-from roma_ray.config import QuestionSource, load_config
+from roma_ray.config import QuestionSource
+from roma_ray.config_reading import load_config
 from roma_ray.moe.families import supported_families
 from roma_ray.questions.readers import read_questions
 

@@ -50,6 +50,7 @@ ONE_ROOM = {
     "cluster_doctor": "doctor",
     "config_section": "config",
     "config_baselines": "config",
+    "config_reading": "config",
     "comparison": "pipeline",
 }
 

@@ -32,6 +32,11 @@ class Planned:
     setup: Setup
     stages: Mapping[str, Stage]
 
+    @classmethod
+    def on(cls, trial: Trial, setup: Setup) -> Planned:
+        """The trial with the places that its set-up gives."""
+        return cls(trial, setup, locate_stages(setup))
+
     @property
     def complete(self) -> bool:
         # Of a removed stage the evaluation alone may be left: the trial is done again up to it.
@@ -88,7 +93,7 @@ def make_plan(space: Space, device: str | None = None, measure: Measure = unmeas
     setups, later = resolve_all(space, device, measure)
     merged: dict[str, Planned] = {}
     for trial, setup in zip(space.trials, setups, strict=True):
-        planned = Planned(trial, setup, locate_stages(setup))
+        planned = Planned.on(trial, setup)
         # Different words for the same run, such as All and L5 of a model with five layers.
         key = planned.stages["evaluate"].fingerprint
         if key in merged:

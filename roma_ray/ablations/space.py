@@ -34,7 +34,8 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from roma_ray.artifacts import fingerprint
-from roma_ray.config import Config, Section, load_config, parse_config, read_settings
+from roma_ray.config import Config, Section
+from roma_ray.config_reading import load_config, parse_config, read_settings
 from roma_ray.errors import ConfigError
 
 MOST_TRIALS = 2000
@@ -246,7 +247,7 @@ def _centre(file: SpaceFile, source: Path, overrides: Sequence[str], storage: st
 
 def load_config_data(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Config:
     """A configuration from plain data and `--set` overrides. Raises ConfigError."""
-    from roma_ray.config import apply_override
+    from roma_ray.config_reading import apply_override
 
     for override in overrides:
         apply_override(data, override)

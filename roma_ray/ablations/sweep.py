@@ -22,7 +22,6 @@ from roma_ray.engine.prepare import prepare
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.errors import ArtifactError, RomaError
-from roma_ray.evaluation.paired import locate_stages
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
 from roma_ray.stages.runners import ray_runners
@@ -128,10 +127,11 @@ def drawn(plan: Plan, values: Mapping[str, Any], place: Sequence[Sequence[Any]] 
     """The trial of values that optuna drew, on the extraction (its cuts and rules) where it began. Raises ConfigError."""
     trial = plan.space.sampled(values)
     setup = plan.beside(trial.config)
-    began = Planned(trial, there := setup.shared(*place), locate_stages(there)) if place else None
-    if began is not None and (began.complete or began.stages["extract"].complete):
-        return began
-    return Planned(trial, setup, locate_stages(setup))
+    if place is not None:
+        began = Planned.on(trial, setup.shared(*place))
+        if began.complete or began.stages["extract"].complete:
+            return began
+    return Planned.on(trial, setup)
 
 
 def run_sweep(
@@ -174,10 +174,8 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
     wanted = [state for state in sweep.states.values() if state.state == WAITING]
     # What optuna may draw: it reads these stages too, and no trial of it may be there yet.
     trial = sweep.plan.trials[0].trial
-    ahead = [
-        State(Planned(trial, setup, locate_stages(setup)))
-        for setup in (sweep.plan.later if sweep.missing_samples > 0 else ())
-    ]
+    later = sweep.plan.later if sweep.missing_samples > 0 else ()
+    ahead = [State(Planned.on(trial, setup)) for setup in later]
     for name in ("questions", "extract", "embed", "neighbors"):
         done: set[str] = set()
         needing = [*wanted, *ahead] if name != "neighbors" else wanted

@@ -10,7 +10,7 @@ import yaml
 
 from roma_ray.ablations import paper
 from roma_ray.ablations.space import Space, load_space
-from roma_ray.config import load_config
+from roma_ray.config_reading import load_config
 from roma_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

@@ -12,7 +12,7 @@ import torch
 from roma_ray.baselines.bench import HIDDEN, Bench
 from roma_ray.baselines.contract import NOTHING, Fitted, Method
 from roma_ray.baselines.registry import METHODS, chosen_methods
-from roma_ray.config import load_config
+from roma_ray.config_reading import load_config
 from roma_ray.errors import ConfigError
 from roma_ray.moe.masters import frozen_digest
 

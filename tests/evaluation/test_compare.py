@@ -180,7 +180,7 @@ def test_the_command_prints_writes_and_tracks(tmp_path: Path, monkeypatch: pytes
     from mlflow import MlflowClient
 
     from roma_ray.cli import main
-    from roma_ray.config import load_config
+    from roma_ray.config_reading import load_config
     from roma_ray.tracking.benchmarks import fingerprint_of
 
     store = Store(tmp_path)

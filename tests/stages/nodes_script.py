@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roma_ray.config import Config, PlacementConfig, load_config
+from roma_ray.config import Config, PlacementConfig
+from roma_ray.config_reading import load_config
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.work import Report
 from roma_ray.errors import ConfigError

@@ -347,7 +347,7 @@ def test_addresses(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert records.tracking_uri(default) == "http://tracker:5000"
     assert records.tracking_uri(inside).startswith("sqlite")
     assert records.shown("https://me:secret@host:5000/x") == "https://host:5000/x"
-    from roma_ray.config import load_config
+    from roma_ray.config_reading import load_config
 
     for folder in ("./mlruns", "file:///tmp/mlruns"):
         with pytest.raises(ConfigError, match="plain folders"):

@@ -1,0 +1,132 @@
+"""Reading a configuration: YAML in, `--set a.b=c` on top, unknown keys refused with the nearest valid name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from roma_ray.config import Config
+from roma_ray.errors import ConfigError
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, which also refuses a key that stands twice in one section: one of the two would be ignored."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"`{key}` stands twice in one section{node.start_mark}")
+        return super().construct_mapping(node, deep)
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """Read a configuration (default: the embedded one) and apply `a.b=c` overrides.
+
+    Raises ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type or value.
+    """
+    source = Path(path) if path is not None else Path(__file__).parent / "assets" / "demo.yaml"
+    data = read_settings(source)
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data, str(source))
+
+
+def read_settings(source: Path) -> dict[str, Any]:
+    """A YAML file's settings as plain data. Raises ConfigError when it cannot be read, is no YAML, or has a key twice."""
+    try:
+        data = yaml.load(source.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read the configuration {source}: {error}") from None
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
+    return data
+
+
+def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> Config:
+    """Validate plain data into a Config. Raises ConfigError with every fault in one message."""
+    try:
+        return Config.model_validate(data)
+    except ValidationError as error:
+        # Alternatives of one setting, and a list that a bad item left empty, each add a fault of their own: one line a place.
+        faults: dict[str, str] = {}
+        for fault in error.errors():
+            place = _place(fault["loc"])
+            if not any(other.startswith(f"{place}.") for other in faults):
+                faults.setdefault(place, _explain(dict(fault), place))
+        listed = "\n".join(f"  {line}" for line in faults.values())
+        raise ConfigError(f"{origin}: {len(faults)} setting(s) are not valid:\n{listed}") from None
+
+
+def _place(location: Sequence[str | int]) -> str:
+    """A fault's place as the user wrote it: pydantic appends the alternative of a union that it tried."""
+    parts = list(location)
+    while (
+        len(parts) > 1
+        and isinstance(parts[-1], str)
+        and parts[-1] not in _names_at(parts[:-1])
+        and _names_at(parts[:-2])
+    ):
+        if parts[-1].isidentifier() and parts[-1] not in {"str", "float", "int"}:
+            break
+        parts.pop()
+    return ".".join(str(part) for part in parts)
+
+
+def apply_override(data: dict[str, Any], override: str) -> None:
+    """Apply one `a.b=c` to nested data in place; the value is read as YAML. Raises ConfigError."""
+    key, separator, text = override.partition("=")
+    parts = key.strip().split(".")
+    if not separator or not all(parts):
+        raise ConfigError(f"--set {override!r}: write it as section.key=value, e.g. finetune.epochs=1")
+    try:
+        value = yaml.load(text, Loader=_UniqueKeys)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+    node: Any = data
+    for part in parts[:-1]:
+        child = node.get(part) if isinstance(node, dict) else None
+        if child is None and isinstance(node, dict):
+            child = node[part] = {}
+        if isinstance(child, list) or not isinstance(child, dict):
+            raise ConfigError(f"--set {override!r}: `{part}` is not a section; set the whole value with YAML instead")
+        node = child
+    node[parts[-1]] = value
+
+
+def _explain(fault: dict[str, Any], where: str) -> str:
+    """One readable line for a pydantic fault, with the nearest valid name for an unknown key."""
+    location = [str(part) for part in fault["loc"]]
+    message = fault["msg"].removeprefix("Value error, ")
+    if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
+        # The section's own words name the setting; its whole content would only bury them.
+        return f"{where}: {message}" if where else message
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {message} (got {fault.get('input')!r:.80})"
+    known = _names_at(fault["loc"][:-1])
+    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
+    hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
+    return f"{where}: unknown setting{hint}"
+
+
+def _names_at(path: Sequence[str | int]) -> list[str]:
+    """Field names of the section at a location, lists looked through."""
+    section: type[BaseModel] = Config
+    for part in path:
+        if isinstance(part, int):
+            continue
+        field = section.model_fields.get(part)
+        annotation: Any = field.annotation if field else None
+        candidates = [annotation, *getattr(annotation, "__args__", ())]
+        nested = [c for c in candidates if isinstance(c, type) and issubclass(c, BaseModel)]
+        if not nested:
+            return []
+        section = nested[0]
+    return list(section.model_fields)
