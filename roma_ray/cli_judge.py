@@ -18,6 +18,7 @@ from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError
 from roma_ray.evaluation.compare import compare_columns, open_columns
+from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
@@ -122,9 +123,8 @@ def _percent(figures: dict[str, Any], name: str) -> str:
 
 def notes_of(found: dict[str, Any]) -> list[str]:
     """The guards' findings in sentences."""
-    guards, lines = found["guards"], []
-    if guards["at_chance"]:
-        lines.append(f"at chance level (within two standard errors of guessing): {', '.join(guards['at_chance'])}")
+    guards = found["guards"]
+    lines = chance_notes(guards)
     if guards["too_many_truncated"]:
         lines.append(f"{guards['truncated']} prompts (over 1 %) were cut to the model's longest input")
     for task, hits in guards["seen_in_training"].items():

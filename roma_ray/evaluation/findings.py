@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.evaluation.guards import TRUNCATED_LIMIT, at_chance, check_not_identical, normalise
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, normalise
 from roma_ray.evaluation.subject import Subject
 
 if TYPE_CHECKING:
@@ -35,12 +35,11 @@ def findings(
     samples = results["base"]["samples"]
     requests = sum(len(s["arguments"]) for some in samples.values() for s in _once(some))
     return {
-        "at_chance": [
-            f"{name}/{task}"
+        **by_chance(
+            (f"{name}/{task}", _beside_chance(tasks[task], some))
             for name, found in results.items()
             for task, some in found["samples"].items()
-            if _is_at_chance(tasks[task], some)
-        ],
+        ),
         "truncated": truncated,
         "too_many_truncated": truncated > TRUNCATED_LIMIT * max(requests, 1),
         "training_known": training is not None,
@@ -65,10 +64,10 @@ def _likelihoods(result: Mapping[str, Any]) -> Iterator[list[float]]:
                 yield values
 
 
-def _is_at_chance(task: Task, samples: Sequence[Mapping[str, Any]]) -> bool:
+def _beside_chance(task: Task, samples: Sequence[Mapping[str, Any]]) -> str | None:
     if task.get_config("output_type") != "multiple_choice" or not samples or "acc" not in samples[0]:
-        return False
-    return at_chance(int(sum(s["acc"] for s in samples)), [len(s["arguments"]) for s in samples])
+        return None
+    return beside_chance(int(sum(s["acc"] for s in samples)), [len(s["arguments"]) for s in samples])
 
 
 def seen_in_training(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from roma_ray.errors import GuardError
 
@@ -21,13 +22,40 @@ def check_not_identical(base: Sequence[Sequence[float]], tuned: Sequence[Sequenc
         )
 
 
-def at_chance(correct: int, choices: Sequence[int]) -> bool:
-    """Whether an accuracy lies within two standard errors of guessing, or below; choices: options of each question."""
+def beside_chance(correct: int, choices: Sequence[int]) -> str | None:
+    """`at_chance` within two standard errors of guessing, `below_chance` under that, else None; choices: options of each question.
+
+    Who guesses is at chance; who is below it prefers wrong answers, which only a prompt or an answer key can make a model do.
+    """
     if not choices:
-        return False
-    chance = sum(1 / c for c in choices) / len(choices)
-    error = math.sqrt(sum(1 / c * (1 - 1 / c) for c in choices)) / len(choices)
-    return correct / len(choices) <= chance + 2 * error
+        return None
+    chance = sum(1 / c for c in choices)
+    error = math.sqrt(sum(1 / c * (1 - 1 / c) for c in choices))
+    if correct < chance - 2 * error:
+        return "below_chance"
+    return "at_chance" if correct <= chance + 2 * error else None
+
+
+def by_chance(found: Iterable[tuple[str, str | None]]) -> dict[str, list[str]]:
+    """The names (`base/task`) that are at chance and those below it, from what `beside_chance` says of each."""
+    listed: dict[str, list[str]] = {"at_chance": [], "below_chance": []}
+    for name, kind in found:
+        if kind is not None:
+            listed[kind].append(name)
+    return listed
+
+
+def chance_notes(guards: Mapping[str, Any]) -> list[str]:
+    """Both findings in sentences, those that there are."""
+    lines = []
+    if guards["at_chance"]:
+        lines.append(f"at chance level (within two standard errors of guessing): {', '.join(guards['at_chance'])}")
+    if guards["below_chance"]:
+        lines.append(
+            "below chance level (more than two standard errors under guessing), which points at the prompt, its format or the "
+            f"answer key, not at the routers: {', '.join(guards['below_chance'])}"
+        )
+    return lines
 
 
 def normalise(text: str) -> str:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
-VERSION = 1
+VERSION = 2
 SUMMARY, METRICS, RESPONSES = "evaluation.json", "metrics.parquet", "responses.parquet"
 # lm-eval's own default, for examples drawn at random.
 _FEWSHOT_SEED = 1234

@@ -26,7 +26,7 @@ from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_prompts, read_table, write_table
 from roma_ray.evaluation.base import base_scores, base_stage
-from roma_ray.evaluation.guards import TRUNCATED_LIMIT, at_chance, check_not_identical, overlap
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
 from roma_ray.evaluation.statistics import compare
 from roma_ray.manifold import diagnostics
 from roma_ray.moe.checkpoints import load_adapter
@@ -34,7 +34,7 @@ from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
 
-VERSION = 3
+VERSION = 4
 RESULTS = "results.parquet"
 SUMMARY = "evaluation.json"
 _DIAGNOSED_ROWS = 2000
@@ -213,17 +213,17 @@ def _guards(
     parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "validation": [], "test": []}
     for row in table:
         parts[row["split"]].append((row["question"], row["choices"]))
-    chance = []
+    chance: list[tuple[str, str | None]] = []
     for name, scores in (("base", base), ("tuned", tuned)):
         test = [n for n, row in enumerate(rows) if prompts[row].split == "test"]
         for task in ["all", *sorted({prompts[rows[n]].task for n in test})]:
             members = [n for n in test if task in ("all", prompts[rows[n]].task)]
-            if at_chance(int(scores.correct[members].sum()), [len(prompts[rows[n]].choice_ids) for n in members]):
-                chance.append(f"{name}/{task}")
+            choices = [len(prompts[rows[n]].choice_ids) for n in members]
+            chance.append((f"{name}/{task}", beside_chance(int(scores.correct[members].sum()), choices)))
     truncated = sum(p.truncated for p in prompts)
     return {
         "identical_scores": False,
-        "at_chance": chance,
+        **by_chance(chance),
         "truncated": truncated,
         "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts),
         "test_questions_in_training": overlap(parts["train"], parts["test"]),

@@ -23,6 +23,7 @@ from roma_ray.artifacts import Stage, library_versions
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.finetuning import epochs_of
 from roma_ray.engine.setup import Setup
+from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.paired import read_evaluation
 
 
@@ -90,9 +91,7 @@ def result_rows(summary: Mapping[str, Any], split: str = "test") -> list[tuple[s
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know, in sentences."""
     guards = summary["guards"]
-    lines = []
-    if guards["at_chance"]:
-        lines.append(f"at chance level (within two standard errors of guessing): {', '.join(guards['at_chance'])}")
+    lines = chance_notes(guards)
     if guards["too_many_truncated"]:
         lines.append(f"{guards['truncated']} prompts were shortened (over 1 %): raise questions.prompt.max_tokens")
     found = guards["test_questions_in_training"]

@@ -14,7 +14,7 @@ SIGNIFICANCE = 0.05
 
 @dataclass(frozen=True)
 class Verdict:
-    """The result in words. `kind`: gain, loss, none (nothing shown), void (at chance level)."""
+    """The result in words. `kind`: gain, loss, none (nothing shown), void (at chance level or below)."""
 
     kind: str
     headline: str
@@ -30,8 +30,15 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
         f"{percent(figures, 'tuned')}: {points(figures)} percentage points (standard errors). Answers won: {figures['won']}, lost: "
         f"{figures['lost']}; McNemar's exact p is {p_value(p)}."
     )
-    guards = summary["guards"]["at_chance"]
-    if {"base/all", "tuned/all"} <= set(guards):
+    both, guards = {"base/all", "tuned/all"}, summary["guards"]
+    if both <= set(guards["below_chance"]):
+        return Verdict(
+            "void",
+            "Nothing can be concluded: both models are below chance level, which points at the prompt.",
+            f"{detail} A model that prefers wrong answers misreads how it is asked: try another questions.prompt.format, and "
+            "look at the answer key.",
+        )
+    if both <= {*guards["at_chance"], *guards["below_chance"]}:
         return Verdict(
             "void",
             "Nothing can be concluded: both models are at chance level.",

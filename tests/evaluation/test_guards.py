@@ -8,7 +8,7 @@ import random
 import pytest
 
 from roma_ray.errors import GuardError
-from roma_ray.evaluation.guards import at_chance, check_not_identical, normalise, overlap
+from roma_ray.evaluation.guards import beside_chance, by_chance, chance_notes, check_not_identical, normalise, overlap
 
 
 def test_equal_scores_are_an_error_and_one_different_score_is_none() -> None:
@@ -24,40 +24,50 @@ def test_scores_of_other_questions_are_not_compared() -> None:
         check_not_identical([[1.0]], [[1.0], [2.0]])
 
 
-def literal_limit(choices: list[int]) -> float:
-    """The number of right answers two standard errors above guessing: mean and variance of a sum of coin throws."""
+def literal_limits(choices: list[int]) -> tuple[float, float]:
+    """The numbers of right answers two standard errors around guessing: mean and variance of a sum of coin throws."""
     mean = variance = 0.0
     for count in choices:
         mean += 1 / count
         variance += (1 / count) * (1 - 1 / count)
-    return mean + 2 * math.sqrt(variance)
+    return mean - 2 * math.sqrt(variance), mean + 2 * math.sqrt(variance)
 
 
 @pytest.mark.parametrize("choices", [[4] * 100, [2] * 100, [4] * 20 + [2] * 30 + [5] * 50, [26] * 40])
-def test_chance_ends_two_standard_errors_above_guessing(choices: list[int]) -> None:
-    limit = literal_limit(choices)
+def test_chance_is_two_standard_errors_around_guessing(choices: list[int]) -> None:
+    low, high = literal_limits(choices)
     for correct in range(len(choices) + 1):
-        assert at_chance(correct, choices) == (correct <= limit), correct
+        expected = "below_chance" if correct < low else "at_chance" if correct <= high else None
+        assert beside_chance(correct, choices) == expected, correct
 
 
-def test_below_chance_is_chance() -> None:
-    assert at_chance(0, [4] * 1000)
+def test_a_model_that_prefers_wrong_answers_does_not_guess_and_is_told_so() -> None:
+    # 15 % of two-choice questions: no one guesses so badly.
+    assert beside_chance(150, [2] * 1000) == "below_chance"
+    guards = by_chance([("base/all", "at_chance"), ("base/boolq", "below_chance"), ("tuned/all", None)])
+    assert guards == {"at_chance": ["base/all"], "below_chance": ["base/boolq"]}
+    at, below = chance_notes(guards)
+    assert at.endswith(": base/all")
+    assert "prompt" not in at
+    assert below.endswith(": base/boolq")
+    assert "points at the prompt" in below
+    assert chance_notes(by_chance([("base/all", None)])) == []
 
 
 def test_the_public_references_accuracy_is_chance() -> None:
     # 263 of 1150 four-choice questions, for base and tuned alike: the evaluator read its own prompt.
-    assert at_chance(263, [4] * 1150)
-    assert not at_chance(550, [4] * 1150)
+    assert beside_chance(263, [4] * 1150) == "at_chance"
+    assert beside_chance(550, [4] * 1150) is None
 
 
 def test_no_questions_are_not_at_chance() -> None:
-    assert not at_chance(0, [])
+    assert beside_chance(0, []) is None
 
 
 def test_guessing_is_seldom_taken_for_knowledge() -> None:
     throw = random.Random(0)
     choices = [throw.choice([2, 3, 4, 5]) for _ in range(300)]
-    knowing = sum(not at_chance(sum(throw.random() < 1 / c for c in choices), choices) for _ in range(500))
+    knowing = sum(beside_chance(sum(throw.random() < 1 / c for c in choices), choices) is None for _ in range(500))
     # One-sided, two standard errors: 2.3 % of guessers.
     assert knowing <= 25
 

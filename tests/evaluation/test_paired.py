@@ -122,6 +122,7 @@ def test_warnings_name_what_a_reader_must_know(finished: Run) -> None:
         "guards": {
             "identical_scores": False,
             "at_chance": ["base/all"],
+            "below_chance": ["base/boolq"],
             "truncated": 9,
             "too_many_truncated": True,
             "test_questions_in_training": {"exact": 1, "normalised": 2},
@@ -130,7 +131,7 @@ def test_warnings_name_what_a_reader_must_know(finished: Run) -> None:
         "errors": 4,
     }
     text = "\n".join(warnings_of(summary))
-    for part in ("chance", "9 prompts", "2 test questions", "3 rows", "4 questions"):
+    for part in ("at chance", "points at the prompt", "9 prompts", "2 test questions", "3 rows", "4 questions"):
         assert part in text
 
 

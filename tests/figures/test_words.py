@@ -11,7 +11,9 @@ from roma_ray.evaluation.statistics import compare
 from roma_ray.figures.words import by_task, holm, notes, p_value, safety, verdict
 
 
-def summary(won: int, lost: int, n: int = 200, at_chance: tuple[str, ...] = ()) -> dict[str, Any]:
+def summary(
+    won: int, lost: int, n: int = 200, at_chance: tuple[str, ...] = (), below: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """A summary in which the base has half of n questions right and tuning wins and loses that many."""
     base = [True] * (n // 2) + [False] * (n // 2)
     tuned = [False] * lost + [True] * (n // 2 - lost) + [True] * won + [False] * (n // 2 - won)
@@ -21,6 +23,7 @@ def summary(won: int, lost: int, n: int = 200, at_chance: tuple[str, ...] = ()) 
         "splits": {"test": {"a": figures, "b": compare([True, False], [True, False]), "all": figures}},
         "guards": {
             "at_chance": list(at_chance),
+            "below_chance": list(below),
             "too_many_truncated": False,
             "truncated": 0,
             "test_questions_in_training": {"normalised": 0, "exact": 0},
@@ -52,6 +55,14 @@ def test_the_verdict_is_what_the_figures_show(won: int, lost: int, kind: str) ->
 def test_two_models_that_guess_allow_no_conclusion() -> None:
     assert verdict(summary(30, 5, at_chance=("base/all", "tuned/all"))).kind == "void"
     assert verdict(summary(30, 5, at_chance=("base/all", "base/a"))).kind == "gain"
+    assert verdict(summary(30, 5, at_chance=("base/all",), below=("tuned/all",))).kind == "void"
+
+
+def test_two_models_below_chance_point_at_the_prompt() -> None:
+    found = verdict(summary(30, 5, below=("base/all", "tuned/all")))
+    assert found.kind == "void"
+    assert "below chance" in found.headline
+    assert "prompt" in found.headline
 
 
 def test_tasks_are_judged_with_correction_for_their_number() -> None:
