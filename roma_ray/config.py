@@ -13,6 +13,7 @@ from pydantic import Field, field_validator, model_validator
 
 from roma_ray.config_baselines import BaselinesConfig
 from roma_ray.config_section import Section
+from roma_ray.errors import ConfigError
 
 INSTRUCTION = "Answer with the letter of the right choice."
 
@@ -122,6 +123,17 @@ class EmbeddingConfig(Section):
     batch_size: int = Field(default=64, ge=1)
 
 
+def check_epsilon(epsilon: float) -> None:
+    """The rule of eq. 4's epsilon, for whoever takes one. Raises ConfigError.
+
+    A gaussian similarity is positive; a neighbor whose cosine is 0 or less weighs nothing (eq. 6).
+    """
+    if not 0 < epsilon <= 1:
+        raise ConfigError(
+            f"epsilon is a similarity above 0 and at most 1, not {epsilon:g}: neighbors of no similarity weigh nothing"
+        )
+
+
 class NeighborsConfig(Section):
     """The successful neighborhood N(x_i) of eq. 3-4 and its weights, eq. 5-6."""
 
@@ -129,8 +141,8 @@ class NeighborsConfig(Section):
     """`random` is the ablation's control."""
     k: int = Field(default=3, ge=1, le=10_000)
     """Neighbors of a question (knn, random)."""
-    epsilon: float = Field(default=0.5, ge=-1, le=1)
-    """Least similarity (epsilon)."""
+    epsilon: float = 0.5
+    """Least similarity (epsilon), above 0 and at most 1."""
     similarity: Literal["gaussian", "cosine"] = "gaussian"
     sigma: float = Field(default=0.5, gt=0)
     """Width of eq. 5. On unit vectors eq. 5 is exp(-(1 - cos) / sigma^2). The reference code's 0.4 belongs to
@@ -141,11 +153,11 @@ class NeighborsConfig(Section):
     """knn over more successes than this goes by inverted lists, which find at least 95 % of the neighbors; the share is
     measured in each run and printed. (The epsilon-ball is always exact.)"""
 
-    @model_validator(mode="after")
-    def _epsilon_fits(self) -> NeighborsConfig:
-        if self.method == "epsilon" and self.similarity == "gaussian" and self.epsilon <= 0:
-            raise ValueError("a gaussian similarity is positive: an epsilon of zero or less takes every question")
-        return self
+    @field_validator("epsilon")
+    @classmethod
+    def _epsilon_fits(cls, value: float) -> float:
+        check_epsilon(value)
+        return value
 
 
 class RegularizerConfig(Section):

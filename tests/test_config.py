@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 from roma_ray.config import Config
 from roma_ray.config_reading import apply_override, load_config, parse_config
 from roma_ray.errors import ConfigError
+from roma_ray.manifold.neighbors import find_neighbors
 from roma_ray.questions.registry import REGISTRY
 
 ROOT = Path(__file__).parents[1]
@@ -150,10 +152,25 @@ def test_a_source_has_exactly_one_origin() -> None:
         assert "exactly one of `path` and `dataset`" in message
 
 
-def test_an_epsilon_that_takes_every_question_is_refused() -> None:
-    assert "epsilon" in refused(minimal(neighbors={"method": "epsilon", "epsilon": 0}))
-    on_cosine = parse_config(minimal(neighbors={"method": "epsilon", "epsilon": -0.5, "similarity": "cosine"}))
-    assert on_cosine.neighbors.epsilon == -0.5
+@pytest.mark.parametrize("epsilon", [-0.5, 0.0, 1.5])
+@pytest.mark.parametrize("similarity", ["cosine", "gaussian"])
+def test_the_configuration_and_the_search_refuse_the_same_epsilons(epsilon: float, similarity: Any) -> None:
+    """Before anything is paid for, and by one rule."""
+    with pytest.raises(ConfigError) as searched:
+        find_neighbors(
+            torch.eye(4),
+            torch.ones(4, dtype=torch.bool),
+            training_N=torch.ones(4, dtype=torch.bool),
+            ids=list("abcd"),
+            text_keys=list("abcd"),
+            method="epsilon",
+            epsilon=epsilon,
+            similarity=similarity,
+            sigma=0.5,
+        )
+    message = refused(minimal(neighbors={"method": "epsilon", "epsilon": epsilon, "similarity": similarity}))
+    assert str(searched.value) in message
+    assert "neighbors.epsilon" in message
 
 
 @pytest.mark.parametrize("text", ["7e-5", "7.0e-5", "0.00007"])

@@ -127,24 +127,8 @@ def resolve(
 
     token_positions(config.routing.tokens, 1)  # refuses an unknown name before any work
     store = Store(config.storage)
-    path = resolve_path(config.model.path)
-    facts = _model_facts(path, config.model.revision)
-    chosen = resolve_device(config) if device is None else device
-    dtype = facts["dtype"] if config.model.dtype == "auto" else config.model.dtype
-    # A hub's branch moves; the commit that this run found is part of every fingerprint, and what its workers load.
-    revision = facts["revision"] or config.model.revision
-    identity = model_identity(config.model.model_copy(update={"revision": revision}), path)
-    backend = config.model.experts_backend
-    if backend == "auto":
-        # On a CPU a fixed one: what is fastest there depends on the load, and the bits must not.
-        backend = "eager"
-    spec = ModelSpec(path, revision, dtype, backend, config.model.attention, chosen, config.threads)
-    if config.model.experts_backend == "auto" and chosen == "cuda":
-        from roma_ray.engine.backends import kept_backend, measure_backends
-
-        spec = dataclasses.replace(
-            spec, experts_backend=kept_backend(store, identity, spec, measure or measure_backends)
-        )
+    spec, identity = resolve_model(config, device=device, measure=measure)
+    facts = _model_facts(spec.path, spec.revision)
     layers = select_layers(config.routing.layers, facts["moe_layers"])
     return Setup(
         config,
@@ -158,6 +142,32 @@ def resolve(
         cuts=(layers[0],),
         token_rules=(config.routing.tokens,),
     )
+
+
+def resolve_model(
+    config: Config, *, device: str | None = None, measure: Callable[[ModelSpec], dict[str, Any]] | None = None
+) -> tuple[ModelSpec, str]:
+    """The configured model, whether or not it has routers, as every worker will load it, and its identity.
+
+    The one place that decides it, for training and judging alike. Arguments and errors as `resolve`.
+    """
+    path = resolve_path(config.model.path)
+    stored = _stored(path, config.model.revision)
+    chosen = resolve_device(config) if device is None else device
+    dtype = stored.dtype if config.model.dtype == "auto" else config.model.dtype
+    # A hub's branch moves; the commit that this run found is part of every fingerprint, and what its workers load.
+    revision = stored.commit or config.model.revision
+    identity = model_identity(config.model.model_copy(update={"revision": revision}), path)
+    backend = config.model.experts_backend
+    # On a CPU a fixed one: what is fastest there depends on the load, and the bits must not.
+    fixed = "eager" if backend == "auto" else backend
+    spec = ModelSpec(path, revision, dtype, fixed, config.model.attention, chosen, config.threads)
+    if stored.routed and backend == "auto" and chosen == "cuda":
+        from roma_ray.engine.backends import kept_backend, measure_backends
+
+        kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
+        spec = dataclasses.replace(spec, experts_backend=kept)
+    return spec, identity
 
 
 def resolve_device(config: Config) -> str:
@@ -234,6 +244,29 @@ def _content_digest(path: Path) -> str:
                 stream.seek(first + start + offset)
                 digest.update(stream.read(count))
     return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """What a model's files say of it, with or without routers."""
+
+    commit: str | None
+    """Of a hub model."""
+    dtype: str
+    routed: bool
+
+
+@lru_cache(maxsize=8)
+def _stored(path: str, revision: str | None) -> _Stored:
+    import torch
+
+    from roma_ray.moe.families import supported_families
+    from roma_ray.moe.snapshot import open_snapshot
+
+    snapshot = open_snapshot(path, revision)
+    config = snapshot.config()
+    dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
+    return _Stored(snapshot.revision, dtype, config.model_type in supported_families())
 
 
 @lru_cache(maxsize=8)

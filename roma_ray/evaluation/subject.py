@@ -11,10 +11,9 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.artifacts import Store, fingerprint
+from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config
-from roma_ray.engine.backends import kept_backend, measure_backends
-from roma_ray.engine.setup import ModelSpec, model_identity, resolve_device, resolve_path, set_threads
+from roma_ray.engine.setup import ModelSpec, resolve_model, resolve_path, set_threads
 from roma_ray.errors import CheckpointError, ConfigError, ModelError
 from roma_ray.moe.checkpoints import read_adapter
 
@@ -129,13 +128,11 @@ def resolve_subject(
 
     The adapter is judged in the type that it was exported in. Raises ModelError, CheckpointError, ConfigError.
     """
-    import torch
-
     from roma_ray.moe.families import family
     from roma_ray.moe.snapshot import open_snapshot
 
-    path = resolve_path(config.model.path)
-    judged = open_snapshot(path, config.model.revision).config()
+    spec, identity = resolve_model(config, device=device, measure=measure)
+    judged = open_snapshot(spec.path, spec.revision).config()
     try:
         family(judged)
         sliced = True
@@ -143,23 +140,6 @@ def resolve_subject(
         if adapter is not None:
             raise
         sliced = False
-    chosen = resolve_device(config) if device is None else device
-    stored = str(getattr(judged, "dtype", None) or torch.float32).removeprefix("torch.")
-    dtype = stored if config.model.dtype == "auto" else config.model.dtype
-    backend = config.model.experts_backend
-    spec = ModelSpec(
-        path,
-        config.model.revision,
-        dtype,
-        "eager" if backend == "auto" else backend,
-        config.model.attention,
-        chosen,
-        config.threads,
-    )
-    identity = model_identity(config.model, path)
-    if sliced and backend == "auto" and chosen == "cuda":
-        kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
-        spec = replace(spec, experts_backend=kept)
     settings = config.evaluation
     subject = Subject(
         model=spec,

@@ -14,6 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from roma_ray.config import check_epsilon
 from roma_ray.errors import ConfigError, NeighborError
 from roma_ray.manifold.ranking import QuestionTable
 from roma_ray.manifold.search import BackendName
@@ -146,8 +147,8 @@ def _check_settings(method: str, k: int, epsilon: float, similarity: str, sigma:
     check_similarity(similarity, sigma)
     if k < 1 and method != "epsilon":
         raise ConfigError(f"k must be at least 1, not {k}")
-    if method == "epsilon" and not 0 < epsilon <= 1:
-        raise ConfigError(f"epsilon is a similarity in (0, 1], not {epsilon}")
+    if method == "epsilon":
+        check_epsilon(epsilon)
     if batch_rows < 1:
         raise ConfigError(f"batch_rows must be at least 1, not {batch_rows}")
 
