@@ -5,12 +5,12 @@ Every field is documented under its name. The resolved configuration is saved wi
 
 from __future__ import annotations
 
-import re
 from typing import Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
 
+from roma_ray.addresses import has_secret
 from roma_ray.config_baselines import BaselinesConfig
 from roma_ray.config_section import Section
 from roma_ray.errors import ConfigError
@@ -285,10 +285,10 @@ class TrackingConfig(Section):
     def _served(cls, value: str | None) -> str | None:
         if value is not None and value.rstrip("/") in {"sqlite:", "sqlite:///:memory:"}:
             raise ValueError("this database is gone when the run ends; name a file: sqlite:////absolute/path.db")
-        if value is not None and re.search(r"//[^/@]*:[^/@]+@", value):
+        if value is not None and has_secret(value):
             raise ValueError(
-                "configurations are saved, so no password belongs here: give the address in $MLFLOW_TRACKING_URI, or the "
-                "password in $MLFLOW_TRACKING_PASSWORD"
+                "configurations are saved, so no password, token or key belongs here (nor what looks like one: all before an @): "
+                "give the address in $MLFLOW_TRACKING_URI, or the password in $MLFLOW_TRACKING_PASSWORD"
             )
         if value is not None and (value.startswith("file:") or not (value == "databricks" or ":" in value)):
             raise ValueError(

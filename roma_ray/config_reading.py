@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from roma_ray.addresses import mask, mask_text
 from roma_ray.config import Config
 from roma_ray.errors import ConfigError
 
@@ -44,7 +45,7 @@ def read_settings(source: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {source}: {error}") from None
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from None
+        raise ConfigError(f"{source} is not valid YAML: {mask_text(str(error))}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
     return data
@@ -84,19 +85,20 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c` to nested data in place; the value is read as YAML. Raises ConfigError."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
+    shown = mask_text(override)
     if not separator or not all(parts):
-        raise ConfigError(f"--set {override!r}: write it as section.key=value, e.g. finetune.epochs=1")
+        raise ConfigError(f"--set {shown!r}: write it as section.key=value, e.g. finetune.epochs=1")
     try:
         value = yaml.load(text, Loader=_UniqueKeys)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise ConfigError(f"--set {override!r}: the value is not valid YAML: {error}") from None
+        raise ConfigError(f"--set {shown!r}: the value is not valid YAML: {mask_text(str(error))}") from None
     node: Any = data
     for part in parts[:-1]:
         child = node.get(part) if isinstance(node, dict) else None
         if child is None and isinstance(node, dict):
             child = node[part] = {}
         if isinstance(child, list) or not isinstance(child, dict):
-            raise ConfigError(f"--set {override!r}: `{part}` is not a section; set the whole value with YAML instead")
+            raise ConfigError(f"--set {shown!r}: `{part}` is not a section; set the whole value with YAML instead")
         node = child
     node[parts[-1]] = value
 
@@ -109,7 +111,10 @@ def _explain(fault: dict[str, Any], where: str) -> str:
         # The section's own words name the setting; its whole content would only bury them.
         return f"{where}: {message}" if where else message
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {message} (got {fault.get('input')!r:.80})"
+        given = fault.get("input")
+        # A secret may stand in the wrong place; so nothing is repeated unmasked.
+        shown = repr(mask(given)) if isinstance(given, str) and ":" in given else mask_text(repr(given))
+        return f"{where}: {message} (got {shown:.80})"
     known = _names_at(fault["loc"][:-1])
     near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
     hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"

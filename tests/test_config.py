@@ -303,11 +303,3 @@ PLAIN = {"seed", "batch_size", "epochs", "learning_rate", "clip_norm", "similari
 
 def test_every_setting_is_documented() -> None:
     assert _documented(Config) == []
-
-
-def test_no_password_is_saved() -> None:
-    """An address with a password is refused: the configuration lies beside every result."""
-    for uri in ("http://me:secret@host:5000", "postgresql://me:secret@host/db"):
-        with pytest.raises(ConfigError, match="no password belongs here"):
-            load_config(None, [f"tracking.uri={uri}"])
-    assert load_config(None, ["tracking.uri=http://me@host:5000"]).tracking.uri == "http://me@host:5000"

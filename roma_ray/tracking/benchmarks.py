@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from roma_ray.addresses import mask
 from roma_ray.artifacts import Stage, Store, fingerprint
 from roma_ray.config import Config
 from roma_ray.engine.progress import Progress
@@ -84,7 +85,7 @@ def _quietly(progress: Progress, config: Config, store: Store) -> Iterator[None]
     try:
         yield
     except Unavailable as error:
-        where = records.shown(records.tracking_address(config, store))
+        where = mask(records.tracking_address(config, store))
         progress.say(f"MLflow at {where} cannot be used ({error}); the same command delivers it later")
 
 

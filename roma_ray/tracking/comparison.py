@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from roma_ray.addresses import mask
 from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Progress
@@ -62,7 +63,7 @@ class ComparisonTracker:
         self._down_since = None
         self._deliver()
         if self._client is not None:
-            self.progress.say(f"MLflow: run {self._runs[PARENT].id} at {records.shown(self.uri)}")
+            self.progress.say(f"MLflow: run {self._runs[PARENT].id} at {mask(self.uri)}")
 
     def _deliver(self) -> None:
         if self._down_since is not None and time.monotonic() - self._down_since < _RETRY_SECONDS:
@@ -77,7 +78,7 @@ class ComparisonTracker:
             self._client, self._runs = None, {}
             self._down_since = time.monotonic()
             self.progress.say(
-                f"MLflow at {records.shown(self.uri)} cannot be used ({error}). Nothing is lost: the same command delivers it later."
+                f"MLflow at {mask(self.uri)} cannot be used ({error}). Nothing is lost: the same command delivers it later."
             )
 
     def _connect(self) -> None:

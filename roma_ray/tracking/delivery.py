@@ -9,6 +9,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from roma_ray.addresses import mask
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.tracking import records
@@ -56,11 +57,11 @@ class Delivery:
         self._deliver(patient=True)
         if self._waiting:
             self.progress.say(
-                f"MLflow at {records.shown(self.uri)} still lacks: {', '.join(self._waiting)}. Nothing is lost: it is delivered by "
+                f"MLflow at {mask(self.uri)} still lacks: {', '.join(self._waiting)}. Nothing is lost: it is delivered by "
                 f"{self.later}, once MLflow is back."
             )
         elif self.parent in self._runs:
-            self.progress.say(f"MLflow: run {self._runs[self.parent].id} at {records.shown(self.uri)}")
+            self.progress.say(f"MLflow: run {self._runs[self.parent].id} at {mask(self.uri)}")
 
     def _deliver(self, *names: str, patient: bool = False) -> None:
         """Bring MLflow up to date on these stages and all that wait; while it is down, only now and then."""
@@ -85,7 +86,7 @@ class Delivery:
             self._client, self._runs, self._steps = None, {}, {}
             if not was_down:
                 self.progress.say(
-                    f"MLflow at {records.shown(self.uri)} cannot be used ({error}). The run goes on; what it records is kept and "
+                    f"MLflow at {mask(self.uri)} cannot be used ({error}). The run goes on; what it records is kept and "
                     "delivered later."
                 )
             self._down_since = time.monotonic()
@@ -97,7 +98,7 @@ class Delivery:
     def _say_refused(self, name: str, error: Refused) -> None:
         """MLflow takes other things, but not this: tell it once, go on with the others."""
         if name not in self._refused:
-            self.progress.say(f"MLflow at {records.shown(self.uri)} does not take all of `{name}`: {error}")
+            self.progress.say(f"MLflow at {mask(self.uri)} does not take all of `{name}`: {error}")
             self._refused.add(name)
 
     def _connect(self) -> None:

@@ -45,11 +45,6 @@ def tracking_address(config: Config, store: Store) -> str:
     return uri
 
 
-def shown(uri: str) -> str:
-    """An address without the password in it."""
-    return re.sub(r"//[^/@]*@", "//", uri)
-
-
 def pipeline_identity(planned: Mapping[str, Stage]) -> str:
     """What makes two runs the same: the fingerprints of all stages that compute something."""
     return fingerprint({name: stage.fingerprint for name, stage in planned.items() if name != "report"})
