@@ -51,7 +51,10 @@ def print_result(summary: Mapping[str, Any]) -> None:
 
 
 def setup_of_finished(config: Any) -> Any:
-    """The set-up whose run has come furthest: `device: auto` may have meant a cluster's GPUs, which this machine need not have."""
+    """The set-up whose run has come furthest: `device: auto` may have meant a cluster's GPUs, which this machine need not have,
+    and a sweep's trial stands on an extraction that it shares with others.
+    """
+    from roma_ray.ablations.plan import share
     from roma_ray.engine.setup import resolve
     from roma_ray.errors import ModelError
     from roma_ray.pipeline import locate
@@ -68,4 +71,5 @@ def setup_of_finished(config: Any) -> Any:
         stages = locate(setup)
         return stages["evaluate"].complete, sum(stage.complete for stage in stages.values())
 
-    return max((first, *others), key=come)
+    found = (first, *others)
+    return max((*found, *(shared for setup in found for shared in share([setup]))), key=come)

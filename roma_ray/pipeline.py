@@ -7,23 +7,23 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from roma_ray.artifacts import Stage, write_text
+from roma_ray.artifacts import Stage
 from roma_ray.baselines.runs import method_stage
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.embedding import embed
 from roma_ray.engine.extraction import extract
 from roma_ray.engine.finetuning import tune
 from roma_ray.engine.neighborhoods import describe, neighbors
-from roma_ray.engine.prepare import prepare
+from roma_ray.engine.prepare import prepare, sources_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.engine.setup import Setup
+from roma_ray.engine.setup import CONFIG, Setup, save_config
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.paired import evaluate, locate_stages
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import report, report_stage
+from roma_ray.questions.counts import describe_sources
 
-_CONFIG = "config.yaml"
 STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
 
 
@@ -108,10 +108,13 @@ def run(
         mixed = mixed_devices(name, stage.manifest()["devices"])
         if mixed:
             progress.say(f"note: {mixed}")
+        if name == "questions":
+            for line in describe_sources(sources_of(stage)):
+                progress.say(line)
         if name == "neighbors":
             progress.say(describe(stage.manifest()["facts"]))
         observer.stage_finished(stage)
-    _save_config(stages[until], setup.config.to_yaml())
+    save_config(stages[until], setup.config)
     summary = summarise_run(setup, stages, time.monotonic() - started) if "evaluate" in stages else {}
     finished = Run(setup, stages, summary)
     observer.finished(finished)
@@ -149,14 +152,7 @@ def replay(setup: Setup, observer: Observer) -> None:
 def _ended(planned: Mapping[str, Stage], last: str) -> bool:
     """Whether a run was to go up to this stage and did; one that is at work or was killed beyond it is another matter."""
     later = STAGES[STAGES.index(last) + 1 :]
-    return (planned[last].path / _CONFIG).exists() and not any(planned[name].path.exists() for name in later)
-
-
-def _save_config(stage: Stage, resolved: str) -> None:
-    """Keep the resolved configuration beside the run's last stage."""
-    path = stage.path / _CONFIG
-    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
-        write_text(path, resolved)
+    return (planned[last].path / CONFIG).exists() and not any(planned[name].path.exists() for name in later)
 
 
 def _stage(

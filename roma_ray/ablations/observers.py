@@ -29,17 +29,18 @@ class Board(Protocol):
 
 
 class Lines:
-    """A line for each trial that starts or ends: for logs."""
+    """A line for each trial that starts, ends an epoch or ends: for logs."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
-        self._said: dict[str, str] = {}
+        self._said: dict[str, tuple[str, int]] = {}
 
     def started(self, sweep: Sweep) -> None: ...
 
     def changed(self, sweep: Sweep, state: State) -> None:
-        if self._said.get(state.trial.id) != state.state:
-            self._said[state.trial.id] = state.state
+        now = (state.state, state.epoch)
+        if self._said.get(state.trial.id) != now:
+            self._said[state.trial.id] = now
             self.progress.say(f"[{progress_of(sweep)}] {progress_line(state)}")
 
     def finished(self, sweep: Sweep) -> None: ...

@@ -14,10 +14,11 @@ from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
 from roma_ray.engine.extraction import known_extractions
-from roma_ray.engine.prepare import questions_stage
+from roma_ray.engine.prepare import expected_sources, questions_stage, sources_of
 from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
 from roma_ray.evaluation.paired import locate_stages
+from roma_ray.questions.counts import SourceCount, describe_sources
 
 SHARED = ("questions", "extract", "embed", "neighbors")
 # A backward pass through the head costs about two forward passes.
@@ -192,23 +193,38 @@ class Cost:
     """Of one worker."""
 
 
-def cost(plan: Plan) -> Cost:
+Counts = Mapping[str, Sequence[SourceCount] | None]
+"""What the sources give to each part, by the questions' fingerprint; None where only the run will know."""
+
+
+def count_questions(plan: Plan) -> Counts:
+    """Counts of all questions that trials are asked: of finished stages as they are, else as the files declare them.
+
+    Raises QuestionError, ConfigError.
+    """
+    return {
+        stage.fingerprint: (sources_of(stage) if stage.complete else None) or expected_sources(planned.setup)
+        for planned, stage in plan.stages("questions")
+    }
+
+
+def cost(plan: Plan, known: Counts) -> Cost:
     """Estimate what the trials and stages that are not complete will take."""
     unfinished = [each.stages["extract"] for each in plan.trials if not each.complete]
     unfinished += [locate_stages(setup)["extract"] for setup in plan.later]
     extraction = float(len({stage.fingerprint for stage in unfinished if not stage.complete}))
-    trials = sum(_passes(planned) for planned in plan.trials if not planned.complete)
+    trials = sum(_passes(planned, known) for planned in plan.trials if not planned.complete)
     seconds = [stage.manifest()["seconds"] for _, stage in plan.stages("extract") if stage.complete]
     return Cost(extraction, trials, (extraction + trials) * min(seconds) if seconds else None)
 
 
-def _passes(planned: Planned) -> float:
+def _passes(planned: Planned, known: Counts) -> float:
     """One trial: training steps, a validation each epoch, and the tuned half of the evaluation, all on the head alone."""
     questions = planned.setup.config.questions
     held_out = {"validation": questions.validation_fraction, "test": questions.test_fraction}
-    if planned.stages["questions"].complete:
-        splits = planned.stages["questions"].manifest()["facts"]["splits"]
-        held_out = {name: splits[name] / sum(splits.values()) for name in ("validation", "test")}
+    if sources := known[planned.stages["questions"].fingerprint]:
+        total = sum(c.train + c.validation + c.test for c in sources)
+        held_out = {name: sum(getattr(c, name) for c in sources) / total for name in held_out}
     train = (1 - sum(held_out.values())) * questions.fraction
     setup = planned.setup
     head = 1 - setup.cut / setup.num_layers
@@ -227,29 +243,36 @@ def describe(plan: Plan) -> list[str]:
         f"{space.file.name}: {len(trials)} trials{searched} ({done} complete), seeds {listed(seeds)}"
         + (f"; {merged} more are the same as others on this model" if merged else "")
     ]
-    lines.append(
+    known = count_questions(plan)
+    told = dict.fromkeys(line for sources in known.values() if sources for line in describe_sources(sources))
+    return [*lines, *describe_shared(plan), *told, describe_cost(plan, known)]
+
+
+def describe_shared(plan: Plan) -> list[str]:
+    """What the trials have in common, and how much of it is done."""
+    setups = [planned.setup for planned in plan.trials]
+    lines = [
         f"cuts: {listed(sorted({setup.cut for setup in setups}))} of {setups[0].num_layers} layers; token rules: "
         f"{listed(sorted({setup.config.routing.tokens for setup in setups}))}; training fractions: "
         f"{listed(sorted({setup.config.questions.fraction for setup in setups}))}"
-    )
+    ]
     counts = []
     for name in SHARED:
         stages = [stage for _, stage in plan.stages(name)]
         counts.append(f"{name} {len(stages)} ({sum(stage.complete for stage in stages)} complete)")
-    lines.append(f"shared stages: {', '.join(counts)}")
-    lines.append(describe_cost(plan))
-    return lines
+    return [*lines, f"shared stages: {', '.join(counts)}"]
 
 
-def describe_cost(plan: Plan) -> str:
+def describe_cost(plan: Plan, known: Counts) -> str:
     """The line about what is left to do."""
-    left = cost(plan)
-    uncounted = "embedding and what optuna chooses" if plan.later else "embedding"
+    left = cost(plan, known)
+    uncounted = ["embedding", *["what optuna chooses"] * bool(plan.later)]
+    uncounted += ["splits that data sets of the hub declare"] * (None in known.values())
     if not left.extraction + left.trials:
         return "cost: nothing is left to do" + (", beside what optuna chooses" if plan.later else "")
     text = (
         f"cost: about {left.extraction + left.trials:.1f} forward passes of the whole model over all questions "
-        f"({left.extraction:.0f} to extract, {left.trials:.1f} for the trials' heads; {uncounted} not counted)"
+        f"({left.extraction:.0f} to extract, {left.trials:.1f} for the trials' heads; not counted: {listed(uncounted)})"
     )
     if left.seconds is not None:
         return f"{text}; about {hours(left.seconds)} of one worker at the speed of the finished extraction"

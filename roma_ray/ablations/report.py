@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.ablations import paper
-from roma_ray.ablations.plan import describe, hours
+from roma_ray.ablations.plan import describe_shared, hours
 from roma_ray.ablations.results import Findings, Paired, Result, read_findings
 from roma_ray.ablations.space import CENTRE
 from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, State, Sweep
@@ -59,7 +59,7 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
             "findings": findings,
             "headline": headline(findings),
             "notes": notes(sweep, findings),
-            "lines": describe(sweep.plan)[1:3],
+            "lines": describe_shared(sweep.plan),
             "pictures": pictures,
             "ranking": ranking(findings),
             "tables": tables,
@@ -249,7 +249,7 @@ def notes(sweep: Sweep, findings: Findings) -> list[str]:
     pins = {f.pin for result in findings.results for f in result.finished}
     if len(pins) > 1:
         lines.append(f"{len(pins)} evaluation pins: settings of different questions or prompts are not comparable")
-    idle = [r.name for r in findings.results if r.gradient_ratio is not None and r.gradient_ratio < 0.01]
+    idle = [r.name for r in findings.results if r.idle]
     if idle:
         lines.append(f"the regularizer was idle (its gradient under 1 % of the task's) in: {'; '.join(idle)}")
     for count, what in (

@@ -11,6 +11,7 @@ import numpy as np
 from roma_ray.ablations.space import Trial
 from roma_ray.ablations.sweep import DONE, State, Sweep
 from roma_ray.engine.tables import read_table
+from roma_ray.engine.training import is_idle
 from roma_ray.evaluation.paired import RESULTS, read_evaluation
 from roma_ray.evaluation.statistics import accuracy, mcnemar, standard_error
 
@@ -27,6 +28,8 @@ class Finished:
     validation: float
     base_validation: float
     gradient_ratio: float | None
+    """The regularizer's gradient over the task's, at the start; None where none was asked for (none, or λ = 0)."""
+    idle: bool
     pin: str
 
 
@@ -60,6 +63,11 @@ class Result:
     """None for the centre itself, and where the two were not asked the same questions."""
     gradient_ratio: float | None
     finished: tuple[Finished, ...]
+
+    @property
+    def idle(self) -> bool:
+        """Whether the regularizer was idle with any seed."""
+        return any(f.idle for f in self.finished)
 
 
 @dataclass(frozen=True)
@@ -108,7 +116,8 @@ def read_finished(state: State) -> Finished:
     columns = {name: np.array(table.column(name).to_pylist()) for name in ("id", "base_correct", "tuned_correct")}
     evaluation = read_evaluation(stages["evaluate"])
     probe = stages["finetune"].manifest()["facts"]["probe"]
-    regularized = state.planned.setup.config.finetune.regularizer.kind != "none"
+    regularizer = state.planned.setup.config.finetune.regularizer
+    asked = regularizer.kind != "none" and regularizer.weight != 0
     return Finished(
         trial=state.trial,
         ids=tuple(columns["id"][test].tolist()),
@@ -116,7 +125,8 @@ def read_finished(state: State) -> Finished:
         tuned=columns["tuned_correct"][test].astype(bool),
         validation=state.validation_accuracy or 0.0,
         base_validation=evaluation["splits"]["validation"]["all"]["base_accuracy"],
-        gradient_ratio=probe["gradient_ratio"] if regularized else None,
+        gradient_ratio=probe["gradient_ratio"] if asked else None,
+        idle=is_idle(probe["gradient_ratio"], regularizer),
         pin=evaluation["pin"],
     )
 

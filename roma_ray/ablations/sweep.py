@@ -18,10 +18,12 @@ from roma_ray.engine.embedding import embed
 from roma_ray.engine.extraction import extract
 from roma_ray.engine.neighborhoods import describe as describe_neighbors
 from roma_ray.engine.neighborhoods import neighbors
-from roma_ray.engine.prepare import prepare
+from roma_ray.engine.prepare import prepare, sources_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
+from roma_ray.engine.setup import CONFIG, save_config
 from roma_ray.errors import ArtifactError, RomaError
+from roma_ray.questions.counts import describe_sources
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
 from roma_ray.stages.runners import ray_runners
@@ -152,6 +154,8 @@ def run_sweep(
     sweep = open_sweep(plan)
     with sweep.stage.exclusive():
         write_text(sweep.stage.path / SPACE, _resolved(plan.space))
+        for state in sweep.having(DONE):
+            keep_config(state)
         if sweep.having(WAITING, FAILED) or sweep.missing_samples > 0:
             prepare_shared(sweep, ray_runners(cluster, plan.device), progress)
             for observer in observers:
@@ -185,33 +189,45 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
                 continue
             done.add(stage.fingerprint)
             try:
-                if stage.complete:
+                fresh = not stage.complete
+                if fresh:
+                    _shared(name, state.planned, runners, progress)
+                else:
                     # The trials themselves do not look again.
                     stage.verify()
-                    continue
-                made = _shared(name, state.planned, runners, progress)
             except RomaError as error:
                 for other in [*wanted, *ahead]:
                     if other.planned.stages[name].fingerprint == stage.fingerprint:
                         other.state, other.error = FAILED, f"{name}: {error}"
                 progress.say(f"{name}: {error}")
             else:
-                progress.say(f"{name}: done ({made.manifest()['seconds']:.1f} s)  {made.path}")
-                if name == "neighbors":
-                    progress.say(f"{state.trial.name}: {describe_neighbors(made.manifest()['facts'])}")
+                _say_shared(name, state, fresh, progress)
 
 
-def _shared(name: str, planned: Planned, runners: Runners, progress: Progress) -> Stage:
+def _say_shared(name: str, state: State, fresh: bool, progress: Progress) -> None:
+    stage = state.planned.stages[name]
+    facts = stage.manifest()
+    if fresh:
+        progress.say(f"{name}: done ({facts['seconds']:.1f} s)  {stage.path}")
+    if name == "questions" and any(s.path is None for s in state.planned.setup.config.questions.sources):
+        # Of files the plan has told them.
+        for line in describe_sources(sources_of(stage)):
+            progress.say(line)
+    if fresh and name == "neighbors":
+        progress.say(f"{state.trial.name}: {describe_neighbors(facts['facts'])}")
+
+
+def _shared(name: str, planned: Planned, runners: Runners, progress: Progress) -> None:
     setup, stages = planned.setup, planned.stages
     if name == "questions":
-        return prepare(setup, progress)
-    if name == "extract":
-        return extract(setup, stages["questions"], runners.extract, progress)
-    if name == "embed":
-        return embed(setup, stages["questions"], runners.embed, progress)
-    inputs = (stages["questions"], stages["extract"], stages["embed"])
-    made: Stage = runners.call(neighbors, setup, *inputs, progress=progress)
-    return made
+        prepare(setup, progress)
+    elif name == "extract":
+        extract(setup, stages["questions"], runners.extract, progress)
+    elif name == "embed":
+        embed(setup, stages["questions"], runners.embed, progress)
+    else:
+        inputs = (stages["questions"], stages["extract"], stages["embed"])
+        runners.call(neighbors, setup, *inputs, progress=progress)
 
 
 def _run_trials(
@@ -272,6 +288,8 @@ def _listener(sweep: Sweep, observers: Sequence[Observer]) -> Callable[[Event], 
             planned = drawn(sweep.plan, event.config)
             state = sweep.states.setdefault(planned.trial.id, State(planned, values=dict(event.config)))
         _advance(state, event)
+        if state.state == DONE:
+            keep_config(state)
         if state.state in (STOPPED, FAILED) or (state.values is not None and event.kind == "started"):
             _note(sweep.stage, state)
         for observer in observers:
@@ -297,6 +315,14 @@ def _advance(state: State, event: Event) -> None:
         state.state = STOPPED if event.kind == "stopped" else RUNNING
     if state.began is not None and state.state != RUNNING:
         state.seconds = time.monotonic() - state.began
+
+
+def keep_config(state: State) -> None:
+    """A finished trial's configuration beside its evaluation, as a run keeps its own; one that is there stays."""
+    evaluation = state.planned.stages["evaluate"]
+    if not (evaluation.path / CONFIG).exists() and evaluation.complete:
+        config = state.planned.setup.config
+        save_config(evaluation, config.model_copy(update={"name": f"{config.name}: {state.trial.name}"}))
 
 
 def _text(record: Mapping[str, Any]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import ModelSpec, Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
-from roma_ray.engine.training import ALONE, IDLE_RATIO, Outcome, World, finetune
+from roma_ray.engine.training import ALONE, Outcome, World, finetune, is_idle
 from roma_ray.engine.verification import verify_sample
 from roma_ray.errors import QuestionError, StorageError
 from roma_ray.moe.checkpoints import save_adapter
@@ -257,7 +257,7 @@ def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progr
         f"gradient norms on the gates (probe): task {probe['task_gradient']:.3g}, regularizer {probe['regularizer_gradient']:.3g}, "
         f"lambda {probe['weight']:.3g}: ratio {probe['gradient_ratio']:.2%} at the start, {probe['final_gradient_ratio']:.2%} at the end"
     )
-    if probe["gradient_ratio"] < IDLE_RATIO:
+    if is_idle(probe["gradient_ratio"], config.regularizer):
         progress.say(
             "warning: the regularizer is idle (its gradient is under 1 % of the task term's). Raise finetune.regularizer.weight, "
             "or set it to `auto`."

@@ -12,13 +12,14 @@ from typing import Any
 import pyarrow as pa
 
 from roma_ray.artifacts import Stage, file_digest
-from roma_ray.config import QuestionSource
+from roma_ray.config import QuestionsConfig, QuestionSource
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup, resolve_question_path
 from roma_ray.engine.tables import QUESTIONS, REJECTED, write_table
 from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.questions.counts import SourceCount, count_sources
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
-from roma_ray.questions.readers import read_questions
+from roma_ray.questions.readers import iter_sources
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.splits import assign_splits
 
@@ -55,15 +56,8 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
     started = time.monotonic()
     with stage.exclusive():
         config = setup.config
-        questions, rejected = read_questions(
-            [_resolved(source) for source in config.questions.sources], seed=questions_seed(setup)
-        )
-        questions = assign_splits(
-            questions,
-            validation_fraction=config.questions.validation_fraction,
-            test_fraction=config.questions.test_fraction,
-            seed=questions_seed(setup),
-        )
+        read, rejected = read_sources(config.questions, questions_seed(setup))
+        questions = split_questions(config.questions, read, questions_seed(setup))
         builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
         prompts, too_long = build_prompts(questions, builder)
         rejected = [*rejected, *too_long]
@@ -75,7 +69,12 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
         counts = {"questions": len(prompts), "rejected": len(rejected), "truncated": sum(p.truncated for p in prompts)}
         splits = Counter(p.split for p in prompts)
         stage.finish(
-            facts={**counts, "splits": dict(splits), "tasks": sorted({p.task for p in prompts})},
+            facts={
+                **counts,
+                "splits": dict(splits),
+                "tasks": sorted({p.task for p in prompts}),
+                "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
+            },
             seconds=time.monotonic() - started,
         )
     if rejected:
@@ -83,6 +82,50 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
         shown = ", ".join(f"{count} x {reason}" for reason, count in common)
         progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / 'rejected.parquet'}")
     return stage
+
+
+def read_sources(config: QuestionsConfig, seed: int) -> tuple[list[tuple[str, list[Question]]], list[Rejected]]:
+    """Each source's name with its questions as they are declared, and the rows set aside. Raises QuestionError, ConfigError."""
+    read: list[tuple[str, list[Question]]] = []
+    rejected: list[Rejected] = []
+    for name, rows in iter_sources([_resolved(source) for source in config.sources], seed=seed):
+        questions: list[Question] = []
+        for row in rows:
+            if isinstance(row, Question):
+                questions.append(row)
+            else:
+                rejected.append(row)
+        read.append((name, questions))
+    return read, rejected
+
+
+def split_questions(
+    config: QuestionsConfig, read: Sequence[tuple[str, Sequence[Question]]], seed: int
+) -> list[Question]:
+    """All sources' questions in their order, each with its part. Raises QuestionError, ConfigError."""
+    return assign_splits(
+        [question for _, questions in read for question in questions],
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=seed,
+    )
+
+
+def expected_sources(setup: Setup) -> tuple[SourceCount, ...] | None:
+    """What the sources will give to each part, too long prompts not counted; None where one is read from the hub.
+
+    Raises QuestionError, ConfigError.
+    """
+    config, seed = setup.config.questions, questions_seed(setup)
+    if any(source.path is None for source in config.sources):
+        return None
+    read, _ = read_sources(config, seed)
+    return count_sources(read, {question.id: question.split for question in split_questions(config, read, seed)})
+
+
+def sources_of(stage: Stage) -> tuple[SourceCount, ...]:
+    """What a finished stage's sources gave to each part; empty for a stage of before they were counted."""
+    return tuple(SourceCount.of(facts) for facts in stage.manifest()["facts"].get("sources", ()))
 
 
 def load_tokenizer(path: str, revision: str | None) -> Any:

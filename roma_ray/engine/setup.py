@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.artifacts import Store, file_digest, fingerprint
+from roma_ray.artifacts import Stage, Store, file_digest, fingerprint, write_text
 from roma_ray.config import Config, ModelConfig
 from roma_ray.errors import ModelError, QuestionError
 
@@ -24,6 +24,7 @@ _WHOLE_DIGEST_BYTES = 256 << 20
 # Routers are far smaller (OLMoE's: 256 KiB), experts' fused weights far larger.
 _WHOLE_TENSOR_BYTES = 8 << 20
 _SAMPLE = 1 << 16
+CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -168,6 +169,13 @@ def resolve_model(
         kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
         spec = dataclasses.replace(spec, experts_backend=kept)
     return spec, identity
+
+
+def save_config(stage: Stage, config: Config) -> None:
+    """Keep the resolved configuration beside a run's last stage, for commands that take --config. Raises StorageError."""
+    path, resolved = stage.path / CONFIG, config.to_yaml()
+    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+        write_text(path, resolved)
 
 
 def resolve_device(config: Config) -> str:

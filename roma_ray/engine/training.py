@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from roma_ray.config import FinetuneConfig
+from roma_ray.config import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from roma_ray.engine.objective import Objective, TrainingData
@@ -31,6 +31,11 @@ from roma_ray.moe.slices import Slice
 PROBE_QUESTIONS = 64
 # Below this part of the task term's gradient the regularizer is idle, and the run says so.
 IDLE_RATIO = 0.01
+
+
+def is_idle(gradient_ratio: float, regularizer: RegularizerConfig) -> bool:
+    """Whether a regularizer that was asked for hardly pulls on the gates. A λ of 0 asks for none."""
+    return regularizer.kind != "none" and regularizer.weight != 0 and gradient_ratio < IDLE_RATIO
 
 
 class World(Protocol):

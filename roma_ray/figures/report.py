@@ -209,7 +209,7 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "model_name": base_model_name(setup),
         "verdict": words.verdict(summary),
         "by_task": words.by_task(summary),
-        "notes": words.notes(summary, config.finetune.regularizer.kind),
+        "notes": words.notes(summary, config.finetune.regularizer),
         "safety": words.safety(summary),
         "pictures": pictures,
         "splits": {split: tables.result_table(figures) for split, figures in summary["splits"].items()},

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from roma_ray.engine.training import IDLE_RATIO
+from roma_ray.config import RegularizerConfig
+from roma_ray.engine.training import is_idle
 from roma_ray.evaluation.summary import warnings_of
 
 SIGNIFICANCE = 0.05
@@ -79,11 +80,11 @@ def holm(p_values: Mapping[str, float], level: float = SIGNIFICANCE) -> set[str]
     return rejected
 
 
-def notes(summary: Mapping[str, Any], kind: str) -> list[str]:
-    """What a reader must know before using the result; `kind` is the regularizer's."""
+def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[str]:
+    """What a reader must know before using the result."""
     lines = warnings_of(summary)
     probe = summary["probe"]
-    if kind != "none" and probe["gradient_ratio"] < IDLE_RATIO:
+    if is_idle(probe["gradient_ratio"], regularizer):
         lines.append(
             f"the regularizer was idle: its gradient on the gates was {probe['gradient_ratio']:.2%} of the task term's at the start, "
             "so this run says little about it"

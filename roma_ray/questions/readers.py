@@ -50,13 +50,21 @@ def iter_questions(
     sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
 ) -> Iterator[Question | Rejected]:
     """The same rows as `read_questions`, as a stream: only the ids seen so far are kept in memory."""
+    for _, rows in iter_sources(sources, seed=seed, loader=loader):
+        yield from rows
+
+
+def iter_sources(
+    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
+) -> Iterator[tuple[str, Iterator[Question | Rejected]]]:
+    """Each source's short name and its rows, which are to be read before the next source's."""
     if not sources:
         raise ConfigError("questions.sources is empty: name at least one file or dataset")
     names = _display_names([source.path for source in sources])
     seen: dict[str, tuple[str, int]] = {}
     for source, name in zip(sources, names, strict=True):
         rows = _open(source, name, seed, loader)
-        yield from _usable(_without_duplicates(rows, seen), source, source.dataset or name)
+        yield source.dataset or name, _usable(_without_duplicates(rows, seen), source, source.dataset or name)
 
 
 def asset(name: str) -> Path:

@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import constants
 
 from roma_ray.ablations.command import dry_run
-from roma_ray.ablations.plan import Plan, cost, describe, make_plan
+from roma_ray.ablations.plan import Plan, cost, count_questions, describe, make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
 from roma_ray.artifacts import write_text
@@ -65,14 +65,28 @@ def test_the_paper_s_ablations_share_one_extraction(base: dict[str, Any], tmp_pa
 
 
 def test_cost_counts_heads_and_fractions(base: dict[str, Any], tmp_path: Path) -> None:
-    """Against the formula by hand: 3 passes a training question and epoch, a validation an epoch, one evaluation."""
+    """Against the formula by hand: 3 passes a training question and epoch, a validation an epoch, one evaluation.
+
+    Four of the file's twelve rows are declared as test: of the other eight one is held out for validation.
+    """
     settings = {"set": {"routing.layers": "L4", "finetune.epochs": 2}}
-    found = cost(planned(base, tmp_path, **settings))
+    plan = planned(base, tmp_path, **settings)
+    found = cost(plan, count_questions(plan))
     assert found.extraction == 1
-    assert found.trials == pytest.approx(4 / 16 * (2 * (3 * 0.7 + 0.1) + 1))
+    assert found.trials == pytest.approx(4 / 16 * (2 * (3 * 7 / 12 + 1 / 12) + 1))
     assert found.seconds is None
-    half = cost(planned(base, tmp_path, set={**settings["set"], "questions.fraction": 0.5}))
-    assert half.trials == pytest.approx(4 / 16 * (2 * (3 * 0.35 + 0.1) + 1))
+    assert "questions of questions.jsonl: 7 train, 1 validation, 4 test" in describe(plan)
+    plan = planned(base, tmp_path, set={**settings["set"], "questions.fraction": 0.5})
+    half = cost(plan, count_questions(plan))
+    assert half.trials == pytest.approx(4 / 16 * (2 * (3 * 3.5 / 12 + 1 / 12) + 1))
+
+
+def test_splits_of_the_hub_s_data_sets_are_said_to_be_unknown(base: dict[str, Any], tmp_path: Path) -> None:
+    plan = planned({**base, "questions": {"sources": [{"dataset": "sciq"}]}}, tmp_path, set={"routing.layers": "L4"})
+    known = count_questions(plan)
+    assert set(known.values()) == {None}
+    assert cost(plan, known).trials == pytest.approx(4 / 16 * (3 * (3 * 0.7 + 0.1) + 1))
+    assert "splits that data sets of the hub declare" in describe(plan)[-1]
 
 
 def test_other_words_for_the_same_layers_are_one_trial(base: dict[str, Any], tmp_path: Path) -> None:

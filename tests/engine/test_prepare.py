@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from roma_ray.artifacts import file_digest
+from roma_ray.config import QuestionSource
 from roma_ray.engine import prepare
+from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
+from roma_ray.engine.tables import read_prompts
+from roma_ray.questions.counts import describe_sources
 from tests.world import make_world
 
 
@@ -33,3 +39,25 @@ def test_an_edited_file_is_another_stage_and_one_file_is_read_once(
     # As long as before.
     Path(path).write_text("".join(reversed(lines)))
     assert prepare.questions_stage(setup).fingerprint != first.fingerprint
+
+
+def test_what_each_source_gives_is_counted_and_told(tmp_path: Path) -> None:
+    """Rows that are all declared as validation train nothing: said before any work, with the remedy."""
+    config = make_world(tmp_path, count=30)
+    rows = Path(str(config.questions.sources[0].path)).read_text().splitlines()
+    declared = [{**json.loads(row), "id": f"v{n}", "task": "held", "split": "validation"} for n, row in enumerate(rows)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(row) + "\n" for row in declared))
+    sources = (*config.questions.sources, QuestionSource(path=str(tmp_path / "held.jsonl")))
+    setup = resolve(config.model_copy(update={"questions": config.questions.model_copy(update={"sources": sources})}))
+    expected = prepare.expected_sources(setup)
+    stage = prepare.prepare(setup, Silence())
+    assert prepare.sources_of(stage) == expected
+    assert expected is not None
+    splits = Counter(prompt.split for prompt in read_prompts(stage.path / prepare.TABLE))
+    for part in ("train", "validation", "test"):
+        assert sum(getattr(count, part) for count in expected) == splits[part]
+    lines = describe_sources(expected)
+    assert lines[1] == "questions of held.jsonl: 0 train, 30 validation, 0 test"
+    assert len(lines) == 3
+    assert "nothing of held.jsonl is trained on" in lines[2]
+    assert "set `split: train` on the source" in lines[2]

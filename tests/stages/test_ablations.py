@@ -19,10 +19,12 @@ from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, Sweep, open_sweep, run_sweep
 from roma_ray.ablations.tuning import make_room
 from roma_ray.artifacts import MANIFEST, file_digest
+from roma_ray.cli_results import setup_of_finished
 from roma_ray.config import Config
+from roma_ray.config_reading import load_config
 from roma_ray.engine.progress import Silence
 from roma_ray.errors import ConfigError
-from roma_ray.pipeline import Run
+from roma_ray.pipeline import Run, locate
 from roma_ray.stages.cluster import Cluster
 from roma_ray.tracking.client import Client
 from tests.stages.support import counts_epochs, dies_once
@@ -100,6 +102,11 @@ def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path
     assert (centre / ".died").exists()
     assert file_digest(centre / WEIGHTS) == file_digest(local_run.stages["finetune"].path / WEIGHTS)
     assert not sweep.stage.complete
+    # Other commands find a trial by the configuration that its evaluation keeps, though it shares an extraction.
+    judged = states["layers F2"].planned.stages["evaluate"]
+    kept = load_config(judged.path / "config.yaml")
+    assert kept.name == "grid: layers F2"
+    assert locate(setup_of_finished(kept))["evaluate"].path == judged.path
     check_tracking(space, storage, sweep)
     check_report(sweep)
 
