@@ -16,19 +16,54 @@ import click
 class _Commands(click.Group):
     """Turns expected failures into one readable message; a bug keeps its traceback."""
 
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's; a standard output that is full or gone is one message, and results were written before."""
+        from roma_ray.text import prepare_streams
+
+        prepare_streams()
+        try:
+            return super().main(*args, **kwargs)
+        except OSError as error:
+            if not _cannot_write(sys.stdout):
+                raise
+            # What is left in the buffer must not fail once more when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _say(
+                f"roma-ray: the standard output cannot be written ({error.strerror}): send it elsewhere. What was computed is "
+                "kept: the same command shows it again",
+                error=True,
+            )
+            sys.exit(1)
+
     def invoke(self, ctx: click.Context) -> Any:
         from roma_ray.errors import RomaError
 
         try:
             return super().invoke(ctx)
         except RomaError as error:
-            click.echo(f"roma-ray: {error}", err=True)
+            _say(f"roma-ray: {error}", error=True)
             sys.exit(1)
         except KeyboardInterrupt:
-            click.echo("stopped; finished work is kept: run the same command to go on", err=True)
+            _say("stopped; finished work is kept: run the same command to go on", error=True)
             sys.exit(130)
         except BrokenPipeError:
             os._exit(141)
+
+
+def _say(text: str, *, error: bool = False) -> None:
+    from roma_ray.terminal import say
+
+    say(text, error=error)
+
+
+def _cannot_write(stream: Any) -> bool:
+    """Whether an error came from this stream: then a line end fails as well."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -80,12 +115,12 @@ def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> No
     setup.store.check()
     with _observer(setup, progress, track) as observer:
         finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
+    _write_summary(summary_path, finished)
     from roma_ray.cli_results import print_result
 
     print_result(finished.summary)
     if track:
         _say_report(finished)
-    _write_summary(summary_path, finished)
 
 
 def _check_place(summary_path: str | None) -> None:
@@ -116,7 +151,7 @@ def _observer(setup: Any, progress: Any, on: bool) -> AbstractContextManager[Any
 
 
 def _say_report(finished: Any) -> None:
-    click.echo(f"report: {finished.stages['report'].path / 'report.html'}")
+    _say(f"report: {finished.stages['report'].path / 'report.html'}")
 
 
 @main.command()
@@ -254,7 +289,7 @@ def _until(stage: str, text: str) -> None:
 
             print_result(finished.summary)
         else:
-            click.echo(str(finished.stages[stage].path))
+            _say(str(finished.stages[stage].path))
 
 
 for _stage, _text in {
@@ -317,9 +352,9 @@ def evaluate(
     names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
     wanted = Wanted(names, data_dir, num_fewshot, limit, apply_chat_template, allow_code)
     folder = evaluate_tasks(config, address, quiet, wanted, adapter, base_only)
-    print_benchmarks(folder)
     if summary_path:
         write_json(summary_path, read_benchmarks(folder))
+    print_benchmarks(folder)
 
 
 @main.command()
@@ -359,11 +394,11 @@ def baselines(
 
     _check_place(summary_path)
     found = compare_methods(config, methods, seeds, here, address, quiet)
-    print_comparison(found.summary)
     if summary_path:
         write_json(summary_path, found.summary)
+    print_comparison(found.summary)
     for name, reason in found.failures.items():
-        click.echo(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", err=True)
+        _say(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", error=True)
     sys.exit(1 if found.failures else 0)
 
 
@@ -375,7 +410,7 @@ def inspect(path: str, base: str | None) -> None:
     _quiet_libraries()
     from roma_ray.moe.inspection import describe
 
-    click.echo(describe(path, base=base))
+    _say(describe(path, base=base))
 
 
 @main.command()
@@ -389,9 +424,9 @@ def doctor(storage: str | None, address: str | None) -> None:
     broken = False
     for check in examine(storage, address):
         mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[check.state]
-        click.echo(f"{mark}  {check.name}: {check.detail}")
+        _say(f"{mark}  {check.name}: {check.detail}")
         if check.remedy:
-            click.echo(f"      {check.remedy}")
+            _say(f"      {check.remedy}")
         broken = broken or check.state == "broken"
     sys.exit(1 if broken else 0)
 
@@ -407,7 +442,7 @@ def export(adapter: str, out: str, form: str, base: str | None) -> None:
     from roma_ray.moe.checkpoints import export_adapter
 
     export_adapter(Path(adapter), Path(out), form=form, base=base)
-    click.echo(f"written: {out}")
+    _say(f"written: {out}")
 
 
 if __name__ == "__main__":

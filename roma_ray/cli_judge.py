@@ -7,8 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import click
-
 from roma_ray.artifacts import MANIFEST, Store, read_manifest, write_text
 from roma_ray.config import Config
 from roma_ray.engine.finetuning import ADAPTER
@@ -26,7 +24,7 @@ from roma_ray.pipeline import run as run_pipeline
 from roma_ray.stages.batches import ray_executor
 from roma_ray.stages.cluster import open_cluster
 from roma_ray.stages.runners import measure_near, ray_runners
-from roma_ray.terminal import open_progress, print_table
+from roma_ray.terminal import open_progress, print_table, say
 from roma_ray.tracking import benchmarks as tracking
 
 Texts = list[tuple[str, list[str]]]
@@ -110,11 +108,11 @@ def print_benchmarks(folder: Path) -> None:
         header = (*header, "tuned %", "difference", "McNemar p")
     print_table("lm-evaluation-harness: scores with standard errors", header, rows)
     for line in notes_of(found):
-        click.echo(f"note: {line}")
+        say(f"note: {line}")
     speed = found["cost"]["questions_per_second"]
     if speed:
-        click.echo("questions/s: " + ", ".join(f"{name} {figure:.1f}" for name, figure in speed.items()))
-    click.echo(f"evaluation: {folder}")
+        say("questions/s: " + ", ".join(f"{name} {figure:.1f}" for name, figure in speed.items()))
+    say(f"evaluation: {folder}")
 
 
 def _percent(figures: dict[str, Any], name: str) -> str:
@@ -158,8 +156,6 @@ def compare_runs(
             raise ConfigError(f"--out {out}: name it .md, .html or .csv, which says the form")
         form = suffixes[Path(out).suffix]
         write_text(out, render(comparison, form))
-        click.echo(f"written: {out}")
-    else:
-        click.echo(render(comparison, form), nl=False)
     if track:
         tracking.record_comparison(config, store, comparison, open_progress(quiet=False))
+    say(f"written: {out}" if out is not None else render(comparison, form).removesuffix("\n"))

@@ -6,26 +6,24 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-import click
-
 
 def print_comparison(summary: Mapping[str, Any]) -> None:
     """Print the table of all methods, what was equal for all, and what the oracle means."""
     from roma_ray.evaluation.methods import COSTS, budget_line, cost_rows, describe_oracle, result_header, result_rows
-    from roma_ray.terminal import print_table
+    from roma_ray.terminal import print_table, say
 
     title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
     print_table(title, result_header(summary), result_rows(summary))
     print_table("costs, trunk included", COSTS, cost_rows(summary))
-    click.echo(budget_line(summary))
+    say(budget_line(summary))
     if summary["oracle"]:
-        click.echo(describe_oracle(summary["oracle"]))
+        say(describe_oracle(summary["oracle"]))
 
 
 def print_result(summary: Mapping[str, Any]) -> None:
     """Print the result table on the test questions, diagnostics, and what a reader must know."""
     from roma_ray.evaluation.summary import result_rows, warnings_of
-    from roma_ray.terminal import print_table
+    from roma_ray.terminal import print_table, say
 
     header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
     print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
@@ -46,8 +44,8 @@ def print_result(summary: Mapping[str, Any]) -> None:
         rows,
     )
     for line in warnings_of(summary):
-        click.echo(f"note: {line}")
-    click.echo(f"adapter: {summary['paths']['finetune']}/adapter")
+        say(f"note: {line}")
+    say(f"adapter: {summary['paths']['finetune']}/adapter")
 
 
 def setup_of_finished(config: Any) -> Any:

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import click
-
 from roma_ray.ablations import command
 from roma_ray.ablations.report import PAGE, find_sweep_file
 from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.artifacts import write_json
-from roma_ray.terminal import LiveBoard, LiveProgress, open_progress, print_table
+from roma_ray.terminal import LiveBoard, LiveProgress, open_progress, print_table, say
 
 
 def say_what(space: Space) -> None:
     """Print what a sweep would do; nothing starts."""
-    click.echo("\n".join(command.dry_run(space)))
+    say("\n".join(command.dry_run(space)))
 
 
 def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: bool, summary_path: str | None) -> int:
@@ -25,11 +23,11 @@ def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: 
     progress = open_progress(quiet)
     with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
         sweep = command.run(space, progress, board, address, stop_on_failure=stop_on_failure)
-    print_sweep(sweep)
     if summary_path:
         write_json(summary_path, command.summary(sweep))
+    print_sweep(sweep)
     if command.result(sweep) is not None:
-        click.echo(f"report: {sweep.stage.path / PAGE}")
+        say(f"report: {sweep.stage.path / PAGE}")
     return 1 if command.failures(sweep) else 0
 
 
@@ -37,7 +35,7 @@ def report_sweep(place: str, overrides: Sequence[str], storage: str | None) -> N
     """Write and name the report of a sweep's trials as far as they are."""
     sweep, page = command.revisit(load_space(find_sweep_file(place), overrides, storage), open_progress(quiet=False))
     print_sweep(sweep)
-    click.echo(f"report: {page}" if page else "no trial of this sweep is finished")
+    say(f"report: {page}" if page else "no trial of this sweep is finished")
 
 
 def print_sweep(sweep: Sweep) -> None:
@@ -46,6 +44,6 @@ def print_sweep(sweep: Sweep) -> None:
     if found is not None:
         text, table = found
         print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
-        click.echo(text)
+        say(text)
     for line in command.failures(sweep):
-        click.echo(f"failed: {line}", err=True)
+        say(f"failed: {line}", error=True)

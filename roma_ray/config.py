@@ -12,7 +12,7 @@ from pydantic import Field, field_validator, model_validator
 
 from roma_ray.addresses import has_secret
 from roma_ray.config_baselines import BaselinesConfig
-from roma_ray.config_section import Section
+from roma_ray.config_section import Name, Section, TaskName
 from roma_ray.errors import ConfigError
 
 INSTRUCTION = "Answer with the letter of the right choice."
@@ -25,7 +25,7 @@ class QuestionSource(Section):
     """A .jsonl, .jsonl.gz or .parquet file. `assets:NAME` names a file that ships with the package."""
     dataset: str | None = None
     """A name of the dataset registry (roma_ray/questions/registry.py), loaded from the Hugging Face hub."""
-    task: str | None = None
+    task: TaskName | None = None
     """Overrides the rows' task."""
     split: Literal["train", "validation", "test"] | None = None
     """Overrides the rows' split."""
@@ -273,7 +273,7 @@ class TrackingConfig(Section):
     uri: str | None = None
     """An MLflow server (http://host:5000) or database (sqlite:////absolute/path.db); default $MLFLOW_TRACKING_URI, else
     mlflow.db in the storage."""
-    experiment: str = Field(default="roma-ray", min_length=1, max_length=250)
+    experiment: Name = Field(default="roma-ray", min_length=1, max_length=250)
     """Name of the MLflow experiment that holds all runs."""
     system_metrics: bool = True
     """Record CPU, memory, disk, network and GPU use of the driver's machine while the pipeline works."""
@@ -300,7 +300,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """One run."""
 
-    name: str = "run"
+    name: Name = "run"
     """Shown in tables and trackers; not part of any fingerprint."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -3,9 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from roma_ray.text import name_fault, reserved
+
+
+def _name(value: str) -> str:
+    fault = name_fault(value)
+    if fault:
+        raise ValueError(f"this name {fault}: choose another")
+    return value
+
+
+def _task(value: str) -> str:
+    if reserved(_name(value)):
+        raise ValueError("this name is kept for the tables' own lines: choose another")
+    return value
+
+
+Name = Annotated[str, AfterValidator(_name)]
+"""A text that tables, file lists and trackers can show."""
+TaskName = Annotated[str, AfterValidator(_task)]
+"""A name that no line of our own in a table of tasks has."""
 
 
 class Section(BaseModel):

@@ -1,4 +1,7 @@
-"""The live view in a terminal: one bar a stage with rate and time left, lines above it."""
+"""Whatever the command line shows: lines and tables on stdout, and in a terminal one bar a stage with rate and time left.
+
+All printing goes through here: names come from strangers' files, so nothing is markup and nothing reaches a terminal as a command.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,18 @@ from rich.table import Table
 from rich.text import Text
 
 from roma_ray.engine.progress import LineProgress, Meter, Silence
+from roma_ray.text import clean, encodable
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line on stdout, or on stderr, made safe to show. Raises OSError where the stream cannot be written."""
+    stream = sys.stderr if error else sys.stdout
+    print(encodable(clean(text), stream.encoding), file=stream, flush=True)
+
+
+def _shown(text: str, console: Console) -> Text:
+    """A text as rich lays it out: what comes from data is never markup."""
+    return Text(encodable(clean(text), console.encoding))
 
 
 class _Rate(ProgressColumn):
@@ -32,22 +47,22 @@ class LiveProgress:
         self.console = Console(stderr=True, highlight=False)
 
     def say(self, text: str) -> None:
-        self.console.print(text, soft_wrap=True, markup=False)
+        self.console.print(_shown(text, self.console), soft_wrap=True)
 
     @contextmanager
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
         columns: Sequence[Any] = (
-            TextColumn("{task.description:>9}"),
+            TextColumn("{task.description:>9}", markup=False),
             BarColumn(bar_width=24),
             TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
             _Rate(),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(name, total=total, completed=int(done), unit=unit, note="", first=done)
+            task = bars.add_task(clean(name), total=total, completed=int(done), unit=unit, note="", first=done)
             yield _LiveMeter(bars, task)
 
 
@@ -56,7 +71,7 @@ class _LiveMeter:
         self.bars, self.task = bars, task
 
     def advance(self, amount: float, note: str = "") -> None:
-        self.bars.update(self.task, advance=amount, note=note)
+        self.bars.update(self.task, advance=amount, note=clean(note))
 
 
 def open_progress(quiet: bool) -> LiveProgress | LineProgress | Silence:
@@ -85,11 +100,12 @@ class LiveBoard:
 
     def show(self, title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Replace what is shown; the second column is a row's state."""
-        table = Table(title=title, title_justify="left")
+        table = Table(title=_shown(title, self.console), title_justify="left")
         for number, name in enumerate(header):
-            table.add_column(name, justify="left" if number < 2 else "right", no_wrap=True)
+            table.add_column(_shown(name, self.console), justify="left" if number < 2 else "right", no_wrap=True)
         for row in _fitting(rows, max(4, self.console.height - 6)):
-            table.add_row(*row, style="" if row[1] == "running" else "dim" if row[1] == "waiting" else None)
+            cells = [_shown(cell, self.console) for cell in row]
+            table.add_row(*cells, style="" if row[1] == "running" else "dim" if row[1] == "waiting" else None)
         self._live.start()
         self._live.update(table)
 
@@ -104,9 +120,9 @@ def _fitting(rows: Sequence[Sequence[str]], most: int) -> list[Sequence[str]]:
 def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on stdout: drawn in a terminal, plain aligned text elsewhere."""
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_shown(title, console), title_justify="left")
     for number, name in enumerate(header):
-        table.add_column(name, justify="left" if number == 0 else "right")
+        table.add_column(_shown(name, console), justify="left" if number == 0 else "right")
     for row in rows:
-        table.add_row(*row, end_section=False)
+        table.add_row(*(_shown(cell, console) for cell in row), end_section=False)
     console.print(table)

@@ -245,3 +245,26 @@ def test_evaluations_that_make_no_sense_are_one_message(tmp_path: Path) -> None:
     for message, done in zip(wrong, together(tmp_path, list(wrong.values())), strict=True):
         assert done.returncode == 1
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--version"], ["--help"], ["run", "--help"], ["inspect", "adapter"]], ids=" ".join
+)
+def test_a_full_device_is_one_message(arguments: list[str], tmp_path: Path) -> None:
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "config.json").write_text("{}")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "roma_ray.cli", *arguments],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert done.stderr.startswith("roma-ray: ")
+    assert len(done.stderr.splitlines()) == 1
+    if "inspect" not in arguments:
+        assert "standard output cannot be written (No space left on device)" in done.stderr

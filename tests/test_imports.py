@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "roma_ray"
 
-GROUND = {"errors", "addresses", "config", "artifacts"}
+GROUND = {"errors", "addresses", "text", "config", "artifacts"}
 ROOMS = GROUND | {"questions", "moe", "manifold", "assets"}
 WORK = ROOMS | {"engine"}
 JUDGED = WORK | {"evaluation", "baselines"}
@@ -23,8 +23,9 @@ SPREAD = JUDGED | {"stages"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "addresses": set(),
-    "config": {"errors", "addresses"},
-    "artifacts": {"errors", "addresses", "config"},
+    "text": set(),
+    "config": {"errors", "addresses", "text"},
+    "artifacts": {"errors", "addresses", "text", "config"},
     "assets": set(),
     "questions": GROUND | {"assets"},
     "moe": GROUND,

@@ -1,12 +1,17 @@
-"""What a terminal shows of a sweep."""
+"""What a terminal shows: of a sweep, and of names that strangers chose."""
 
 from __future__ import annotations
 
 import io
+import sys
 
+import pytest
 from rich.console import Console
 
-from roma_ray.terminal import LiveBoard, LiveProgress
+from roma_ray.engine.progress import LineProgress
+from roma_ray.terminal import LiveBoard, LiveProgress, print_table, say
+from roma_ray.text import clean, encodable, prepare_streams
+from tests.hostile import MARKDOWN, MARKUP, UNUSABLE, obeyed
 
 
 def test_the_live_table_keeps_to_the_screen_and_leaves_room_for_lines_and_bars() -> None:
@@ -29,3 +34,40 @@ def test_the_live_table_keeps_to_the_screen_and_leaves_room_for_lines_and_bars()
     assert {20, 21} <= set(shown)
     assert 19 in shown
     assert "a line above" in text
+
+
+@pytest.mark.parametrize("name", [*MARKUP, *UNUSABLE, *MARKDOWN])
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_no_name_is_markup_a_command_or_a_crash(name: str, encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    streams = {"stdout": io.BytesIO(), "stderr": io.BytesIO()}
+    for stream, raw in streams.items():
+        monkeypatch.setattr(sys, stream, io.TextIOWrapper(raw, encoding=encoding))
+    prepare_streams()
+    print_table(name, (name, "n", name), [(name, "1", f"{name} ± 0.1")])
+    say(name)
+    say(name, error=True)
+    LineProgress().say(name)
+    LiveProgress().say(name)
+    with LineProgress(interval=0).meter(name, 2, "q") as meter:
+        meter.advance(1, name)
+    with LiveProgress().meter(name, 2, "q") as meter:
+        meter.advance(1, name)
+    with LiveBoard(Console(stderr=True, width=100)) as board:
+        board.show(name, ("trial", "state", name), [(name, "running", name)])
+    for stream, raw in streams.items():
+        getattr(sys, stream).flush()
+        text = raw.getvalue().decode(encoding)
+        assert not obeyed(text)
+        shown = encodable(clean(name), encoding)
+        assert text.count(shown.partition("\n")[0]) >= 4, text
+
+
+def test_an_ascii_terminal_gets_ascii_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    prepare_streams()
+    print_table("λ", ("task", "%"), [("a", "61.96 ± 0.10"), ("b", "−1.00 ± 0.10")])
+    sys.stdout.flush()
+    lines = raw.getvalue().decode("ascii").rstrip().splitlines()
+    assert "61.96 +/- 0.10" in "\n".join(lines)
+    assert len({len(line) for line in lines[1:]}) == 1, "the columns are in line"

@@ -36,6 +36,7 @@ from pydantic import Field, ValidationError, model_validator
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section
 from roma_ray.config_reading import load_config, parse_config, read_settings
+from roma_ray.config_section import Name
 from roma_ray.errors import ConfigError
 
 MOST_TRIALS = 2000
@@ -119,7 +120,7 @@ class Scheduler(Section):
 class SpaceFile(Section):
     """The file's settings; the module's text shows them together."""
 
-    name: str = Field(default="sweep", min_length=1, max_length=200)
+    name: Name = Field(default="sweep", min_length=1, max_length=200)
     base: str | dict[str, Any] = "assets:demo.yaml"
     set: dict[str, Any] = Field(default_factory=dict)
     one_at_a_time: dict[str, Factor] = Field(default_factory=dict)

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
+from roma_ray.text import clean
+
 
 class Meter(Protocol):
     """Counts one stage's units."""
@@ -33,7 +35,7 @@ class LineProgress:
         self.interval = interval
 
     def say(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)  # noqa: T201 - this class is the place that prints
+        print(clean(text), file=sys.stderr, flush=True)  # noqa: T201 - this class is the place that prints
 
     @contextmanager
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:

@@ -20,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roma_ray.errors import QuestionError
-from roma_ray.questions.records import LETTERS, BadRow, answer_index, printable
+from roma_ray.questions.records import LETTERS, BadRow, answer_index
+from roma_ray.text import printable
 
 Row = dict[str, Any]
 SUFFIXES = (".jsonl", ".jsonl.gz", ".parquet")

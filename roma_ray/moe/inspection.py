@@ -24,6 +24,7 @@ from roma_ray.moe.reference import read_reference
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.moe.slices import model_facts
 from roma_ray.moe.whole import base_tensors
+from roma_ray.text import printable
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
@@ -69,12 +70,14 @@ def _lines(path: str | Path, found: Mapping[str, Any]) -> str:
         "routing": "the reference's routing JSON",
         "model": "a model with no tuned routers of ours",
     }
-    lines = [f"{path}: {titles[found['kind']]}"]
+    lines = [f"{printable(str(path), None)}: {titles[found['kind']]}"]
     hidden = {"kind", "shapes", "change"}
     lines += [f"  {name.replace('_', ' ')}: {_plain(value)}" for name, value in found.items() if name not in hidden]
     for layer in found.get("layers", ()) if "shapes" in found else ():
         shapes = ", ".join(
-            f"{key} {'x'.join(map(str, shape))}" for key, shape in found["shapes"].items() if layer_of(key) == layer
+            f"{printable(key)} {'x'.join(map(str, shape))}"
+            for key, shape in found["shapes"].items()
+            if layer_of(key) == layer
         )
         change = found["change"]
         moved = "" if change is None else f"  changed by {change[layer]:.3%}"
@@ -177,5 +180,5 @@ def _dtype(name: str) -> Any:
 
 def _plain(value: Any) -> str:
     if isinstance(value, (list, tuple)):
-        return ", ".join(map(str, value))
-    return "none" if value is None else str(value)
+        return ", ".join(_plain(item) for item in value)
+    return "none" if value is None else printable(str(value), 300)

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from roma_ray.errors import QuestionError
-from roma_ray.questions.records import BadRow, Question, Rejected, printable, question_from_row, row_id
+from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
+from roma_ray.text import printable
 
 MAX_LINE_BYTES = 8 * 2**20
 """Longer lines are set aside without being held in memory."""

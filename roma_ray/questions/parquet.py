@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roma_ray.errors import QuestionError
-from roma_ray.questions.records import BadRow, Question, Rejected, printable, question_from_row, row_id
+from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
+from roma_ray.text import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -26,7 +26,8 @@ from typing import TYPE_CHECKING
 
 from roma_ray.config import PromptConfig
 from roma_ray.errors import ConfigError, QuestionError
-from roma_ray.questions.records import LETTERS, Question, Rejected, printable
+from roma_ray.questions.records import LETTERS, Question, Rejected
+from roma_ray.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

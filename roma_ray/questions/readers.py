@@ -14,8 +14,9 @@ from roma_ray.config import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.jsonl import read_jsonl
 from roma_ray.questions.parquet import read_parquet
-from roma_ray.questions.records import Question, Rejected, printable
+from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.registry import Loader, load_dataset
+from roma_ray.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +155,7 @@ def _usable(rows: Iterator[Question | Rejected], source: QuestionSource, name: s
     if bad:
         logger.warning(
             "%s: %d questions, %d rows set aside (first: line %d: %s)",
-            name,
+            printable(name, None),
             good,
             bad,
             reasons[0].line,

@@ -20,12 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-TOTAL = "all"
-"""What tables call the line over all tasks; no task may be named so."""
+from roma_ray.text import name_fault, printable, reserved
+
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MIN_CHOICES = 2
 MAX_CHOICES = len(LETTERS)
-MAX_ID_CHARS = 512
 
 SPLITS = {
     "train": "train",
@@ -41,7 +40,6 @@ SPLITS = {
 
 # C0 controls but tab and line ends, DEL, and lone surrogates: no tokenizer, table or terminal takes them all well.
 _UNUSABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
-_UNUSABLE_IN_NAMES = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 _LETTERED = re.compile(r"([A-Z])\)(?:\s+(.*))?", re.DOTALL)
 _ANSWER_LETTER = re.compile(r"\(?([A-Za-z])[).]?")
 
@@ -75,13 +73,6 @@ class BadRow(ValueError):
     """A row that cannot be a question, and why. It never leaves this package: it becomes a `Rejected`."""
 
 
-def printable(value: object, limit: int = 120) -> str:
-    """`value` as text without control characters and lone surrogates, cut at `limit` characters."""
-    text = value if isinstance(value, str) else repr(value)
-    text = _UNUSABLE_IN_NAMES.sub("\N{REPLACEMENT CHARACTER}", text[: limit + 1])
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
 def make_question(
     *,
     id: str,
@@ -109,9 +100,10 @@ def make_question(
     if not 0 <= answer < len(texts):
         raise BadRow(f"answer {answer} is out of range: there are {len(texts)} choices, counted from 0")
     passage = None if context is None else _text(context, "context") or None
-    if task == TOTAL:
-        raise BadRow(f"the task name {TOTAL!r} is kept for the totals; name the task otherwise")
-    return Question(_name(id, "id"), _name(task, "task"), text, texts, answer, passage, split, file, line)
+    task = _name(task, "task")
+    if reserved(task):
+        raise BadRow(f"the task name '{task}' is kept for the tables' own lines; name the task otherwise")
+    return Question(_name(id, "id"), task, text, texts, answer, passage, split, file, line)
 
 
 def question_from_row(
@@ -245,13 +237,9 @@ def _text(value: object, what: str) -> str:
 
 
 def _name(value: str, what: str) -> str:
-    if len(value) > MAX_ID_CHARS:
-        raise BadRow(f"the {what} is longer than {MAX_ID_CHARS} characters")
-    unusable = _UNUSABLE_IN_NAMES.search(value)
-    if unusable:
-        raise BadRow(f"the {what} holds the unusable character U+{ord(unusable.group()):04X}")
-    if not value.strip():
-        raise BadRow(f"the {what} is empty")
+    fault = name_fault(value)
+    if fault:
+        raise BadRow(f"the {what} {fault}")
     return value.strip()
 
 

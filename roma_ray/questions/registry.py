@@ -16,8 +16,9 @@ from typing import Any
 
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import hub_schemas as hub
-from roma_ray.questions.records import BadRow, Question, Rejected, make_question, printable
+from roma_ray.questions.records import BadRow, Question, Rejected, make_question
 from roma_ray.questions.splits import seeded_key
+from roma_ray.text import printable
 
 Loader = Callable[[str, str | None, str], Iterable[Mapping[str, Any]]]
 """(hub id, configuration or None, split) -> rows."""

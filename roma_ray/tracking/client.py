@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from roma_ray.text import printable
+
 T = TypeVar("T")
 
 # MLflow's defaults wait for minutes; a run must not. A user's own setting wins.
@@ -235,11 +237,11 @@ def _blocks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
 
 def _reason(error: Exception) -> str:
     """The innermost cause in one line: MLflow and urllib3 wrap a refused connection five times."""
-    text = " ".join(str(error).split())
+    text = printable(" ".join(str(error).split()), 300)
     for known in ("Connection refused", "timed out", "Name or service not known", "No route to host"):
         if known in text:
             return known.lower()
-    return text if len(text) <= 300 else text[:299] + "…"
+    return text
 
 
 def sqlite_file(uri: str) -> Path | None:
