@@ -17,23 +17,12 @@ class _Commands(click.Group):
     """Turns expected failures into one readable message; a bug keeps its traceback."""
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click's; a standard output that is full or gone is one message, and results were written before."""
-        from roma_ray.text import prepare_streams
+        """As click's, with streams that take any text and a standard output that may be full."""
+        from roma_ray.text import prepare_streams, writable_output
 
         prepare_streams()
-        try:
+        with writable_output():
             return super().main(*args, **kwargs)
-        except OSError as error:
-            if not _cannot_write(sys.stdout):
-                raise
-            # What is left in the buffer must not fail once more when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            _say(
-                f"roma-ray: the standard output cannot be written ({error.strerror}): send it elsewhere. What was computed is "
-                "kept: the same command shows it again",
-                error=True,
-            )
-            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         from roma_ray.errors import RomaError
@@ -54,16 +43,6 @@ def _say(text: str, *, error: bool = False) -> None:
     from roma_ray.terminal import say
 
     say(text, error=error)
-
-
-def _cannot_write(stream: Any) -> bool:
-    """Whether an error came from this stream: then a line end fails as well."""
-    try:
-        stream.write("\n")
-        stream.flush()
-    except OSError:
-        return True
-    return False
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

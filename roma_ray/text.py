@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import codecs
 import io
+import os
 import re
 import reprlib
 import sys
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TextIO
 
 RESERVED = frozenset({"all", "all tasks", "macro average"})
 """What tables call lines of our own (`all` also in files); no task may be named so."""
@@ -77,6 +81,34 @@ def prepare_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors=IN_PLAIN)
+
+
+@contextmanager
+def writable_output() -> Iterator[None]:
+    """End the process with one message, and exit code 1, where the standard output cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        if not _fails(sys.stdout):
+            raise
+        # What is left in the buffer must not fail once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(
+            f"roma-ray: the standard output cannot be written ({error.strerror}): send it elsewhere. What was computed is kept: "
+            "the same command shows it again",
+            file=sys.stderr,
+        )
+        sys.exit(1)
+
+
+def _fails(stream: TextIO) -> bool:
+    """Whether an error came from this stream: then a line end fails as well."""
+    try:
+        stream.write("\n")
+        stream.flush()
+    except OSError:
+        return True
+    return False
 
 
 def clean(text: str) -> str:
