@@ -93,12 +93,10 @@ def writable_output() -> Iterator[None]:
             raise
         # What is left in the buffer must not fail once more when Python ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print(
+        sys.exit(
             f"roma-ray: the standard output cannot be written ({error.strerror}): send it elsewhere. What was computed is kept: "
-            "the same command shows it again",
-            file=sys.stderr,
+            "the same command shows it again"
         )
-        sys.exit(1)
 
 
 def _fails(stream: TextIO) -> bool:
