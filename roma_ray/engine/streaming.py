@@ -23,7 +23,8 @@ from roma_ray.engine.forward import choice_scores
 from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
-from roma_ray.moe.whole import model_sizes
+from roma_ray.moe.snapshot import open_snapshot
+from roma_ray.moe.whole import check_weights, model_sizes
 
 STREAM = ".stream"
 
@@ -36,7 +37,12 @@ def stream(
     advance: Callable[[int], None],
     say: Callable[[str], None],
 ) -> None:
-    """Extract the pending batches, one slice after another. Raises ModelError when no layer fits into the limit."""
+    """Extract the pending batches, one slice after another.
+
+    Raises ModelError when no layer fits into the limit, or a tensor of any layer is missing.
+    """
+    # The last slice is loaded after all the others have worked.
+    check_weights(open_snapshot(work.model.path, work.model.revision))
     chain = plan_chain(work.model, memory_gb)
     say(f"extraction streams {len(chain)} slices of at most {memory_gb:g} GB of weights")
     # Another limit is another chain, whose slices must not take up what these leave.

@@ -80,23 +80,29 @@ class Subject:
     def _load_stock(self) -> PreTrainedModel:
         import torch
         from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+
+        from roma_ray.moe.fitting import refuse
+        from roma_ray.moe.slices import loading_faults, quiet_loading
 
         spec = self.model
-        logging.disable_progress_bar()
         set_threads(spec.threads)
         try:
-            model = AutoModelForCausalLM.from_pretrained(
-                spec.path,
-                revision=spec.revision,
-                dtype=getattr(torch, spec.dtype),
-                device_map={"": spec.device},
-                attn_implementation=spec.attention,
-                use_safetensors=True,
-                trust_remote_code=False,
-            )
+            with quiet_loading():
+                model, info = AutoModelForCausalLM.from_pretrained(
+                    spec.path,
+                    revision=spec.revision,
+                    dtype=getattr(torch, spec.dtype),
+                    device_map={"": spec.device},
+                    attn_implementation=spec.attention,
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    ignore_mismatched_sizes=True,
+                    output_loading_info=True,
+                )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise ModelError(f"{spec.path} cannot be loaded: {str(error).splitlines()[0]}") from None
+        # Foreign tensors (another head, old buffers) are stock's own business; what it made up is not the model.
+        refuse(loading_faults(info, "missing_keys", "mismatched_keys"), spec.path)
         loaded: PreTrainedModel = model.eval().requires_grad_(False)
         return loaded
 

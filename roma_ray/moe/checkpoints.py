@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from roma_ray.errors import CheckpointError
-from roma_ray.moe.folders import MANIFEST, refusing_malformed, whole_folder
+from roma_ray.moe.folders import MANIFEST, refuse_special_files, refusing_malformed, whole_folder
 from roma_ray.moe.masters import tensor_digest
 from roma_ray.moe.routers import Router
 from roma_ray.moe.slices import Slice
@@ -198,6 +198,7 @@ def read_adapter(folder: str | Path) -> RouterCheckpoint:
 
 
 def _read_adapter(folder: Path) -> RouterCheckpoint:
+    refuse_special_files(folder)
     _refuse_foreign_adapter(folder)
     manifest = read_manifest(folder, kind="adapter")
     stored = read_safetensors(folder / WEIGHTS)

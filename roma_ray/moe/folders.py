@@ -1,10 +1,11 @@
-"""Checkpoint folders that appear whole: written aside, synced, renamed."""
+"""Folders of models and checkpoints: what in them may be read, and how one is written so that it appears whole."""
 
 from __future__ import annotations
 
 import os
 import pickle
 import shutil
+import stat
 import struct
 import uuid
 from collections.abc import Iterator
@@ -52,6 +53,34 @@ def refusing_malformed(path: str | Path, kind: type[RomaError] = CheckpointError
     except _MALFORMED as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise kind(f"{path} is malformed ({type(error).__name__}: {reason:.160})") from None
+
+
+# The files of a model or adapter that anyone reads: weights, configurations, tokenizers, templates.
+_READ = {".json", ".safetensors", ".model", ".txt", ".jinja"}
+
+
+def refuse_special_file(path: Path, kind: type[RomaError] = CheckpointError) -> None:
+    """Raise `kind` for what no reader may open: a FIFO or device may never end, and a link may lead nowhere.
+
+    A path at which there is nothing is left to the reader.
+    """
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if path.is_symlink():
+            raise kind(
+                f"{path} is a link that leads nowhere ({error.strerror}): put the file itself there, or remove the link"
+            ) from None
+        return
+    if not stat.S_ISREG(mode):
+        raise kind(f"{path} is no regular file (a folder, pipe or device): put the file itself there")
+
+
+def refuse_special_files(folder: Path, kind: type[RomaError] = CheckpointError) -> None:
+    """`refuse_special_file` for every file of a model's or adapter's folder that is read."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _READ:
+            refuse_special_file(path, kind)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from roma_ray.moe.checkpoints import (
     read_adapter,
     read_manifest,
 )
-from roma_ray.moe.folders import MANIFEST, refusing_malformed
+from roma_ray.moe.folders import MANIFEST, refuse_special_file, refuse_special_files, refusing_malformed
 from roma_ray.moe.reference import read_reference
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.moe.slices import model_facts
@@ -43,10 +43,12 @@ def inspect(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
 
 
 def _inspect(path: Path, base: str | None) -> dict[str, Any]:
-    if not path.exists():
-        raise CheckpointError(f"there is nothing at {path}")
-    if path.is_file():
+    if not path.is_dir():
+        refuse_special_file(path)
+        if not path.exists():
+            raise CheckpointError(f"there is nothing at {path}")
         return _inspect_file(path, base)
+    refuse_special_files(path)
     if (path / PEFT_CONFIG).exists() or (path / "adapter_model.bin").exists():
         return _routers(read_adapter(path), "adapter", base)
     if (path / MANIFEST).exists():

@@ -20,7 +20,7 @@ from roma_ray.errors import CheckpointError, ModelError
 from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, write_manifest
 from roma_ray.moe.folders import whole_folder
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
-from roma_ray.moe.whole import checkpoint_keys
+from roma_ray.moe.whole import check_weights, checkpoint_keys
 
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
@@ -47,6 +47,7 @@ def save_merged(
             f"these routers are of a {checkpoint.model_type} model, but {snapshot.path} is a {model_type} one"
         )
     check_finite(checkpoint.tensors)
+    check_weights(snapshot)
     keys = checkpoint_keys(snapshot, list(checkpoint.tensors))
     replaced = {keys[name]: tensor for name, tensor in checkpoint.tensors.items()}
     with whole_folder(Path(folder)) as aside:

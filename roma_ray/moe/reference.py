@@ -19,7 +19,7 @@ from torch import Tensor
 from roma_ray.artifacts import write_atomically
 from roma_ray.errors import CheckpointError
 from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, layer_of, type_name
-from roma_ray.moe.folders import refusing_malformed
+from roma_ray.moe.folders import refuse_special_file, refusing_malformed
 from roma_ray.moe.whole import router_shapes
 
 _KEY = re.compile(r"^(?:model\.)?(layers\.(\d+)\.[A-Za-z_.]+\.(?:weight|bias))$")
@@ -47,6 +47,7 @@ def export_reference(checkpoint: RouterCheckpoint, path: str | Path) -> None:
 
 def read_reference(path: str | Path) -> ReferenceFile:
     """Read a router_ft.pt. Raises CheckpointError for a foreign, truncated or non-finite file, and for one with pickled code."""
+    refuse_special_file(Path(path))
     with refusing_malformed(path):
         return _checked(path, _unpickle(Path(path)))
 

@@ -9,7 +9,7 @@ Shapes: B batch, S sequence, P positions, D width, V vocabulary.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +22,12 @@ from transformers.utils import logging as transformers_logging
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import family, refusal
+from roma_ray.moe.fitting import check_fit, refuse, skeleton_of
 from roma_ray.moe.folders import refusing_malformed
 from roma_ray.moe.packing import ATTENTION
 from roma_ray.moe.routers import Router, find_routers
 from roma_ray.moe.slice_config import slice_config
-from roma_ray.moe.snapshot import Snapshot, open_snapshot
+from roma_ray.moe.snapshot import LazyTensor, Snapshot, open_snapshot
 
 _LAYER_KEY = re.compile(r"^((?:model\.)?layers\.)(\d+)(\..+)$")
 _EMBEDDING_KEY = re.compile(r"^(?:model\.)?embed_tokens\.weight$")
@@ -87,8 +88,7 @@ def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
 def _facts(snapshot: Snapshot) -> dict[str, Any]:
     config = snapshot.config()
     rule = family(config)
-    with torch.device("meta"):
-        model = model_class_of(config, with_lm_head=True)(config)
+    model = skeleton_of(model_class_of(config, with_lm_head=True), config)
     routers = find_routers(model)
     if not routers:
         raise ModelError(
@@ -137,13 +137,23 @@ def load_slice(
     sliced = slice_config(config, start, end)
     sliced.use_cache = False
     tied = bool(getattr(config, "tie_word_embeddings", False))
-    keys = _wanted_keys(
-        snapshot, start, end, total, embeddings=start == 0 or (with_lm_head and tied), with_lm_head=with_lm_head
-    )
+    embeddings, norm = start == 0 or (with_lm_head and tied), end == total
+    keys = wanted_keys(snapshot, start, end, embeddings=embeddings, norm=norm, with_lm_head=with_lm_head)
     model_class = model_class_of(config, with_lm_head=with_lm_head)
     if attention == "sdpa" and not model_class._supports_sdpa:
         attention = "eager"
-    model = _load(model_class, sliced, snapshot, keys, dtype, device, attention, experts_backend)
+    model = _load(
+        model_class,
+        sliced,
+        snapshot,
+        keys,
+        _stand_ins(model_class, sliced, keys.values(), dtype, embeddings=embeddings, norm=norm),
+        first_layer=start,
+        dtype=dtype,
+        device_map={"": device},
+        attn_implementation=ATTENTION[attention],
+        experts_implementation=experts_backend,
+    )
     base = model.base_model
     if start > 0:
         _drop_input_embeddings(base, keep=with_lm_head and tied)
@@ -199,8 +209,8 @@ def model_class_of(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreT
     return mapping[type(config)]
 
 
-def _wanted_keys(
-    snapshot: Snapshot, start: int, stop: int, total: int, *, embeddings: bool, with_lm_head: bool
+def wanted_keys(
+    snapshot: Snapshot, start: int, stop: int, *, embeddings: bool, norm: bool, with_lm_head: bool
 ) -> dict[str, str]:
     """Map each needed checkpoint key to its key in the slice (layers renumbered from 0)."""
     wanted: dict[str, str] = {}
@@ -211,7 +221,7 @@ def _wanted_keys(
                 wanted[key] = f"{match[1]}{int(match[2]) - start}{match[3]}"
         elif (
             (_EMBEDDING_KEY.match(key) and embeddings)
-            or (_NORM_KEY.match(key) and stop == total)
+            or (_NORM_KEY.match(key) and norm)
             or (_HEAD_KEY.match(key) and with_lm_head)
         ):
             wanted[key] = key
@@ -223,45 +233,47 @@ def _load(
     config: PreTrainedConfig,
     snapshot: Snapshot,
     keys: dict[str, str],
-    dtype: torch.dtype,
-    device: str,
-    attention: str,
-    experts_backend: str,
+    stand_ins: dict[str, Tensor],
+    *,
+    first_layer: int,
+    **placement: Any,
 ) -> PreTrainedModel:
     """Let transformers itself convert and place the tensors; what it would fill at random is an error here."""
-    with _quiet_loading():
-        lazy = snapshot.lazy_tensors(list(keys))
-        state = {keys[key]: tensor for key, tensor in lazy.items()}
-        absent = _stand_ins(model_class, config, state, dtype)
-        model, info = model_class.from_pretrained(
-            None,
-            config=config,
-            state_dict={**state, **absent},
-            dtype=dtype,
-            device_map={"": device},
-            attn_implementation=ATTENTION[attention],
-            experts_implementation=experts_backend,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-    problems = {
-        name: sorted(map(str, info[name]))
-        for name in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[name]
-    }
-    if problems:
-        listed = "; ".join(
-            f"{name.replace('_', ' ')}: {', '.join(found[:3])} ({len(found)} in all)"
-            for name, found in problems.items()
-        )
-        raise ModelError(
-            f"the weights in {snapshot.path} do not fit a {config.model_type} model of this configuration: {listed}"
-        )
+    with quiet_loading():
+        state: dict[str, LazyTensor | Tensor] = {**stand_ins}
+        state |= {keys[key]: tensor for key, tensor in snapshot.lazy_tensors(list(keys)).items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        check_fit(skeleton_of(model_class, config), shapes, snapshot.path, first_layer=first_layer)
+        try:
+            model, info = model_class.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+                **placement,
+            )
+        except RuntimeError as error:
+            # No room for them, or experts that do not go together.
+            raise ModelError(f"the weights in {snapshot.path} cannot be loaded: {str(error).splitlines()[0]}") from None
+    refuse(loading_faults(info), snapshot.path)
     return model
 
 
+_FAULTS = {"missing_keys": "is missing", "mismatched_keys": "does not fit", "unexpected_keys": "has no place in it"}
+
+
+def loading_faults(info: Mapping[str, Any], *kinds: str) -> list[str]:
+    """What transformers' own report of a load says is missing, of another shape or foreign; `kinds` default to all three."""
+    return [
+        f"{entry[0] if isinstance(entry, tuple) else entry} {_FAULTS[kind]}"
+        for kind in kinds or _FAULTS
+        for entry in sorted(info[kind], key=str)
+    ]
+
+
 @contextmanager
-def _quiet_loading() -> Iterator[None]:
+def quiet_loading() -> Iterator[None]:
     """No bar for every load in every worker, and no report: what is missing or foreign becomes one error of ours."""
     shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()
@@ -275,17 +287,26 @@ def _quiet_loading() -> Iterator[None]:
 
 
 def _stand_ins(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Any], dtype: torch.dtype
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    names: Iterable[str],
+    dtype: torch.dtype,
+    *,
+    embeddings: bool,
+    norm: bool,
 ) -> dict[str, Tensor]:
-    """Tensors of one stored element for the parts that a slice does not use, so that no memory or time goes into them."""
-    prefix = f"{model_class.base_model_prefix}." if any(key.startswith("model.") for key in state) else ""
-    missing: dict[str, Tensor] = {}
-    if not any(_EMBEDDING_KEY.match(key) for key in state):
+    """Tensors of one stored element for the parts that a slice does not use, so that no memory or time goes into them.
+
+    `embeddings` and `norm` say which it uses: those have to be in the checkpoint.
+    """
+    prefix = f"{model_class.base_model_prefix}." if any(name.startswith("model.") for name in names) else ""
+    unused: dict[str, Tensor] = {}
+    if not embeddings:
         shape = (config.vocab_size, config.hidden_size)
-        missing[f"{prefix}embed_tokens.weight"] = torch.zeros((), dtype=dtype).expand(shape)
-    if not any(_NORM_KEY.match(key) for key in state):
-        missing[f"{prefix}norm.weight"] = torch.zeros((), dtype=dtype).expand(config.hidden_size)
-    return missing
+        unused[f"{prefix}embed_tokens.weight"] = torch.zeros((), dtype=dtype).expand(shape)
+    if not norm:
+        unused[f"{prefix}norm.weight"] = torch.zeros((), dtype=dtype).expand(config.hidden_size)
+    return unused
 
 
 def _drop_input_embeddings(base: PreTrainedModel, *, keep: bool) -> None:

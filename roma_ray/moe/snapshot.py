@@ -20,14 +20,17 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import refusal
-from roma_ray.moe.folders import refusing_malformed
+from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _HUB_SECONDS = 10.0
 # Far above any model there is.
 _LARGEST = 2**31
-_MOST = {"num_hidden_layers": 1000, "num_experts": 10_000, "n_routed_experts": 10_000, "num_local_experts": 10_000}
+_MOST = {
+    **{"num_hidden_layers": 1000, "vocab_size": 2**24},
+    **{"num_experts": 10_000, "n_routed_experts": 10_000, "num_local_experts": 10_000},
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class Snapshot:
         try:
             index = self.file(_INDEX)
         except ModelError:
-            return dict.fromkeys(_keys(self._single_file()), _SINGLE)
+            return dict.fromkeys(_shapes(self._single_file()), _SINGLE)
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -100,10 +103,11 @@ class Snapshot:
         tensors: dict[str, LazyTensor] = {}
         for name, wanted in by_file.items():
             path = self.file(name)
-            missing = set(wanted) - set(_keys(path))
+            shapes = _shapes(path)
+            missing = set(wanted) - shapes.keys()
             if missing:
                 raise ModelError(f"{path} is damaged: it lacks {min(missing)}, which the index says it holds")
-            tensors.update({key: LazyTensor(path, key) for key in wanted})
+            tensors.update({key: LazyTensor(path, key, shapes[key]) for key in wanted})
         return tensors
 
 
@@ -117,6 +121,7 @@ class LazyTensor:
 
     path: Path
     key: str
+    shape: tuple[int, ...]
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self.path, framework="pt", device="cpu") as handle:
@@ -127,6 +132,7 @@ def open_snapshot(path: str, revision: str | None = None) -> Snapshot:
     """Find a model by local folder, or by hub id at a revision (branch, tag or commit). Raises ModelError."""
     folder = Path(path).expanduser()
     if folder.is_dir():
+        refuse_special_files(folder, ModelError)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         return Snapshot(path, folder.absolute(), None)
@@ -171,10 +177,11 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _keys(path: Path) -> list[str]:
+def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor of a file, from its header."""
     try:
         with safe_open(path, framework="pt") as handle:
-            return list(handle.keys())
+            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 - not a dict
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from roma_ray.errors import ModelError
+from roma_ray.moe.fitting import by_target, check_fit, skeleton_of
 from roma_ray.moe.routers import find_routers, router_parameters
-from roma_ray.moe.slices import model_class_of, model_facts
+from roma_ray.moe.slices import model_class_of, model_facts, wanted_keys
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
 
 
@@ -34,25 +34,23 @@ def checkpoint_keys(snapshot: Snapshot, names: Sequence[str]) -> dict[str, str]:
     They differ where transformers renames on loading (Mixtral's files say `block_sparse_moe.gate`). Raises ModelError
     when a tensor is absent, or stored merged with others so that it cannot be exchanged alone.
     """
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    model = _skeleton(snapshot)
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    skeleton = model.state_dict()
-    wanted, found = set(names), dict[str, str]()
-    for key in snapshot.weight_map:
-        name, merged = rename_source_key(key, renamings, converters, model.base_model_prefix, skeleton)
-        if name in wanted and merged is None:
-            found[name] = key
-    missing = sorted(wanted - found.keys())
+    sources, merged = by_target(_skeleton(snapshot), dict.fromkeys(snapshot.weight_map, ()))
+    found = {name: next(iter(sources[name])) for name in names if name in sources and name not in merged}
+    missing = sorted(set(names) - found.keys())
     if missing:
         raise ModelError(
-            f"{snapshot.path} has no tensor of its own for {missing[0]} ({len(missing)} of {len(wanted)} are missing)"
+            f"{snapshot.path} has no tensor of its own for {missing[0]} ({len(missing)} of {len(names)} are missing)"
         )
     return found
+
+
+def check_weights(snapshot: Snapshot) -> None:
+    """Refuse a model that lacks a tensor or has one of another shape, by the headers of all its files. Raises ModelError."""
+    skeleton = _skeleton(snapshot)
+    layers = skeleton.config.num_hidden_layers
+    keys = wanted_keys(snapshot, 0, layers, embeddings=True, norm=True, with_lm_head=True)
+    stored = snapshot.lazy_tensors(list(keys))
+    check_fit(skeleton, {key: tensor.shape for key, tensor in stored.items()}, snapshot.path)
 
 
 def base_tensors(path: str, names: Sequence[str], *, revision: str | None = None) -> dict[str, Tensor]:
@@ -83,5 +81,4 @@ def model_sizes(path: str, *, revision: str | None = None) -> ModelSizes:
 
 def _skeleton(snapshot: Snapshot) -> PreTrainedModel:
     config = snapshot.config()
-    with torch.device("meta"):
-        return model_class_of(config, with_lm_head=True)(config)
+    return skeleton_of(model_class_of(config, with_lm_head=True), config)

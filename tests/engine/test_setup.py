@@ -11,10 +11,13 @@ from safetensors.torch import save_file
 
 from roma_ray.config import ModelConfig
 from roma_ray.engine import setup as resolution
-from roma_ray.engine.prepare import load_tokenizer
+from roma_ray.engine.embedding import load_encoder
+from roma_ray.engine.prepare import load_tokenizer, prepare
+from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import model_identity, resolve
-from roma_ray.errors import ConfigError, ModelError
+from roma_ray.errors import ConfigError, EmbeddingError, ModelError
 from roma_ray.moe.snapshot import open_snapshot
+from roma_ray.pipeline import locate
 from tests.world import make_world
 
 
@@ -81,3 +84,30 @@ def test_a_stranger_s_code_is_never_run_nor_asked_about(tmp_path: Path, monkeypa
     with pytest.raises(ModelError):
         open_snapshot(str(folder), None).config()
     assert not ran.exists()
+
+
+def test_a_model_without_tokenizer_is_told_so(tmp_path: Path) -> None:
+    setup = resolve(make_world(tmp_path, count=9))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(ConfigError, match=r"model has no tokenizer \(none of tokenizer.json.*copy the tokenizer's files"):
+        prepare(setup, Silence())
+
+
+@pytest.mark.parametrize("modules", ['{"a": 1}', "[1, 2]", '[{"type": 3, "path": ""}]', "null", '"text"', "[[]]"])
+def test_an_embedding_model_without_a_list_of_modules_is_refused_before_any_work(tmp_path: Path, modules: str) -> None:
+    setup = resolve(make_world(tmp_path, count=9))
+    (tmp_path / "encoder" / "modules.json").write_text(modules)
+    with pytest.raises(EmbeddingError, match=r"modules.json is not a list of modules .*embedding.model=minilm"):
+        locate(setup)
+    with pytest.raises(EmbeddingError, match="not a list of modules"):
+        load_encoder(str(tmp_path / "encoder"), "cpu")
+
+
+@pytest.mark.parametrize("module", ["sentence_transformers.models.Nothing", "nowhere.Thing", "json.loads"])
+def test_an_embedding_model_of_unknown_modules_is_one_message(tmp_path: Path, module: str) -> None:
+    make_world(tmp_path, count=9)
+    listed = [{"idx": 0, "name": "0", "path": "", "type": module}]
+    (tmp_path / "encoder" / "modules.json").write_text(json.dumps(listed))
+    with pytest.raises(EmbeddingError, match="cannot be loaded"):
+        load_encoder(str(tmp_path / "encoder"), "cpu")

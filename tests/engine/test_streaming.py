@@ -16,6 +16,8 @@ from roma_ray.engine.streaming import STREAM, plan_chain
 from roma_ray.engine.work import serial
 from roma_ray.errors import ModelError, StorageError
 from roma_ray.pipeline import Run
+from tests.moe.test_fitting import edit
+from tests.world import make_world
 
 
 def limited(run: Run, storage: Path, **extraction: Any) -> Setup:
@@ -95,3 +97,14 @@ def test_a_limit_that_holds_no_layer_and_a_storage_without_room_are_refused(
     without = limited(letter_run, tmp_path / "b", cache=False)
     stage = extract(without, questions, serial, Silence())
     assert not list((stage.path / "batches").glob("*.safetensors"))
+
+
+def test_a_tensor_of_the_last_layers_is_missed_before_the_first_slice_works(tmp_path: Path) -> None:
+    setup = resolve(make_world(tmp_path, count=12, extraction={"memory_gb": 1e-4}))
+    edit(setup.model.path, lambda tensors: tensors.pop("model.norm.weight"))
+
+    def working(work: Any, batches: Any) -> Any:
+        raise AssertionError("a slice was loaded")
+
+    with pytest.raises(ModelError, match=r"model.norm.weight is missing"):
+        extract(setup, prepare(setup, Silence()), working, Silence())

@@ -188,19 +188,9 @@ def test_refusals(saved, tmp_path: Path) -> None:
         load_slice("nobody/no-such-model", **arguments)
 
 
-def test_damaged_and_foreign_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_damaged_and_absent_weights(tmp_path: Path) -> None:
     arguments = {"dtype": torch.float32, "with_lm_head": True}
     path = Path(save_tiny(tiny_moe("olmoe"), tmp_path / "model"))
-    config = (path / "config.json").read_text()
-    (path / "config.json").write_text(config.replace('"num_hidden_layers": 6', '"num_hidden_layers": 7'))
-    capfd.readouterr()
-    with pytest.raises(ModelError, match="missing keys"):
-        load_slice(str(path), **arguments)
-    (path / "config.json").write_text(config.replace('"hidden_size": 32', '"hidden_size": 64'))
-    with pytest.raises(ModelError, match="mismatched keys"):
-        load_slice(str(path), **arguments)
-    assert capfd.readouterr().err == "", "the one error message is all that a user should see"
-    (path / "config.json").write_text(config)
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
     with pytest.raises(ModelError, match="damaged"):
