@@ -18,6 +18,7 @@ from roma_ray.errors import ConfigError
 from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
+from roma_ray.evaluation.statistics import p_value, with_error
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
 from roma_ray.pipeline import run as run_pipeline
@@ -101,8 +102,8 @@ def print_benchmarks(folder: Path) -> None:
         for metric, f in figures["metrics"].items():
             row = [task, metric.removesuffix(",none"), str(shots), str(f["n"]), _percent(f, "base")]
             if paired:
-                p = "" if f["mcnemar_p"] is None else f"{f['mcnemar_p']:.3g}"
-                row += [_percent(f, "tuned"), f"{100 * f['difference']:+.2f} ± {100 * f['difference_stderr']:.2f}", p]
+                p = "" if f["mcnemar_p"] is None else p_value(f["mcnemar_p"])
+                row += [_percent(f, "tuned"), with_error(f["difference"], f["difference_stderr"], signed=True), p]
             rows.append(tuple(row))
     if paired:
         header = (*header, "tuned %", "difference", "McNemar p")
@@ -116,7 +117,7 @@ def print_benchmarks(folder: Path) -> None:
 
 
 def _percent(figures: dict[str, Any], name: str) -> str:
-    return f"{100 * figures[name]:.2f} ± {100 * figures[f'{name}_stderr']:.2f}"
+    return with_error(figures[name], figures[f"{name}_stderr"])
 
 
 def notes_of(found: dict[str, Any]) -> list[str]:

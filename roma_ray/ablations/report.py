@@ -16,11 +16,11 @@ from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, State, Sweep
 from roma_ray.artifacts import library_versions, write_text
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.statistics import p_value, significant, with_error
 from roma_ray.figures.report import MARKDOWN, PAGE, Picture, environment
 from roma_ray.figures.style import save
 from roma_ray.figures.sweep import Bar, Point, factor_bars, setting_curves
 from roma_ray.figures.tables import Table, write_csv
-from roma_ray.figures.words import p_value
 
 FIGURES, TABLES = "figures", "tables"
 _TEMPLATES = {PAGE: "sweep.html", MARKDOWN: "sweep.md"}
@@ -197,11 +197,11 @@ def percent(value: float) -> str:
 
 
 def _accuracy(value: float, error: float) -> str:
-    return f"{100 * value:.2f} ± {100 * error:.2f}"
+    return with_error(value, error)
 
 
 def _points(found: Paired) -> str:
-    return f"{100 * found.difference:+.2f} ± {100 * found.stderr:.2f}"
+    return with_error(found.difference, found.stderr, signed=True)
 
 
 def headline(findings: Findings) -> str:
@@ -222,7 +222,7 @@ def headline(findings: Findings) -> str:
         return text
     sure = (
         "which is no clear difference"
-        if near.corrected_p >= 0.05
+        if not significant(near.corrected_p)
         else f"p = {p_value(near.corrected_p)} after correction"
     )
     return (
@@ -233,7 +233,7 @@ def headline(findings: Findings) -> str:
 def notes(sweep: Sweep, findings: Findings) -> list[str]:
     """What a reader must know."""
     lines = []
-    clear = [r.name for r in findings.results if r.to_centre and r.to_centre.corrected_p < 0.05]
+    clear = [r.name for r in findings.results if r.to_centre and significant(r.to_centre.corrected_p)]
     compared = sum(r.to_centre is not None for r in findings.results)
     lines.append(
         f"of {compared} settings, {len(clear)} differ{'s' if len(clear) == 1 else ''} from the centre on the test questions at 5 % "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,8 +12,9 @@ from roma_ray.ablations.space import Trial
 from roma_ray.ablations.sweep import DONE, State, Sweep
 from roma_ray.engine.tables import read_table
 from roma_ray.engine.training import is_idle
-from roma_ray.evaluation.paired import RESULTS, read_evaluation
-from roma_ray.evaluation.statistics import accuracy, mcnemar, standard_error
+from roma_ray.evaluation.judged import RESULTS
+from roma_ray.evaluation.paired import read_evaluation
+from roma_ray.evaluation.statistics import accuracy, holm, mcnemar, standard_error
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,11 @@ class Result:
         """Whether the regularizer was idle with any seed."""
         return any(f.idle for f in self.finished)
 
+    @property
+    def key(self) -> str:
+        """What tells it from every other setting."""
+        return self.finished[0].trial.group
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -99,7 +105,7 @@ def read_findings(sweep: Sweep) -> Findings | None:
         return None
     centre = next((group for group in groups.values() if group[0].trial.centre), None)
     results = [_result(group, centre) for group in groups.values()]
-    corrected = holm([r.to_centre.p for r in results if r.to_centre])
+    corrected = holm({r.key: r.to_centre.p for r in results if r.to_centre})
     results = [_with_corrected(result, corrected) for result in results]
     results.sort(key=lambda result: (-result.validation, not result.centre, result.name))
     first = (centre or next(iter(groups.values())))[0]
@@ -175,21 +181,9 @@ def paired(before: Sequence[np.ndarray], after: Sequence[np.ndarray]) -> Paired:
     return Paired(difference, spread, float(2 * t.sf(abs(difference) / spread, len(mean) - 1)))
 
 
-def holm(values: Iterable[float]) -> dict[float, float]:
-    """Holm's step-down correction: each p-value's corrected one."""
-    ordered = sorted(values)
-    corrected: dict[float, float] = {}
-    highest = 0.0
-    for rank, p in enumerate(ordered):
-        highest = max(highest, min(1.0, (len(ordered) - rank) * p))
-        # Of equal ones the first has the largest factor.
-        corrected.setdefault(p, highest)
-    return corrected
-
-
-def _with_corrected(result: Result, corrected: Mapping[float, float]) -> Result:
+def _with_corrected(result: Result, corrected: Mapping[str, float]) -> Result:
     if result.to_centre is None:
         return result
     from dataclasses import replace
 
-    return replace(result, to_centre=replace(result.to_centre, corrected_p=corrected[result.to_centre.p]))
+    return replace(result, to_centre=replace(result.to_centre, corrected_p=corrected[result.key]))

@@ -1,4 +1,4 @@
-"""Runs side by side on the same questions: accuracies, paired differences to the first, bootstrap intervals, McNemar's p.
+"""Runs side by side on the same questions: every measure, paired differences to the first, bootstrap intervals, p-values.
 
 A run is a finished folder of `evaluate --tasks` (stock and own benchmarks) or of the pipeline's `evaluate` stage (its test
 questions); its tuned model is meant, its base with `:base` after the name. Metrics are never mixed: each has rows of its own.
@@ -17,8 +17,8 @@ from roma_ray.artifacts import Stage, Store, read_manifest
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.evaluation.judge import METRICS, read_benchmarks
-from roma_ray.evaluation.paired import read_verdicts
-from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, mcnemar, standard_error
+from roma_ray.evaluation.judged import read_verdicts
+from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
 
 MACRO = "macro average"
 _STAGES = ("benchmarks", "evaluate")
@@ -36,6 +36,8 @@ class Column:
     values: Mapping[tuple[str, str], Mapping[Any, float]]
     pins: Mapping[str, str]
     """By task."""
+    configured: str = ""
+    """The metric by which the run chooses its answers, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Cell:
     low: float | None = None
     high: float | None = None
     p: float | None = None
+    """McNemar's exact one of verdicts, a paired t-test's of other values."""
     other_pin: bool = False
 
 
@@ -61,6 +64,8 @@ class Row:
     """Questions; of a macro average the tasks."""
     cells: tuple[Cell | None, ...]
     """By column; None for a run without this benchmark."""
+    configured: bool = False
+    """Whether the first run that has it chooses its answers by this metric."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,7 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
 def read_column(name: str, folder: Path, which: str) -> Column:
     """The base's or the tuned model's values of a finished evaluation. Raises ArtifactError, also where it is damaged."""
     manifest = read_manifest(folder)
-    stage = manifest["stage"]
+    stage, configured = manifest["stage"], ""
     Stage(folder, stage, manifest["identity"]).verify()
     if stage == "benchmarks":
         table = read_table(folder / METRICS).to_pydict()
@@ -113,6 +118,7 @@ def read_column(name: str, folder: Path, which: str) -> Column:
     elif stage == "evaluate":
         keys, named, measured, pins = read_verdicts(folder, which)
         questions = [("", name) for name in named]
+        configured = str(manifest["facts"]["metric"])
     else:
         raise ArtifactError(f"{folder} is a {stage} stage, not an evaluation")
     values: dict[tuple[str, str], dict[Any, float]] = {}
@@ -120,7 +126,7 @@ def read_column(name: str, folder: Path, which: str) -> Column:
         if value is None:
             raise ArtifactError(f"{folder} has no tuned model: compare its base, {name}{_BASE}")
         values.setdefault(key, {})[question] = float(value)
-    return Column(name, values, pins)
+    return Column(name, values, pins, configured)
 
 
 def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], str | None]) -> list[Column]:
@@ -169,8 +175,8 @@ def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = F
         )
     rows = [_row(key, columns) for key in every]
     metrics = sorted({metric for _, metric in shared})
-    macro = [_macro(metric, [key for key in shared if key[1] == metric], columns) for metric in metrics]
-    return Comparison(tuple(c.label for c in columns), (*rows, *(m for m in macro if m is not None)))
+    averages = [_macro(metric, [key for key in shared if key[1] == metric], columns) for metric in metrics]
+    return Comparison(tuple(c.label for c in columns), (*rows, *(m for m in averages if m is not None)))
 
 
 def _other_pin(key: tuple[str, str], column: Column, columns: Sequence[Column]) -> bool:
@@ -193,20 +199,17 @@ def _row(key: tuple[str, str], columns: Sequence[Column]) -> Row:
         elif column is not columns[0] and reference is not None:
             before, after = _paired(reference, values, column.label)
             low, high = bootstrap_interval([after - before], seed=_SEED)
-            cell = Cell(cell.score, cell.stderr, float((after - before).mean()), low, high, _p(before, after))
+            found = pair(before, after)
+            cell = Cell(cell.score, cell.stderr, found.difference, low, high, found.p)
         cells.append(cell)
-    return Row(*key, len(next(c.values[key] for c in columns if key in c.values)), tuple(cells))
+    first = next(c for c in columns if key in c.values)
+    return Row(*key, len(first.values[key]), tuple(cells), first.configured == key[1])
 
 
 def _paired(one: Mapping[Any, float], other: Mapping[Any, float], label: str) -> tuple[np.ndarray, np.ndarray]:
     if one.keys() != other.keys():
         raise ArtifactError(f"{label} does not hold the questions that its pin stands for; evaluate it again")
     return np.array([one[q] for q in one]), np.array([other[q] for q in one])
-
-
-def _p(before: np.ndarray, after: np.ndarray) -> float | None:
-    verdicts = np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all()
-    return mcnemar(before == 1, after == 1) if verdicts else None
 
 
 def _macro(metric: str, keys: Sequence[tuple[str, str]], columns: Sequence[Column]) -> Row | None:
@@ -216,27 +219,24 @@ def _macro(metric: str, keys: Sequence[tuple[str, str]], columns: Sequence[Colum
         return None
     cells = []
     for column in columns:
-        parts = [np.array(list(column.values[key].values())) for key in keys]
-        # Tasks are independent: the variance of the mean of means is the mean variance over their number.
-        error = float(np.sqrt(sum(standard_error(p) ** 2 for p in parts)) / len(parts))
-        cell = Cell(float(np.mean([p.mean() for p in parts])), error)
+        pairs = [_paired(columns[0].values[key], column.values[key], column.label) for key in keys]
+        found = macro([pair(before, after) for before, after in pairs])
+        assert found is not None
+        cell = Cell(found.tuned, found.tuned_stderr)
         if column is not columns[0]:
-            differences = []
-            for key in keys:
-                before, after = _paired(columns[0].values[key], column.values[key], column.label)
-                differences.append(after - before)
-            low, high = bootstrap_interval(differences, seed=_SEED)
-            cell = Cell(cell.score, cell.stderr, float(np.mean([d.mean() for d in differences])), low, high)
+            low, high = bootstrap_interval([after - before for before, after in pairs], seed=_SEED)
+            cell = Cell(cell.score, cell.stderr, found.difference, low, high)
         cells.append(cell)
-    return Row(MACRO, metric, len(keys), tuple(cells))
+    return Row(MACRO, metric, len(keys), tuple(cells), columns[0].configured == metric)
 
 
 def plain(comparison: Comparison) -> dict[str, list[Any]]:
     """The comparison as columns of plain values, a row a benchmark: for CSV and MLflow's tables."""
-    table: dict[str, list[Any]] = {"task": [], "metric": [], "n": []}
+    table: dict[str, list[Any]] = {"task": [], "metric": [], "configured": [], "n": []}
     for row in comparison.rows:
         table["task"].append(row.task)
         table["metric"].append(row.metric)
+        table["configured"].append(row.configured)
         table["n"].append(row.n)
         for label, cell in zip(comparison.labels, row.cells, strict=True):
             for name in ("score", "stderr", "difference", "low", "high", "p", "other_pin"):

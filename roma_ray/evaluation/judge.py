@@ -28,7 +28,7 @@ from roma_ray.errors import ArtifactError, ConfigError
 from roma_ray.evaluation.cost import cost_of
 from roma_ray.evaluation.findings import findings
 from roma_ray.evaluation.requests import answer
-from roma_ray.evaluation.statistics import compare_values, summarise_values
+from roma_ray.evaluation.statistics import pair, summarise_values
 from roma_ray.evaluation.subject import Subject
 from roma_ray.questions.prompts import PromptBuilder
 
@@ -352,14 +352,15 @@ def _values(
 
 
 def _figures(base: Sequence[float], tuned: Sequence[float], *, paired: bool) -> dict[str, Any]:
-    return compare_values(base, tuned) if paired else summarise_values(base)
+    return pair(base, tuned).plain() if paired else summarise_values(base)
 
 
 def read_benchmarks(folder: str | Path) -> dict[str, Any]:
     """`evaluation.json` of a finished folder of benchmarks.
 
     Keys: `model` {path, identity, dtype, adapter, adapter_identity, layers}; `tasks` {task: {pin, version, num_fewshot, metrics
-    {"metric,filter": n, base, base_stderr and, paired, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p}}};
+    {"metric,filter": n, base, base_stderr and, paired, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p (of
+    verdicts, else null), t_p (of other values, else null)}}};
     `groups` {group: {pin, tasks, metrics}}; `guards`; `cost`; `versions`. Raises ArtifactError.
     """
     path = Path(folder) / SUMMARY

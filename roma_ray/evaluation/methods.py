@@ -28,7 +28,7 @@ import pyarrow as pa
 from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.errors import GuardError
-from roma_ray.evaluation.statistics import changes, mcnemar, standard_error
+from roma_ray.evaluation.statistics import changes, mcnemar, p_value, standard_error, with_error
 
 SPLIT = "test"
 _FACTS = (
@@ -135,12 +135,14 @@ def oracle_and_control(oracle: pa.Table, controls: Sequence[pa.Table], base: pa.
 
 def describe_oracle(found: Mapping[str, float]) -> str:
     """The sentence that stands beside every oracle figure."""
-    points = {key: 100 * value for key, value in found.items()}
+
+    def points(name: str, *, signed: bool = False) -> str:
+        return with_error(found[name], found[f"{name}_stderr"], digits=1, signed=signed)
+
     return (
-        f"The oracle raises accuracy by {points['oracle_gain']:.1f} ± {points['oracle_gain_stderr']:.1f} points (to "
-        f"{points['oracle_accuracy']:.1f} %); its control, optimized in the same way towards a random wrong choice, gives that "
-        f"choice {points['control_gain']:.1f} ± {points['control_gain_stderr']:.1f} points more often than the base model. "
-        f"Difference: {points['difference']:+.1f} ± {points['difference_stderr']:.1f} points. The oracle alone shows that routing "
+        f"The oracle raises accuracy by {points('oracle_gain')} points (to {100 * found['oracle_accuracy']:.1f} %); its control, "
+        f"optimized in the same way towards a random wrong choice, gives that choice {points('control_gain')} points more often "
+        f"than the base model. Difference: {points('difference', signed=True)} points. The oracle alone shows that routing "
         "steers answers; only what it has over its control speaks of accuracy that is to be had."
     )
 
@@ -180,9 +182,9 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         rows.append(
             (
                 found["name"] + (" (sees the label)" if found["sees_labels"] else ""),
-                f"{100 * found['accuracy']:.2f} ± {100 * found['stderr']:.2f}",
-                "" if base else f"{100 * found['difference']:+.2f} ± {100 * found['difference_stderr']:.2f}",
-                "" if base else f"{found['first_seed']['mcnemar_p']:.3g}",
+                with_error(found["accuracy"], found["stderr"]),
+                "" if base else with_error(found["difference"], found["difference_stderr"], signed=True),
+                "" if base else p_value(found["first_seed"]["mcnemar_p"]),
                 "" if deviation is None else f"± {100 * deviation:.2f} ({found['seeds']})",
                 "" if rate is None else f"{rate:g}",
             )

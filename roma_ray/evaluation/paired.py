@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, fingerprint, note_device, read_manifest, write_json
+from roma_ray.artifacts import Stage, fingerprint, note_device, write_json
 from roma_ray.engine.cache import open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import embed_stage, read_embeddings
@@ -24,9 +24,12 @@ from roma_ray.engine.prepare import TABLE, load_tokenizer, questions_stage
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.tables import read_prompts, read_table, write_table
+from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.evaluation.base import base_scores, base_stage
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
+from roma_ray.evaluation.judged import RESULTS, read_judged, write_results
+from roma_ray.evaluation.measures import RULES, pair_measures
+from roma_ray.evaluation.shares import answer_shares
 from roma_ray.evaluation.statistics import compare
 from roma_ray.manifold import diagnostics
 from roma_ray.moe.checkpoints import load_adapter
@@ -34,27 +37,9 @@ from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
 
-VERSION = 4
-RESULTS = "results.parquet"
+VERSION = 5
 SUMMARY = "evaluation.json"
 _DIAGNOSED_ROWS = 2000
-_RESULTS = pa.schema(
-    [
-        ("row", pa.int64()),
-        ("id", pa.string()),
-        ("task", pa.string()),
-        ("split", pa.string()),
-        ("answer", pa.int32()),
-        ("base_prediction", pa.int32()),
-        ("tuned_prediction", pa.int32()),
-        ("base_correct", pa.bool_()),
-        ("tuned_correct", pa.bool_()),
-        ("base_scores", pa.list_(pa.float32())),
-        ("tuned_scores", pa.list_(pa.float32())),
-        ("base_routing", pa.list_(pa.float32())),
-        ("tuned_routing", pa.list_(pa.float32())),
-    ]
-)
 
 
 def evaluate_stage(setup: Setup, tuned: Stage) -> Stage:
@@ -116,12 +101,14 @@ def evaluate(
         check_not_identical(base.scores, after.scores)
         metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
         columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
-        _write(stage, prompts, base, after, columns)
+        letter = prompt.format == "letter"
+        write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
         neighborhoods = read_neighborhoods(neighbors, len(prompts))
         result = {
             "splits": by_split_and_task(
                 [(p.split, p.task) for p in (prompts[r] for r in rows)], base.correct, after.correct
             ),
+            **_test_figures(stage, questions),
             "guards": _guards(questions, prompts, rows, base, after),
             "diagnostics": _diagnostics(
                 setup, head, prompts, rows, base, after, columns, read_embeddings(embeddings), neighborhoods
@@ -173,16 +160,20 @@ def _by_lm_eval(
     return metric
 
 
-def read_verdicts(
-    folder: str | Path, which: str
-) -> tuple[list[tuple[str, str]], list[str], list[float], dict[str, str]]:
-    """The test questions' verdicts: ((task, metric), question id, 0 or 1) by row, and the pin of each task."""
-    manifest = read_manifest(folder)["facts"]
-    table = read_table(Path(folder) / RESULTS, ["id", "task", "split", f"{which}_correct"]).to_pylist()
-    test = [row for row in table if row["split"] == "test"]
-    keys = [(row["task"], str(manifest.get("metric", "acc"))) for row in test]
-    pins = {row["task"]: str(manifest["pin"]) for row in test}
-    return keys, [row["id"] for row in test], [float(row[f"{which}_correct"]) for row in test], pins
+def _test_figures(stage: Stage, questions: Stage) -> dict[str, Any]:
+    """The test questions by every measure, and which answers were given; from what is stored, as any reader has it."""
+    found = read_judged(stage.path, "test")
+    table = read_table(questions.path / TABLE, ["choices"]).column("choices")
+    choices = table.take(pa.array(found.rows, pa.int64())).to_pylist()
+    paired = pair_measures(found.values("base"), found.values("tuned"), found.asked.tasks)
+    return {
+        "measures": {
+            "configured": RULES[found.asked.rule],
+            "coincide": found.asked.coincide,
+            "figures": {name: figures.plain() for name, figures in paired.items()},
+        },
+        "shares": answer_shares(found.scores["base"], found.scores["tuned"], found.asked, choices),
+    }
 
 
 def evaluation_pin(questions: Stage, prompt: dict[str, Any], rows: Sequence[int]) -> str:
@@ -283,27 +274,6 @@ def _diagnostics(
 
 def _silhouette(points: torch.Tensor, tasks: Sequence[str], seed: int) -> float | None:
     return diagnostics.silhouette(points, tasks, torch.Generator().manual_seed(seed))
-
-
-def _write(stage: Stage, prompts: Sequence[Any], base: Scores, tuned: Scores, columns: list[int]) -> None:
-    kept = [prompts[row] for row in base.rows]
-    table = {
-        "row": base.rows,
-        "id": [p.id for p in kept],
-        "task": [p.task for p in kept],
-        "split": [p.split for p in kept],
-        "answer": [p.answer for p in kept],
-        "base_prediction": base.predictions,
-        "tuned_prediction": tuned.predictions,
-        "base_correct": base.correct.tolist(),
-        "tuned_correct": tuned.correct.tolist(),
-        "base_scores": base.scores,
-        "tuned_scores": tuned.scores,
-        "base_routing": list(base.routing_NLE[:, columns].reshape(len(kept), -1)),
-        "tuned_routing": list(tuned.routing_NLE[:, columns].reshape(len(kept), -1)),
-    }
-    shape = {"layers": len(columns), "experts": base.routing_NLE.shape[2]}
-    write_table(stage.path / RESULTS, table, _RESULTS, shape)
 
 
 def read_evaluation(stage: Stage) -> dict[str, Any]:

@@ -1,20 +1,26 @@
-"""Paired statistics of two models' answers to the same questions. Pure functions over boolean verdicts."""
+"""Paired statistics of two models' answers to the same questions: pure functions over verdicts and other values."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 
+SIGNIFICANCE = 0.05
+_DRAWN_AT_ONCE = 2**22
+Name = TypeVar("Name", bound=Hashable)
+Values = Sequence[bool] | Sequence[float] | np.ndarray
 
-def accuracy(correct: Sequence[bool] | np.ndarray) -> float:
-    """Fraction of right answers."""
+
+def accuracy(correct: Values) -> float:
+    """Fraction of right answers; of other values their mean."""
     return float(np.mean(correct))
 
 
-def standard_error(correct: Sequence[bool] | np.ndarray) -> float:
+def standard_error(correct: Values) -> float:
     """Standard error of an accuracy: sample standard deviation (n - 1) over sqrt(n), as lm-evaluation-harness; 0 for n < 2."""
     values = np.asarray(correct, dtype=float)
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
@@ -35,22 +41,85 @@ def changes(base: Sequence[bool] | np.ndarray, tuned: Sequence[bool] | np.ndarra
     return int((before & ~after).sum()), int((~before & after).sum())
 
 
-def compare(base: Sequence[bool] | np.ndarray, tuned: Sequence[bool] | np.ndarray) -> dict[str, Any]:
-    """Everything that a table says of two models on the same questions."""
-    lost, won = changes(base, tuned)
-    difference = np.asarray(tuned, dtype=float) - np.asarray(base, dtype=float)
-    return {
-        "n": len(difference),
-        "base_accuracy": accuracy(base),
-        "base_stderr": standard_error(base),
-        "tuned_accuracy": accuracy(tuned),
-        "tuned_stderr": standard_error(tuned),
-        "difference": float(difference.mean()),
-        "difference_stderr": float(difference.std(ddof=1) / math.sqrt(len(difference))) if len(difference) > 1 else 0.0,
-        "lost": lost,
-        "won": won,
-        "mcnemar_p": mcnemar(base, tuned),
-    }
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same questions by one measure, whatever it is: means, standard errors over questions, their difference.
+
+    Of a macro average, the mean of the tasks' means: `n` counts its questions, and neither test is made.
+    """
+
+    n: int
+    base: float
+    base_stderr: float
+    tuned: float
+    tuned_stderr: float
+    difference: float
+    difference_stderr: float
+    """Of the differences, question by question."""
+    lost: int | None = None
+    """Questions that only the base answers rightly; this, `won` and McNemar's p where every value is 0 or 1, else None."""
+    won: int | None = None
+    mcnemar_p: float | None = None
+    t_p: float | None = None
+    """Paired t-test over questions, where the values are no verdicts."""
+
+    @property
+    def p(self) -> float | None:
+        """That of the test that was made."""
+        return self.t_p if self.mcnemar_p is None else self.mcnemar_p
+
+    def plain(self) -> dict[str, Any]:
+        """As data: the fields by name."""
+        return asdict(self)
+
+
+def pair(base: Values, tuned: Values) -> Paired:
+    """Every paired figure of two models' values (verdicts, log-likelihoods, means over seeds) on the same questions."""
+    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
+    assert before.shape == after.shape, "paired statistics need the same questions"
+    means = (accuracy(before), standard_error(before), accuracy(after), standard_error(after))
+    difference, error = float((after - before).mean()), standard_error(after - before)
+    if np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all():
+        lost, won = changes(before == 1, after == 1)
+        return Paired(len(before), *means, difference, error, lost, won, mcnemar(before == 1, after == 1))
+    return Paired(len(before), *means, difference, error, t_p=_t_test(difference, error, len(before)))
+
+
+def _t_test(difference: float, error: float, n: int) -> float:
+    """Two-sided p of a mean difference with this standard error over n questions; 1 where no error is known."""
+    from scipy.stats import t
+
+    return float(2 * t.sf(abs(difference) / error, n - 1)) if error else 1.0
+
+
+def macro(parts: Iterable[Paired]) -> Paired | None:
+    """The unweighted mean over tasks; None for fewer than two. Tasks are independent, so their variances add up."""
+    tasks = list(parts)
+    if len(tasks) < 2:
+        return None
+
+    def mean(name: str) -> float:
+        return sum(getattr(part, name) for part in tasks) / len(tasks)
+
+    def error(name: str) -> float:
+        return math.sqrt(sum(getattr(part, name) ** 2 for part in tasks)) / len(tasks)
+
+    return Paired(
+        sum(part.n for part in tasks),
+        mean("base"),
+        error("base_stderr"),
+        mean("tuned"),
+        error("tuned_stderr"),
+        mean("difference"),
+        error("difference_stderr"),
+    )
+
+
+def compare(base: Values, tuned: Values) -> dict[str, Any]:
+    """The paired figures of verdicts, as the summary's `splits` names them: `base_accuracy` for `base`, `tuned_accuracy`."""
+    found = pair(base, tuned).plain()
+    del found["t_p"]
+    return {{"base": "base_accuracy", "tuned": "tuned_accuracy"}.get(key, key): value for key, value in found.items()}
 
 
 def summarise_values(values: Sequence[float]) -> dict[str, Any]:
@@ -58,24 +127,32 @@ def summarise_values(values: Sequence[float]) -> dict[str, Any]:
     return {"n": len(values), "base": accuracy(np.asarray(values)), "base_stderr": standard_error(np.asarray(values))}
 
 
-def compare_values(base: Sequence[float], tuned: Sequence[float]) -> dict[str, Any]:
-    """Paired figures of one metric; lost, won and McNemar's p where every value is 0 or 1 (a verdict), else None."""
-    before, after = np.asarray(base, dtype=float), np.asarray(tuned, dtype=float)
-    difference = after - before
-    verdicts = bool(np.isin(before, (0, 1)).all() and np.isin(after, (0, 1)).all())
-    lost, won = changes(before == 1, after == 1) if verdicts else (None, None)
-    return {
-        "n": len(before),
-        "base": accuracy(before),
-        "base_stderr": standard_error(before),
-        "tuned": accuracy(after),
-        "tuned_stderr": standard_error(after),
-        "difference": float(difference.mean()),
-        "difference_stderr": standard_error(difference),
-        "lost": lost,
-        "won": won,
-        "mcnemar_p": mcnemar(before == 1, after == 1) if verdicts else None,
-    }
+def significant(p: float | None, level: float = SIGNIFICANCE) -> bool:
+    """The one rule: a difference is significant when p is below the level; at the level exactly nothing is shown."""
+    return p is not None and p < level
+
+
+def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
+    """Holm's step-down correction: each name's corrected p, to be held against the level by `significant`."""
+    corrected: dict[Name, float] = {}
+    highest = 0.0
+    for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        corrected[name] = highest
+    return corrected
+
+
+def with_error(
+    value: float, error: float | None, *, scale: float = 100.0, digits: int = 2, signed: bool = False
+) -> str:
+    """The one form of a figure with its error, in percent unless `scale` says otherwise: `61.96 ± 1.68`, `+2.03 ± 0.91`."""
+    text = f"{scale * value:{'+' if signed else ''}.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
+
+
+def p_value(p: float) -> str:
+    """The one form of a p-value: three digits; very small ones as a bound."""
+    return "< 1e-6" if p < 1e-6 else f"{p:.3g}"
 
 
 def bootstrap_interval(
@@ -94,8 +171,9 @@ def bootstrap_interval(
             drawn = generator.multinomial(len(values), counts / counts.sum(), size=resamples)
             total += drawn @ kinds / len(values)
         else:
-            for n in range(resamples):
-                total[n] += generator.choice(values, len(values)).mean()
+            own = np.asarray(values, dtype=float)
+            for part in np.array_split(np.arange(resamples), max(1, resamples * len(own) // _DRAWN_AT_ONCE)):
+                total[part] += own[generator.integers(len(own), size=(len(part), len(own)))].mean(1)
     total /= len(differences)
     low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -2,7 +2,10 @@
 
 Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, layers, trained_parameters}; `splits`
 {split: {task or "all": {n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr,
-lost, won, mcnemar_p}}}; `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda,
+lost, won, mcnemar_p}}}; `measures` (of the test questions) {configured: the measure by which answers are chosen, coincide: whether
+`acc` and `acc_norm` must be equal and one of them is left out, figures {measure of `evaluation/measures.py`: {micro, macro, tasks {task}:
+{n, base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
+labels, shift}} as `evaluation/shares.py` documents; `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda,
 learning_rate, gradient_norm, routing_entropy, validation_accuracy); `probe` (gradient norms of both terms on the
 gates, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties); `diagnostics`;
 `guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `devices` {stage:
@@ -25,6 +28,7 @@ from roma_ray.engine.finetuning import epochs_of
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.paired import read_evaluation
+from roma_ray.evaluation.statistics import p_value, with_error
 
 
 def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float) -> dict[str, Any]:
@@ -45,6 +49,8 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
             "trained_parameters": outcome["trained_parameters"],
         },
         "splits": evaluation["splits"],
+        "measures": evaluation["measures"],
+        "shares": evaluation["shares"],
         "epochs": epochs_of(stages["finetune"]),
         "probe": outcome["probe"],
         "selected_epoch": outcome["selected_epoch"],
@@ -78,10 +84,10 @@ def result_rows(summary: Mapping[str, Any], split: str = "test") -> list[tuple[s
             (
                 task,
                 str(figures["n"]),
-                f"{100 * figures['base_accuracy']:.2f} ± {100 * figures['base_stderr']:.2f}",
-                f"{100 * figures['tuned_accuracy']:.2f} ± {100 * figures['tuned_stderr']:.2f}",
-                f"{100 * figures['difference']:+.2f} ± {100 * figures['difference_stderr']:.2f}",
-                f"{figures['mcnemar_p']:.3g}",
+                with_error(figures["base_accuracy"], figures["base_stderr"]),
+                with_error(figures["tuned_accuracy"], figures["tuned_stderr"]),
+                with_error(figures["difference"], figures["difference_stderr"], signed=True),
+                p_value(figures["mcnemar_p"]),
             )
         )
     # "all" closes the table.

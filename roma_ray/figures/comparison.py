@@ -7,14 +7,18 @@ import io
 from html import escape
 
 from roma_ray.evaluation.compare import MACRO, Cell, Comparison, Row, plain
+from roma_ray.evaluation.measures import MEASURES, Measure
+from roma_ray.evaluation.statistics import p_value
 
 # Format -> suffix of its files.
 FORMATS = {"markdown": "md", "html": "html", "csv": "csv"}
 _OTHER_PIN = "≠ pin"
 _ABSENT = "–"
 _LEGEND = (
-    "Scores in percent with standard errors; differences to the first column with paired bootstrap 95 % intervals; p: exact "
-    f"McNemar. {_OTHER_PIN}: other questions, prompts or metric than the row's first score, not comparable with it. {_ABSENT}: a "
+    "Scores with standard errors over questions, shares in percent; gold_logp: the right answer's log-likelihood in nats a token, "
+    "choice_logp: its log-probability among the choices, in nats. *: the metric by which the run chooses its answers. Differences "
+    "to the first column with paired bootstrap 95 % intervals; p: exact McNemar of right and wrong answers, a paired t-test of other "
+    f"values. {_OTHER_PIN}: other questions, prompts or metric than the row's first score, not comparable with it. {_ABSENT}: a "
     f"run without this benchmark. {MACRO}: over the n benchmarks that all runs share."
 )
 _STYLE = (
@@ -50,25 +54,26 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(row: Row) -> list[str]:
-    texts = [row.task, row.metric, str(row.n), _score(row.cells[0])]
+    # lm-eval's other metrics are shares, as accuracy is.
+    measure = MEASURES.get(row.metric, MEASURES["acc"])
+    texts = [row.task, row.metric + ("*" if row.configured else ""), str(row.n), _score(row.cells[0], measure)]
     for cell in row.cells[1:]:
-        texts += [_score(cell), _difference(cell), "" if cell is None or cell.p is None else f"{cell.p:.3g}"]
+        p = "" if cell is None or cell.p is None else p_value(cell.p)
+        texts += [_score(cell, measure), _difference(cell, measure), p]
     return texts
 
 
-def _score(cell: Cell | None) -> str:
-    if cell is None:
-        return _ABSENT
-    error = "" if cell.stderr is None else f" ± {100 * cell.stderr:.2f}"
-    return f"{100 * cell.score:.2f}{error}"
+def _score(cell: Cell | None, measure: Measure) -> str:
+    return _ABSENT if cell is None else measure.text(cell.score, cell.stderr)
 
 
-def _difference(cell: Cell | None) -> str:
+def _difference(cell: Cell | None, measure: Measure) -> str:
     if cell is None or cell.difference is None:
         return _OTHER_PIN if cell is not None and cell.other_pin else ""
     assert cell.low is not None
     assert cell.high is not None
-    return f"{100 * cell.difference:+.2f} [{100 * cell.low:+.2f}, {100 * cell.high:+.2f}]"
+    low, high = (measure.text(value, None, signed=True) for value in (cell.low, cell.high))
+    return f"{measure.text(cell.difference, None, signed=True)} [{low}, {high}]"
 
 
 def _csv(comparison: Comparison) -> str:

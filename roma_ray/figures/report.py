@@ -27,8 +27,8 @@ from roma_ray.engine.neighborhoods import NEIGHBORS
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import matrix, read_table, table_facts
+from roma_ray.evaluation.judged import RESULTS
 from roma_ray.evaluation.methods import describe_oracle, oracle_and_control
-from roma_ray.evaluation.paired import RESULTS
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures import projection, results, routing, tables, training, words
 from roma_ray.figures.style import save

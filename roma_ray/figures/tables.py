@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.artifacts import write_atomically
+from roma_ray.evaluation.statistics import p_value, with_error
 from roma_ray.figures.results import ordered
-from roma_ray.figures.words import p_value, points
+from roma_ray.figures.words import points
 
 _FIGURES = (
     "n",
@@ -41,8 +42,8 @@ def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
         (
             "all tasks" if name == "all" else name,
             str(f["n"]),
-            f"{100 * f['base_accuracy']:.2f} ± {100 * f['base_stderr']:.2f}",
-            f"{100 * f['tuned_accuracy']:.2f} ± {100 * f['tuned_stderr']:.2f}",
+            with_error(f["base_accuracy"], f["base_stderr"]),
+            with_error(f["tuned_accuracy"], f["tuned_stderr"]),
             points(f),
             f"{f['lost']} / {f['won']}",
             p_value(f["mcnemar_p"]),

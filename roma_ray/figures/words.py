@@ -8,9 +8,8 @@ from typing import Any
 
 from roma_ray.config import RegularizerConfig
 from roma_ray.engine.training import is_idle
+from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant, with_error
 from roma_ray.evaluation.summary import warnings_of
-
-SIGNIFICANCE = 0.05
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
             "Nothing can be concluded: both models are at chance level.",
             f"{detail} A comparison of two models that guess says nothing about the method.",
         )
-    if p >= SIGNIFICANCE:
+    if not significant(p):
         return Verdict(
             "none", "No significant difference between tuned and base routers.", f"{detail} No gain or loss is shown."
         )
@@ -59,7 +58,8 @@ def by_task(summary: Mapping[str, Any]) -> str:
     tasks = {name: f for name, f in summary["splits"]["test"].items() if name != "all"}
     if len(tasks) < 2:
         return ""
-    changed = holm({name: figures["mcnemar_p"] for name, figures in tasks.items()})
+    corrected = holm({name: figures["mcnemar_p"] for name, figures in tasks.items()})
+    changed = [name for name, p in corrected.items() if significant(p)]
     better = sorted(name for name in changed if tasks[name]["difference"] > 0)
     worse = sorted(set(changed) - set(better))
     if not changed:
@@ -68,16 +68,6 @@ def by_task(summary: Mapping[str, Any]) -> str:
         )
     parts = [f"{label}: {', '.join(names)}" for label, names in (("better", better), ("worse", worse)) if names]
     return f"Tasks that changed significantly (Holm's correction for {len(tasks)} tasks, {SIGNIFICANCE:.0%}): {'; '.join(parts)}."
-
-
-def holm(p_values: Mapping[str, float], level: float = SIGNIFICANCE) -> set[str]:
-    """Names whose hypothesis Holm's step-down procedure rejects at that family-wise level."""
-    rejected: set[str] = set()
-    for n, name in enumerate(sorted(p_values, key=lambda key: (p_values[key], key))):
-        if p_values[name] > level / (len(p_values) - n):
-            break
-        rejected.add(name)
-    return rejected
 
 
 def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[str]:
@@ -116,14 +106,9 @@ def safety(summary: Mapping[str, Any]) -> str:
 
 def percent(figures: Mapping[str, Any], who: str) -> str:
     """An accuracy with its standard error: `61.20 ± 1.10 %`."""
-    return f"{100 * figures[f'{who}_accuracy']:.2f} ± {100 * figures[f'{who}_stderr']:.2f} %"
+    return with_error(figures[f"{who}_accuracy"], figures[f"{who}_stderr"]) + " %"
 
 
 def points(figures: Mapping[str, Any]) -> str:
     """The paired difference in percentage points with its standard error."""
-    return f"{100 * figures['difference']:+.2f} ± {100 * figures['difference_stderr']:.2f}"
-
-
-def p_value(p: float) -> str:
-    """A p-value of three digits; very small ones as a bound."""
-    return "< 1e-6" if p < 1e-6 else f"{p:.3g}"
+    return with_error(figures["difference"], figures["difference_stderr"], signed=True)

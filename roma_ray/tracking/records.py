@@ -22,6 +22,7 @@ from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS, live_epochs
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.paired import SUMMARY, read_evaluation
+from roma_ray.evaluation.statistics import p_value, with_error
 from roma_ray.tracking.client import Input, Value
 
 # Settings that may differ between two runs of one identity: where things are kept and shown.
@@ -242,9 +243,9 @@ def note(report: Stage, evaluation: Stage) -> str:
     for task, f in figures.items():
         name = re.sub(r"[^\w .,:+-]", "_", task)
         lines.append(
-            f"| {name} | {f['n']} | {100 * f['base_accuracy']:.2f} ± {100 * f['base_stderr']:.2f} | "
-            f"{100 * f['tuned_accuracy']:.2f} ± {100 * f['tuned_stderr']:.2f} | {100 * f['difference']:+.2f} ± "
-            f"{100 * f['difference_stderr']:.2f} | {f['mcnemar_p']:.3g} |"
+            f"| {name} | {f['n']} | {with_error(f['base_accuracy'], f['base_stderr'])} | "
+            f"{with_error(f['tuned_accuracy'], f['tuned_stderr'])} | "
+            f"{with_error(f['difference'], f['difference_stderr'], signed=True)} | {p_value(f['mcnemar_p'])} |"
         )
     return "\n".join([*lines, "", "Open report.html among the artifacts for figures and limits."])[:7900]
 

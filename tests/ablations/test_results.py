@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from roma_ray.ablations.report import headline
-from roma_ray.ablations.results import Findings, Paired, Result, holm, paired
+from roma_ray.ablations.results import Findings, Paired, Result, paired
 from roma_ray.evaluation.statistics import compare
 
 
@@ -35,13 +35,6 @@ def test_several_seeds_average_each_question_first() -> None:
 
     assert found.p == pytest.approx(ttest_1samp(means, 0).pvalue)
     assert paired([before[0]] * 2, [before[0]] * 2).p == 1.0
-
-
-def test_holm_by_hand() -> None:
-    assert holm([0.01, 0.04, 0.03]) == {0.01: pytest.approx(0.03), 0.03: pytest.approx(0.06), 0.04: pytest.approx(0.06)}
-    assert holm([0.02, 0.02]) == {0.02: pytest.approx(0.04)}
-    assert holm([0.9, 0.8]) == {0.8: 1.0, 0.9: 1.0}
-    assert holm([]) == {}
 
 
 def result(name: str, validation: float, gain: float, to_centre: Paired | None = None) -> Result:

@@ -45,6 +45,35 @@ def test_figures_are_those_of_plain_formulas() -> None:
     )
 
 
+def test_log_likelihoods_stand_beside_accuracies_and_the_configured_metric_is_marked() -> None:
+    nats = {label: RNG.normal(-1.5, 0.2, 60) for label in ("a", "b")}
+    columns = [
+        Column(
+            label,
+            {
+                ("one", "acc"): column(label).values["one", "acc"],
+                ("one", "gold_logp"): dict(enumerate(nats[label].tolist())),
+            },
+            {"one": "p"},
+            "acc",
+        )
+        for label in ("a", "b")
+    ]
+    found = compare_columns(columns)
+    verdicts, values = found.rows
+    assert (verdicts.configured, values.configured) == (True, False)
+    assert values.cells[1] is not None
+    assert values.cells[1].difference == pytest.approx((nats["b"] - nats["a"]).mean())
+    from scipy.stats import ttest_rel
+
+    assert values.cells[1].p == pytest.approx(ttest_rel(nats["b"], nats["a"]).pvalue)
+    table = render(found, "markdown")
+    assert "| one | acc* | 60 |" in table
+    error = nats["b"].std(ddof=1) / np.sqrt(60)
+    assert f"| one | gold_logp | 60 | {nats['a'].mean():.4f} ±" in table
+    assert f"{nats['b'].mean():.4f} ± {error:.4f}" in table, "in nats, not in percent"
+
+
 def test_the_interval_is_that_of_drawing_questions_one_by_one() -> None:
     values = RNG.choice([-1.0, 0.0, 1.0], 200, p=[0.1, 0.6, 0.3])
     drawn = RNG.choice(values, (4000, 200)).mean(1)

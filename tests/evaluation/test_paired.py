@@ -20,7 +20,8 @@ from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.errors import ArtifactError
-from roma_ray.evaluation.paired import RESULTS, by_split_and_task, evaluate, evaluation_pin
+from roma_ray.evaluation.judged import RESULTS
+from roma_ray.evaluation.paired import by_split_and_task, evaluate, evaluation_pin
 from roma_ray.evaluation.summary import result_rows, warnings_of
 from roma_ray.pipeline import Run, run
 from tests.world import make_world
@@ -52,6 +53,30 @@ def test_tuned_answers_are_those_of_the_whole_model_with_the_exported_routers(fi
             logits = model(torch.tensor([prompt.prompt_ids]), use_cache=False).logits[0, -1].float()
         expected = torch.log_softmax(logits, -1)[[c[0] for c in prompt.choice_ids]]
         assert row["tuned_scores"] == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_every_measure_and_share_is_recomputed_from_the_stored_scores(finished: Run) -> None:
+    rows = [r for r in read_table(finished.stages["evaluate"].path / RESULTS).to_pylist() if r["split"] == "test"]
+    prompts = read_prompts(finished.stages["questions"].path / TABLE)
+    found = finished.summary["measures"]
+    # Letters: both rules choose the same, which is said and not shown twice.
+    assert (found["configured"], found["coincide"]) == ("acc", True)
+    assert list(found["figures"]) == ["acc", "gold_logp", "choice_logp"]
+    overall = finished.summary["splits"]["test"]["all"]
+    micro = found["figures"]["acc"]["micro"]
+    assert (micro["tuned"], micro["difference"]) == (overall["tuned_accuracy"], overall["difference"])
+    for which in ("base", "tuned"):
+        gold = [r[f"{which}_scores"][r["answer"]] / len(prompts[r["row"]].choice_ids[r["answer"]]) for r in rows]
+        assert found["figures"]["gold_logp"]["micro"][which] == pytest.approx(np.mean(gold))
+        among = [
+            r[f"{which}_scores"][r["answer"]] - np.log(np.exp(np.float64(r[f"{which}_scores"])).sum()) for r in rows
+        ]
+        assert found["figures"]["choice_logp"]["micro"][which] == pytest.approx(np.mean(among))
+    for task, shares in finished.summary["shares"].items():
+        own = [r for r in rows if r["task"] == task]
+        for n, letter in enumerate(shares["positions"]):
+            share = sum(r["tuned_prediction"] == n for r in own) / len(own)
+            assert shares["positions"][letter]["tuned"] == pytest.approx(share)
 
 
 def copy_with_adapter(finished: Run, target: Path, scale: float) -> Stage:

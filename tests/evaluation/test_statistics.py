@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roma_ray.evaluation.statistics import accuracy, changes, compare, mcnemar, standard_error
+from roma_ray.evaluation.statistics import (
+    accuracy,
+    changes,
+    compare,
+    holm,
+    macro,
+    mcnemar,
+    pair,
+    significant,
+    standard_error,
+    with_error,
+)
 
 pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
@@ -107,3 +118,58 @@ def test_arrays_and_lists_are_the_same() -> None:
 def test_different_questions_cannot_be_paired() -> None:
     with pytest.raises(AssertionError, match="same questions"):
         changes([True, False], [True])
+
+
+@given(st.lists(st.tuples(st.floats(-9, 9), st.floats(-9, 9)), min_size=2, max_size=60))
+def test_other_values_are_paired_by_a_t_test(values: list[tuple[float, float]]) -> None:
+    from scipy.stats import ttest_rel
+
+    base, tuned = (np.array(side) for side in zip(*values, strict=True))
+    found = pair(base, tuned)
+    assert found.difference == pytest.approx(float((tuned - base).mean()), abs=1e-12)
+    assert found.difference_stderr == pytest.approx(literal_standard_error((tuned - base).tolist()), abs=1e-12)
+    if not (np.isin(base, (0, 1)).all() and np.isin(tuned, (0, 1)).all()):
+        assert (found.lost, found.won, found.mcnemar_p) == (None, None, None)
+        if found.difference_stderr > 1e-9:
+            assert found.p == pytest.approx(float(ttest_rel(tuned, base).pvalue), abs=1e-9)
+
+
+def test_verdicts_and_other_values_have_one_record() -> None:
+    verdicts = pair([True, False, True], [True, True, True])
+    assert verdicts == pair([1.0, 0.0, 1.0], np.array([1, 1, 1]))
+    assert (verdicts.lost, verdicts.won, verdicts.t_p) == (0, 1, None)
+    assert verdicts.p == verdicts.mcnemar_p == 1.0
+    assert set(pair([0.5], [0.25]).plain()) == set(verdicts.plain())
+
+
+def test_a_macro_average_weighs_tasks_alike() -> None:
+    one, two = pair([1.0] * 9 + [0.0], [1.0] * 10), pair([0.0, 1.0], [0.0, 0.0])
+    found = macro([one, two])
+    assert found is not None
+    assert found.difference == pytest.approx((0.1 - 0.5) / 2)
+    assert found.base == pytest.approx((0.9 + 0.5) / 2)
+    assert found.difference_stderr == pytest.approx(math.hypot(one.difference_stderr, two.difference_stderr) / 2)
+    assert (found.n, found.p) == (12, None)
+    assert macro([one]) is None
+
+
+def test_at_the_level_exactly_nothing_is_significant() -> None:
+    assert not significant(0.05)
+    assert significant(0.0499)
+    assert not significant(None)
+    # The same of several: .025 of two is .05 after correction.
+    assert not significant(holm({"a": 0.025, "b": 0.9})["a"])
+
+
+def test_holm_by_hand() -> None:
+    assert holm({"a": 0.01, "b": 0.04, "c": 0.03}) == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
+    assert holm({1: 0.02, 2: 0.02}) == pytest.approx({1: 0.04, 2: 0.04})
+    assert holm({"a": 0.9, "b": 0.8}) == {"b": 1.0, "a": 1.0}
+    assert holm({}) == {}
+
+
+def test_a_figure_with_its_error_has_one_form() -> None:
+    assert with_error(0.6196, 0.0168) == "61.96 ± 1.68"
+    assert with_error(0.0203, 0.0091, signed=True) == "+2.03 ± 0.91"
+    assert with_error(-1.23456, 0.00012, scale=1, digits=4) == "-1.2346 ± 0.0001"
+    assert with_error(0.5, None) == "50.00"

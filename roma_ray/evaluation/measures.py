@@ -1,0 +1,137 @@
+"""Four measures of the same answers, from the stored log-likelihoods of each question's choices; paired, by task and together.
+
+acc           share answered rightly by the highest log-likelihood
+acc_norm      the same by the log-likelihood per character of the choice
+gold_logp     the right answer's log-likelihood, in nats a token of its continuation
+choice_logp   the right answer's log-probability among the choices, in nats: log-softmax of the scores that the configured
+              rule compares
+
+One of the first two is what the run's answers are chosen by (`prompt.cloze_score`). The last two move with every question, not
+only with those whose answer changes, so they tell models apart where accuracy cannot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from roma_ray.evaluation.statistics import Paired, macro, pair, with_error
+from roma_ray.questions.prompts import Prompt
+
+RULES = {"raw": "acc", "normalized": "acc_norm"}
+"""The measure of each rule by which an answer is chosen; lm-evaluation-harness's names."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a measure is named and written."""
+
+    title: str
+    unit: str
+    scale: float
+    digits: int
+
+    def text(self, value: float, error: float | None, *, signed: bool = False) -> str:
+        """A figure of this measure with its error."""
+        return with_error(value, error, scale=self.scale, digits=self.digits, signed=signed)
+
+
+MEASURES: Mapping[str, Measure] = {
+    "acc": Measure("accuracy, raw", "%", 100.0, 2),
+    "acc_norm": Measure("accuracy, per character", "%", 100.0, 2),
+    "gold_logp": Measure("gold answer's log-likelihood", "nats/token", 1.0, 4),
+    "choice_logp": Measure("gold answer's log-probability among the choices", "nats", 1.0, 4),
+}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the measures need to know of some questions beside the scores, in their order."""
+
+    tasks: Sequence[str]
+    answers: Sequence[int]
+    tokens: Sequence[Sequence[int]]
+    """Of each choice's continuation."""
+    chars: Sequence[Sequence[int]]
+    """Of each choice's text."""
+    rule: str
+    """`raw` or `normalized`."""
+
+    @classmethod
+    def of(cls, prompts: Sequence[Prompt], rule: str, *, letter: bool) -> Asked:
+        """What the measures need of encoded questions; a `letter` prompt's choices are its letters, one character each."""
+        chars = [[1] * len(p.choice_chars) if letter else list(p.choice_chars) for p in prompts]
+        tokens = [[len(ids) for ids in p.choice_ids] for p in prompts]
+        return cls([p.task for p in prompts], [p.answer for p in prompts], tokens, chars, rule)
+
+    @property
+    def coincide(self) -> bool:
+        """Whether both rules must choose the same: no question's choices differ in length (letters, say)."""
+        return all(len(set(chars)) <= 1 for chars in self.chars)
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        """The measures that differ on these questions, in their order."""
+        left_out = next(name for rule, name in RULES.items() if rule != self.rule) if self.coincide else None
+        return tuple(name for name in MEASURES if name != left_out)
+
+
+def rule_scores(scores: Sequence[float], chars: Sequence[int], rule: str) -> np.ndarray:
+    """What a rule compares: log-likelihoods, `normalized` by characters. Its argmax is `engine.forward.predict`'s."""
+    values = np.asarray(scores, dtype=np.float64)
+    return values / np.maximum(np.asarray(chars), 1) if rule == "normalized" else values
+
+
+def measure(scores: Sequence[Sequence[float]], asked: Asked) -> dict[str, np.ndarray]:
+    """Each measure's value of every question, [N] fp64, from one model's `scores`."""
+    values: dict[str, list[float]] = {name: [] for name in asked.measures}
+    for own, gold, tokens, chars in zip(scores, asked.answers, asked.tokens, asked.chars, strict=True):
+        for rule, name in RULES.items():
+            if name in values:
+                # The first of equals, as everywhere.
+                values[name].append(float(int(rule_scores(own, chars, rule).argmax()) == gold))
+        values["gold_logp"].append(own[gold] / tokens[gold])
+        values["choice_logp"].append(float(log_softmax(rule_scores(own, chars, asked.rule))[gold]))
+    return {name: np.array(found) for name, found in values.items()}
+
+
+def log_softmax(values: np.ndarray) -> np.ndarray:
+    """Log-probabilities of a question's choices."""
+    shifted = values - values.max()
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum())
+    return result
+
+
+@dataclass(frozen=True)
+class ByTask:
+    """A measure's paired figures: over all questions, over the tasks with equal weight, and of each task."""
+
+    micro: Paired
+    macro: Paired | None
+    """None for fewer than two tasks."""
+    tasks: Mapping[str, Paired]
+
+    def plain(self) -> dict[str, Any]:
+        """As data: {micro, macro, tasks: {task: figures}}."""
+        return {
+            "micro": self.micro.plain(),
+            "macro": self.macro.plain() if self.macro else None,
+            "tasks": {name: found.plain() for name, found in self.tasks.items()},
+        }
+
+
+def pair_by_task(base: np.ndarray, tuned: np.ndarray, tasks: Sequence[str]) -> ByTask:
+    """Paired figures of one measure's values, question by question in one order."""
+    names = np.asarray(tasks)
+    found = {str(name): pair(base[names == name], tuned[names == name]) for name in sorted(set(tasks))}
+    return ByTask(pair(base, tuned), macro(found.values()), found)
+
+
+def pair_measures(
+    base: Mapping[str, np.ndarray], tuned: Mapping[str, np.ndarray], tasks: Sequence[str]
+) -> dict[str, ByTask]:
+    """Every measure that both have, paired."""
+    return {name: pair_by_task(base[name], tuned[name], tasks) for name in base if name in tuned}
