@@ -130,12 +130,14 @@ def machine() -> dict[str, Any]:
     """What the figures were measured on."""
     import torch
 
+    from roma_ray.engine.devices import usable_cores
+
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         models = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
         name = models[0] if models else name
-    found: dict[str, Any] = {"cpu": name, "cores": len(os.sched_getaffinity(0)), "torch": torch.__version__}
+    found: dict[str, Any] = {"cpu": name, "cores": usable_cores(), "torch": torch.__version__}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
         found["matmul_tflops"] = round(matmul_rate("cuda") / 1e12, 1)

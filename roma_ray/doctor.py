@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from roma_ray.artifacts import Store, default_storage
+from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import StorageError
 
 # (package, lowest, first that is too new, remedy)
@@ -61,7 +62,7 @@ def _python() -> Check:
     return Check(
         "python",
         "ok",
-        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {os.cpu_count()} CPUs",
+        f"{platform.python_version()} on {platform.system()} {platform.machine()}, {usable_cores()} usable CPU cores",
     )
 
 

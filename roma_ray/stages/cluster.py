@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import os
 import secrets
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.config import Config
+from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.stages.environment import forwarded, quiet_ray
 from roma_ray.stages.placement import Need, Node, inventory, live_nodes, main_kind, need_of, room
@@ -24,7 +26,9 @@ _AUTH_HELP = (
     "RAY_AUTH_MODE=disabled here and where `ray start` runs. Ray turns tokens on by itself once ~/.ray/auth_token exists."
 )
 _NODES_POLL_SECONDS = 2.0
-_AUTH_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+_SOCKETS = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+# What a cluster sets for its processes, and sets back when it is closed.
+_VARIABLES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", *_SOCKETS)
 
 
 class Cluster:
@@ -37,7 +41,7 @@ class Cluster:
         quiet_ray()
         self.config, self.say = config, say
         self._started = False
-        self._saved = {name: os.environ.get(name) for name in _AUTH_VARIABLES}
+        self._saved = {name: os.environ.get(name) for name in _VARIABLES}
         # Ray reads this when it is imported. A client that sends a token works with clusters of either kind, so one that
         # exists is sent.
         self.address = find_address(address or config.ray.address)
@@ -126,7 +130,7 @@ class Cluster:
                 "(ray.wait_seconds where the cluster starts them itself)."
             )
         if wanted is None:
-            cores = len(os.sched_getaffinity(0)) if self._started else int(self.resource("CPU"))
+            cores = usable_cores() if self._started else int(self.resource("CPU"))
             wanted = fit if device == "cuda" else min(fit, max(1, cores // self.config.threads))
         return max(1, min(wanted, at_most)), need
 
@@ -184,12 +188,15 @@ class Cluster:
         if "RAY_AUTH_MODE" not in os.environ:
             os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
             os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+        # What training workers listen on.
+        for name in _SOCKETS:
+            os.environ.setdefault(name, "lo")
         # Logical CPUs only: more of them than cores, so that Ray's own tasks never wait for a worker to end.
         # Not many more, for Ray starts an idle process for each.
-        cpus = max(4, 2 * len(os.sched_getaffinity(0)))
+        cpus = max(4, 2 * usable_cores())
         gpus = torch.cuda.device_count() if self.device() == "cuda" else 0
         try:
-            with _stderr_dropped():
+            with _stderr_dropped(), _to_loopback():
                 ray.init(address="local", num_cpus=cpus, num_gpus=gpus, include_dashboard=False, **_QUIET)
         # The bare class is what Ray itself raises when a part of it does not start.
         except Exception as error:
@@ -198,6 +205,11 @@ class Cluster:
             ) from error
         self._started = True
         self.say(self.describe())
+        if not on_loopback():
+            self.say(
+                f"note: ray {ray.__version__} listens on all of this machine's network addresses. A token protects it, except what "
+                "its /metrics pages tell; a firewall closes those too."
+            )
 
 
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -217,6 +229,30 @@ def open_cluster(
         yield cluster
     finally:
         cluster.close()
+
+
+def on_loopback() -> bool:
+    """Whether the connected cluster is one machine's, out of the network's reach."""
+    import ray
+
+    return ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
+
+
+@contextlib.contextmanager
+def _to_loopback() -> Iterator[None]:
+    """A cluster that starts within listens on 127.0.0.1 alone: all of Ray's processes, and the workers, bind to their node's address.
+
+    Ray turns a loopback address that it is given into the machine's own, except where it knows that no cluster will come of it,
+    as on macOS; there this constant is false.
+    """
+    from ray._private import ray_constants
+
+    saved = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = saved
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from roma_ray.engine.devices import device_kind
 from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, Trainer, TrainJob
 from roma_ray.engine.setup import set_threads
 from roma_ray.errors import RomaError
-from roma_ray.stages.cluster import Cluster
+from roma_ray.stages.cluster import Cluster, on_loopback
 from roma_ray.stages.environment import quiet_libraries
 from roma_ray.stages.failures import explain, packed, unpacked
 from roma_ray.stages.live import FILE, LiveReader, LiveWriter
@@ -85,10 +85,13 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    from roma_ray.stages.rendezvous import OneMachine
+
     settings = cluster.config.ray
     result = TorchTrainer(
         train_worker,
         train_loop_config={"job": job, "token": token},
+        torch_config=OneMachine() if on_loopback() else None,
         scaling_config=ScalingConfig(
             num_workers=workers,
             use_gpu=need.gpus > 0,

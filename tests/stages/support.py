@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from roma_ray.ablations.trial import Work, here
 from roma_ray.engine.extractor import Extractor, ExtractWork
@@ -94,7 +97,7 @@ class DeadlyJob(TrainJob):
     ) -> Outcome:
         assert world is not None
         steps = 0
-        (Path(self.notes) / f"started-{os.getpid()}").touch()
+        (Path(self.notes) / f"started-{os.getpid()}").write_text("\n".join(listening(psutil.Process())))
 
         def counting(count: int, note: str) -> None:
             nonlocal steps
@@ -108,6 +111,16 @@ class DeadlyJob(TrainJob):
             advance(count, note)
 
         return super().run(world, report, counting, head)
+
+
+def listening(process: psutil.Process) -> list[str]:
+    """The addresses on which a process waits for connections."""
+    return [found.laddr.ip for found in process.net_connections("inet") if found.status == psutil.CONN_LISTEN]
+
+
+def loopback(address: str) -> bool:
+    """Whether only this machine reaches the address (IPv4 may be written within IPv6)."""
+    return ipaddress.ip_address(address.removeprefix("::ffff:")).is_loopback
 
 
 def started(notes: Path) -> int:

@@ -6,7 +6,9 @@ import os
 import socket
 from pathlib import Path
 
+import psutil
 import pytest
+import ray
 
 from roma_ray.cluster_doctor import examine_cluster
 from roma_ray.config import Config
@@ -14,6 +16,7 @@ from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.stages import cluster as module
 from roma_ray.stages.cluster import Cluster, find_address
 from roma_ray.stages.placement import Node
+from tests.stages.support import listening, loopback
 
 
 @pytest.fixture
@@ -117,6 +120,15 @@ def test_its_own_cluster_leaves_no_token(cluster: Cluster, temporary: Path) -> N
     assert not (temporary / ".ray" / "auth_token").exists()
     assert not (temporary / "ray" / "ray_current_cluster").exists()
     assert "its own cluster on this machine" in cluster.describe()
+
+
+def test_its_own_cluster_is_out_of_the_networks_reach(cluster: Cluster) -> None:
+    """Every process of the cluster, workers and the agents' metrics included, listens on this machine's loopback alone."""
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    here = psutil.Process()
+    heard = {process.pid: listening(process) for process in (here, *here.children(recursive=True))}
+    assert sum(map(len, heard.values())) > 5
+    assert all(loopback(address) for addresses in heard.values() for address in addresses), heard
 
 
 def test_doctor_asks_every_node(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

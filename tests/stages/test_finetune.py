@@ -16,7 +16,7 @@ from roma_ray.pipeline import Run
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.finetune import RUNS, finetune_on_ray, questions_before
 from roma_ray.stages.live import FILE, LiveReader, LiveWriter
-from tests.stages.support import DeadlyJob, epochs_in, started
+from tests.stages.support import DeadlyJob, epochs_in, loopback, started
 
 WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 
@@ -42,6 +42,9 @@ def test_three_workers_one_killed(local_run: Run, cluster: Cluster, tmp_path: Pa
 
     assert (tmp_path / "notes" / "died").exists()
     assert started(tmp_path / "notes") == 6
+    heard = [line for note in (tmp_path / "notes").glob("started-*") for line in note.read_text().splitlines()]
+    assert heard
+    assert all(loopback(address) for address in heard), heard
     assert epochs_in(records) == [0, 1]
     assert sum(counts) == 2 * local_run.stages["neighbors"].manifest()["facts"]["training"]
     expected = local_run.stages["finetune"].path
