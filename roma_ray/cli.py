@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import functools
-import os
 import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import click
 
-
-class _Commands(click.Group):
-    """Turns expected failures into one readable message; a bug keeps its traceback."""
-
-    def main(self, *args: Any, **kwargs: Any) -> Any:
-        """As click's, with streams that take any text and a standard output that may be full."""
-        from roma_ray.text import prepare_streams, writable_output
-
-        prepare_streams()
-        with writable_output():
-            return super().main(*args, **kwargs)
-
-    def invoke(self, ctx: click.Context) -> Any:
-        from roma_ray.errors import RomaError
-
-        try:
-            return super().invoke(ctx)
-        except RomaError as error:
-            _say(f"roma-ray: {error}", error=True)
-            sys.exit(1)
-        except KeyboardInterrupt:
-            _say("stopped; finished work is kept: run the same command to go on", error=True)
-            sys.exit(130)
-        except BrokenPipeError:
-            os._exit(141)
+from roma_ray.cli_options import Commands, check, quiet_libraries, quiet_ray, ray_options, run_options, say
 
 
-def _say(text: str, *, error: bool = False) -> None:
-    from roma_ray.terminal import say
-
-    say(text, error=error)
-
-
-@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(package_name="roma-ray")
 def main() -> None:
     """Routing Manifold Alignment (RoMA) for mixture-of-experts language models."""
-
-
-def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that runs a configuration; gives the command its parsed Config."""
-
-    @click.option("--config", "config_path", type=click.Path(), help="YAML configuration; default: the embedded one.")
-    @click.option(
-        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting: finetune.epochs=1."
-    )
-    @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-    @functools.wraps(command)
-    def wrapped(config_path: str | None, overrides: tuple[str, ...], storage: str | None, **others: Any) -> Any:
-        from roma_ray.config_reading import load_config
-
-        config = load_config(config_path, overrides)
-        if storage is not None:
-            config = config.model_copy(update={"storage": storage})
-        _quiet_libraries()
-        return command(config=config, **others)
-
-    return wrapped
-
-
-def _quiet_libraries() -> None:
-    from roma_ray.stages.environment import quiet_libraries
-
-    quiet_libraries()
 
 
 @main.command()
@@ -85,11 +25,11 @@ def _quiet_libraries() -> None:
 @click.option("--track", is_flag=True, help="Write the report and record the run in MLflow, as `run` does.")
 def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> None:
     """Run the whole method in this process and print base against tuned routers."""
+    check(config, summary_path)
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run
     from roma_ray.terminal import open_progress
 
-    _check_place(summary_path)
     setup, progress = resolve(config), open_progress(quiet)
     setup.store.check()
     with _observer(setup, progress, track) as observer:
@@ -100,14 +40,6 @@ def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> No
     print_result(finished.summary)
     if track:
         _say_report(finished)
-
-
-def _check_place(summary_path: str | None) -> None:
-    """Refuse a summary file that cannot be written before the work, not after it. Raises ConfigError."""
-    from roma_ray.errors import ConfigError
-
-    if summary_path and not os.access(Path(summary_path).absolute().parent, os.W_OK):
-        raise ConfigError(f"--summary {summary_path}: its folder does not exist or cannot be written")
 
 
 def _write_summary(summary_path: str | None, finished: Any) -> None:
@@ -130,7 +62,7 @@ def _observer(setup: Any, progress: Any, on: bool) -> AbstractContextManager[Any
 
 
 def _say_report(finished: Any) -> None:
-    _say(f"report: {finished.stages['report'].path / 'report.html'}")
+    say(f"report: {finished.stages['report'].path / 'report.html'}")
 
 
 @main.command()
@@ -141,19 +73,19 @@ def report(config: Any, sweep: str | None) -> None:
 
     With SWEEP, the space file or the folder of a sweep: the report of its trials as far as they are.
     """
-    from roma_ray.pipeline import revisit
-    from roma_ray.terminal import open_progress
-
     given = click.get_current_context().params
     if sweep is not None:
         if given["config_path"]:
             raise click.UsageError("a sweep's configuration is in its space file: leave --config out")
-        _quiet_ray()
+        quiet_ray()
         from roma_ray.cli_sweeps import report_sweep
 
         report_sweep(sweep, given["overrides"], given["storage"])
         return
+    check(config)
     from roma_ray.cli_results import setup_of_finished
+    from roma_ray.pipeline import revisit
+    from roma_ray.terminal import open_progress
 
     finished = revisit(setup_of_finished(config), open_progress(quiet=False))
     _say_report(finished)
@@ -181,29 +113,28 @@ def tune(
     summary_path: str | None,
 ) -> None:
     """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
-    _quiet_ray()
     from roma_ray.ablations.space import load_space
+    from roma_ray.cli_checks import check_place
+
+    check_place(summary_path)
+    loaded = load_space(space, overrides, storage)
+    if not dry_run:
+        for config in {trial.config.model: trial.config for trial in loaded.trials}.values():
+            check(config)
+    quiet_ray()
     from roma_ray.cli_sweeps import say_what, tune_space
 
-    _check_place(summary_path)
-    loaded = load_space(space, overrides, storage)
     if dry_run:
         say_what(loaded)
     else:
         sys.exit(tune_space(loaded, address, quiet, stop_on_failure, summary_path))
 
 
-def _quiet_ray() -> None:
-    """Settings that Ray reads when it is imported."""
-    from roma_ray.stages.environment import quiet_ray
-
-    quiet_ray()
-
-
 @main.command()
 @run_options
 def track(config: Any) -> None:
     """Deliver to MLflow what it lacks of a run, finished or not (after an outage, or of a run that was not recorded)."""
+    check(config)
     from roma_ray.cli_results import setup_of_finished
     from roma_ray.pipeline import replay
     from roma_ray.terminal import open_progress
@@ -211,19 +142,6 @@ def track(config: Any) -> None:
     setup = setup_of_finished(config)
     with _observer(setup, open_progress(quiet=False), True) as observer:
         replay(setup, observer)
-
-
-def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that runs on Ray."""
-    for option in (
-        click.option("--quiet", is_flag=True, help="No progress, only the result."),
-        click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was made as JSON."),
-        click.option(
-            "--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight."
-        ),
-    ):
-        command = option(command)
-    return run_options(command)
 
 
 @main.command()
@@ -238,13 +156,13 @@ def run(config: Any, address: str | None, summary_path: str | None, quiet: bool)
 
 
 def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str) -> Any:
+    check(config, summary_path)
     from roma_ray.engine.setup import resolve
     from roma_ray.pipeline import run as run_pipeline
     from roma_ray.stages.cluster import open_cluster
     from roma_ray.stages.runners import measure_near, ray_runners
     from roma_ray.terminal import open_progress
 
-    _check_place(summary_path)
     progress = open_progress(quiet)
     with open_cluster(config, address, progress.say) as cluster:
         device = cluster.device()
@@ -268,7 +186,7 @@ def _until(stage: str, text: str) -> None:
 
             print_result(finished.summary)
         else:
-            _say(str(finished.stages[stage].path))
+            say(str(finished.stages[stage].path))
 
 
 for _stage, _text in {
@@ -314,21 +232,24 @@ def evaluate(
     only_tasks = (data_dir, adapter, base_only, num_fewshot, limit, apply_chat_template, allow_code)
     if tasks is None:
         if any(value not in (None, False) for value in only_tasks):
-            from roma_ray.errors import ConfigError
-
-            raise ConfigError(
+            raise click.UsageError(
                 "evaluate without --tasks takes no options of tasks; name some, e.g. --tasks arc_easy,piqa"
             )
         from roma_ray.cli_results import print_result
 
         print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
         return
+    from roma_ray.cli_checks import check_judged, check_place
+
+    if adapter is not None and base_only:
+        raise click.UsageError("--adapter and --base-only contradict each other")
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    check_place(summary_path)
+    check_judged(config, names, adapter, data_dir)
     from roma_ray.artifacts import write_json
     from roma_ray.cli_judge import evaluate_tasks, print_benchmarks
     from roma_ray.evaluation.judge import Wanted, read_benchmarks
 
-    _check_place(summary_path)
-    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
     wanted = Wanted(names, data_dir, num_fewshot, limit, apply_chat_template, allow_code)
     folder = evaluate_tasks(config, address, quiet, wanted, adapter, base_only)
     if summary_path:
@@ -347,6 +268,8 @@ def compare(
     config: Any, runs: tuple[str, ...], form: str, out: str | None, allow_different_pins: bool, track: bool
 ) -> None:
     """Compare evaluations (folders, fingerprints or MLflow run ids) with the first; RUN:base means a run's base model."""
+    if out is not None and Path(out).suffix not in (".md", ".html", ".csv"):
+        raise click.BadParameter(f"{out}: name it .md, .html or .csv, which says the form", param_hint="--out")
     from roma_ray.cli_judge import compare_runs
 
     compare_runs(config, runs, form=form, out=out, allow_different_pins=allow_different_pins, track=track)
@@ -367,17 +290,20 @@ def baselines(
     quiet: bool,
 ) -> None:
     """Run the methods that RoMA is compared with (Table 1) on the same questions; one table."""
+    from roma_ray.baselines.names import chosen_methods
+
+    names = chosen_methods(methods)
+    check(config, summary_path)
     from roma_ray.artifacts import write_json
     from roma_ray.cli_methods import compare_methods
     from roma_ray.cli_results import print_comparison
 
-    _check_place(summary_path)
-    found = compare_methods(config, methods, seeds, here, address, quiet)
+    found = compare_methods(config, names, seeds, here, address, quiet)
     if summary_path:
         write_json(summary_path, found.summary)
     print_comparison(found.summary)
     for name, reason in found.failures.items():
-        _say(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", error=True)
+        say(f"roma-ray: {name} failed: {reason}\n  {found.methods[name][0].path.parent}", error=True)
     sys.exit(1 if found.failures else 0)
 
 
@@ -386,10 +312,10 @@ def baselines(
 @click.option("--base", help="The base model's folder or hub id, to measure how far each layer moved.")
 def inspect(path: str, base: str | None) -> None:
     """Say what a router checkpoint holds: an adapter folder, a merged model, a router_ft.pt or a routing JSON."""
-    _quiet_libraries()
+    quiet_libraries()
     from roma_ray.moe.inspection import describe
 
-    _say(describe(path, base=base))
+    say(describe(path, base=base))
 
 
 @main.command()
@@ -397,16 +323,16 @@ def inspect(path: str, base: str | None) -> None:
 @click.option("--address", help="The Ray cluster to check (host:6379); default: the one in sight.")
 def doctor(storage: str | None, address: str | None) -> None:
     """Check versions, devices and storage, each with a remedy; exit 1 when something is broken."""
-    _quiet_libraries()
+    quiet_libraries()
     from roma_ray.doctor import examine
 
     broken = False
-    for check in examine(storage, address):
-        mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[check.state]
-        _say(f"{mark}  {check.name}: {check.detail}")
-        if check.remedy:
-            _say(f"      {check.remedy}")
-        broken = broken or check.state == "broken"
+    for found in examine(storage, address):
+        mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[found.state]
+        say(f"{mark}  {found.name}: {found.detail}")
+        if found.remedy:
+            say(f"      {found.remedy}")
+        broken = broken or found.state == "broken"
     sys.exit(1 if broken else 0)
 
 
@@ -417,11 +343,11 @@ def doctor(storage: str | None, address: str | None) -> None:
 @click.option("--base", help="Base model of a merged export; default: the one that the adapter names.")
 def export(adapter: str, out: str, form: str, base: str | None) -> None:
     """Write an adapter as a whole model (for vLLM, lm-eval) or as the reference's router_ft.pt."""
-    _quiet_libraries()
+    quiet_libraries()
     from roma_ray.moe.checkpoints import export_adapter
 
     export_adapter(Path(adapter), Path(out), form=form, base=base)
-    _say(f"written: {out}")
+    say(f"written: {out}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_table
-from roma_ray.errors import ConfigError
 from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
@@ -38,8 +37,6 @@ def evaluate_tasks(
 
     Without `adapter` or `base_only` the tuned model is the configured run's, which is finetuned first where it is not yet.
     """
-    if adapter is not None and base_only:
-        raise ConfigError("--adapter and --base-only contradict each other")
     progress = open_progress(quiet)
     with open_cluster(config, address, progress.say) as cluster:
         device = cluster.device()
@@ -153,8 +150,6 @@ def compare_runs(
     comparison = compare_columns(columns, allow_different_pins=allow_different_pins)
     if out is not None:
         suffixes = {Path(f"x.{suffix}").suffix: name for name, suffix in FORMATS.items()}
-        if Path(out).suffix not in suffixes:
-            raise ConfigError(f"--out {out}: name it .md, .html or .csv, which says the form")
         form = suffixes[Path(out).suffix]
         write_text(out, render(comparison, form))
     if track:

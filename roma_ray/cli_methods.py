@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 
-from roma_ray.baselines.registry import chosen_methods
 from roma_ray.comparison import UNOBSERVED, Comparison, ComparisonObserver, compare
 from roma_ray.config import Config
 from roma_ray.engine.runners import LOCAL
@@ -16,10 +16,10 @@ from roma_ray.tracking.comparison import ComparisonTracker
 
 
 def compare_methods(
-    config: Config, methods: str, seeds: int | None, here: bool, address: str | None, quiet: bool
+    config: Config, names: Sequence[str], seeds: int | None, here: bool, address: str | None, quiet: bool
 ) -> Comparison:
     """Run the named methods, in this process if `here`, else on Ray, and judge them. Raises RomaError."""
-    names, progress = chosen_methods(methods), open_progress(quiet)
+    progress = open_progress(quiet)
     with ExitStack() as stack:
         if here:
             setup, runners = resolve(config), LOCAL

@@ -75,10 +75,9 @@ def compare(
         failed = next((found for stage in planned[name] if (found := read_failure(stage))), None)
         failure = f"{failed['kind']}: {failed['text']}" if failed else ""
         entries.append(Entry(name, METHODS[name].title, METHODS[name].sees_labels, planned[name], failure))
-    own = setup.config.baselines
     counts = stages["questions"].manifest()["facts"]["splits"]
     training = stages["neighbors"].manifest()["facts"]["training"]
-    common = {**budget(own), "training_questions": training, "validation_questions": counts["validation"]}
+    common = {**budget(setup.config), "training_questions": training, "validation_questions": counts["validation"]}
     summary = {
         "name": setup.config.name,
         "seed": setup.config.seed,

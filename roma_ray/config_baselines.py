@@ -43,17 +43,14 @@ class C3poConfig(Section):
 class BaselinesConfig(Section):
     """The methods of Table 1 (`roma-ray baselines`). Part of no other stage's fingerprint.
 
-    The budget is the same for every method that trains, RoMA among them: epochs, batches, and a learning rate chosen on
-    the validation questions from one grid.
+    The budget is the same for every method that trains, RoMA among them: `finetune.epochs` and `finetune.batch_size`, and a
+    learning rate chosen on the validation questions from one grid.
     """
 
     seeds: int = Field(default=3, ge=1)
     """Seeds of each method that depends on one: `seed`, `seed` + 1, ... The learning rate is chosen with the first."""
     learning_rates: tuple[float, ...] = (1e-4, 1e-3, 1e-2)
     """The grid. Of equally good ones the smallest wins."""
-    epochs: int = Field(default=3, ge=1)
-    batch_size: int = Field(default=32, ge=1)
-    """Questions of one optimizer step."""
     micro_batch_size: int = Field(default=32, ge=1)
     """Questions of one forward pass in training: memory is bounded by it."""
     shots: int = Field(default=4, ge=1)

@@ -103,22 +103,68 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     node[parts[-1]] = value
 
 
+_MODEL = "no model is named: a local folder or a Hugging Face id; `assets:model` is the one that ships with the package"
+_WANTED = {
+    "model": f"{_MODEL} (model: {{path: assets:model}})",
+    "model.path": _MODEL,
+    "questions": "no questions are named (questions: {sources: [{path: my-questions.jsonl}]}); `assets:questions/train.jsonl` and "
+    "`assets:questions/test.jsonl` ship with the package",
+    "questions.sources": "no source is named ([{path: my-questions.jsonl}])",
+}
+
+
 def _explain(fault: dict[str, Any], where: str) -> str:
     """One readable line for a pydantic fault, with the nearest valid name for an unknown key."""
-    location = [str(part) for part in fault["loc"]]
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
         # The section's own words name the setting; its whole content would only bury them.
         return f"{where}: {message}" if where else message
+    if fault["type"] == "missing" and where in _WANTED:
+        return f"{where}: {_WANTED[where]}"
     if fault["type"] != "extra_forbidden":
         given = fault.get("input")
         # A secret may stand in the wrong place; so nothing is repeated unmasked.
         shown = repr(mask(given)) if isinstance(given, str) and ":" in given else mask_text(repr(given))
         return f"{where}: {message} (got {shown:.80})"
-    known = _names_at(fault["loc"][:-1])
-    near = difflib.get_close_matches(location[-1], known, n=1, cutoff=0.4)
-    hint = f"; did you mean `{near[0]}`?" if near else f"; known: {', '.join(known)}"
-    return f"{where}: unknown setting{hint}"
+    return f"{where}: unknown setting; {meant(fault['loc'])}"
+
+
+def meant(key: Sequence[str | int]) -> str:
+    """What a reader is told of a setting that there is not: the one that was probably meant, wherever it stands."""
+    parts = [part for part in key if isinstance(part, str)]
+    everywhere = all_settings()
+    elsewhere = [name for name in everywhere if name.rpartition(".")[2] == parts[-1]]
+    known = _names_at(key[:-1])
+    near = difflib.get_close_matches(parts[-1], known, n=1, cutoff=0.4)
+    if elsewhere:
+        return f"did you mean {' or '.join(f'`{name}`' for name in elsewhere[:3])}?"
+    if near:
+        return f"did you mean `{near[0]}`?"
+    leaves = {name.rpartition(".")[2]: name for name in reversed(everywhere)}
+    far = difflib.get_close_matches(parts[-1], leaves, n=1, cutoff=0.75)
+    return f"did you mean `{leaves[far[0]]}`?" if far else f"known: {', '.join(known or Config.model_fields)}"
+
+
+def all_settings(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    """Every section and setting by its full name; those of a list's items are left out."""
+    names = []
+    for name, field in section.model_fields.items():
+        names.append(f"{prefix}{name}")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            names += all_settings(field.annotation, f"{prefix}{name}.")
+    return names
+
+
+def given_settings(config: BaseModel, prefix: str = "") -> dict[str, bool]:
+    """The settings that a file or `--set` named, by full name, and whether each is other than its default."""
+    found: dict[str, bool] = {}
+    for name in config.model_fields_set:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            found |= given_settings(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value != type(config).model_fields[name].get_default(call_default_factory=True)
+    return found
 
 
 def _names_at(path: Sequence[str | int]) -> list[str]:

@@ -71,9 +71,9 @@ def together(folder: Path, commands: list[list[str]]) -> list[Done]:
     return [Done(*each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
-def assert_readable(done: subprocess.CompletedProcess[str] | Done, *parts: str) -> None:
-    """An expected failure: exit 1, one message that begins with the command's name, no traceback."""
-    assert done.returncode == 1, done
+def assert_readable(done: subprocess.CompletedProcess[str] | Done, *parts: str, code: int = 1) -> None:
+    """An expected failure: exit 1 (2 for a wrong option), one message that begins with the command's name, no traceback."""
+    assert done.returncode == code, done
     assert done.stderr.startswith("roma-ray: "), done
     assert "Traceback" not in done.stderr
     assert done.stdout == ""
@@ -128,7 +128,7 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
 
 def test_an_unknown_setting_is_one_readable_message(tmp_path: Path) -> None:
     done = roma(tmp_path, "local", "--set", "finetune.learning_rat=1")
-    assert_readable(done, "finetune.learning_rat: unknown setting; did you mean `learning_rate`?")
+    assert_readable(done, "finetune.learning_rat: unknown setting; did you mean `learning_rate`?", code=2)
     assert len(done.stderr.splitlines()) <= 2
 
 
@@ -145,7 +145,7 @@ def test_an_unknown_setting_is_one_readable_message(tmp_path: Path) -> None:
 )
 def test_a_users_mistake_is_one_readable_message(arguments: list[str], part: str, tmp_path: Path) -> None:
     (tmp_path / "broken.yaml").write_text("a: [1\n")
-    assert_readable(roma(tmp_path, *arguments), part)
+    assert_readable(roma(tmp_path, *arguments), part, code=2)
 
 
 def test_a_place_that_does_not_exist_is_one_readable_message(tmp_path: Path) -> None:
@@ -238,12 +238,15 @@ def test_inspect_refuses_what_is_no_checkpoint_and_runs_none_of_it(tmp_path: Pat
 
 def test_evaluations_that_make_no_sense_are_one_message(tmp_path: Path) -> None:
     wrong = {
-        "without --tasks": ["evaluate", "--limit", "5"],
-        "contradict": ["evaluate", "--tasks", "piqa", "--base-only", "--adapter", "x"],
-        "no finished evaluation": ["compare", "nothing-here", "--storage", str(tmp_path)],
+        "without --tasks": (2, ["evaluate", "--limit", "5"]),
+        "contradict": (2, ["evaluate", "--tasks", "piqa", "--base-only", "--adapter", "x"]),
+        "which says the form": (2, ["compare", "x", "--out", "table.pdf"]),
+        "did you mean roma?": (2, ["baselines", "--methods", "romo"]),
+        "no finished evaluation": (1, ["compare", "nothing-here", "--storage", str(tmp_path)]),
     }
-    for message, done in zip(wrong, together(tmp_path, list(wrong.values())), strict=True):
-        assert done.returncode == 1
+    ended = together(tmp_path, [arguments for _, arguments in wrong.values()])
+    for (message, (code, _)), done in zip(wrong.items(), ended, strict=True):
+        assert done.returncode == code, done
         assert message in done.stderr
 
 

@@ -22,7 +22,7 @@ CHOSEN = "c3po_mode,prompt_tuning,oracle"
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("compared")
-    config = make_world(root, count=40, baselines={**BASELINES, "learning_rates": [0.01]})
+    config = make_world(root, count=40, baselines={**BASELINES, "learning_rates": [0.01]}, finetune={"epochs": 1})
     (root / "config.yaml").write_text(config.to_yaml())
     return root
 
@@ -94,6 +94,6 @@ def test_an_unreachable_server_stops_no_comparison(world: Path) -> None:
 
 def test_unknown_methods_are_refused_before_any_work(tmp_path: Path) -> None:
     found = CliRunner().invoke(main, ["baselines", "--local", "--methods", "romo", "--storage", str(tmp_path / "x")])
-    assert found.exit_code == 1
+    assert found.exit_code == 2
     assert "did you mean roma?" in found.output
     assert not (tmp_path / "x").exists()

@@ -14,11 +14,11 @@ from roma_ray.ablations.results import read_findings
 from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, run_sweep
 from roma_ray.artifacts import Store
+from roma_ray.engine import hub
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve_path
 from roma_ray.errors import ModelError, QuestionError, UnmeasuredError
 from roma_ray.figures.tables import Table
-from roma_ray.moe.snapshot import ask_once
 from roma_ray.stages.cluster import open_cluster
 from roma_ray.stages.runners import measure_near
 
@@ -29,8 +29,9 @@ def dry_run(space: Space) -> list[str]:
     Raises ConfigError.
     """
     try:
-        for model in {trial.config.model for trial in space.trials}:
-            ask_once(resolve_path(model.path), model.revision)
+        for model in {resolve_path(trial.config.model.path) for trial in space.trials}:
+            if not Path(model).is_dir() and hub.is_hub_id(model):
+                hub.check_model(model)
         try:
             return describe(make_plan(space))
         except ModelError as error:

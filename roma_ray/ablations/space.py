@@ -35,7 +35,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section
-from roma_ray.config_reading import load_config, parse_config, read_settings
+from roma_ray.config_reading import load_config, meant, parse_config, read_settings
 from roma_ray.config_section import Name
 from roma_ray.errors import ConfigError
 
@@ -334,8 +334,7 @@ def put(data: dict[str, Any], key: str, value: Any, origin: str) -> None:
             raise ConfigError(f"{origin}: `{key}`: there is no section `{part}`; known: {known}")
         node = node[part]
     if not isinstance(node, dict) or parts[-1] not in node:
-        near = difflib.get_close_matches(parts[-1], list(node), n=1, cutoff=0.4) if isinstance(node, dict) else []
-        raise ConfigError(f"{origin}: unknown setting `{key}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+        raise ConfigError(f"{origin}: unknown setting `{key}`; {meant(parts)}")
     node[parts[-1]] = copy.deepcopy(value)
 
 

@@ -153,12 +153,10 @@ class Bench:
 
     def training_settings(self, learning_rate: float, regularizer: str) -> FinetuneConfig:
         """The settings of finetuning within the budget that all methods have; the rest as configured for RoMA."""
-        own, base = self.config, self.setup.config.finetune
+        base = self.setup.config.finetune
         return base.model_copy(
             update={
-                "epochs": own.epochs,
-                "batch_size": own.batch_size,
-                "micro_batch_size": own.micro_batch_size,
+                "micro_batch_size": self.config.micro_batch_size,
                 "learning_rate": learning_rate,
                 "regularizer": base.regularizer.model_copy(update={"kind": regularizer}),
             }

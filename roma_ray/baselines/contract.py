@@ -15,7 +15,6 @@ from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
 from roma_ray.config import Config
-from roma_ray.config_baselines import BaselinesConfig
 from roma_ray.engine.answers import Answers
 
 
@@ -48,7 +47,7 @@ class Method:
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The settings that its result depends on besides those of the bench, as plain JSON: part of its fingerprint."""
-        return {"budget": budget(config.baselines)} if self.trains else {}
+        return {"budget": budget(config)} if self.trains else {}
 
     def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
         """What all learning rates share, computed once."""
@@ -63,11 +62,11 @@ class Method:
         raise NotImplementedError
 
 
-def budget(config: BaselinesConfig) -> dict[str, Any]:
+def budget(config: Config) -> dict[str, Any]:
     """The settings that are equal for every method that trains."""
     return {
-        "epochs": config.epochs,
-        "batch_size": config.batch_size,
-        "micro_batch_size": config.micro_batch_size,
-        "learning_rates": list(config.learning_rates),
+        "epochs": config.finetune.epochs,
+        "batch_size": config.finetune.batch_size,
+        "micro_batch_size": config.baselines.micro_batch_size,
+        "learning_rates": list(config.baselines.learning_rates),
     }

@@ -147,11 +147,11 @@ def train(
     own, base = bench.config, bench.setup.config.finetune
     rows_of_training = bench.rows["train"]
     optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=base.weight_decay, foreach=False)
-    total = own.epochs * math.ceil(len(rows_of_training) / own.batch_size)
+    total = base.epochs * math.ceil(len(rows_of_training) / base.batch_size)
     means, step = [], 0
-    for epoch in range(own.epochs):
+    for epoch in range(base.epochs):
         summed = 0.0
-        for rows in chunks(epoch_order(rows_of_training, seed, epoch), own.batch_size):
+        for rows in chunks(epoch_order(rows_of_training, seed, epoch), base.batch_size):
             weight.grad = torch.zeros_like(weight)
             for micro in chunks(rows, own.micro_batch_size):
                 value = loss(micro)

@@ -14,12 +14,12 @@ import pyarrow as pa
 from roma_ray.artifacts import Stage, file_digest
 from roma_ray.config import QuestionsConfig, QuestionSource
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import Setup, resolve_question_path
+from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import QUESTIONS, REJECTED, write_table
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.counts import SourceCount, count_sources
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
-from roma_ray.questions.readers import iter_sources
+from roma_ray.questions.readers import iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.splits import assign_splits
 
@@ -151,7 +151,7 @@ def _identity(source: QuestionSource) -> dict[str, Any]:
     facts = source.model_dump(mode="json")
     if source.path is not None:
         # The content and the name (rows without ids are named after it), not the place: a moved file is the same questions.
-        path = Path(resolve_question_path(source.path))
+        path = question_file(source.path)
         status = path.stat()
         facts["path"] = [path.name, _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)]
     return facts
@@ -164,7 +164,7 @@ def _digest(path: Path, inode: int, size: int, changed: int) -> str:
 
 
 def _resolved(source: QuestionSource) -> QuestionSource:
-    return source if source.path is None else source.model_copy(update={"path": resolve_question_path(source.path)})
+    return source if source.path is None else source.model_copy(update={"path": str(question_file(source.path))})
 
 
 def _check_splits(prompts: Sequence[Prompt]) -> None:

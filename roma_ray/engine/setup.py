@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from roma_ray.artifacts import Stage, Store, file_digest, fingerprint, write_text
 from roma_ray.config import Config, ModelConfig
-from roma_ray.errors import ModelError, QuestionError
+from roma_ray.errors import ModelError
 
 if TYPE_CHECKING:
     from roma_ray.moe.slices import Slice
@@ -196,14 +196,6 @@ def resolve_path(path: str) -> str:
         return str(Path(__file__).parents[1] / "assets" / path.removeprefix("assets:"))
     expanded = Path(path).expanduser()
     return str(expanded.absolute()) if expanded.exists() else path
-
-
-def resolve_question_path(path: str) -> str:
-    """Absolute path of a question file. Raises QuestionError when there is none."""
-    resolved = Path(resolve_path(path)).expanduser().absolute()
-    if not resolved.is_file():
-        raise QuestionError(f"the question file {path} does not exist (looked for {resolved})")
-    return str(resolved)
 
 
 def set_threads(threads: int) -> None:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import ssl
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
 
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,7 +20,6 @@ from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
-_HUB_SECONDS = 10.0
 # Far above any model there is.
 _LARGEST = 2**31
 _MOST = {
@@ -140,29 +135,6 @@ def open_snapshot(path: str, revision: str | None = None) -> Snapshot:
         raise ModelError(f"the model folder {path} does not exist")
     config = _download(path, "config.json", revision)
     return Snapshot(path, config.parent, config.parent.name)
-
-
-def ask_once(path: str, revision: str | None = None) -> None:
-    """Find out at once whether a model's configuration is here or its hub answers. Raises ModelError.
-
-    The hub's own client tries for half a minute and tells of every try: right for a run, not for a look.
-    """
-    folder = Path(path).expanduser()
-    if folder.is_dir() or folder.is_absolute() or path.startswith((".", "~")) or constants.HF_HUB_OFFLINE:
-        return  # opening it will say at once what is wrong
-    with contextlib.suppress(HFValidationError):
-        if isinstance(try_to_load_from_cache(path, "config.json", revision=revision), str):
-            return
-    try:
-        urlopen(Request(constants.ENDPOINT, method="HEAD"), timeout=_HUB_SECONDS).close()
-    except HTTPError:
-        pass  # an answer
-    except OSError as error:
-        reason = getattr(error, "reason", error)
-        if not isinstance(reason, ssl.SSLError):  # the hub's client may trust other certificates
-            raise ModelError(
-                f"{path} is neither a folder nor in the hub's cache here, and {constants.ENDPOINT} does not answer ({reason})"
-            ) from None
 
 
 def _download(repo: str, name: str, revision: str | None) -> Path:

@@ -89,20 +89,34 @@ def _open(source: QuestionSource, name: str, seed: int, loader: Loader | None) -
         return load_dataset(
             source.dataset, task=source.task, split=source.split, limit=source.limit, seed=seed, loader=loader
         )
-    path = asset(source.path.removeprefix(ASSETS)) if source.path.startswith(ASSETS) else _file(source.path)
-    lower = path.name.lower()
-    suffix = next((s for s in JSONL_SUFFIXES + PARQUET_SUFFIXES if lower.endswith(s)), None)
-    if suffix is None:
-        raise QuestionError(f"question file '{source.path}' must be a .jsonl, .jsonl.gz or .parquet file")
+    path = question_file(source.path)
+    suffix = _suffix(path)
     stem = path.name[: -len(suffix)] or path.name
     read = read_parquet if suffix in PARQUET_SUFFIXES else read_jsonl
     return read(path, name=name, task=source.task, default_task=stem, split=source.split)
 
 
+def question_file(name: str) -> Path:
+    """The absolute path of a question file; `assets:NAME` is one that ships with the package. Nothing is read.
+
+    Raises:
+        QuestionError: there is none, it is a folder or the like, or its name says no known form.
+    """
+    path = asset(name.removeprefix(ASSETS)) if name.startswith(ASSETS) else _file(name)
+    if not _suffix(path):
+        raise QuestionError(f"question file '{printable(name)}' must be a .jsonl, .jsonl.gz or .parquet file")
+    return path.absolute()
+
+
+def _suffix(path: Path) -> str:
+    lower = path.name.lower()
+    return next((s for s in JSONL_SUFFIXES + PARQUET_SUFFIXES if lower.endswith(s)), "")
+
+
 def _file(name: str) -> Path:
     try:
         path = Path(name).expanduser()
-        exists, regular = path.exists(), path.is_file()
+        exists, folder, regular = path.exists(), path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:
         raise QuestionError(f"question file '{printable(name)}' cannot be read: {error}") from error
     if not exists:
@@ -110,7 +124,8 @@ def _file(name: str) -> Path:
             f"question file '{printable(name)}' does not exist (looked for {printable(str(path.absolute()), 300)})"
         )
     if not regular:
-        raise QuestionError(f"question file '{printable(name)}' is not a regular file: name a .jsonl or .parquet file")
+        what = "a folder" if folder else "not a regular file"
+        raise QuestionError(f"question file '{printable(name)}' is {what}: name a .jsonl or .parquet file")
     return path
 
 

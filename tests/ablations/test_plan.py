@@ -10,16 +10,15 @@ from typing import Any
 
 import pytest
 import yaml
-from huggingface_hub import constants
 
 from roma_ray.ablations.command import dry_run
 from roma_ray.ablations.plan import Plan, cost, count_questions, describe, make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
 from roma_ray.artifacts import write_text
+from roma_ray.engine import hub
 from roma_ray.engine.prepare import TABLE
 from roma_ray.errors import ConfigError
-from roma_ray.moe.snapshot import ask_once
 from tests.tiny import save_tiny, tiny_moe
 from tests.world import make_questions
 
@@ -137,15 +136,17 @@ def test_a_dry_run_does_not_wait_for_a_hub_that_is_away(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """What needs no model is told at once and without the hub client's own tries; an answer of any kind is one to go on with."""
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     space = load_space(ROOT / "configs" / "ablations.yaml", [f"storage={tmp_path}"])
     with ThreadingHTTPServer(("127.0.0.1", 0), SimpleHTTPRequestHandler) as server:
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
         thread = Thread(target=server.handle_request)
         thread.start()
-        ask_once("nobody/nothing")
+        hub.check_model("nobody/nothing")
         thread.join()
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.delattr("roma_ray.ablations.command.make_plan")
     told = dry_run(space)
     assert told[0].startswith("ablations: 35 trials")

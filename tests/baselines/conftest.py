@@ -17,8 +17,6 @@ from tests.world import make_world
 BASELINES = {
     "seeds": 1,
     "learning_rates": [0.003, 0.03],
-    "epochs": 1,
-    "batch_size": 8,
     "micro_batch_size": 4,
     "shots": 2,
     "virtual_tokens": 3,
@@ -37,7 +35,7 @@ def lengthen_choices(path: Path) -> None:
 
 def prepared(root: Path, family: str = "olmoe", **sections: Any) -> tuple[Setup, dict[str, Any]]:
     """A tiny world run up to its neighborhoods."""
-    config = make_world(root, family, count=60, baselines=BASELINES, **sections)
+    config = make_world(root, family, count=60, baselines=BASELINES, finetune={"epochs": 1}, **sections)
     if "questions" in sections:
         lengthen_choices(root / "questions.jsonl")
     setup = resolve(config, device="cpu")

@@ -11,7 +11,8 @@ import torch
 
 from roma_ray.baselines.bench import HIDDEN, Bench
 from roma_ray.baselines.contract import NOTHING, Fitted, Method
-from roma_ray.baselines.registry import METHODS, chosen_methods
+from roma_ray.baselines.names import chosen_methods
+from roma_ray.baselines.registry import METHODS
 from roma_ray.config_reading import load_config
 from roma_ray.errors import ConfigError
 from roma_ray.moe.masters import frozen_digest
@@ -99,7 +100,7 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
     oracles = {"oracle", "oracle_control", "oracle_tuning"}
     cases = {
         "baselines.learning_rates=[0.5]": training,
-        "baselines.epochs=7": training,
+        "finetune.epochs=7": training,
         "baselines.micro_batch_size=7": training,
         "baselines.shots=7": {"icl"},
         "baselines.virtual_tokens=7": {"prefix_tuning", "prompt_tuning"},

@@ -90,7 +90,9 @@ def test_a_model_without_tokenizer_is_told_so(tmp_path: Path) -> None:
     setup = resolve(make_world(tmp_path, count=9))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()
-    with pytest.raises(ConfigError, match=r"model has no tokenizer \(none of tokenizer.json.*copy the tokenizer's files"):
+    with pytest.raises(
+        ConfigError, match=r"model has no tokenizer \(none of tokenizer.json.*copy the tokenizer's files"
+    ):
         prepare(setup, Silence())
 
 

@@ -241,7 +241,7 @@ def test_an_empty_file_is_an_error(tmp_path: Path, name: str) -> None:
 def test_paths_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(QuestionError, match="does not exist"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(QuestionError, match="not a regular file"):
+    with pytest.raises(QuestionError, match="is a folder"):
         read(tmp_path)
     with pytest.raises(QuestionError, match="does not exist"):
         read(Path("nul\x00.jsonl"))

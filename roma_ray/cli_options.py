@@ -1,0 +1,122 @@
+"""What the commands share: how failures end, the options of a configuration and of Ray, and the checks before any work.
+
+Imports nothing heavy, like `cli.py`, which reads it when the command starts.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+
+class Commands(click.Group):
+    """Turns expected failures into one readable message; a bug keeps its traceback."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        """As click's, with streams that take any text and a standard output that may be full."""
+        from roma_ray.text import prepare_streams, writable_output
+
+        prepare_streams()
+        with writable_output():
+            return super().main(*args, **kwargs)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        from roma_ray.errors import ConfigError, RomaError
+
+        try:
+            return super().invoke(ctx)
+        except RomaError as error:
+            say(f"roma-ray: {error}", error=True)
+            sys.exit(2 if isinstance(error, ConfigError) else 1)
+        except KeyboardInterrupt:
+            say("stopped; finished work is kept: run the same command to go on", error=True)
+            sys.exit(130)
+        except BrokenPipeError:
+            os._exit(141)
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line in which nothing that comes from data is markup or a command to the terminal."""
+    from roma_ray import terminal
+
+    terminal.say(text, error=error)
+
+
+def run_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs a configuration; gives the command its parsed Config."""
+
+    @click.option("--config", "config_path", type=click.Path(), help="YAML configuration; default: the embedded one.")
+    @click.option(
+        "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting: finetune.epochs=1."
+    )
+    @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
+    @functools.wraps(command)
+    def wrapped(config_path: str | None, overrides: tuple[str, ...], storage: str | None, **others: Any) -> Any:
+        from roma_ray.config_reading import load_config
+
+        config = load_config(config_path, overrides)
+        _say_unused(config, overrides, config_path is not None, others)
+        if storage is not None:
+            config = config.model_copy(update={"storage": storage})
+        quiet_libraries()
+        return command(config=config, **others)
+
+    return wrapped
+
+
+def _say_unused(config: Any, overrides: tuple[str, ...], file: bool, options: dict[str, Any]) -> None:
+    """Say which of the given settings the command that runs does not read."""
+    from roma_ray.cli_settings import unused
+
+    name = str(click.get_current_context().info_name)
+    if options.get("tasks"):
+        name += " --adapter" if options["adapter"] or options["base_only"] else " --tasks"
+    without = [
+        section for section, off in (("ray", options.get("here")), ("tracking", _untracked(name, options))) if off
+    ]
+    for line in unused(name, config, overrides, file=file, without=without):
+        say(f"note: {line}", error=True)
+
+
+def _untracked(name: str, options: dict[str, Any]) -> bool:
+    return name == "local" and not options["track"]
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own progress bars and notices out of ours."""
+    from roma_ray.stages import environment
+
+    environment.quiet_libraries()
+
+
+def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that runs on Ray."""
+    for option in (
+        click.option("--quiet", is_flag=True, help="No progress, only the result."),
+        click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was made as JSON."),
+        click.option(
+            "--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight."
+        ),
+    ):
+        command = option(command)
+    return run_options(command)
+
+
+def check(config: Any, summary_path: str | None = None) -> None:
+    """Refuse at once what would end the command later. Raises RomaError."""
+    from roma_ray.cli_checks import check_place, check_run
+
+    check_place(summary_path)
+    check_run(config)
+
+
+def quiet_ray() -> None:
+    """Settings that Ray reads when it is imported."""
+    from roma_ray.stages import environment
+
+    environment.quiet_ray()
