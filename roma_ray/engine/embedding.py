@@ -102,9 +102,11 @@ def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress)
             device=setup.model.device,
             threads=setup.model.threads,
         )
-        with progress.meter("embed", len(texts), "questions", sum(len(plan[n]) for n in done)) as meter:
+        # Not by questions: the longest run first.
+        sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
+        with progress.meter("embed", sum(sizes), "characters", sum(sizes[n] for n in done)) as meter:
             for report in execute(work, pending):
-                meter.advance(report.rows)
+                meter.advance(sizes[report.batch])
         width = _gather(stage, len(plan), len(texts))
         stage.finish(facts={"rows": len(texts), "width": width}, seconds=time.monotonic() - started)
     return stage

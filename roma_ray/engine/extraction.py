@@ -28,7 +28,7 @@ from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.streaming import STREAM, stream
+from roma_ray.engine.streaming import STREAM, make_chain, stream
 from roma_ray.engine.tables import WRITING, matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.work import Executor
 from roma_ray.errors import ArtifactError, ModelError, StorageError
@@ -89,20 +89,25 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
         done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
         pending = sorted(set(range(len(plan))) - set(done))
+        # Not by questions: the longest run first, and an estimate by them would be ten times too long.
+        tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
         if setup.config.extraction.cache or setup.config.extraction.memory_gb:
-            _check_room(setup, stage, prompts, prefix, [plan[n] for n in pending], progress)
+            _check_room(setup, stage, sum(tokens[n] for n in pending), progress)
         work = extract_work(setup, questions, stage)
-        finished = sum(len(plan[n]) for n in done)
         limit = setup.config.extraction.memory_gb
+        chain = make_chain(work, limit) if limit is not None else ()
+        finished: float = sum(tokens[n] for n in done)
+        finished += sum(tokens[n] * sum(link.share for link in chain if link.done(n)) for n in pending)
         ids = [p.id for p in prompts]
         # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
         del prompts
-        with progress.meter("extract", len(ids), "questions", finished) as meter:
+        with progress.meter("extract", sum(tokens), "tokens", finished) as meter:
             if limit is None:
                 for report in execute(work, pending):
-                    meter.advance(report.rows)
+                    meter.advance(tokens[report.batch])
             else:
-                stream(work, pending, execute, limit, meter.advance, progress.say)
+                progress.say(f"extraction streams {len(chain)} slices of at most {limit:g} GB of weights")
+                stream(chain, pending, execute, lambda batch, share: meter.advance(tokens[batch] * share))
         # Also what a streamed attempt left that was gone on with unstreamed.
         shutil.rmtree(stage.path / STREAM, ignore_errors=True)
         facts = gather(stage, len(plan), ids, prefix)
@@ -139,19 +144,11 @@ def _plan(stage: Stage, prompts: Sequence[Prompt], batch_tokens: int) -> tuple[i
     return read_plan(path)
 
 
-def _check_room(
-    setup: Setup,
-    stage: Stage,
-    prompts: Sequence[Prompt],
-    prefix: int,
-    pending: Sequence[Sequence[int]],
-    progress: Progress,
-) -> None:
-    """Tell the cache's size before it is written. Raises StorageError when the storage has no room for it."""
+def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress) -> None:
+    """Tell the cache's size, of so many tokens, before it is written. Raises StorageError when the storage has no room for it."""
     import torch
 
     dtype = activation_dtype(setup)
-    tokens = sum(prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in pending)
     caching, streaming = setup.config.extraction.cache, setup.config.extraction.memory_gb is not None
     size = tokens * setup.hidden_size * getattr(torch, dtype).itemsize * len(setup.cuts) * caching
     # Two generations of states lie between a slice and the next.

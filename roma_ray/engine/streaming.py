@@ -29,35 +29,35 @@ from roma_ray.moe.whole import check_weights, model_sizes
 STREAM = ".stream"
 
 
-def stream(
-    work: ExtractWork,
-    pending: Sequence[int],
-    execute: Executor,
-    memory_gb: float,
-    advance: Callable[[int], None],
-    say: Callable[[str], None],
-) -> None:
-    """Extract the pending batches, one slice after another.
+def make_chain(work: ExtractWork, memory_gb: float) -> list[SliceWork]:
+    """The slices of an extraction, in order.
 
     Raises ModelError when no layer fits into the limit, or a tensor of any layer is missing.
     """
     # The last slice is loaded after all the others have worked.
     check_weights(open_snapshot(work.model.path, work.model.revision))
-    chain = plan_chain(work.model, memory_gb)
-    say(f"extraction streams {len(chain)} slices of at most {memory_gb:g} GB of weights")
+    ranges = plan_chain(work.model, memory_gb)
+    layers = ranges[-1][1]
     # Another limit is another chain, whose slices must not take up what these leave.
     place = f"{STREAM}/{memory_gb:g}"
-    for number, (start, stop) in enumerate(chain):
-        link = SliceWork(work, place, start, stop, number, last=number == len(chain) - 1)
+    return [
+        SliceWork(work, place, start, stop, number, last=number == len(ranges) - 1, share=(stop - start) / layers)
+        for number, (start, stop) in enumerate(ranges)
+    ]
+
+
+def stream(
+    chain: Sequence[SliceWork], pending: Sequence[int], execute: Executor, advance: Callable[[int, float], None]
+) -> None:
+    """Extract the pending batches, one slice after another; `advance` hears of each batch and the slice's share of its layers."""
+    for link in chain:
         left = [batch for batch in pending if not link.done(batch)]
         for report in execute(link, left):
-            # Questions count as done when the last slice has answered them.
-            if link.last:
-                advance(report.rows)
-        if number > 0:
+            advance(report.batch, link.share)
+        if link.number > 0:
             for batch in pending:
-                link.states(batch, number - 1).unlink(missing_ok=True)
-    shutil.rmtree(Path(work.folder) / STREAM, ignore_errors=True)
+                link.states(batch, link.number - 1).unlink(missing_ok=True)
+    shutil.rmtree(Path(chain[0].folder) / STREAM, ignore_errors=True)
 
 
 def plan_chain(model: ModelSpec, memory_gb: float, *, least: bool = False) -> list[tuple[int, int]]:
@@ -94,6 +94,8 @@ class SliceWork:
     stop: int
     number: int
     last: bool
+    share: float
+    """Of the model's layers."""
 
     @property
     def name(self) -> str:

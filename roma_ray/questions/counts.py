@@ -9,8 +9,6 @@ from typing import Any
 
 from roma_ray.questions.records import Question
 
-PARTS = ("train", "validation", "test")
-
 
 @dataclass(frozen=True)
 class SourceCount:
@@ -43,7 +41,7 @@ def count_sources(
         parts = Counter(split_of[question.id] for question in used)
         declared = sum(question.split != "train" for question in used)
         tasks = tuple(sorted({question.task for question in used}))
-        found.append(SourceCount(source, *(parts[name] for name in PARTS), declared=declared, tasks=tasks))
+        found.append(SourceCount(source, parts["train"], parts["validation"], parts["test"], declared, tasks))
     return tuple(found)
 
 

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, cast
 
 from roma_ray.ablations.observers import Lines
 from roma_ray.ablations.sweep import DONE, RUNNING, State, Sweep
-
-
-class Said:
-    """Keeps what is told."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    @contextmanager
-    def meter(self, name: str, total: float, unit: str, done: float = 0) -> Any:
-        raise AssertionError("no meter is needed")
+from tests.progress import Told
 
 
 def test_a_log_tells_every_epoch_of_a_trial_once() -> None:
@@ -29,13 +15,13 @@ def test_a_log_tells_every_epoch_of_a_trial_once() -> None:
     state = State(cast(Any, planned))
     sweep = SimpleNamespace(states={"1": state}, missing_samples=0)
     sweep.having = lambda *names: [s for s in sweep.states.values() if s.state in names]
-    said = Said()
-    lines = Lines(said)
+    told = Told()
+    lines = Lines(told)
     for now, epoch in ((RUNNING, 0), (RUNNING, 1), (RUNNING, 1), (DONE, 2)):
         state.state, state.epoch = now, epoch
         state.validation_accuracy = 0.5 if epoch else None
         lines.changed(cast(Sweep, sweep), state)
-    assert [line.split("] ")[1] for line in said.lines] == [
+    assert [line.split("] ")[1] for line in told.lines] == [
         "layers F2: running",
         "layers F2: running, epoch 1/2, validation 50.00%",
         "layers F2: done, epoch 2/2, validation 50.00%",

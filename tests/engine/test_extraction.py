@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,16 @@ from transformers import AutoModelForCausalLM
 from roma_ray.artifacts import Stage
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.extraction import ROWS, extract, extract_stage, extract_work, gather
-from roma_ray.engine.extractor import PLAN, Extractor, batch_table
+from roma_ray.engine.extractor import PLAN, Extractor, batch_table, read_plan
 from roma_ray.engine.finetuning import read_routing_rows
+from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.prepare import TABLE, prepare
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.engine.work import serial
 from roma_ray.pipeline import Run
+from tests.progress import Told
 from tests.world import make_world
 
 
@@ -159,3 +162,27 @@ def test_gather_refuses_rows_that_lack(letter_run: Run) -> None:
     prompts = read_prompts(letter_run.stages["questions"].path / TABLE)
     with pytest.raises(Exception, match="does not hold each question once"):
         gather(stage, stage.manifest()["facts"]["batches"] - 1, [p.id for p in prompts], 0)
+
+
+def test_progress_counts_tokens_for_the_longest_batches_run_first(fresh: tuple[Any, Stage]) -> None:
+    """What a resumed extraction has done counts too: with nothing left to count, all of it is done."""
+    setup, questions = fresh
+    extraction = setup.config.extraction.model_copy(update={"batch_tokens": 100})
+    setup = dataclasses.replace(setup, config=setup.config.model_copy(update={"extraction": extraction}))
+
+    def stopping(work: Any, batches: Any) -> Any:
+        yield from serial(work, batches[:2])
+        raise KeyboardInterrupt
+
+    first, second = Told(), Told()
+    with pytest.raises(KeyboardInterrupt):
+        extract(setup, questions, stopping, first)
+    stage = extract(setup, questions, serial, second)
+    prompts = read_prompts(questions.path / TABLE)
+    prefix, plan = read_plan(stage.path / PLAN)
+    tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
+    assert len({len(batch) for batch in plan}) > 1
+    assert first.meters["extract"] == (sum(tokens), "tokens", 0)
+    assert first.counted == tokens[:2]
+    assert second.meters["extract"] == (sum(tokens), "tokens", sum(tokens[:2]))
+    assert second.counted == tokens[2:]

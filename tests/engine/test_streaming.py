@@ -17,6 +17,7 @@ from roma_ray.engine.work import serial
 from roma_ray.errors import ModelError, StorageError
 from roma_ray.pipeline import Run
 from tests.moe.test_fitting import edit
+from tests.progress import Told
 from tests.world import make_world
 
 
@@ -47,8 +48,9 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
             raise KeyboardInterrupt
         yield from serial(work, batches)
 
+    first, second = Told(), Told()
     with pytest.raises(KeyboardInterrupt):
-        extract(setup, questions, stopping, Silence())
+        extract(setup, questions, stopping, first)
     opened.clear()
     left: list[int] = []
 
@@ -57,7 +59,11 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
         left.append(len(batches))
         yield from serial(work, batches)
 
-    stage = extract(setup, questions, counting, Silence())
+    stage = extract(setup, questions, counting, second)
+    # Each slice counts by its layers, also those that the first attempt had done.
+    tokens, _, begun = second.meters["extract"]
+    assert begun == pytest.approx(sum(first.counted))
+    assert begun + sum(second.counted) == pytest.approx(tokens)
     total = stage.manifest()["facts"]["batches"]
     assert opened == chain
     assert left == [0, total - 2, *[total] * (len(chain) - 2)]
