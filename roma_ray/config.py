@@ -68,7 +68,8 @@ class QuestionsConfig(Section):
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
-    """Seed of the splits and of data sets' samples; default: the run's own. With it set, `seed` varies the training alone."""
+    """Seed of all that is drawn from the data: splits, data sets' samples, `fraction`; default: the run's own. With it set,
+    `seed` varies the training alone, and with it the random neighbors of `neighbors.method: random`."""
     prompt: PromptConfig = PromptConfig()
 
 

@@ -14,6 +14,7 @@ from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
 from roma_ray.engine.extraction import known_extractions
+from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.prepare import expected_sources, questions_stage, sources_of
 from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
@@ -156,7 +157,8 @@ def share(setups: Sequence[Setup]) -> list[Setup]:
     found = [_on_finished(*each, kept) for each in zip(setups, questions, strict=True)]
     missing: dict[str, set[tuple[int, str]]] = {}
     keys = [
-        f"{asked.fingerprint} {setup.model_identity} {setup.model} {setup.config.extraction}"
+        f"{asked.fingerprint} {setup.model_identity} {setup.model} {setup.config.extraction} "
+        + answer_rule(setup.config.questions.prompt)
         for setup, asked in zip(setups, questions, strict=True)
     ]
     for key, setup, on_finished in zip(keys, setups, found, strict=True):

@@ -131,7 +131,7 @@ class SpaceFile(Section):
     search: Literal["random", "optuna"] = "random"
     """How: `random` draws them beforehand by the base's seed, `optuna` one after another from the validation accuracy."""
     seeds: tuple[int, ...] = ()
-    """Seeds of training, random neighbors and data fractions; default: the base's own."""
+    """Seeds of training and of random neighbors; default: the base's own. What is drawn from the data stays the base's."""
     scheduler: Scheduler = Scheduler()
     max_concurrent: int | None = Field(default=None, ge=1)
     """Trials at a time; default: as many as the cluster has room for."""

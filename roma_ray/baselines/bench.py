@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.artifacts import Stage
-from roma_ray.config import FinetuneConfig
+from roma_ray.config import Config, FinetuneConfig
 from roma_ray.config_baselines import BaselinesConfig
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import plan_batches
@@ -138,7 +138,6 @@ class Bench:
             k=self.config.c3po.neighbors,
             similarity="gaussian",
             sigma=config.neighbors.sigma,
-            seed=config.seed,
         )
 
     @contextmanager
@@ -152,15 +151,20 @@ class Bench:
             masters.detach()
 
     def training_settings(self, learning_rate: float, regularizer: str) -> FinetuneConfig:
-        """The settings of finetuning within the budget that all methods have; the rest as configured for RoMA."""
-        base = self.setup.config.finetune
-        return base.model_copy(
-            update={
-                "micro_batch_size": self.config.micro_batch_size,
-                "learning_rate": learning_rate,
-                "regularizer": base.regularizer.model_copy(update={"kind": regularizer}),
-            }
-        )
+        """The settings of finetuning with a rate of the grid."""
+        budgeted = within_budget(self.setup.config, regularizer)
+        return budgeted.model_copy(update={"learning_rate": learning_rate})
+
+
+def within_budget(config: Config, regularizer: str) -> FinetuneConfig:
+    """The settings of finetuning within the budget that all methods have; the rest as configured for RoMA."""
+    base = config.finetune
+    return base.model_copy(
+        update={
+            "micro_batch_size": config.baselines.micro_batch_size,
+            "regularizer": base.regularizer.model_copy(update={"kind": regularizer}),
+        }
+    )
 
 
 def training_mask(bench: Bench) -> Tensor:

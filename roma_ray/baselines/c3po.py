@@ -33,10 +33,13 @@ class C3po(Method):
     name = "c3po"
     title = "test-time re-mixing by the neighbors' loss (neighborhood gradient descent)"
 
+    reads = frozenset({"neighbors", "core_fraction", "steps", "step_size"})
+    """Which of the settings `baselines.c3po` act."""
+
     def configure(self, config: Config) -> dict[str, Any]:
-        """The surrogate's settings and the kernel's width."""
-        settings = config.baselines.c3po.model_dump()
-        return {"c3po": settings, "sigma": config.neighbors.sigma, "task_loss": config.finetune.task_loss}
+        """The surrogate's settings, the kernel's width and the loss."""
+        settings = config.baselines.c3po.model_dump(mode="json", include=set(self.reads))
+        return {"c3po": settings, "sigma": config.neighbors.sigma, "task_loss": loss_kind(config)}
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The answers under the re-mixed routing; a question without neighbors keeps its own."""
@@ -69,6 +72,7 @@ class C3poKernel(C3po):
 
     name = "c3po_kernel"
     title = "test-time re-mixing towards the neighbors' mean routing (kernel regression)"
+    reads = frozenset({"neighbors", "core_fraction", "alphas"})
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The best of alpha ω + (1 - alpha) ω̂ under the neighbors' kernel-weighted loss, for each question.
@@ -93,6 +97,11 @@ class C3poMode(C3po):
 
     name = "c3po_mode"
     title = "test-time re-mixing towards the densest successful routing (mode finding)"
+    reads = frozenset({"neighbors", "core_fraction", "steps", "mode_alpha"})
+
+    def configure(self, config: Config) -> dict[str, Any]:
+        """The surrogate's settings: its kernel's width comes from the references, and it has no loss."""
+        return {"c3po": super().configure(config)["c3po"]}
 
     def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
         """Routing rows r [S, L, E] of the reference set, at the last prompt token."""
@@ -144,7 +153,9 @@ class Neighborhood:
     def losses(self, routing_QLE: Tensor) -> Tensor:
         """Kernel-weighted task loss [Q] of each question's neighbors, all of which take the question's own routing."""
         likelihoods_MC = self.run.likelihoods(routing_QLE[self.owner])
-        losses_M = self.weights_M * task_loss(likelihoods_MC, self.aims, self.run.prompts, loss_kind(self.bench))
+        losses_M = self.weights_M * task_loss(
+            likelihoods_MC, self.aims, self.run.prompts, loss_kind(self.bench.setup.config)
+        )
         return torch.zeros(self.count, device=losses_M.device).index_add(0, self.owner, losses_M)
 
     def mean_routing(self) -> Tensor:

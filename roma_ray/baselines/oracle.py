@@ -46,7 +46,7 @@ def optimise(bench: Bench, rows: Sequence[int], aims: Sequence[int], settings: O
     is the model's own routing.
     """
     run = HeadRun(bench, rows)
-    over = loss_kind(bench)
+    over = loss_kind(bench.setup.config)
 
     def losses(routing_QLE: Tensor) -> tuple[Tensor, Tensor]:
         likelihoods_QC = run.likelihoods(routing_QLE)
@@ -104,7 +104,7 @@ class Oracle(Method):
 
     def configure(self, config: Config) -> dict[str, Any]:
         """Steps and step size."""
-        return {"oracle": config.baselines.oracle.model_dump(), "task_loss": config.finetune.task_loss}
+        return {"oracle": config.baselines.oracle.model_dump(), "task_loss": loss_kind(config)}
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """Towards the right choice."""

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
+from roma_ray.config import Config
 from roma_ray.engine.forward import Layout, lay_out
+from roma_ray.engine.identity import is_cloze
 from roma_ray.moe.overriding import override_routing
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
@@ -105,9 +107,9 @@ def task_loss(likelihoods_QC: Tensor, aims: Sequence[int], prompts: Sequence[Pro
     return -chosen_Q / torch.tensor(lengths, device=chosen_Q.device)
 
 
-def loss_kind(bench: Bench) -> str:
+def loss_kind(config: Config) -> str:
     """Which task loss the run trains with."""
-    return "continuation" if bench.data.cloze else bench.setup.config.finetune.task_loss
+    return "continuation" if is_cloze(config) else config.finetune.task_loss
 
 
 def as_lists(likelihoods_QC: Tensor, prompts: Sequence[Prompt]) -> list[list[float]]:

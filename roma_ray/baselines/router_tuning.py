@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
-from roma_ray.baselines.bench import Bench
+from roma_ray.baselines.bench import Bench, within_budget
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.config import Config
 from roma_ray.engine.answers import Answers
+from roma_ray.engine.identity import finetune_settings, is_cloze
 from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.training import finetune
 
@@ -24,10 +25,10 @@ class RouterMethod(Method):
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The budget and the settings of finetuning that the budget leaves alone."""
-        ours = set(super().configure(config)["budget"]) | {"learning_rate", "regularizer", "checkpoint_steps"}
-        settings = config.finetune.model_dump(mode="json", exclude=ours)
-        regularizer = config.finetune.regularizer.model_dump(mode="json") if self.regularizer != "none" else None
-        return {**super().configure(config), "finetune": settings, "regularizer": regularizer}
+        shared = super().configure(config)
+        settings = finetune_settings(within_budget(config, self.regularizer), cloze=is_cloze(config))
+        known = {*shared["budget"], "learning_rate"}
+        return {**shared, "finetune": {name: value for name, value in settings.items() if name not in known}}
 
     def data(self, bench: Bench, prepared: dict[str, Tensor]) -> TrainingData:
         """What the loop reads."""

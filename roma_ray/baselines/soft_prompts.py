@@ -32,8 +32,8 @@ class SoftPrompt(Method):
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The budget, the number of positions, and the loop's settings."""
-        names = {"warmup_fraction", "weight_decay", "clip_norm", "task_loss"}
-        settings = config.finetune.model_dump(mode="json", include=names)
+        settings = config.finetune.model_dump(mode="json", include={"warmup_fraction", "weight_decay", "clip_norm"})
+        settings["task_loss"] = loss_kind(config)
         return {**super().configure(config), "finetune": settings, "virtual_tokens": config.baselines.virtual_tokens}
 
     def attached(self, bench: Bench, seed: int) -> Any:
@@ -46,7 +46,7 @@ class SoftPrompt(Method):
 
     def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
         """Train the positions by the task loss (eq. 8), as many steps over the same questions as the gates get."""
-        over = loss_kind(bench)
+        over = loss_kind(bench.setup.config)
         with self.attached(bench, seed) as (model, weight):
 
             def loss(rows: Sequence[int]) -> Tensor:

@@ -25,6 +25,7 @@ from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
+from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
@@ -49,6 +50,7 @@ def extract_stage(setup: Setup, questions: Stage) -> Stage:
         "tokens": list(setup.token_rules),
         "batch_tokens": extraction.batch_tokens,
         "activation_dtype": activation_dtype(setup) if extraction.cache else None,
+        "rule": answer_rule(setup.config.questions.prompt),
     }
     return setup.store.stage("extract", settings, {"questions": questions.fingerprint}, VERSION)
 
@@ -121,7 +123,6 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
 
 def extract_work(setup: Setup, questions: Stage, stage: Stage) -> ExtractWork:
     """What a worker needs to extract the stage's planned batches."""
-    prompt = setup.config.questions.prompt
     caching = setup.config.extraction.cache
     return ExtractWork(
         folder=str(stage.path),
@@ -129,7 +130,7 @@ def extract_work(setup: Setup, questions: Stage, stage: Stage) -> ExtractWork:
         model=setup.model,
         cuts=setup.cuts if caching else (),
         tokens=setup.token_rules,
-        rule=prompt.cloze_score if prompt.format == "cloze" else "raw",
+        rule=answer_rule(setup.config.questions.prompt),
         activation_dtype=activation_dtype(setup),
     )
 

@@ -18,6 +18,7 @@ from roma_ray.config import FinetuneConfig
 from roma_ray.engine.cache import States, open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.prepare import TABLE
@@ -170,8 +171,7 @@ def finetune_stage(setup: Setup, extraction: Stage, neighbors: Stage) -> Stage:
         "layers": list(setup.layers),
         "tokens": config.routing.tokens,
         "seed": config.seed,
-        # How often a checkpoint is written is no part of the result.
-        **config.finetune.model_dump(mode="json", exclude={"checkpoint_steps"}),
+        **finetune_settings(config.finetune, cloze=is_cloze(config)),
     }
     return setup.store.stage(
         "finetune", settings, {"extract": extraction.fingerprint, "neighbors": neighbors.fingerprint}, VERSION
@@ -181,7 +181,6 @@ def finetune_stage(setup: Setup, extraction: Stage, neighbors: Stage) -> Stage:
 def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, neighbors: Stage) -> TrainJob:
     """The job that fills the finetune stage."""
     config = setup.config
-    prompt = config.questions.prompt
     return TrainJob(
         folder=str(stage.path),
         questions=str(questions.path / TABLE),
@@ -192,8 +191,8 @@ def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, n
         layers=setup.layers,
         columns=tuple(setup.layer_columns),
         tokens=config.routing.tokens,
-        rule=prompt.cloze_score if prompt.format == "cloze" else "raw",
-        cloze=prompt.format == "cloze",
+        rule=answer_rule(config.questions.prompt),
+        cloze=is_cloze(config),
         batch_tokens=config.extraction.batch_tokens,
         seed=config.seed,
         finetune=config.finetune,

@@ -15,6 +15,7 @@ from roma_ray.artifacts import Stage, note_device
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.embedding import embedding_texts, read_embeddings
 from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.identity import data_seed, neighbors_settings
 from roma_ray.engine.prepare import TABLE, training_rows
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
@@ -25,7 +26,7 @@ from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbor
 from roma_ray.manifold.search import TILE_SCORES
 from roma_ray.manifold.summary import NeighborSummary, summarise
 
-VERSION = 1
+VERSION = 2
 NEIGHBORS = "neighbors.parquet"
 # The offsets of a Parquet list are 32-bit numbers.
 _MOST_PAIRS = 2**31 - 1
@@ -41,14 +42,8 @@ _SCHEMA = pa.schema(
 
 def neighbors_stage(setup: Setup, extraction: Stage, embeddings: Stage) -> Stage:
     """Where the neighborhoods for these settings live."""
-    config = setup.config
-    settings: dict[str, Any] = config.neighbors.model_dump(mode="json")
-    # Backends give the same answer, so the choice of one is no other result.
-    settings.pop("backend")
-    settings |= {"fraction": config.questions.fraction, "seed": config.seed}
-    return setup.store.stage(
-        "neighbors", settings, {"extract": extraction.fingerprint, "embed": embeddings.fingerprint}, VERSION
-    )
+    inputs = {"extract": extraction.fingerprint, "embed": embeddings.fingerprint}
+    return setup.store.stage("neighbors", neighbors_settings(setup.config), inputs, VERSION)
 
 
 def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Stage, progress: Progress) -> Stage:
@@ -62,7 +57,7 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
         table = read_table(questions.path / TABLE, ["id", "split"])
         usable = usable_rows(extraction)
         training_N = torch.zeros(len(table), dtype=torch.bool)
-        training_N[training_rows(table, config.questions.fraction, config.seed)] = True
+        training_N[training_rows(table, config.questions.fraction, data_seed(config))] = True
         training_N &= usable
         correct_N = torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
         settings = config.neighbors

@@ -2,52 +2,71 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from roma_ray.artifacts import Stage, file_digest
+from roma_ray.artifacts import MANIFEST, Stage, Store, file_digest, fingerprint, read_manifest
 from roma_ray.config import QuestionsConfig, QuestionSource
+from roma_ray.engine.identity import data_seed, prompt_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import QUESTIONS, REJECTED, write_table
-from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.errors import ArtifactError, ConfigError, QuestionError
 from roma_ray.questions.counts import SourceCount, count_sources
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
-from roma_ray.questions.readers import iter_sources, question_file
+from roma_ray.questions.readers import declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
-from roma_ray.questions.splits import assign_splits
+from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
 
-VERSION = 1
+VERSION = 2
 TABLE = "questions.parquet"
 # One of them is in every folder that a tokenizer can be loaded from.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def questions_stage(setup: Setup) -> Stage:
-    """Where the encoded questions live. Files count by content, so an edited file is another stage."""
-    config = setup.config
-    sources = [_identity(source) for source in config.questions.sources]
+    """Where the encoded questions live. Files count by content, so an edited file is another stage.
+
+    Which parts are drawn by seed must be known: of new files this takes reading them. Raises QuestionError.
+    """
+    chosen = setup.config.questions
+    sources = _sources(chosen.sources)
+    drawn = drawn_from(setup.store, chosen.sources, sources)
     settings = {
         "sources": sources,
-        "prompt": config.questions.prompt.model_dump(mode="json"),
-        "validation_fraction": config.questions.validation_fraction,
-        "test_fraction": config.questions.test_fraction,
-        "seed": questions_seed(setup),
+        "prompt": prompt_settings(chosen.prompt),
+        "validation_fraction": chosen.validation_fraction if drawn.validation else None,
+        "test_fraction": chosen.test_fraction if drawn.test else None,
+        "seed": data_seed(setup.config)
+        if drawn.test or drawn.validation or any(source.dataset for source in chosen.sources)
+        else None,
         "tokenizer": setup.model_identity,
     }
     return setup.store.stage("questions", settings, {}, VERSION)
 
 
-def questions_seed(setup: Setup) -> int:
-    """The seed of splits and samples."""
-    config = setup.config
-    return config.seed if config.questions.seed is None else config.questions.seed
+def drawn_from(store: Store, sources: Sequence[QuestionSource], identities: Sequence[dict[str, Any]]) -> Drawn:
+    """Which parts are drawn by seed from these sources: as a finished stage of the same sources tells, else read from the files."""
+    return _drawn(store.root, tuple(_resolved(source) for source in sources), fingerprint(list(identities)))
+
+
+@lru_cache
+def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str) -> Drawn:
+    for manifest in storage.glob(f"questions/*/{MANIFEST}"):
+        with contextlib.suppress(ArtifactError, KeyError, TypeError):
+            known = read_manifest(manifest.parent)
+            identity = known["identity"]
+            if identity["version"] == VERSION and fingerprint(identity["settings"]["sources"]) == content:
+                return Drawn(**known["facts"]["drawn"])
+    return drawn_parts(declared_parts(sources))
 
 
 def prepare(setup: Setup, progress: Progress) -> Stage:
@@ -58,8 +77,8 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
     started = time.monotonic()
     with stage.exclusive():
         config = setup.config
-        read, rejected = read_sources(config.questions, questions_seed(setup))
-        questions = split_questions(config.questions, read, questions_seed(setup))
+        read, rejected = read_sources(config.questions, data_seed(config))
+        questions = split_questions(config.questions, read, data_seed(config))
         builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
         prompts, too_long = build_prompts(questions, builder)
         rejected = [*rejected, *too_long]
@@ -76,6 +95,9 @@ def prepare(setup: Setup, progress: Progress) -> Stage:
                 "splits": dict(splits),
                 "tasks": sorted({p.task for p in prompts}),
                 "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
+                "drawn": asdict(
+                    drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"])
+                ),
             },
             seconds=time.monotonic() - started,
         )
@@ -118,7 +140,7 @@ def expected_sources(setup: Setup) -> tuple[SourceCount, ...] | None:
 
     Raises QuestionError, ConfigError.
     """
-    config, seed = setup.config.questions, questions_seed(setup)
+    config, seed = setup.config.questions, data_seed(setup.config)
     if any(source.path is None for source in config.sources):
         return None
     read, _ = read_sources(config, seed)
@@ -147,14 +169,19 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
         raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
 
 
-def _identity(source: QuestionSource) -> dict[str, Any]:
-    facts = source.model_dump(mode="json")
-    if source.path is not None:
-        # The content and the name (rows without ids are named after it), not the place: a moved file is the same questions.
-        path = question_file(source.path)
-        status = path.stat()
-        facts["path"] = [path.name, _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)]
-    return facts
+def _sources(sources: Sequence[QuestionSource]) -> list[dict[str, Any]]:
+    """What tells these sources from others: of a file its content and the name that its rows are known by, not its place."""
+    resolved = [_resolved(source) for source in sources]
+    names = display_names([source.path for source in resolved])
+    identities = []
+    for source, name in zip(resolved, names, strict=True):
+        facts = source.model_dump(mode="json")
+        if source.path is not None:
+            path = Path(source.path)
+            status = path.stat()
+            facts["path"] = [name, _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)]
+        identities.append(facts)
+    return identities
 
 
 @lru_cache

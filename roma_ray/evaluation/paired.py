@@ -19,6 +19,7 @@ from roma_ray.engine.embedding import embed_stage, read_embeddings
 from roma_ray.engine.extraction import extract_stage
 from roma_ray.engine.finetuning import ADAPTER, finetune_stage
 from roma_ray.engine.heads import FRESH, Heads
+from roma_ray.engine.identity import answer_rule, data_seed, prompt_settings
 from roma_ray.engine.neighborhoods import neighbors_stage, read_neighborhoods, usable_rows
 from roma_ray.engine.prepare import TABLE, load_tokenizer, questions_stage
 from roma_ray.engine.progress import Progress
@@ -37,7 +38,7 @@ from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
 
-VERSION = 5
+VERSION = 6
 SUMMARY = "evaluation.json"
 _DIAGNOSED_ROWS = 2000
 
@@ -83,7 +84,7 @@ def evaluate(
         prompt = setup.config.questions.prompt
         arguments: dict[str, Any] = {
             "tokens": setup.config.routing.tokens,
-            "rule": prompt.cloze_score if prompt.format == "cloze" else "raw",
+            "rule": answer_rule(prompt),
             "batch_tokens": setup.config.extraction.batch_tokens,
         }
         note_device(stage.path, device_kind(setup.model.device))
@@ -113,7 +114,7 @@ def evaluate(
             "diagnostics": _diagnostics(
                 setup, head, prompts, rows, base, after, columns, read_embeddings(embeddings), neighborhoods
             ),
-            "pin": evaluation_pin(questions, prompt.model_dump(mode="json"), rows),
+            "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, rows),
         }
         write_json(stage.path / SUMMARY, result)
         stage.finish(
@@ -234,7 +235,8 @@ def _diagnostics(
 ) -> dict[str, Any]:
     """How routing changed on the held-out questions, and how far it agrees with the embeddings, before and after."""
     test = [n for n, row in enumerate(rows) if prompts[row].split == "test"]
-    generator = torch.Generator().manual_seed(setup.config.seed)
+    seed = data_seed(setup.config)
+    generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(test), generator=generator)[:_DIAGNOSED_ROWS].sort().values.tolist()
     members = [test[n] for n in drawn]
     before, after = (torch.from_numpy(s.routing_NLE[members][:, columns]) for s in (base, tuned))
@@ -248,13 +250,13 @@ def _diagnostics(
         "questions": len(members),
         "routing_kl": diagnostics.routing_kl(after, before).tolist(),
         "selection_overlap": diagnostics.selection_overlap(chosen[1], chosen[0]).tolist(),
-        "embedding_silhouette": _silhouette(points, tasks, setup.config.seed),
+        "embedding_silhouette": _silhouette(points, tasks, seed),
     }
     for name, routing, picks in (("base", before, chosen[0]), ("tuned", after, chosen[1])):
         result[name] = {
             "routing_entropy": diagnostics.routing_entropy(routing).tolist(),
             "expert_load": diagnostics.expert_load(picks, experts).tolist(),
-            "task_silhouette": _silhouette(routing.flatten(1), tasks, setup.config.seed),
+            "task_silhouette": _silhouette(routing.flatten(1), tasks, seed),
             "neighbor_overlap": diagnostics.neighbor_overlap(points, routing.flatten(1), overlap_k).__dict__
             if overlap_k > 0
             else None,

@@ -23,6 +23,7 @@ from roma_ray.artifacts import Stage, write_atomically
 from roma_ray.engine.answers import ANSWERS, read_answers, read_routing_of
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import STEPS
+from roma_ray.engine.identity import data_seed
 from roma_ray.engine.neighborhoods import NEIGHBORS
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
@@ -172,7 +173,7 @@ def task_maps(
     table = read_table(stages["evaluate"].path / RESULTS, ["row", "task", "split", "base_routing", "tuned_routing"])
     facts = table_facts(table)
     test = [n for n, split in enumerate(table.column("split").to_pylist()) if split == "test"]
-    seed = setup.config.seed
+    seed = data_seed(setup.config)
     drawn = projection.draw_rows(len(test), torch.Generator().manual_seed(seed))
     chosen = table.take([test[n] for n in drawn])
     width = facts["layers"] * facts["experts"]

@@ -61,11 +61,33 @@ def iter_sources(
     """Each source's short name and its rows, which are to be read before the next source's."""
     if not sources:
         raise ConfigError("questions.sources is empty: name at least one file or dataset")
-    names = _display_names([source.path for source in sources])
+    names = display_names([source.path for source in sources])
     seen: dict[str, tuple[str, int]] = {}
     for source, name in zip(sources, names, strict=True):
         rows = _open(source, name, seed, loader)
-        yield source.dataset or name, _usable(_without_duplicates(rows, seen), source, source.dataset or name)
+        yield source.dataset or name, _usable(_limited(_without_duplicates(rows, seen), source), source.dataset or name)
+
+
+def declared_parts(sources: Sequence[QuestionSource]) -> Iterator[tuple[str, str]]:
+    """(task, split) of what the sources surely declare, read without the hub and without a word about bad rows.
+
+    Raises QuestionError where a file cannot be read.
+    """
+    names = display_names([source.path for source in sources])
+    seen: dict[str, tuple[str, int]] = {}
+    certain = True
+    for source, name in zip(sources, names, strict=True):
+        if source.split == "test":
+            yield source.task or name, "test"  # a source without one good row is refused
+        if source.path is None:
+            # Its rows are training rows; of which tasks, and which later rows its ids set aside, only the hub knows.
+            certain = False
+            if source.split in (None, "train"):
+                yield f"\0{name}", "train"
+            continue
+        for row in _limited(_without_duplicates(_open(source, name, 0, None), seen), source):
+            if isinstance(row, Question) and (certain or row.split == "train"):
+                yield row.task, row.split
 
 
 def asset(name: str) -> Path:
@@ -144,8 +166,18 @@ def _without_duplicates(
         yield row
 
 
-def _usable(rows: Iterator[Question | Rejected], source: QuestionSource, name: str) -> Iterator[Question | Rejected]:
-    """Stop at the file's limit of good rows; count what is set aside; refuse a source without one good row."""
+def _limited(rows: Iterator[Question | Rejected], source: QuestionSource) -> Iterator[Question | Rejected]:
+    """Stop at the file's limit of good rows; of a data set a sample was drawn."""
+    good = 0
+    for row in rows:
+        yield row
+        good += isinstance(row, Question)
+        if source.path is not None and good == source.limit:
+            break
+
+
+def _usable(rows: Iterator[Question | Rejected], name: str) -> Iterator[Question | Rejected]:
+    """Count what is set aside; refuse a source without one good row."""
     good = bad = 0
     reasons: list[Rejected] = []
     try:
@@ -157,8 +189,6 @@ def _usable(rows: Iterator[Question | Rejected], source: QuestionSource, name: s
                 if len(reasons) < SHOWN_REASONS:
                     reasons.append(row)
             yield row
-            if source.path is not None and good == source.limit:
-                break
     except QuestionError as error:
         if reasons and not good:
             raise QuestionError(f"{error}\n{_shown(reasons, bad)}") from error
@@ -185,7 +215,7 @@ def _shown(reasons: Sequence[Rejected], total: int) -> str:
     return "\n".join(lines)
 
 
-def _display_names(paths: Sequence[str | None]) -> list[str]:
+def display_names(paths: Sequence[str | None]) -> list[str]:
     """For each path its shortest tail that no other path shares: it names the file in messages and default ids.
 
     The tail, not the whole path, so that the ids are the same on every machine.

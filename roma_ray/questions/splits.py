@@ -17,7 +17,7 @@ import hashlib
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.records import Question
@@ -66,6 +66,22 @@ def assign_splits(
         found = ", ".join(f"{n} {split}" for split, n in sorted(counts.items())) or "none at all"
         raise QuestionError(f"no training question is left ({found}): add rows, or set `split: train` on a source")
     return result
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Which parts are drawn by seed from the training rows, because the sources do not declare them."""
+
+    test: bool
+    validation: bool
+
+
+def drawn_parts(rows: Iterable[tuple[str, str]]) -> Drawn:
+    """Which parts `assign_splits` draws, from the (task, declared split) of every question."""
+    tasks: dict[str, set[str]] = {"train": set(), "validation": set(), "test": set()}
+    for task, split in rows:
+        tasks[split].add(task)
+    return Drawn(test=not tasks["test"], validation=bool(tasks["train"] - tasks["validation"]))
 
 
 def nested_fraction(ids: Iterable[str], fraction: float, seed: int) -> list[str]:

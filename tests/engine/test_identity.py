@@ -1,0 +1,257 @@
+"""Identities hold exactly what acts: a setting without effect redoes no work, one with an effect redoes what it changes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+
+from roma_ray.config import Config
+from roma_ray.config_reading import apply_override, parse_config
+from roma_ray.engine.finetuning import ADAPTER, epochs_of
+from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.prepare import TABLE, training_rows
+from roma_ray.engine.progress import Silence
+from roma_ray.engine.setup import resolve
+from roma_ray.engine.tables import read_table
+from roma_ray.errors import RomaError
+from roma_ray.evaluation.paired import locate_stages
+from roma_ray.pipeline import run
+from roma_ray.questions.records import Question
+from roma_ray.questions.splits import assign_splits, drawn_parts
+from tests.world import make_world
+
+CLOZE = "questions.prompt.format=cloze"
+WITHOUT_EFFECT = [
+    (["neighbors.method=knn"], "neighbors.epsilon=0.7"),
+    (["neighbors.method=random"], "neighbors.epsilon=0.7"),
+    (["neighbors.method=epsilon"], "neighbors.k=7"),
+    (["neighbors.method=epsilon"], "neighbors.exact_up_to=7"),
+    (["neighbors.method=random"], "neighbors.exact_up_to=7"),
+    (["neighbors.similarity=cosine"], "neighbors.sigma=0.7"),
+    ([], "neighbors.backend=torch"),
+    ([CLOZE], "questions.prompt.instruction=Choose."),
+    ([], "questions.prompt.cloze_score=raw"),
+    ([], "questions.test_fraction=0.5"),
+    ([CLOZE], "finetune.task_loss=vocabulary"),
+    ([], "finetune.regularizer.gradient_ratio=0.7"),
+    (["finetune.regularizer.weight=0"], "finetune.regularizer.warmup_fraction=0.7"),
+    (["finetune.regularizer.kind=none"], "finetune.regularizer.weight=7"),
+    (["finetune.regularizer.kind=none"], "finetune.regularizer.warmup_fraction=0.7"),
+    (["finetune.regularizer.kind=none"], "finetune.regularizer.refresh=true"),
+    (["finetune.regularizer.kind=l2"], "finetune.regularizer.refresh=true"),
+    (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
+    (["finetune.epochs=1"], "finetune.select=best_validation"),
+    ([], "finetune.checkpoint_steps=7"),
+    (["extraction.cache=false"], "extraction.activation_dtype=bfloat16"),
+    ([], "extraction.activation_dtype=float32"),
+    ([], "extraction.memory_gb=1"),
+    ([], "model.dtype=float32"),
+    ([], "model.experts_backend=eager"),
+    ([], "routing.layers=[4, 5]"),
+    (["seed=3"], "questions.seed=3"),
+    ([], "evaluation.batch_tokens=77"),
+    ([], "baselines.micro_batch_size=7"),
+    ([], "name=another"),
+]
+QUESTIONS = ["questions", "extract", "embed", "neighbors", "finetune", "evaluate"]
+NEAR = ["neighbors", "finetune", "evaluate"]
+TUNED = ["finetune", "evaluate"]
+WITH_EFFECT = [
+    ([], "neighbors.k=7", NEAR),
+    ([], "neighbors.sigma=0.7", NEAR),
+    ([], "neighbors.similarity=cosine", NEAR),
+    # Random neighbors are weighed by their similarity like all others.
+    (["neighbors.method=random"], "neighbors.sigma=0.7", NEAR),
+    (["neighbors.method=random"], "neighbors.similarity=cosine", NEAR),
+    (["neighbors.method=epsilon"], "neighbors.epsilon=0.7", NEAR),
+    (["neighbors.method=epsilon", "neighbors.epsilon=0.7"], "neighbors.sigma=0.7", NEAR),
+    ([], "neighbors.exact_up_to=7", NEAR),
+    ([], "questions.fraction=0.5", NEAR),
+    ([], "questions.prompt.instruction=Choose.", QUESTIONS),
+    ([CLOZE], "questions.prompt.cloze_score=raw", ["extract", *NEAR]),
+    ([], "questions.validation_fraction=0.3", QUESTIONS),
+    ([], "questions.seed=3", QUESTIONS),
+    ([], "finetune.task_loss=vocabulary", TUNED),
+    (["finetune.regularizer.weight=auto"], "finetune.regularizer.gradient_ratio=0.7", TUNED),
+    ([], "finetune.regularizer.warmup_fraction=0.7", TUNED),
+    (["finetune.regularizer.kind=l2"], "finetune.regularizer.weight=7", TUNED),
+    ([], "finetune.regularizer.refresh=true", TUNED),
+    # Its own term still reads them, in the curves.
+    (["finetune.regularizer.weight=0"], "finetune.regularizer.refresh=true", TUNED),
+    ([], "finetune.select=best_validation", TUNED),
+    ([], "finetune.warmup_fraction=0.7", TUNED),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """Test rows are declared, validation rows are drawn."""
+    return make_world(tmp_path_factory.mktemp("identity"))
+
+
+@pytest.fixture(scope="module")
+def undeclared(world: Config) -> str:
+    """The same questions without a split."""
+    return rewritten(world, "undeclared", lambda n: None)
+
+
+@pytest.fixture(scope="module")
+def declared(world: Config) -> str:
+    """The same questions with validation rows of both tasks."""
+    return rewritten(world, "declared", lambda n: ("train", "validation", "test")[n // 2 % 3])
+
+
+def rewritten(world: Config, name: str, split: Any) -> str:
+    source = Path(str(world.questions.sources[0].path))
+    rows = [{**json.loads(line), "split": split(n)} for n, line in enumerate(source.read_text().splitlines())]
+    path = source.with_name(f"{name}.jsonl")
+    path.write_text("".join(json.dumps({**row, "id": f"{name}{n}"}) + "\n" for n, row in enumerate(rows)))
+    return str(path)
+
+
+def with_settings(config: Config, overrides: Sequence[str]) -> Config:
+    data = config.model_dump(mode="json")
+    for override in overrides:
+        apply_override(data, override)
+    return parse_config(data)
+
+
+def changed(config: Config, context: Sequence[str], setting: str) -> list[str]:
+    """The stages that the setting moves to another place."""
+    usual = with_settings(config, context)
+    before, after = (locate_stages(resolve(c)) for c in (usual, with_settings(usual, [setting])))
+    return [name for name in before if before[name].fingerprint != after[name].fingerprint]
+
+
+@pytest.mark.parametrize(("context", "setting"), WITHOUT_EFFECT, ids=str)
+def test_a_setting_without_effect_moves_no_stage(world: Config, context: list[str], setting: str) -> None:
+    assert changed(world, context, setting) == []
+
+
+@pytest.mark.parametrize(("context", "setting", "stages"), WITH_EFFECT, ids=str)
+def test_a_setting_with_an_effect_moves_what_depends_on_it(
+    world: Config, context: list[str], setting: str, stages: list[str]
+) -> None:
+    assert changed(world, context, setting) == stages
+
+
+def test_fractions_act_where_the_sources_leave_something_to_draw(world: Config, undeclared: str, declared: str) -> None:
+    fractions = ("questions.test_fraction=0.3", "questions.validation_fraction=0.3", "questions.seed=3")
+    drawn = [f"questions.sources=[{{path: {undeclared}}}]"]
+    assert [changed(world, drawn, setting) for setting in fractions] == [QUESTIONS] * 3
+    whole = [f"questions.sources=[{{path: {declared}}}]"]
+    assert [changed(world, whole, setting) for setting in fractions] == [[]] * 3
+    # A source that is the test part; and a limit that ends a file before its test rows.
+    told = [f"questions.sources=[{{path: {undeclared}}}, {{path: {declared}, split: test}}]"]
+    assert [changed(world, told, setting) for setting in fractions] == [[], QUESTIONS, QUESTIONS]
+    cut = [f"questions.sources=[{{path: {declared}, limit: 4}}]"]
+    assert [changed(world, cut, setting) for setting in fractions] == [QUESTIONS, [], QUESTIONS]
+    # Nothing else is drawn from the data, but the training fraction is.
+    assert changed(world, [*whole, "questions.fraction=0.5"], "questions.seed=3") == NEAR
+
+
+def test_what_a_data_set_declares_is_not_known_without_the_hub(world: Config, declared: str) -> None:
+    """Its ids may set a later file's rows aside: where in doubt, what may act stays in the identity."""
+    after = [f"questions.sources=[{{dataset: sciq}}, {{path: {declared}}}]"]
+    assert changed(world, after, "questions.test_fraction=0.3") == QUESTIONS
+    before = [f"questions.sources=[{{path: {declared}}}, {{dataset: sciq}}]"]
+    assert changed(world, before, "questions.test_fraction=0.3") == []
+    assert changed(world, before, "questions.validation_fraction=0.3") == QUESTIONS
+    assert changed(world, before, "questions.seed=3") == QUESTIONS
+
+
+def test_a_finished_stage_tells_what_is_drawn_from_its_files(
+    world: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a large file is not read again by every command."""
+    import roma_ray.engine.prepare as module
+
+    config = with_settings(world, [f"storage={tmp_path}"])
+    made = run(resolve(config), Silence(), until="questions").stages["questions"]
+    assert made.manifest()["facts"]["drawn"] == {"test": False, "validation": True}
+    module._drawn.cache_clear()
+
+    def unread(sources: Any) -> Any:
+        raise AssertionError("the files were read")
+
+    monkeypatch.setattr(module, "declared_parts", unread)
+    assert locate_stages(resolve(config))["questions"].fingerprint == made.fingerprint
+    module._drawn.cache_clear()
+
+
+SPLITS = ("train", "validation", "test")
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(SPLITS)), min_size=1, max_size=30),
+    st.tuples(*[st.sampled_from((0.1, 0.2, 0.4))] * 4),
+    st.tuples(st.integers(0, 3), st.integers(0, 3)),
+)
+def test_what_is_not_drawn_depends_on_no_fraction_and_no_seed(
+    rows: list[tuple[str, str]], fractions: tuple[float, ...], seeds: tuple[int, int]
+) -> None:
+    questions = [Question(f"q{n}", task, "Which?", ("x", "y"), 0, split=split) for n, (task, split) in enumerate(rows)]
+    drawn = drawn_parts((q.task, q.split) for q in questions)
+
+    def parts(n: int) -> Any:
+        try:
+            return assign_splits(
+                questions,
+                validation_fraction=fractions[0 if drawn.validation else n],
+                test_fraction=fractions[2 if drawn.test else n + 2],
+                seed=seeds[0 if drawn.test or drawn.validation else n],
+            )
+        except RomaError as error:
+            return type(error)
+
+    assert parts(0) == parts(1)
+
+
+@pytest.mark.parametrize(
+    ("context", "setting"),
+    [
+        (["finetune.epochs=1"], "finetune.select=best_validation"),
+        (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
+        (["finetune.regularizer.kind=l2", "finetune.regularizer.weight=1e-4"], "finetune.regularizer.refresh=true"),
+        (["finetune.regularizer.weight=0"], "finetune.regularizer.warmup_fraction=0.7"),
+        (["finetune.regularizer.kind=none"], "finetune.regularizer.weight=7"),
+    ],
+    ids=str,
+)
+def test_what_the_identity_leaves_out_changes_no_bit(
+    world: Config, tmp_path: Path, context: list[str], setting: str
+) -> None:
+    found = []
+    for name, more in (("usual", []), ("other", [setting])):
+        config = with_settings(world, [f"storage={tmp_path / name}", *context, *more])
+        tuned = run(resolve(config), Silence(), until="finetune").stages["finetune"]
+        gates = load_file(tuned.path / ADAPTER / "adapter_model.safetensors")
+        found.append((gates, epochs_of(tuned), tuned.manifest()["facts"]))
+    assert all(torch.equal(found[0][0][key], found[1][0][key]) for key in found[0][0])
+    assert found[0][1:] == found[1][1:]
+
+
+def test_with_a_seed_for_the_data_the_run_s_own_varies_the_training_alone(world: Config, tmp_path: Path) -> None:
+    """Error bars over seeds tell of training, on the same questions and neighbors; random neighbors vary with it."""
+    common = [f"storage={tmp_path}", "questions.seed=0", "questions.fraction=0.5"]
+    assert changed(world, common, "seed=1") == TUNED
+    assert changed(world, [*common, "neighbors.method=random"], "seed=1") == NEAR
+    # Without it the run's seed draws all.
+    assert changed(world, ["questions.fraction=0.5"], "seed=1") == QUESTIONS
+
+    drawn: dict[int, dict[str, Any]] = {}
+    for seed in (0, 1):
+        settings = with_settings(world, [*common, "neighbors.method=random", f"seed={seed}"])
+        stages = run(resolve(settings), Silence(), until="neighbors").stages
+        drawn[seed] = read_table(stages["neighbors"].path / NEIGHBORS, ["row", "neighbors"]).to_pydict()
+        table = read_table(stages["questions"].path / TABLE, ["id", "split"])
+        assert drawn[seed]["row"] == training_rows(table, 0.5, 0) != training_rows(table, 0.5, 1)
+    assert drawn[0]["neighbors"] != drawn[1]["neighbors"]
