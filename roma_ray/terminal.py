@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -117,12 +118,64 @@ def _fitting(rows: Sequence[Sequence[str]], most: int) -> list[Sequence[str]]:
     return [rows[n] for n in sorted(chosen)]
 
 
-def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on stdout: drawn in a terminal, plain aligned text elsewhere."""
+def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]], names: int = 1) -> None:
+    """Print a table on stdout: drawn in a terminal, plain aligned text elsewhere. The first `names` columns hold names.
+
+    What is wider than the terminal becomes several tables below one another: no figure is cut or broken.
+    """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-    table = Table(title=_shown(title, console), title_justify="left")
-    for number, name in enumerate(header):
-        table.add_column(_shown(name, console), justify="left" if number == 0 else "right")
-    for row in rows:
-        table.add_row(*(_shown(cell, console) for cell in row), end_section=False)
-    console.print(table)
+    for number, (columns, lines) in enumerate(stacked(header, rows, names, console.width)):
+        table = Table(title=None if number else _shown(title, console), title_justify="left")
+        for name, figure in columns:
+            # Only names may go over several lines.
+            wraps = {"no_wrap": True} if figure else {"overflow": "fold"}
+            table.add_column(_shown(name, console), justify="right" if figure else "left", **wraps)
+        for line in lines:
+            table.add_row(*(_shown(cell, console) for cell in line), end_section=False)
+        console.print(table)
+
+
+Columns = list[tuple[str, bool]]
+"""Names of columns, and whether each holds figures."""
+
+
+def stacked(
+    header: Sequence[str], rows: Sequence[Sequence[str]], names: int, width: int
+) -> list[tuple[Columns, list[list[str]]]]:
+    """A table as one or several that fit into `width`: each begins with the names, or with a number that stands for them.
+
+    Only where a name alone is too wide does a table not fit.
+    """
+    widths = [max(cell_len(clean(cell)) for cell in column) for column in zip(header, *rows, strict=True)]
+    keys, figures = list(range(names)), list(range(names, len(header)))
+    numbered = _width(widths, keys) > width // 2 and _width(widths, [*keys, *figures]) > width
+    mark = len(str(len(rows))) if numbered else 0
+    parts = (keys, figures) if numbered else (figures,)
+    groups = []
+    for part in parts:
+        room = width - (mark + 3 if numbered else _width(widths, keys) - 1)
+        groups += [chosen if numbered else [*keys, *chosen] for chosen in _filled(widths, part, room)]
+    result = []
+    for chosen in groups:
+        columns: Columns = [(header[n], n >= names) for n in chosen]
+        lines = [[row[n] for n in chosen] for row in rows]
+        if numbered:
+            columns = [("#", False), *columns]
+            lines = [[str(number + 1), *line] for number, line in enumerate(lines)]
+        result.append((columns, lines))
+    return result
+
+
+def _width(widths: Sequence[int], columns: Sequence[int]) -> int:
+    """Of a drawn table: each cell has a blank on both sides and a line."""
+    return sum(widths[n] + 3 for n in columns) + 1
+
+
+def _filled(widths: Sequence[int], columns: Sequence[int], room: int) -> list[list[int]]:
+    """The columns in their order, as many together as the room holds."""
+    groups: list[list[int]] = [[]]
+    for n in columns:
+        if groups[-1] and _width(widths, [*groups[-1], n]) > room:
+            groups.append([])
+        groups[-1].append(n)
+    return groups

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import re
 import sys
 
 import pytest
 from rich.console import Console
 
 from roma_ray.engine.progress import LineProgress
-from roma_ray.terminal import LiveBoard, LiveProgress, print_table, say
+from roma_ray.terminal import LiveBoard, LiveProgress, print_table, say, stacked
 from roma_ray.text import clean, encodable, prepare_streams
 from tests.hostile import MARKDOWN, MARKUP, UNUSABLE, obeyed
 
@@ -71,3 +72,39 @@ def test_an_ascii_terminal_gets_ascii_tables(monkeypatch: pytest.MonkeyPatch) ->
     lines = raw.getvalue().decode("ascii").rstrip().splitlines()
     assert "61.96 +/- 0.10" in "\n".join(lines)
     assert len({len(line) for line in lines[1:]}) == 1, "the columns are in line"
+
+
+HEADER = ("learning_rate", "weight", "validation %", "test %", "gain over base", "difference to centre", "p", "p, Holm")
+ROWS = [
+    ("7e-05", "auto", "57.00 ± 3.50", "61.96 ± 1.68", "+0.24 ± 0.52", "-12.03 ± 0.91", "< 1e-6", "0.0346"),
+    ("0.0007", "0.01", "56.50 ± 3.51", "59.96 ± 1.69", "+10.24 ± 0.52", "centre", "", ""),
+]
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_a_wide_table_is_stacked_and_no_figure_is_cut_or_broken(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_table("settings", HEADER, ROWS, names=2)
+    shown = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
+    assert max(map(len, shown.splitlines())) <= width
+    for cell in (*HEADER, *(cell for row in ROWS for cell in row)):
+        assert cell in shown, cell
+    tables = stacked(HEADER, ROWS, 2, width)
+    assert (len(tables) == 1) == (width == 140)
+    # Which setting is which stands in every part.
+    assert all([name for name, _ in columns][:2] == ["learning_rate", "weight"] for columns, _ in tables)
+
+
+def test_names_that_take_the_width_are_numbered_and_folded() -> None:
+    names = ("layers", "neighbors", "training set")
+    row = ("F2M3", "ε = 0.3 on the cosine, as the paper has it", "30 %", "57.00 ± 3.50", "61.96 ± 1.68")
+    tables = stacked((*names, "validation %", "test %"), [row, row], 3, 60)
+    assert [[name for name, _ in columns] for columns, _ in tables] == [
+        ["#", "layers", "neighbors"],
+        ["#", "training set"],
+        ["#", "validation %", "test %"],
+    ]
+    assert [line[0] for line in tables[2][1]] == ["1", "2"]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roma_ray.ablations.settings import centre_text
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
@@ -247,7 +248,7 @@ def describe(plan: Plan) -> list[str]:
     ]
     known = count_questions(plan)
     told = dict.fromkeys(line for sources in known.values() if sources for line in describe_sources(sources))
-    return [*lines, *describe_shared(plan), *told, describe_cost(plan, known)]
+    return [*lines, f"centre: {centre_text(space)}", *describe_shared(plan), *told, describe_cost(plan, known)]
 
 
 def describe_shared(plan: Plan) -> list[str]:

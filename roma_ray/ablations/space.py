@@ -25,6 +25,7 @@ import difflib
 import itertools
 import math
 import random
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -43,6 +44,8 @@ MOST_TRIALS = 2000
 CENTRE = "centre"
 # Settings that decide where a run lives and is shown, not what comes out.
 _OUTSIDE = ("name", "storage", "tracking", "ray")
+# What trials of a grid or a sample are tagged with, where those of a factor have its name.
+_PRODUCT = re.compile(r"grid( \d+)?|sample")
 Values = Mapping[str, Any]
 
 
@@ -151,6 +154,10 @@ class SpaceFile(Section):
             raise ValueError("`sample` (ranges) and `samples` (how many) belong together")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("`seeds` names a seed twice")
+        if taken := [name for name in self.one_at_a_time if _PRODUCT.fullmatch(name)]:
+            raise ValueError(
+                f"`one_at_a_time`: another name than `{taken[0]}`, please: tables call grids and samples so"
+            )
         varied = [*self.sample, *(key for grid in self.grid for key in grid)]
         varied += [key for factor in self.one_at_a_time.values() for _, changes in factor.changes() for key in changes]
         if "seed" in varied:
@@ -294,7 +301,9 @@ def _trial(
     differing = {key: value for key, value in _flat(mine) if theirs.get(key, _ABSENT) != value}
     seedless = {key: value for key, value in mine.items() if key != "seed"}
     others = {key: value for key, value in differing.items() if key != "seed"}
-    name = ", ".join(f"{factor} {level}" for factor, level in factors) if others else CENTRE
+    name = (
+        ", ".join(level if _PRODUCT.fullmatch(f) else assigned(f, level) for f, level in factors) if others else CENTRE
+    )
     if config.seed != centre.seed:
         name += f", seed {config.seed}"
     return Trial(fingerprint(mine), name, config, factors, differing, group=fingerprint(seedless), centre=not others)
@@ -362,8 +371,23 @@ def level_name(value: Any) -> str:
 
 
 def _joined(changes: Values) -> str:
-    """Several settings as one level: their last names are enough."""
-    return ", ".join(f"{key.rpartition('.')[2]}={level_name(value)}" for key, value in changes.items())
+    """Several settings as one level."""
+    return ", ".join(map(assigned, short_names(list(changes)), map(level_name, changes.values())))
+
+
+def assigned(name: str, level: str) -> str:
+    """A factor, or a setting, at a level: `layers=F2`, `neighbors: k = 3`."""
+    return f"{name}: {level}" if "=" in level else f"{name}={level}"
+
+
+def short_names(keys: Sequence[str]) -> list[str]:
+    """The last part of each dotted key, or as much of its end as tells it from the others."""
+    names = []
+    for key in keys:
+        parts = key.split(".")
+        ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
+        names.append(next((e for e in ends if sum(f".{other}".endswith(f".{e}") for other in keys) == 1), key))
+    return names
 
 
 def _faults(error: ValidationError) -> str:

@@ -123,12 +123,12 @@ def test_a_dry_run_without_the_model_checks_what_it_can(base: dict[str, Any], tm
             dry(absent, wrong)
     assert "not known without the model:" in dry(bare, "F2", [14, 15])[-1]
     for wrong in ("F20", "F9L9", [3, 16]):
-        with pytest.raises(ConfigError, match=r"layers .*(MoE layers)"):
+        with pytest.raises(ConfigError, match=r"layers=.*(MoE layers)"):
             dry(bare, "F2", wrong)
 
 
 def test_layers_that_the_model_lacks_are_told_with_their_trial(base: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"layers F20: .*16 MoE layers"):
+    with pytest.raises(ConfigError, match=r"layers=F20: .*16 MoE layers"):
         planned(base, tmp_path, one_at_a_time={"layers": {"setting": "routing.layers", "values": ["F20"]}})
 
 

@@ -85,7 +85,7 @@ def test_grids_multiply_and_seeds_keep_the_questions_split(tmp_path: Path) -> No
 def test_equal_configurations_are_one_trial_with_both_names(tmp_path: Path) -> None:
     one = {"levels": {"k = 3": {"neighbors.k": 3}, "three": {"neighbors.k": 3}, "k = 4": {"neighbors.k": 4}}}
     found = space(tmp_path, one_at_a_time={"neighbors": one, "rate": {"setting": "finetune.epochs", "values": [5]}})
-    assert [trial.name for trial in found.trials] == ["centre", "neighbors k = 4", "rate 5"]
+    assert [trial.name for trial in found.trials] == ["centre", "neighbors: k = 4", "rate=5"]
     assert found.trials[0].factors == (("neighbors", "k = 3"), ("neighbors", "three"), ("rate", "centre"))
 
 

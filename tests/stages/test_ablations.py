@@ -80,13 +80,13 @@ def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path
     states = {state.trial.name: state for state in sweep.states.values()}
     assert {name: state.state for name, state in states.items()} == {
         "centre": DONE,
-        "layers F2": DONE,
-        "tokens First1": DONE,
-        "neighbors none near": FAILED,
-        "rate 1e+37": FAILED,
+        "layers=F2": DONE,
+        "tokens=First1": DONE,
+        "neighbors=none near": FAILED,
+        "rate=1e+37": FAILED,
     }
     told = "\n".join(failures(sweep))
-    assert "neighbors none near: neighbors: " in told
+    assert "neighbors=none near: neighbors: " in told
     assert "learning_rate" in told
     storage = tmp_path / "storage"
     # The trunk ran once, for both cuts: one folder, one batch of states a cut and planned batch.
@@ -103,9 +103,9 @@ def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path
     assert file_digest(centre / WEIGHTS) == file_digest(local_run.stages["finetune"].path / WEIGHTS)
     assert not sweep.stage.complete
     # Other commands find a trial by the configuration that its evaluation keeps, though it shares an extraction.
-    judged = states["layers F2"].planned.stages["evaluate"]
+    judged = states["layers=F2"].planned.stages["evaluate"]
     kept = load_config(judged.path / "config.yaml")
-    assert kept.name == "grid: layers F2"
+    assert kept.name == "grid: layers=F2"
     assert locate(setup_of_finished(kept))["evaluate"].path == judged.path
     check_tracking(space, storage, sweep)
     check_report(sweep)
@@ -115,7 +115,7 @@ def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path
         again = open_sweep(sweep.plan)
         follower.started(again)
         follower.finished(sweep)
-    assert {state.trial.name for state in again.having(DONE)} == {"centre", "layers F2", "tokens First1"}
+    assert {state.trial.name for state in again.having(DONE)} == {"centre", "layers=F2", "tokens=First1"}
     check_tracking(space, storage, sweep)
 
     factors = {name: space.file.one_at_a_time[name] for name in ("layers", "tokens")}
@@ -137,16 +137,16 @@ def check_tracking(space: Space, storage: Path, sweep: Sweep) -> None:
     assert "2 trial(s) failed" in parent.tags["roma.error"]
     assert {run.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.id}
     by_name = {run.tags["mlflow.runName"]: run for run in runs.values()}
-    assert by_name["layers F2"].tags["factor.layers"] == "F2"
+    assert by_name["layers=F2"].tags["factor.layers"] == "F2"
     assert by_name["centre"].tags["roma.centre"] == "yes"
-    assert by_name["rate 1e+37"].status == "FAILED"
-    assert "learning_rate" in by_name["rate 1e+37"].tags["roma.error"]
-    values = {name: client._client.get_run(by_name[name].id).data.params for name in ("centre", "layers F2")}
-    differing = {key for key in values["centre"] if values["centre"][key] != values["layers F2"][key]}
+    assert by_name["rate=1e+37"].status == "FAILED"
+    assert "learning_rate" in by_name["rate=1e+37"].tags["roma.error"]
+    values = {name: client._client.get_run(by_name[name].id).data.params for name in ("centre", "layers=F2")}
+    differing = {key for key in values["centre"] if values["centre"][key] != values["layers=F2"][key]}
     assert differing == {"routing.layers"}
-    history = client._client.get_metric_history(by_name["layers F2"].id, "epoch/validation_accuracy")
+    history = client._client.get_metric_history(by_name["layers=F2"].id, "epoch/validation_accuracy")
     assert [value.step for value in history] == [1, 2]
-    assert {"test/all/difference", "step/task_loss"} <= by_name["layers F2"].metrics
+    assert {"test/all/difference", "step/task_loss"} <= by_name["layers=F2"].metrics
     assert "routing.layers" not in parent.params
     assert "finetune.epochs" in parent.params
 
@@ -160,9 +160,9 @@ def check_report(sweep: Sweep) -> None:
     assert (sweep.stage.path / "figures" / "factor_1.png").stat().st_size > 5000
     with open(sweep.stage.path / "tables" / "ranking.csv") as stream:
         rows = {row["setting"]: row for row in csv.DictReader(stream)}
-    assert set(rows) == {"centre", "layers F2", "tokens First1"}
+    assert set(rows) == {"centre", "layers=F2", "tokens=First1"}
     assert rows["centre"]["to_centre"] == ""
-    assert float(rows["layers F2"]["to_centre_p_holm"]) >= float(rows["layers F2"]["to_centre_p"])
+    assert float(rows["layers=F2"]["to_centre_p_holm"]) >= float(rows["layers=F2"]["to_centre_p"])
     found = result(sweep)
     assert found is not None
     assert len(found[1].rows) == 3

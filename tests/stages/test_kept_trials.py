@@ -42,7 +42,7 @@ def test_a_level_added_later_leaves_finished_trials_alone(local_run: Run, world:
         return {each.trial.name: each for each in plan.trials}
 
     first = planned("F2")
-    assert first["centre"].setup.cuts == first["layers F2"].setup.cuts == (0, 4)
+    assert first["centre"].setup.cuts == first["layers=F2"].setup.cuts == (0, 4)
     train(first["centre"])
     # A single run's extraction, here an older one, serves trials too, but none that is finished on another.
     shutil.copytree(Path(world.storage) / "extract", storage / "extract", dirs_exist_ok=True)
@@ -52,15 +52,15 @@ def test_a_level_added_later_leaves_finished_trials_alone(local_run: Run, world:
             k: s.fingerprint for k, s in each.stages.items()
         }
     assert more["centre"].complete
-    assert not more["layers F2"].complete
-    new = {more["layers M1"].setup.cut, 4}
-    assert {more[name].setup.cuts for name in ("layers M1", "tokens First1")} == {tuple(sorted(new))}
-    assert more["tokens First1"].setup.token_rules == ("First1", "Last1")
+    assert not more["layers=F2"].complete
+    new = {more["layers=M1"].setup.cut, 4}
+    assert {more[name].setup.cuts for name in ("layers=M1", "tokens=First1")} == {tuple(sorted(new))}
+    assert more["tokens=First1"].setup.token_rules == ("First1", "Last1")
     extractions = {path.parent.name for path in storage.glob(f"extract/*/{MANIFEST}")}
     assert extractions == {
         local_run.stages["extract"].fingerprint,
         first["centre"].stages["extract"].fingerprint,
-        more["layers M1"].stages["extract"].fingerprint,
+        more["layers=M1"].stages["extract"].fingerprint,
     }
 
     # Where no trial has begun, a single run's results are the sweep's.

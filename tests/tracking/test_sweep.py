@@ -25,7 +25,7 @@ from tests.tracking.support import BROWSERS, browser, free_port, page, starting
 from tests.world import make_questions
 
 # No two curves have the same shape, and no three points lie on a line: the interface would leave out the middle one.
-CURVES = {"centre": [0.40, 0.52, 0.45, 0.61], "layers F2": [0.40, 0.33, 0.58, 0.47]}
+CURVES = {"centre": [0.40, 0.52, 0.45, 0.61], "layers=F2": [0.40, 0.33, 0.58, 0.47]}
 METRIC = "epoch/validation_accuracy"
 
 
