@@ -124,7 +124,7 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
         "embed": embed["seconds"],
         "neighbors": trained * successes / rates.pairs_per_second if exact else trained / rates.neighbors_per_second,
         "finetune": rates.start_seconds + rates.load_seconds + steps * step,
-        "evaluate": rates.load_seconds + 2 * questions / rates.evaluate_per_second,
+        "evaluate": rates.load_seconds + 2 * (questions - trained) / rates.evaluate_per_second,
     }
     shares = {name: extract[name] for name in ("driver", "storage", "start")}
     busiest = max(shares, key=lambda name: shares[name])
@@ -167,16 +167,23 @@ def from_summary(path: Path, rates: Rates) -> Rates:
     """Rates of a finished run with one worker a stage."""
     summary = json.loads(path.read_text())
     seconds = summary["stage_seconds"]
-    counts = {split: figures["all"]["n"] for split, figures in summary["splits"].items()}
-    asked, trained = sum(counts.values()), counts["train"] * len(summary["epochs"])
+    train, validation, test = (
+        summary["neighborhoods"]["training"],
+        summary["validation"]["n"],
+        summary["splits"]["test"]["all"]["n"],
+    )
+    asked = train + validation + test
+    # The base answers test and validation questions, the tuned routers the test questions and a sample of the trained ones.
+    sample = summary["diagnostics"]["manifold_distance"]["train"]
+    scored = validation + 2 * test + (sample["questions"] if sample else 0)
     return replace(
         rates,
         extract_per_second=asked / seconds["extract"],
         embed_per_second=asked / seconds["embed"],
-        train_per_second=trained / seconds["finetune"],
-        evaluate_per_second=2 * asked / seconds["evaluate"],
+        train_per_second=train * len(summary["epochs"]) / seconds["finetune"],
+        evaluate_per_second=scored / seconds["evaluate"],
         epochs=len(summary["epochs"]),
-        trained_part=counts["train"] / asked,
+        trained_part=train / asked,
     )
 
 

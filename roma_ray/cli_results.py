@@ -22,11 +22,18 @@ def print_comparison(summary: Mapping[str, Any]) -> None:
 
 def print_result(summary: Mapping[str, Any]) -> None:
     """Print the result table on the test questions, diagnostics, and what a reader must know."""
+    from roma_ray.evaluation.change import describe_distance
+    from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
     from roma_ray.evaluation.summary import result_rows, warnings_of
     from roma_ray.terminal import print_table, say
+    from roma_ray.text import with_error
 
-    header = ("test questions", "n", "base %", "RoMA %", "difference", "McNemar p")
-    print_table(f"{summary['name']}: accuracy with standard errors", header, result_rows(summary))
+    header = ("task", "n", "base %", "RoMA %", "difference", "p")
+    title = f"{summary['name']}: accuracy on test questions, standard errors over questions, McNemar's exact p"
+    print_table(title, header, result_rows(summary))
+    print_table("all measures on the same questions", HEADER, measure_rows(summary["measures"]))
+    for line in filter(None, (LEGEND, coincidence(summary["measures"]))):
+        say(line)
     found = summary["diagnostics"]
     rows = [
         (
@@ -42,6 +49,13 @@ def print_result(summary: Mapping[str, Any]) -> None:
         "routing of the last prompt token, base -> tuned",
         ("layer", "entropy", "largest load", "KL to base", "top-k kept"),
         rows,
+    )
+    for line in describe_distance(found["manifold_distance"]):
+        say(line)
+    valid = summary["validation"]
+    say(
+        f"validation: base {with_error(valid['base_accuracy'], valid['base_stderr'])} %, exported epoch "
+        f"{with_error(valid['tuned_accuracy'], valid['tuned_stderr'])} %, {valid['n']:,} questions"
     )
     for line in warnings_of(summary):
         say(f"note: {line}")

@@ -141,3 +141,11 @@ def reserved(name: str) -> bool:
     """Whether a task's name would be read as one of our own lines, whatever its case, its width and its blanks."""
     visible = "".join(c for c in unicodedata.normalize("NFKC", name) if unicodedata.category(c) != "Cf")
     return " ".join(visible.split()).casefold() in RESERVED
+
+
+def with_error(
+    value: float, error: float | None, *, scale: float = 100.0, digits: int = 2, signed: bool = False
+) -> str:
+    """The one form of a figure with its error, in percent unless `scale` says otherwise: `61.96 ± 1.68`, `+2.03 ± 0.91`."""
+    text = f"{scale * value:{'+' if signed else ''}.{digits}f}"
+    return text if error is None else f"{text} ± {scale * error:.{digits}f}"

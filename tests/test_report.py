@@ -14,6 +14,7 @@ from lm_eval.models.huggingface import HFLM
 
 from roma_ray.engine.progress import Silence
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.measures import figure_cells
 from roma_ray.figures.report import markdown
 from roma_ray.figures.words import verdict
 from roma_ray.pipeline import Run, locate, revisit
@@ -89,6 +90,25 @@ def test_the_table_holds_the_summary_to_the_digit(finished: Run) -> None:
     assert {(r["split"], r["task"]): float(r["difference"]) for r in rows} == {
         k: f["difference"] for k, f in expected.items()
     }
+
+
+def test_every_measure_and_the_shares_stand_in_the_page_and_the_files(finished: Run) -> None:
+    cells = _Page((folder(finished) / "report.html").read_text()).cells
+    for name, found in finished.summary["measures"]["figures"].items():
+        assert any(cell.rstrip("*") == name for cell in cells)
+        for figures in (found["micro"], *found["tasks"].values()):
+            assert figure_cells(name, figures)[2] in cells
+    with open(folder(finished) / "tables" / "measures.csv", newline="") as stream:
+        rows = {(r["measure"], r["task"]): r for r in csv.DictReader(stream)}
+    found = finished.summary["measures"]["figures"]["gold_logp"]
+    assert float(rows["gold_logp", "all"]["difference"]) == found["micro"]["difference"]
+    assert float(rows["gold_logp", "macro average"]["difference"]) == found["macro"]["difference"]
+    with open(folder(finished) / "tables" / "answer_shares.csv", newline="") as stream:
+        shares = list(csv.DictReader(stream))
+    for task, both in finished.summary["shares"].items():
+        own = [r for r in shares if r["task"] == task and r["by"] == "position"]
+        assert {r["answer"]: float(r["tuned"]) for r in own} == {k: v["tuned"] for k, v in both["positions"].items()}
+    assert "beyond what shrinks anyway" in (folder(finished) / "report.md").read_text()
 
 
 def test_the_verdict_stands_in_every_text(finished: Run) -> None:

@@ -222,7 +222,7 @@ def cost(plan: Plan, known: Counts) -> Cost:
 
 
 def _passes(planned: Planned, known: Counts) -> float:
-    """One trial: training steps, a validation each epoch, and the tuned half of the evaluation, all on the head alone."""
+    """One trial: training steps, a validation each epoch, and the tuned answers to the test questions, all on the head alone."""
     questions = planned.setup.config.questions
     held_out = {"validation": questions.validation_fraction, "test": questions.test_fraction}
     if sources := known[planned.stages["questions"].fingerprint]:
@@ -231,7 +231,7 @@ def _passes(planned: Planned, known: Counts) -> float:
     train = (1 - sum(held_out.values())) * questions.fraction
     setup = planned.setup
     head = 1 - setup.cut / setup.num_layers
-    return head * (planned.epochs * (_TRAINING_PASSES * train + held_out["validation"]) + 1)
+    return head * (planned.epochs * (_TRAINING_PASSES * train + held_out["validation"]) + held_out["test"])
 
 
 def describe(plan: Plan) -> list[str]:

@@ -130,7 +130,7 @@ def read_finished(state: State) -> Finished:
         base=columns["base_correct"][test].astype(bool),
         tuned=columns["tuned_correct"][test].astype(bool),
         validation=state.validation_accuracy or 0.0,
-        base_validation=evaluation["splits"]["validation"]["all"]["base_accuracy"],
+        base_validation=evaluation["validation"]["base_accuracy"],
         gradient_ratio=probe["gradient_ratio"] if asked else None,
         idle=is_idle(probe["gradient_ratio"], regularizer),
         pin=evaluation["pin"],

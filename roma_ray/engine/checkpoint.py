@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.artifacts import write_atomically
+from roma_ray.engine.scoring import Scores
 from roma_ray.errors import CheckpointError
 from roma_ray.moe.masters import RouterMasters
 
@@ -41,7 +42,7 @@ class LoopState:
             self.sums[key] = self.sums.get(key, 0.0) + value * count
         self.sums["count"] = self.sums.get("count", 0.0) + count
 
-    def close_epoch(self, epoch: int, validation_accuracy: float, gates: dict[str, Tensor]) -> dict[str, Any]:
+    def close_epoch(self, epoch: int, validation: Scores, gates: dict[str, Tensor]) -> dict[str, Any]:
         """Turn the epoch's sums into its record; keeps the gates if they are the best on validation so far."""
         count = self.sums["count"]
         record = {
@@ -53,12 +54,13 @@ class LoopState:
             "learning_rate": self.steps[-1][3],
             "gradient_norm": self.sums["norm"] / count,
             "routing_entropy": self.sums["entropy"] / count,
-            "validation_accuracy": validation_accuracy,
+            "validation_accuracy": validation.accuracy,
+            "validation_stderr": validation.stderr,
         }
         self.epochs.append(record)
         self.sums = {}
         # The first of equals: later epochs must earn their place.
-        if self.best_epoch < 0 or validation_accuracy > self.epochs[self.best_epoch]["validation_accuracy"]:
+        if self.best_epoch < 0 or validation.accuracy > self.epochs[self.best_epoch]["validation_accuracy"]:
             self.best_epoch, self.best_gates = epoch, gates
         return record
 

@@ -55,30 +55,14 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
     with stage.exclusive():
         config = setup.config
         table = read_table(questions.path / TABLE, ["id", "split"])
-        usable = usable_rows(extraction)
         training_N = torch.zeros(len(table), dtype=torch.bool)
         training_N[training_rows(table, config.questions.fraction, data_seed(config))] = True
-        training_N &= usable
-        correct_N = torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
-        settings = config.neighbors
+        training_N &= usable_rows(extraction)
+        correct_N = answered_rightly(extraction)
         embeddings_NC = read_embeddings(embeddings)
         successful_N = successful_set(correct_N, training_N)
         progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
-        found = find_neighbors(
-            embeddings_NC,
-            successful_N,
-            training_N=training_N,
-            ids=table.column("id").to_pylist(),
-            text_keys=embedding_texts(questions, config.embedding.context),
-            method=settings.method,
-            k=settings.k,
-            epsilon=settings.epsilon,
-            similarity=settings.similarity,
-            sigma=settings.sigma,
-            seed=config.seed,
-            backend=settings.backend,
-            exact_up_to=settings.exact_up_to,
-        )
+        found = search(setup, questions, embeddings, successful_N, training_N)
         _write(stage, found)
         note_device(stage.path, device_kind("cpu"))  # where the ranking is decided, whatever searched
         summary = summarise(found)
@@ -86,6 +70,40 @@ def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Sta
         facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum()), "recall": found.recall}
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     return stage
+
+
+def search(
+    setup: Setup,
+    questions: Stage,
+    embeddings: Stage,
+    successful_N: torch.Tensor,
+    training_N: torch.Tensor,
+    queried_N: torch.Tensor | None = None,
+) -> Neighborhoods:
+    """Neighborhoods by the configured rule, of the training questions or of those that are asked for. Raises NeighborError."""
+    config = setup.config
+    settings = config.neighbors
+    return find_neighbors(
+        read_embeddings(embeddings),
+        successful_N,
+        training_N=training_N,
+        queried_N=queried_N,
+        ids=read_table(questions.path / TABLE, ["id"]).column("id").to_pylist(),
+        text_keys=embedding_texts(questions, config.embedding.context),
+        method=settings.method,
+        k=settings.k,
+        epsilon=settings.epsilon,
+        similarity=settings.similarity,
+        sigma=settings.sigma,
+        seed=config.seed,
+        backend=settings.backend,
+        exact_up_to=settings.exact_up_to,
+    )
+
+
+def answered_rightly(extraction: Stage) -> torch.Tensor:
+    """Mask [N] of the questions that the base model answers rightly in extraction."""
+    return torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:

@@ -117,9 +117,9 @@ class Objective:
         sums = torch.stack([task.detach(), penalty.detach(), entropy]).float()
         return torch.cat([*(p.reshape(-1) for p in parts), sums])
 
-    def validation_accuracy(self) -> float:
-        """Accuracy of the routers as they are now on the validation questions."""
-        return self._score(self.data.validation).accuracy
+    def validation(self) -> Scores:
+        """The answers of the routers as they are now to the validation questions."""
+        return self._score(self.data.validation)
 
     def _score(self, rows: Sequence[int]) -> Scores:
         data = self.data

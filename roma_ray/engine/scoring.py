@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,24 @@ class Scores:
     @property
     def accuracy(self) -> float:
         return float(self.correct.mean())
+
+    @property
+    def stderr(self) -> float:
+        """Standard error of the accuracy over questions, of n - 1; 0 for a single one."""
+        n, share = len(self.correct), self.accuracy
+        return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0
+
+    def of(self, rows: Sequence[int]) -> Scores:
+        """The answers to some of the questions, in the order asked for."""
+        place = {row: n for n, row in enumerate(self.rows)}
+        at = [place[row] for row in rows]
+        return Scores(
+            list(rows),
+            [self.scores[n] for n in at],
+            [self.predictions[n] for n in at],
+            self.correct[at],
+            self.routing_NLE[at],
+        )
 
 
 @torch.inference_mode()

@@ -153,7 +153,7 @@ def _finetune(
                 save(state)
             questions += len(rows)
             advance(len(rows), f"loss {facts['task']:.3f}")
-        record = state.close_epoch(epoch, objective.validation_accuracy(), masters.state())
+        record = state.close_epoch(epoch, objective.validation(), masters.state())
         save(state)
         report({**record, "questions_per_second": questions / max(time.monotonic() - clock, 1e-9)})
 

@@ -1,4 +1,4 @@
-"""The base model's scores on all questions, from the head: computed once for every tuned model that starts from it."""
+"""The base model's scores on test and validation questions, from the head: once for every tuned model that starts from it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import matrix, read_table, table_facts, write_table
 from roma_ray.errors import BusyError
 
-VERSION = 1
+VERSION = 2
 SCORES = "scores.parquet"
 _SCHEMA = pa.schema(
     [

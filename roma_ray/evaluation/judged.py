@@ -1,4 +1,4 @@
-"""`results.parquet` of the paired evaluation: every answer of base and tuned routers, and all that its judgement needs."""
+"""`results.parquet` of the paired evaluation: base's and tuned routers' answers to the test questions, and what judges them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from roma_ray.artifacts import read_manifest
 from roma_ray.engine.scoring import Scores
@@ -37,7 +36,7 @@ _SCHEMA = pa.schema(
         ("tuned_routing", pa.list_(pa.float32())),
     ]
 )
-_JUDGED = ("row", "id", "task", "split", "answer", "choice_tokens", "choice_chars", "base_scores", "tuned_scores")
+_JUDGED = ("row", "id", "task", "answer", "choice_tokens", "choice_chars", "base_scores", "tuned_scores")
 
 
 @dataclass(frozen=True)
@@ -83,13 +82,13 @@ def write_results(
     write_table(path, table, _SCHEMA, facts)
 
 
-def read_judged(folder: str | Path, split: str) -> Judged:
-    """The answers to one split's questions in an evaluation's folder. Raises ArtifactError."""
+def read_judged(folder: str | Path) -> Judged:
+    """The answers to the test questions in an evaluation's folder. Raises ArtifactError."""
     table = read_table(Path(folder) / RESULTS, _JUDGED)
     rule = table_facts(table).get("rule")
     if rule not in RULES:
         raise ArtifactError(f"{Path(folder) / RESULTS} does not say how its answers were chosen; evaluate again")
-    found = table.filter(pc.equal(table.column("split"), split)).to_pydict()
+    found = table.to_pydict()
     asked = Asked(found["task"], found["answer"], found["choice_tokens"], found["choice_chars"], rule)
     scores = {which: found[f"{which}_scores"] for which in ("base", "tuned")}
     return Judged(found["row"], tuple(found["id"]), asked, scores)
@@ -100,7 +99,7 @@ def read_verdicts(
 ) -> tuple[list[tuple[str, str]], list[str], list[float], dict[str, str]]:
     """A model's values of the test questions by every measure: ((task, metric), question id, value) by row, and each task's pin."""
     pin = str(read_manifest(folder)["facts"]["pin"])
-    found = read_judged(folder, "test")
+    found = read_judged(folder)
     keys: list[tuple[str, str]] = []
     ids: list[str] = []
     measured: list[float] = []

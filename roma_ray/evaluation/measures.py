@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from roma_ray.evaluation.statistics import Paired, macro, pair, with_error
+from roma_ray.evaluation.statistics import Paired, macro, p_value, pair, with_error
 from roma_ray.questions.prompts import Prompt
 
 RULES = {"raw": "acc", "normalized": "acc_norm"}
@@ -33,17 +33,19 @@ class Measure:
     unit: str
     scale: float
     digits: int
+    finer: int
+    """Digits of a difference."""
 
     def text(self, value: float, error: float | None, *, signed: bool = False) -> str:
-        """A figure of this measure with its error."""
-        return with_error(value, error, scale=self.scale, digits=self.digits, signed=signed)
+        """A figure of this measure with its error; a `signed` one is a difference."""
+        return with_error(value, error, scale=self.scale, digits=self.finer if signed else self.digits, signed=signed)
 
 
 MEASURES: Mapping[str, Measure] = {
-    "acc": Measure("accuracy, raw", "%", 100.0, 2),
-    "acc_norm": Measure("accuracy, per character", "%", 100.0, 2),
-    "gold_logp": Measure("gold answer's log-likelihood", "nats/token", 1.0, 4),
-    "choice_logp": Measure("gold answer's log-probability among the choices", "nats", 1.0, 4),
+    "acc": Measure("accuracy by log-likelihood", "%", 100.0, 2, 2),
+    "acc_norm": Measure("accuracy by log-likelihood per character", "%", 100.0, 2, 2),
+    "gold_logp": Measure("right answer's log-likelihood", "nats a token", 1.0, 3, 4),
+    "choice_logp": Measure("right answer's log-probability among the choices", "nats", 1.0, 3, 4),
 }
 
 
@@ -135,3 +137,41 @@ def pair_measures(
 ) -> dict[str, ByTask]:
     """Every measure that both have, paired."""
     return {name: pair_by_task(base[name], tuned[name], tasks) for name in base if name in tuned}
+
+
+HEADER = ("measure", "base", "tuned", "difference", "p")
+LEGEND = (
+    "acc, acc_norm: accuracy in percent by log-likelihood and by log-likelihood per character; gold_logp: the right answer's "
+    "log-likelihood, nats a token; choice_logp: its log-probability among the choices, nats. *: the answers are chosen by it. "
+    "Standard errors over questions, differences paired; macro: mean of the tasks; p: McNemar's exact test, of logp a t-test."
+)
+
+
+def measure_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """`measures` of a summary as text under `HEADER`: each over all questions, then over tasks with equal weight."""
+    rows: list[tuple[str, ...]] = []
+    for name, figures in found["figures"].items():
+        mark = "*" if name == found["configured"] else ""
+        rows.append((f"{name}{mark}", *figure_cells(name, figures["micro"])))
+        if figures["macro"] is not None:
+            rows.append(("  macro", *figure_cells(name, figures["macro"])))
+    return rows
+
+
+def figure_cells(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    """Base, tuned, difference and p of one record as text."""
+    form = MEASURES[name]
+    p = figures["t_p"] if figures["mcnemar_p"] is None else figures["mcnemar_p"]
+    return (
+        form.text(figures["base"], figures["base_stderr"]),
+        form.text(figures["tuned"], figures["tuned_stderr"]),
+        form.text(figures["difference"], figures["difference_stderr"], signed=True),
+        "" if p is None else p_value(p),
+    )
+
+
+def coincidence(found: Mapping[str, Any]) -> str:
+    """Why one of the two accuracies is not shown, where that is so."""
+    if not found["coincide"]:
+        return ""
+    return "no question's choices differ in length (letters do not), so acc and acc_norm are the same and stand once"

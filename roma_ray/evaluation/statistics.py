@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from roma_ray.text import with_error as with_error
+
 SIGNIFICANCE = 0.05
 _DRAWN_AT_ONCE = 2**22
 Name = TypeVar("Name", bound=Hashable)
@@ -24,6 +26,18 @@ def standard_error(correct: Values) -> float:
     """Standard error of an accuracy: sample standard deviation (n - 1) over sqrt(n), as lm-evaluation-harness; 0 for n < 2."""
     values = np.asarray(correct, dtype=float)
     return float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else 0.0
+
+
+def relative_change(base: np.ndarray, tuned: np.ndarray) -> tuple[float, np.ndarray]:
+    """(mean of tuned / mean of base - 1, each question's part in it): the standard error of the first is that of the second.
+
+    Linearised, as of any ratio of means; 0 where the base's mean is.
+    """
+    mean = float(base.mean())
+    if not mean:
+        return 0.0, np.zeros(len(base))
+    ratio = float(tuned.mean()) / mean
+    return ratio - 1, (tuned - ratio * base) / mean
 
 
 def mcnemar(base: Sequence[bool] | np.ndarray, tuned: Sequence[bool] | np.ndarray) -> float:
@@ -140,14 +154,6 @@ def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
         corrected[name] = highest
     return corrected
-
-
-def with_error(
-    value: float, error: float | None, *, scale: float = 100.0, digits: int = 2, signed: bool = False
-) -> str:
-    """The one form of a figure with its error, in percent unless `scale` says otherwise: `61.96 ± 1.68`, `+2.03 ± 0.91`."""
-    text = f"{scale * value:{'+' if signed else ''}.{digits}f}"
-    return text if error is None else f"{text} ± {scale * error:.{digits}f}"
 
 
 def p_value(p: float) -> str:

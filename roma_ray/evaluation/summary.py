@@ -1,18 +1,22 @@
 """The summary of a run as documented JSON, and its table in words.
 
-Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, layers, trained_parameters}; `splits`
-{split: {task or "all": {n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr,
-lost, won, mcnemar_p}}}; `measures` (of the test questions) {configured: the measure by which answers are chosen, coincide: whether
-`acc` and `acc_norm` must be equal and one of them is left out, figures {measure of `evaluation/measures.py`: {micro, macro, tasks {task}:
-{n, base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
-labels, shift}} as `evaluation/shares.py` documents; `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda,
-learning_rate, gradient_norm, routing_entropy, validation_accuracy); `probe` (gradient norms of both terms on the
-gates, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties); `diagnostics`;
-`guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `devices` {stage:
-kinds of devices that computed it}; `paths` {stage: folder};
-`stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again); `peak_memory_bytes` (largest
-resident set of this process); `versions`. Scores in results.parquet are plain log-likelihoods; `cloze` predictions
-follow `cloze_score`.
+Keys: `format` (1); `name`; `model` {path, identity, dtype, device, threads, layers, trained_parameters};
+`splits` {"test": {task or "all": {n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr, difference, difference_stderr, lost,
+won, mcnemar_p}}}, by the configured rule; `validation` {n, base_accuracy, base_stderr, tuned_accuracy, tuned_stderr}, the tuned
+ones of the exported epoch; `measures` of the test questions {configured: the one by which answers are chosen, coincide: whether acc
+and acc_norm must be equal, so that one is left out, figures {measure (`evaluation/measures.py`): {micro, macro, tasks {task}: {n,
+base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
+labels, shift}} (`evaluation/shares.py`);
+`epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
+routing_entropy, validation_accuracy, validation_stderr); `probe` (gradient norms of both terms on the gates, their ratio, lambda);
+`selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties);
+`diagnostics` of the test questions (routing_kl and selection_overlap by layer; for base and tuned routing_entropy and expert_load by
+layer, task_silhouette, neighbor_overlap), and `manifold_distance` {train, test: {questions, neighbors, random: {base, tuned,
+difference, each with stderr, relative, relative_stderr}, pull}} (`evaluation/change.py`);
+`guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `devices` {stage: kinds of devices that
+computed it}; `paths` {stage: folder}; `stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again);
+`peak_memory_bytes` (largest resident set of this process); `versions`. Scores in results.parquet are plain log-likelihoods; `cloze`
+predictions follow `cloze_score`.
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ from roma_ray.engine.finetuning import epochs_of
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.paired import read_evaluation
+from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import p_value, with_error
 
 
@@ -49,6 +54,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
             "trained_parameters": outcome["trained_parameters"],
         },
         "splits": evaluation["splits"],
+        "validation": evaluation["validation"],
         "measures": evaluation["measures"],
         "shares": evaluation["shares"],
         "epochs": epochs_of(stages["finetune"]),
@@ -112,4 +118,4 @@ def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     for name, kinds in summary.get("devices", {}).items():
         mixed = mixed_devices(name, kinds)
         lines += [mixed] if mixed else []
-    return lines
+    return [*lines, *shift_notes(summary["shares"])]

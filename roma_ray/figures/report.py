@@ -28,14 +28,16 @@ from roma_ray.engine.neighborhoods import NEIGHBORS
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import matrix, read_table, table_facts
+from roma_ray.evaluation.change import describe_distance
 from roma_ray.evaluation.judged import RESULTS
+from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
 from roma_ray.evaluation.methods import describe_oracle, oracle_and_control
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures import projection, results, routing, tables, training, words
 from roma_ray.figures.style import save
 from roma_ray.manifold.diagnostics import silhouette
 
-VERSION = 2
+VERSION = 3
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
 FIGURES, TABLES = "figures", "tables"
 
@@ -101,7 +103,7 @@ def draw(
 ) -> list[Picture]:
     """Draw every figure into `folder`, in the report's order."""
     test, found, epochs = summary["splits"]["test"], summary["diagnostics"], summary["epochs"]
-    base = summary["splits"]["validation"]["all"]
+    base = summary["validation"]
     steps = read_table(stages["finetune"].path / STEPS).to_pydict()
     near = read_table(stages["neighbors"].path / NEIGHBORS, ["neighbors", "similarities"])
     sizes = np.array([len(n) for n in near.column("neighbors").to_pylist()])
@@ -214,6 +216,11 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "safety": words.safety(summary),
         "pictures": pictures,
         "splits": {split: tables.result_table(figures) for split, figures in summary["splits"].items()},
+        "measures": tables.Table(HEADER, measure_rows(summary["measures"])),
+        "measure_legend": " ".join(filter(None, (LEGEND, coincidence(summary["measures"])))),
+        "measure_tables": tables.measure_tables(summary["measures"]),
+        "share_table": tables.share_table(summary["shares"]),
+        "distances": describe_distance(summary["diagnostics"]["manifold_distance"]),
         "layer_table": tables.layer_table(summary["diagnostics"]),
         "manifold_table": tables.manifold_table(summary["diagnostics"]),
         "neighborhood_table": tables.neighborhood_table(summary["neighborhoods"]),

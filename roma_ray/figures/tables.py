@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from roma_ray.artifacts import write_atomically
-from roma_ray.evaluation.statistics import p_value, with_error
+from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
+from roma_ray.evaluation.statistics import Paired, p_value, with_error
 from roma_ray.figures.results import ordered
 from roma_ray.figures.words import points
 
+_MOST_ANSWERS = 6
 _FIGURES = (
     "n",
     "base_accuracy",
@@ -51,6 +53,37 @@ def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
         for name, f in ((name, figures[name]) for name in ordered(figures))
     ]
     return Table(("task", "n", "base %", "tuned %", "difference", "lost / won", "McNemar p"), rows)
+
+
+def measure_tables(found: Mapping[str, Any]) -> dict[str, Table]:
+    """Each measure's figures by task, by the measure's name in words; the last rows are over all questions and all tasks."""
+    tables = {}
+    for name, figures in found["figures"].items():
+        form = MEASURES[name]
+        rows = [(task, str(one["n"]), *figure_cells(name, one)) for task, one in figures["tasks"].items()]
+        rows.append(("all tasks", str(figures["micro"]["n"]), *figure_cells(name, figures["micro"])))
+        if figures["macro"]:
+            rows.append(("mean of the tasks", str(figures["macro"]["n"]), *figure_cells(name, figures["macro"])))
+        tables[f"{form.title}, {form.unit}"] = Table(("task", "n", *HEADER[1:]), rows)
+    return tables
+
+
+def share_table(shares: Mapping[str, Any]) -> Table:
+    """Which answers were given, a row a task, by label where the choices recur and by position elsewhere."""
+    rows = []
+    for task, found in shares.items():
+        by = found["shift"][-1]
+        names = found["labels"] or found["positions"]
+        shown = sorted(names, key=lambda name: (-abs(names[name]["tuned"] - names[name]["base"]), name))[:_MOST_ANSWERS]
+        cells = (
+            " · ".join(f"{100 * names[name][who]:.0f}" for name in sorted(shown)) for who in ("gold", "base", "tuned")
+        )
+        differences = (
+            with_error(by[key]["difference"], by[key]["difference_stderr"], signed=True)
+            for key in ("plain", "corrected")
+        )
+        rows.append((task, " · ".join(sorted(shown)), *cells, *differences))
+    return Table(("task", "answers", "right %", "base %", "tuned %", "difference", "without preference"), rows)
 
 
 def layer_table(found: Mapping[str, Any]) -> Table:
@@ -99,10 +132,11 @@ def manifold_table(found: Mapping[str, Any]) -> Table:
                 shown(after["recall"]),
             )
         )
-    distances = [found[key]["neighbor_distance"].get("q50") for key in ("base", "tuned")]
-    rows.append(
-        ("median ‖r_i − r_j‖² to the successful neighbors", *(shown(distance, 5) for distance in distances)),
-    )
+    for split, words in (("train", "trained"), ("test", "test")):
+        one = found["manifold_distance"][split]
+        for key, whom in (("neighbors", "the successful neighbors"), ("random", "random successes")) if one else ():
+            label = f"Σ_j W_ij ‖r_i − r_j‖² to {whom}, {one['questions']:,} {words} questions"
+            rows.append((label, *(shown(one[key][who], 4) for who in ("base", "tuned"))))
     return Table(("", "base", "tuned"), rows)
 
 
@@ -125,7 +159,7 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
             f"{e['lambda']:.3g}",
             f"{e['gradient_norm']:.3g}",
             f"{e['routing_entropy']:.3f}",
-            f"{100 * e['validation_accuracy']:.2f}",
+            with_error(e["validation_accuracy"], e["validation_stderr"]),
         )
         for e in epochs
     ]
@@ -141,6 +175,20 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
         for name in ordered(figures)
     ]
     write_csv(folder / "results.csv", ("split", "task", *_FIGURES), results)
+    measured = [
+        (measure, over, *one.values())
+        for measure, by in summary["measures"]["figures"].items()
+        for over, one in (("all", by["micro"]), ("macro average", by["macro"]), *by["tasks"].items())
+        if one
+    ]
+    write_csv(folder / "measures.csv", ("measure", "task", *(f.name for f in fields(Paired))), measured)
+    shares = [
+        (task, by, name, *one.values())
+        for task, found in summary["shares"].items()
+        for by, names in (("position", found["positions"]), ("label", found["labels"] or {}))
+        for name, one in names.items()
+    ]
+    write_csv(folder / "answer_shares.csv", ("task", "by", "answer", "right", "base", "tuned"), shares)
     epochs = summary["epochs"]
     write_csv(folder / "epochs.csv", tuple(epochs[0]), [tuple(e.values()) for e in epochs])
     found = summary["diagnostics"]

@@ -56,7 +56,9 @@ def validation_accuracy(epochs: Sequence[Mapping[str, Any]], base: Mapping[str, 
     level, error = 100 * base["base_accuracy"], 100 * base["base_stderr"]
     axis.axhline(level, color=BASE, linestyle="--", label="base")
     axis.axhspan(level - error, level + error, color=BASE, alpha=0.18, linewidth=0, label="base ± standard error")
+    errors = [100 * epoch["validation_stderr"] for epoch in epochs]
     axis.plot(numbers, values, color=TUNED, marker="o", label="tuned")
+    axis.errorbar(numbers, values, yerr=errors, fmt="none", color=TUNED, capsize=2.5, label="± standard error")
     axis.plot(
         [numbers[selected]],
         [values[selected]],

@@ -7,13 +7,13 @@ Shapes: N questions, L layers, E experts, K selected experts, C a feature width,
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from roma_ray.errors import ConfigError
-from roma_ray.manifold.summary import QUANTILES, quantiles
+from roma_ray.manifold.neighbors import Neighborhoods
 
 _TINY = torch.finfo(torch.float64).tiny
 _BLOCK_DISTANCES = 2**24
@@ -111,12 +111,20 @@ def silhouette(
     return float(silhouette_score(features_NC[drawn].flatten(1).double().cpu().numpy(), labels, metric="euclidean"))
 
 
-def routing_distance_quantiles(
-    routing_NLE: Tensor, rows_P: Tensor, others_P: Tensor, at: Sequence[float] = QUANTILES
-) -> dict[str, float]:
-    """Quantiles of ||r_i - r_j||^2 (the norm of eq. 7) over the given pairs, keyed "q5" for 0.05."""
-    parts = [
-        (routing_NLE[i].double() - routing_NLE[j].double()).square().sum((1, 2))
-        for i, j in zip(rows_P.split(8192), others_P.split(8192), strict=True)
-    ]
-    return quantiles(torch.cat(parts) if parts else torch.zeros(0), at)
+def neighbor_distances(
+    live_BLE: Tensor, rows_B: Sequence[int], stored_NLE: Tensor, neighborhoods: Neighborhoods
+) -> Tensor:
+    """Eq. 7 of each question of `rows_B`, literally: sum_j W_ij ||r_i - r_j||^2 of live r_i and stored r_j, [B] fp64."""
+    found = torch.zeros(len(rows_B), dtype=torch.float64)
+    for n, row in enumerate(rows_B):
+        others, _, weights = neighborhoods.of(row)
+        found[n] = (live_BLE[n].double() - stored_NLE[others].double()).square().sum((1, 2)) @ weights.double()
+    return found
+
+
+def with_random_members(neighborhoods: Neighborhoods, successful_N: Tensor, generator: Generator) -> Neighborhoods:
+    """The control: each neighbor replaced by a member of S drawn at random, never the question itself; weights stay."""
+    members_M = successful_N.nonzero()[:, 0]
+    drawn_P = torch.randint(len(members_M), (len(neighborhoods.indices),), generator=generator)
+    itself_P = members_M[drawn_P] == neighborhoods.rows
+    return replace(neighborhoods, indices=members_M[(drawn_P + itself_P) % len(members_M)])

@@ -64,7 +64,7 @@ def test_the_paper_s_ablations_share_one_extraction(base: dict[str, Any], tmp_pa
 
 
 def test_cost_counts_heads_and_fractions(base: dict[str, Any], tmp_path: Path) -> None:
-    """Against the formula by hand: 3 passes a training question and epoch, a validation an epoch, one evaluation.
+    """Against the formula by hand: 3 passes a training question and epoch, a validation an epoch, the test questions once.
 
     Four of the file's twelve rows are declared as test: of the other eight one is held out for validation.
     """
@@ -72,19 +72,19 @@ def test_cost_counts_heads_and_fractions(base: dict[str, Any], tmp_path: Path) -
     plan = planned(base, tmp_path, **settings)
     found = cost(plan, count_questions(plan))
     assert found.extraction == 1
-    assert found.trials == pytest.approx(4 / 16 * (2 * (3 * 7 / 12 + 1 / 12) + 1))
+    assert found.trials == pytest.approx(4 / 16 * (2 * (3 * 7 / 12 + 1 / 12) + 4 / 12))
     assert found.seconds is None
     assert "questions of questions.jsonl: 7 train, 1 validation, 4 test" in describe(plan)
     plan = planned(base, tmp_path, set={**settings["set"], "questions.fraction": 0.5})
     half = cost(plan, count_questions(plan))
-    assert half.trials == pytest.approx(4 / 16 * (2 * (3 * 3.5 / 12 + 1 / 12) + 1))
+    assert half.trials == pytest.approx(4 / 16 * (2 * (3 * 3.5 / 12 + 1 / 12) + 4 / 12))
 
 
 def test_splits_of_the_hub_s_data_sets_are_said_to_be_unknown(base: dict[str, Any], tmp_path: Path) -> None:
     plan = planned({**base, "questions": {"sources": [{"dataset": "sciq"}]}}, tmp_path, set={"routing.layers": "L4"})
     known = count_questions(plan)
     assert set(known.values()) == {None}
-    assert cost(plan, known).trials == pytest.approx(4 / 16 * (3 * (3 * 0.7 + 0.1) + 1))
+    assert cost(plan, known).trials == pytest.approx(4 / 16 * (3 * (3 * 0.7 + 0.1) + 0.2))
     assert "splits that data sets of the hub declare" in describe(plan)[-1]
 
 

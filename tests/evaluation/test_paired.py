@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,14 +15,16 @@ from transformers import AutoModelForCausalLM
 
 from roma_ray.artifacts import Stage
 from roma_ray.config import QuestionSource
-from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.finetuning import ADAPTER, read_routing_rows
+from roma_ray.engine.neighborhoods import read_neighborhoods
 from roma_ray.engine.prepare import TABLE, prepare
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.change import describe_distance
 from roma_ray.evaluation.judged import RESULTS
-from roma_ray.evaluation.paired import by_split_and_task, evaluate, evaluation_pin
+from roma_ray.evaluation.paired import by_task, evaluate, evaluation_pin
 from roma_ray.evaluation.summary import result_rows, warnings_of
 from roma_ray.pipeline import Run, run
 from tests.world import make_world
@@ -134,11 +137,76 @@ def test_the_pin_follows_the_questions(finished: Run) -> None:
 
 
 def test_grouping() -> None:
-    keys = [("test", "a"), ("train", "a"), ("test", "b"), ("test", "a")]
-    found = by_split_and_task(keys, np.array([True, False, True, False]), np.array([True, True, False, True]))
-    assert list(found) == ["train", "test"]
-    assert found["test"]["a"] == found["test"]["a"] | {"n": 2, "won": 1, "lost": 0}
-    assert found["test"]["all"]["n"] == 3
+    found = by_task(["a", "b", "a"], np.array([True, True, False]), np.array([True, False, True]))
+    assert list(found) == ["all", "a", "b"]
+    assert found["a"] == found["a"] | {"n": 2, "won": 1, "lost": 0}
+    assert found["all"]["n"] == 3
+
+
+def test_only_what_is_read_is_scored(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Tuned routers answer the test questions and a sample of the trained ones; validation was measured in training."""
+    from roma_ray.engine.scoring import score_rows
+    from roma_ray.evaluation import change, paired
+
+    asked = []
+
+    def noting(head: object, states: object, prompts: object, rows: list[int], **more: Any) -> object:
+        asked.append(list(rows))
+        return score_rows(head, states, prompts, rows, **more)
+
+    monkeypatch.setattr(paired, "score_rows", noting)
+    monkeypatch.setattr(change, "TRAINED_ROWS", 5)
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.setup.store.root, storage)
+    for stage in ("evaluate", "base"):
+        shutil.rmtree(storage / stage)
+    again = run(resolve(finished.setup.config.model_copy(update={"storage": str(storage)})), Silence())
+    prompts = read_prompts(finished.stages["questions"].path / TABLE)
+    base, tuned, trained = asked
+    assert {prompts[row].split for row in base} == {"validation", "test"}
+    assert {prompts[row].split for row in tuned} == {"test"}
+    assert {prompts[row].split for row in trained} == {"train"}
+    assert len(trained) == 5
+    assert again.summary["splits"] == finished.summary["splits"]
+    table = read_table(again.stages["evaluate"].path / RESULTS)
+    assert set(table.column("split").to_pylist()) == {"test"}
+    valid, epochs = again.summary["validation"], again.summary["epochs"]
+    exported = epochs[again.summary["selected_epoch"]]
+    assert (valid["tuned_accuracy"], valid["tuned_stderr"]) == (
+        exported["validation_accuracy"],
+        exported["validation_stderr"],
+    )
+    n, share = valid["n"], valid["tuned_accuracy"]
+    assert n == sum(p.split == "validation" for p in prompts)
+    assert valid["tuned_stderr"] == pytest.approx((share * (1 - share) / (n - 1)) ** 0.5)
+
+
+def test_the_trained_distance_is_of_live_against_stored_routing(finished: Run) -> None:
+    found = finished.summary["diagnostics"]["manifold_distance"]
+    rows = read_table(finished.stages["evaluate"].path / RESULTS)
+    width = len(finished.setup.layers)
+    live = np.array(rows.column("tuned_routing").to_pylist())
+    stored = read_routing_rows(finished.stages["extract"].path, finished.setup.config.routing.tokens)
+    stored = stored[:, list(finished.setup.layer_columns)].flatten(1).numpy()
+    assert live.shape[1] == stored.shape[1] == width * (live.shape[1] // width)
+    for split in ("train", "test"):
+        assert found[split]["questions"] > 0
+        for name in ("neighbors", "random"):
+            one = found[split][name]
+            assert one["relative"] == pytest.approx(one["tuned"] / one["base"] - 1)
+        pull = found[split]["neighbors"]["relative"] - found[split]["random"]["relative"]
+        assert found[split]["pull"]["relative"] == pytest.approx(pull)
+    # Of the trained questions' base: stored against stored, eq. 7 by hand.
+    near = read_neighborhoods(finished.stages["neighbors"], len(stored))
+    by_hand = []
+    for row in near.queried.nonzero()[:, 0].tolist():
+        others, _, weights = near.of(row)
+        squares = ((stored[row] - stored[others.numpy()]).astype(np.float64) ** 2).sum(1)
+        by_hand.append(float(squares @ weights.numpy()))
+    assert found["train"]["neighbors"]["base"] == pytest.approx(np.mean(by_hand))
+    lines = describe_distance({"train": found["train"], "test": None})
+    assert len(lines) == 1
+    assert "trained questions" in lines[0]
 
 
 def test_warnings_name_what_a_reader_must_know(finished: Run) -> None:

@@ -18,6 +18,7 @@ from roma_ray.evaluation.statistics import (
     macro,
     mcnemar,
     pair,
+    relative_change,
     significant,
     standard_error,
     with_error,
@@ -173,3 +174,16 @@ def test_a_figure_with_its_error_has_one_form() -> None:
     assert with_error(0.0203, 0.0091, signed=True) == "+2.03 ± 0.91"
     assert with_error(-1.23456, 0.00012, scale=1, digits=4) == "-1.2346 ± 0.0001"
     assert with_error(0.5, None) == "50.00"
+
+
+def test_a_relative_change_has_the_standard_error_of_its_parts() -> None:
+    """Against drawing the questions again, many times."""
+    rng = np.random.default_rng(2)
+    base = rng.gamma(4.0, size=400)
+    tuned = base * rng.normal(0.9, 0.1, 400)
+    change, parts = relative_change(base, tuned)
+    assert change == pytest.approx(tuned.mean() / base.mean() - 1)
+    drawn = [rng.integers(400, size=400) for _ in range(2000)]
+    again = [tuned[d].mean() / base[d].mean() - 1 for d in drawn]
+    assert standard_error(parts) == pytest.approx(np.std(again), rel=0.1)
+    assert relative_change(np.zeros(3), np.ones(3))[0] == 0.0

@@ -15,7 +15,7 @@ from roma_ray.figures.style import render, shorten
 
 EPOCHS = [
     {"epoch": n, "step": 4 * (n + 1), "task_loss": 2.0 - n, "manifold_loss": 0.1, "lambda": 0.8, "gradient_norm": 1.0}
-    | {"validation_accuracy": 0.5 + 0.1 * n}
+    | {"validation_accuracy": 0.5 + 0.1 * n, "validation_stderr": 0.07}
     for n in range(2)
 ]
 STEPS = {
@@ -47,6 +47,11 @@ def test_validation_accuracy_marks_base_and_exported_epoch() -> None:
     lines = {line.get_label(): line for line in axis.lines}
     assert lines["base"].get_ydata()[0] == 40
     assert list(lines["tuned"].get_ydata()) == [50, 60]
+    (errors,) = [segments for segments in axis.collections if len(segments.get_segments()) == len(EPOCHS)]
+    assert [[y for _, y in segment] for segment in errors.get_segments()] == [
+        pytest.approx([43, 57]),
+        pytest.approx([53, 67]),
+    ]
     assert (lines["exported"].get_xdata()[0], lines["exported"].get_ydata()[0]) == (2, 60)
 
 

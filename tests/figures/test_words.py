@@ -29,6 +29,7 @@ def summary(
             "truncated": 0,
             "test_questions_in_training": {"normalised": 0, "exact": 0},
         },
+        "shares": {},
         "rejected": 0,
         "errors": 0,
         "probe": {"gradient_ratio": 0.5},

@@ -7,14 +7,17 @@ import torch
 from roma_ray.errors import ConfigError
 from roma_ray.manifold.diagnostics import (
     expert_load,
+    neighbor_distances,
     neighbor_overlap,
-    routing_distance_quantiles,
     routing_entropy,
     routing_kl,
     selection_overlap,
     silhouette,
     top_k_selection,
+    with_random_members,
 )
+from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
+from roma_ray.manifold.neighbors import Neighborhoods
 
 QUESTIONS, LAYERS, EXPERTS, TOP_K = 9, 2, 6, 2
 
@@ -140,17 +143,44 @@ def test_silhouette_is_the_literal_loop_and_draws_by_the_generator():
     assert silhouette(points, [str(i) for i in range(30)], generator) is None
 
 
-def test_routing_distances_are_the_norm_of_eq_7():
-    r = routing(9)
-    rows, others = torch.randint(QUESTIONS, (2, 33), generator=torch.Generator().manual_seed(1))
-    values = sorted(
-        sum(
-            (x - y) ** 2
-            for x, y in zip(r[i].double().flatten().tolist(), r[j].double().flatten().tolist(), strict=True)
-        )
-        for i, j in zip(rows.tolist(), others.tolist(), strict=True)
+def neighborhoods_of(lists):
+    sizes = torch.tensor([len(one) for one in lists])
+    return Neighborhoods(
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), sizes.cumsum(0)]),
+        indices=torch.tensor([j for one in lists for j in one]),
+        similarities=torch.ones(int(sizes.sum()), dtype=torch.float64),
+        weights=torch.tensor([1 / len(one) for one in lists for _ in one], dtype=torch.float64),
+        queried=torch.ones(len(lists), dtype=torch.bool),
     )
-    marks = routing_distance_quantiles(r, rows, others, at=(0.0, 0.25, 0.5, 1.0))
-    expected = {"q0": values[0], "q25": values[8], "q50": values[16], "q100": values[32]}
-    assert marks == pytest.approx(expected, abs=1e-12)
-    assert routing_distance_quantiles(r, rows[:0], others[:0]) == {}
+
+
+def test_neighbor_distances_are_eq_7_with_live_and_stored_rows():
+    """Also against the form that training computes: the distance to the mean target, and the spread."""
+    stored, live = routing(9), routing(10)
+    near = neighborhoods_of([[1, 2], [0], [4, 5, 6], [0, 1], [2], [6], [7, 8], [8], [0]])
+    rows = [0, 2, 3, 8]
+    found = neighbor_distances(live[rows], rows, stored, near)
+    for n, row in enumerate(rows):
+        others, _, weights = near.of(row)
+        literal = sum(
+            float(w)
+            * sum((x - y) ** 2 for x, y in zip(live[row].flatten().tolist(), stored[j].flatten().tolist(), strict=True))
+            for j, w in zip(others.tolist(), weights.tolist(), strict=True)
+        )
+        assert float(found[n]) == pytest.approx(literal, rel=1e-6)
+    targets = neighbor_targets(near, stored).take(torch.tensor(rows))
+    trained = regularizer_loss("manifold", live[rows], targets=targets, parameters=[])
+    assert float(found.sum()) == pytest.approx(float(trained), rel=1e-5)
+
+
+def test_the_control_draws_from_s_and_never_the_question_itself():
+    near = neighborhoods_of([[1, 2], [0], [1, 2, 0]] * 20)
+    successful = torch.zeros(60, dtype=torch.bool)
+    successful[[0, 1, 2]] = True
+    control = with_random_members(near, successful, torch.Generator().manual_seed(0))
+    assert torch.equal(control.offsets, near.offsets)
+    assert torch.equal(control.weights, near.weights)
+    assert set(control.indices.tolist()) == {0, 1, 2}
+    assert not (control.indices == control.rows).any()
+    again = with_random_members(near, successful, torch.Generator().manual_seed(0))
+    assert torch.equal(control.indices, again.indices)

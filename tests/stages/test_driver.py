@@ -162,7 +162,7 @@ def test_submitted_jobs(local_run: Run, world: Config, head: dict[str, str], tem
     good = submit(head, tmp_path, *job)
     assert good.returncode == 0, good.stdout + good.stderr
     same_as(local_run, tmp_path / "storage")
-    assert "accuracy with standard errors" in good.stdout
+    assert "accuracy on test questions" in good.stdout
     assert "Traceback" not in good.stdout
     assert list((tmp_path / "storage" / "report").glob("*/report.html"))
     token = head["RAY_AUTH_TOKEN"].encode()
