@@ -27,7 +27,7 @@ class OneMachine(TorchConfig):
         return _ByFile
 
 
-class _ByFile(Backend):  # type: ignore[misc]  # ray is untyped
+class _ByFile(Backend):
     share_cuda_visible_devices = True
 
     def on_start(self, worker_group: Any, backend_config: OneMachine) -> None:

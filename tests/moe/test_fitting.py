@@ -80,13 +80,12 @@ def test_a_slice_needs_what_it_uses_and_nothing_else(
         "head": (head, {"start": 4, "with_lm_head": True}),
         "trunk": (trunk, {"stop": 4, "with_lm_head": False}),
     }
-    for name, (loads, arguments) in parts.items():
+    for loads, arguments in parts.values():
         if loads:
             load_slice(path, dtype=torch.float32, **arguments)
         else:
             with pytest.raises(ModelError, match=rf": {key} is missing"):
                 load_slice(path, dtype=torch.float32, **arguments)
-                pytest.fail(f"the {name} was loaded without {key}")
 
 
 def test_tied_embeddings_may_be_stored_under_either_name(tmp_path: Path) -> None:
@@ -146,7 +145,7 @@ def test_a_configuration_of_another_size_takes_no_memory(
 def test_a_vocabulary_that_no_model_has_is_refused_before_any_work(tmp_path: Path) -> None:
     path = save_tiny(tiny_moe("olmoe"), tmp_path)
     configure(path, vocab_size=2**30)
-    with pytest.raises(ModelError, match="vocab_size is 1.07e"):
+    with pytest.raises(ModelError, match=r"vocab_size is 1\.07e"):
         model_facts(path)
 
 
