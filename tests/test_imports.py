@@ -39,7 +39,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ablations": SPREAD | {"figures", "tracking"},
     "pipeline": SPREAD | {"ablations", "figures", "tracking"},
     "terminal": GROUND | {"engine"},
-    "doctor": GROUND | {"stages"},
+    "doctor": GROUND | {"engine", "stages"},
     "cli": SPREAD | {"ablations", "pipeline", "figures", "tracking", "terminal", "doctor"},
 }
 
