@@ -80,11 +80,7 @@ def evaluate(
     started = time.monotonic()
     with stage.exclusive():
         prompts = read_prompts(questions.path / TABLE)
-        usable = usable_rows(extraction).tolist()
-        of_split = {
-            split: [row for row, p in enumerate(prompts) if p.split == split and usable[row]]
-            for split in ("validation", "test")
-        }
+        of_split = _judged_rows(prompts, usable_rows(extraction).tolist())
         test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
         near = read_neighborhoods(neighbors, len(prompts))
         trained = change.sampled(near.queried & (near.sizes > 0))
@@ -115,19 +111,16 @@ def evaluate(
         columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
         letter = prompt.format == "letter"
         write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
+        tasks = [prompts[row].task for row in test]
+        changed = change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
+        lived = {"train": live, "test": after}
+        distance = change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
         result = {
-            "splits": {"test": by_task([prompts[row].task for row in test], base.correct, after.correct)},
+            "splits": {"test": by_task(tasks, base.correct, after.correct)},
             "validation": _validation(validation, tuned),
             **_test_figures(stage, questions),
             "guards": _guards(questions, prompts, test, base, after),
-            "diagnostics": {
-                **change.routing_change(
-                    setup, head, [prompts[row].task for row in test], base, after, columns, read_embeddings(embeddings)
-                ),
-                "manifold_distance": change.manifold_distance(
-                    setup, questions, extraction, embeddings, near, {"train": live, "test": after}, columns
-                ),
-            },
+            "diagnostics": {**changed, "manifold_distance": distance},
             "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
         }
         write_json(stage.path / SUMMARY, result)
@@ -135,6 +128,14 @@ def evaluate(
             facts={"rows": len(test), "pin": result["pin"], "metric": metric}, seconds=time.monotonic() - started
         )
     return stage
+
+
+def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str, list[int]]:
+    """The validation and the test questions that came through extraction."""
+    return {
+        split: [row for row, p in enumerate(prompts) if p.split == split and usable[row]]
+        for split in ("validation", "test")
+    }
 
 
 def _validation(base: Scores, tuned: Stage) -> dict[str, Any]:
