@@ -84,12 +84,7 @@ def evaluate(
         test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
         near = read_neighborhoods(neighbors, len(prompts))
         trained = change.sampled(near.queried & (near.sizes > 0))
-        prompt = setup.config.questions.prompt
-        arguments: dict[str, Any] = {
-            "tokens": setup.config.routing.tokens,
-            "rule": answer_rule(prompt),
-            "batch_tokens": setup.config.extraction.batch_tokens,
-        }
+        prompt, arguments = setup.config.questions.prompt, _scoring(setup)
         note_device(stage.path, device_kind(setup.model.device))
         states = open_states(setup.model, extraction.path, setup.cut)
         kept = base_stage(setup, extraction, arguments)
@@ -128,6 +123,15 @@ def evaluate(
             facts={"rows": len(test), "pin": result["pin"], "metric": metric}, seconds=time.monotonic() - started
         )
     return stage
+
+
+def _scoring(setup: Setup) -> dict[str, Any]:
+    """How answers are scored."""
+    return {
+        "tokens": setup.config.routing.tokens,
+        "rule": answer_rule(setup.config.questions.prompt),
+        "batch_tokens": setup.config.extraction.batch_tokens,
+    }
 
 
 def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str, list[int]]:
