@@ -17,7 +17,10 @@ from urllib.parse import quote, quote_plus, unquote
 
 HIDDEN = "***"
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+|databricks:")
-_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/+[^\s\"'<>`]+|[^\s\"'<>`:/@=]+:[^\s\"'<>`@]+@[^\s\"'<>`]+")
+_WORD = re.compile(r"[^\s\"'<>`]+")
+# Where an address begins in a word. Each begins where a run of its characters does, so that the search is linear.
+_ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])[0-9+.-]*([A-Za-z][A-Za-z0-9+.-]*:/(?=.))")
+_LOGIN = re.compile(r"(?<![^:/@=])([^:/@=]+:[^@]+@)")
 # Parts of a parameter's name, and whole names.
 _SECRET_NAME = re.compile(
     r"passw|passphrase|pwd|token|secret|credential|signature|(api|access|account|auth|private|shared)[ _.-]*key"
@@ -61,7 +64,13 @@ def has_secret(uri: str) -> bool:
 
 def mask_text(text: str) -> str:
     """A text in which every address is masked."""
-    return _IN_TEXT.sub(lambda found: mask(found[0]), text)
+    return _WORD.sub(lambda found: _mask_word(found[0]), text)
+
+
+def _mask_word(word: str) -> str:
+    login = _LOGIN.search(word[: word.rfind("@") + 1])
+    starts = [found.start(1) for found in (_ADDRESS.search(word), login) if found]
+    return word[: min(starts)] + mask(word[min(starts) :]) if starts else word
 
 
 def hide(text: str, uri: str = "") -> str:
@@ -109,7 +118,7 @@ def _split_query(rest: str) -> tuple[str, str, str]:
 
 def _secret_query(query: str) -> bool:
     """Whether any parameter has a secret's name; of ODBC's strings also those inside a value."""
-    return any(_SECRET_NAME.search(name) for name in re.findall(r"(?:^|[?&;#])\s*([^=&;?#]+)=", _decoded(query)))
+    return any(_SECRET_NAME.search(name) for name in re.findall(r"(?:^|[?&;#])([^=&;?#]+)=", _decoded(query)))
 
 
 def _strange(authority: str) -> bool:

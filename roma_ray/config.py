@@ -306,7 +306,7 @@ class Config(Section):
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cuda` also names ROCm devices, as in torch. `auto` takes a GPU where there is one."""
-    threads: int = Field(default=1, ge=1)
+    threads: int = Field(default=1, ge=1, le=1024)
     """CPU threads of each worker process. Sums depend on it in their last bits, so it is part of the fingerprint."""
     storage: str | None = None
     """Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray. Not part of any fingerprint."""

@@ -12,18 +12,12 @@ from pydantic import BaseModel, ValidationError
 
 from roma_ray.addresses import mask, mask_text
 from roma_ray.config import Config
+from roma_ray.documents import load_yaml, read_yaml_file
 from roma_ray.errors import ConfigError
+from roma_ray.text import brief, printable
 
-
-class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, which also refuses a key that stands twice in one section: one of the two would be ignored."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.YAMLError(f"`{key}` stands twice in one section{node.start_mark}")
-        return super().construct_mapping(node, deep)
+MOST_FAULTS = 20
+"""Faults that one message lists."""
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -41,10 +35,10 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 def read_settings(source: Path) -> dict[str, Any]:
     """A YAML file's settings as plain data. Raises ConfigError when it cannot be read, is no YAML, or has a key twice."""
     try:
-        data = yaml.load(source.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = read_yaml_file(source)
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read the configuration {source}: {error}") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{source} is not valid YAML: {mask_text(str(error))}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{source} must hold settings (`key: value` lines), not {type(data).__name__}")
@@ -57,12 +51,18 @@ def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> 
         return Config.model_validate(data)
     except ValidationError as error:
         # Alternatives of one setting, and a list that a bad item left empty, each add a fault of their own: one line a place.
-        faults: dict[str, str] = {}
-        for fault in error.errors():
+        faults: dict[str, Any] = {}
+        above: set[str] = set()
+        for fault in error.errors(include_url=False):
             place = _place(fault["loc"])
-            if not any(other.startswith(f"{place}.") for other in faults):
-                faults.setdefault(place, _explain(dict(fault), place))
-        listed = "\n".join(f"  {line}" for line in faults.values())
+            if place not in above:
+                faults.setdefault(place, fault)
+                parts = place.split(".")
+                above |= {".".join(parts[:length]) for length in range(1, len(parts))}
+        lines = [f"  {_explain(faults[place], place)}" for place in list(faults)[:MOST_FAULTS]]
+        if len(faults) > len(lines):
+            lines.append(f"  ... and {len(faults) - len(lines)} more")
+        listed = "\n".join(lines)
         raise ConfigError(f"{origin}: {len(faults)} setting(s) are not valid:\n{listed}") from None
 
 
@@ -85,12 +85,12 @@ def apply_override(data: dict[str, Any], override: str) -> None:
     """Apply one `a.b=c` to nested data in place; the value is read as YAML. Raises ConfigError."""
     key, separator, text = override.partition("=")
     parts = key.strip().split(".")
-    shown = mask_text(override)
+    shown = printable(mask_text(override))
     if not separator or not all(parts):
         raise ConfigError(f"--set {shown!r}: write it as section.key=value, e.g. finetune.epochs=1")
     try:
-        value = yaml.load(text, Loader=_UniqueKeys)
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+        value = load_yaml(text)
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"--set {shown!r}: the value is not valid YAML: {mask_text(str(error))}") from None
     node: Any = data
     for part in parts[:-1]:
@@ -124,7 +124,7 @@ def _explain(fault: dict[str, Any], where: str) -> str:
     if fault["type"] != "extra_forbidden":
         given = fault.get("input")
         # A secret may stand in the wrong place; so nothing is repeated unmasked.
-        shown = repr(mask(given)) if isinstance(given, str) and ":" in given else mask_text(repr(given))
+        shown = repr(mask(given)) if isinstance(given, str) and ":" in given else mask_text(brief(given))
         return f"{where}: {message} (got {shown:.80})"
     return f"{where}: unknown setting; {meant(fault['loc'])}"
 

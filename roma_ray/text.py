@@ -76,6 +76,11 @@ class _Short(reprlib.Repr):
 _short = _Short()
 
 
+def brief(value: object) -> str:
+    """`value` as Python writes it, long parts of it left out: never more than a few thousand characters of work."""
+    return _short.repr(value)
+
+
 def prepare_streams() -> None:
     """Let both streams take any text: what an ASCII terminal lacks is written in plain letters, never an error."""
     for stream in (sys.stdout, sys.stderr):
@@ -116,7 +121,7 @@ def clean(text: str) -> str:
 
 def printable(value: object, limit: int | None = 120) -> str:
     """`value` as one line that is safe to show, store and log, cut at `limit` characters."""
-    text = value if isinstance(value, str) else _short.repr(value)
+    text = value if isinstance(value, str) else brief(value)
     if limit is not None and len(text) > limit:
         text = text[: limit - 1] + "…"
     return _IN_A_LINE.sub(_MARK, text)

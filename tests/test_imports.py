@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "roma_ray"
 
-GROUND = {"errors", "addresses", "text", "config", "artifacts"}
+GROUND = {"errors", "addresses", "text", "documents", "templates", "config", "artifacts"}
 ROOMS = GROUND | {"questions", "moe", "manifold", "assets"}
 WORK = ROOMS | {"engine"}
 JUDGED = WORK | {"evaluation", "baselines"}
@@ -24,8 +24,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "addresses": set(),
     "text": set(),
-    "config": {"errors", "addresses", "text"},
-    "artifacts": {"errors", "addresses", "text", "config"},
+    "documents": {"text"},
+    "templates": {"errors", "text"},
+    "config": {"errors", "addresses", "text", "documents"},
+    "artifacts": {"errors", "addresses", "text", "documents", "config"},
     "assets": set(),
     "questions": GROUND | {"assets"},
     "moe": GROUND,

@@ -36,9 +36,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section
-from roma_ray.config_reading import load_config, meant, parse_config, read_settings
+from roma_ray.config_reading import MOST_FAULTS, load_config, meant, parse_config, read_settings
 from roma_ray.config_section import Name
 from roma_ray.errors import ConfigError
+from roma_ray.text import printable
 
 MOST_TRIALS = 2000
 CENTRE = "centre"
@@ -54,7 +55,7 @@ class Factor(Section):
 
     setting: str | None = None
     values: tuple[Any, ...] = ()
-    levels: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    levels: dict[Name, dict[str, Any]] = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _one_form(self) -> Factor:
@@ -126,7 +127,7 @@ class SpaceFile(Section):
     name: Name = Field(default="sweep", min_length=1, max_length=200)
     base: str | dict[str, Any] = "assets:demo.yaml"
     set: dict[str, Any] = Field(default_factory=dict)
-    one_at_a_time: dict[str, Factor] = Field(default_factory=dict)
+    one_at_a_time: dict[Name, Factor] = Field(default_factory=dict)
     grid: tuple[dict[str, tuple[Any, ...]], ...] = ()
     sample: dict[str, Range] = Field(default_factory=dict)
     samples: int = Field(default=0, ge=0)
@@ -367,7 +368,7 @@ def level_name(value: Any) -> str:
     """A value as a level's name."""
     if isinstance(value, float):
         return f"{value:.4g}"
-    return value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0]
+    return printable(value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
 
 
 def _joined(changes: Values) -> str:
@@ -392,7 +393,7 @@ def short_names(keys: Sequence[str]) -> list[str]:
 
 def _faults(error: ValidationError) -> str:
     lines = []
-    for fault in error.errors():
+    for fault in error.errors(include_url=False)[:MOST_FAULTS]:
         where = ".".join(str(part) for part in fault["loc"])
         message = fault["msg"].removeprefix("Value error, ")
         if fault["type"] == "extra_forbidden":

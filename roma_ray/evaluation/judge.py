@@ -172,6 +172,7 @@ def run_lm_eval(lm: Any, tasks: Sequence[Task | Group], wanted: Wanted) -> dict[
     import random
 
     import numpy as np
+    from jinja2 import TemplateError
     from lm_eval.api.group import Group
     from lm_eval.evaluator import evaluate
 
@@ -189,6 +190,8 @@ def run_lm_eval(lm: Any, tasks: Sequence[Task | Group], wanted: Wanted) -> dict[
             fewshot_as_multiturn=wanted.chat_template,
             confirm_run_unsafe_code=wanted.allow_code,
         )
+    except TemplateError as error:
+        raise ConfigError(f"a template of the tasks or of the model's chat cannot be rendered: {error}") from None
     except ValueError as error:
         if "unsafe" in str(error):
             raise ConfigError(f"{error}. If you trust it, allow it with --allow-code.") from None

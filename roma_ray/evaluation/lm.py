@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from lm_eval.api.instance import Instance
@@ -19,6 +20,7 @@ from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.errors import ConfigError, ModelError
 from roma_ray.evaluation.requests import Answers, Scorable, Writable
 from roma_ray.evaluation.subject import Subject
+from roma_ray.templates import chat_text
 
 Ask = Callable[[str, Sequence[Scorable] | Sequence[Writable]], Answers]
 """(`loglikelihood` or `generate_until`, requests) -> answers of all judged models."""
@@ -29,6 +31,7 @@ class JudgeLM(HFLM):
 
     def __init__(self, subject: Subject, ask: Ask) -> None:
         tokenizer = load_tokenizer(subject.model.path, subject.model.revision)
+        tokenizer.apply_chat_template = partial(chat_text, tokenizer)
         # One batch for all rolling windows: how requests are batched is the plan's business.
         super().__init__(pretrained=subject.skeleton(), tokenizer=tokenizer, backend="causal", batch_size=1 << 40)
         self.subject, self.ask = subject, ask

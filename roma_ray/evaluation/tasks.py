@@ -24,7 +24,7 @@ from lm_eval.tasks._factory import TaskFactory
 from roma_ray.config import PromptConfig, QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.evaluation.local_data import find_files, read_splits
-from roma_ray.evaluation.task_files import check_task_file, sandboxed
+from roma_ray.evaluation.task_files import LimitedEnvironment, check_task_file, sandboxed
 from roma_ray.questions.prompts import PromptBuilder
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import LETTERS, Question
@@ -33,6 +33,7 @@ VERSION = 1
 """Of the tasks made of question files; raise it when their prompts or targets change."""
 QUESTIONS = (".jsonl", ".jsonl.gz", ".json.gz", ".parquet")
 TASK_FILES = (".yaml", ".yml")
+_STOCK = lm_eval.utils.env
 
 
 def load_tasks(
@@ -58,9 +59,14 @@ def load_tasks(
                 + ". Question files end in "
                 f"{', '.join(QUESTIONS)}, your own task files in .yaml"
             )
-    if not allow_code:
-        # Jinja templates of task files can reach Python through attributes; the sandbox renders stock ones just the same.
-        lm_eval.utils.env = sandboxed(lm_eval.utils.env)
+    # Templates can reach Python through attributes; the sandbox renders stock ones just the same. Those of strangers can also loop.
+    strangers = [name for name in names if name.endswith(TASK_FILES)]
+    if allow_code:
+        lm_eval.utils.env = _STOCK
+    elif strangers:
+        lm_eval.utils.env = LimitedEnvironment(f"a template of {', '.join(strangers)}")
+    else:
+        lm_eval.utils.env = sandboxed(_STOCK)
     loaded: list[Task | Group] = []
     for name in names:
         if name.endswith(QUESTIONS):
@@ -93,7 +99,7 @@ def _named(manager: TaskManager, name: str, folder: Path | None) -> list[Task | 
     manager._factory = TaskFactory() if folder is None else _LocalFactory(folder)
     try:
         built = manager.load([name])
-    except QuestionError:
+    except (QuestionError, ConfigError):
         raise
     except (KeyError, TypeError, ValueError, jinja2.TemplateError) as error:
         if not name.endswith(TASK_FILES):

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from roma_ray.artifacts import write_atomically
+from roma_ray.documents import first_repeated
 from roma_ray.errors import CheckpointError
+from roma_ray.text import printable
 
 # Files round their weights to a few digits; over many experts that adds up.
 _SUM_TOLERANCE = 1e-2
@@ -154,11 +156,10 @@ def _row(weights: dict[str, Any], layer: int, experts: int) -> list[float]:
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = dict(pairs)
-    if len(names) != len(pairs):
-        repeated = next(name for name, _ in pairs if sum(name == other for other, _ in pairs) > 1)
-        raise ValueError(f"the key {repeated!r} stands twice")
-    return names
+    twice = first_repeated(name for name, _ in pairs)
+    if twice is not None:
+        raise ValueError(f"the key {printable(twice, 40)!r} stands twice")
+    return dict(pairs)
 
 
 def _no_constant(name: str) -> float:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from roma_ray.documents import first_repeated
 from roma_ray.errors import QuestionError
 from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
 from roma_ray.text import printable
@@ -113,9 +114,7 @@ def _row(line: bytes, max_line_bytes: int) -> dict[str, Any]:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
+    twice = first_repeated(key for key, _ in pairs)
+    if twice is not None:
         raise BadRow(f"the field `{printable(twice, 40)}` occurs twice")
-    return row
+    return dict(pairs)

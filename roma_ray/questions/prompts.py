@@ -24,9 +24,12 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from jinja2 import TemplateError
+
 from roma_ray.config import PromptConfig
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.records import LETTERS, Question, Rejected
+from roma_ray.templates import chat_text
 from roma_ray.text import printable
 
 if TYPE_CHECKING:
@@ -103,7 +106,7 @@ class PromptBuilder:
                 "off, or use an instruction-tuned model"
             )
         if config.chat_template:
-            self._check_template()
+            self.render(_PROBE, None)
         # lm-evaluation-harness joins prompt and choice by a blank, and by nothing after a chat template.
         self._delimiter = "" if config.chat_template else " "
         # What every prompt starts with: BOS, for some tokenizers.
@@ -152,8 +155,12 @@ class PromptBuilder:
         if not self.config.chat_template:
             return text
         messages = [{"role": "user", "content": text}]
-        rendered: str = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return rendered
+        try:
+            return chat_text(self.tokenizer, messages, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ConfigError(
+                f"the chat template of {self.name} takes no single user message (question {printable(question.id)!r}): {error}"
+            ) from None
 
     # -- tokens ----------------------------------------------------------------------------------------------------
 
@@ -211,14 +218,6 @@ class PromptBuilder:
             return []
         ids = self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return [self.prefix_ids + list(row) for row in ids]
-
-    def _check_template(self) -> None:
-        from jinja2 import TemplateError
-
-        try:
-            self.render(_PROBE, None)
-        except TemplateError as error:
-            raise ConfigError(f"the chat template of {self.name} takes no single user message: {error}") from error
 
     def _leading_special_ids(self) -> list[int]:
         """What the tokenizer by default puts before a text (BOS, for some); what it puts after has no place here."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from roma_ray.evaluation.local_data import find_files, read_splits
 from roma_ray.evaluation.task_files import check_task_file
 from roma_ray.evaluation.tasks import leaves, load_tasks
 from roma_ray.questions.prompts import PromptBuilder
+from roma_ray.templates import Renderer
 from tests.evaluation.conftest import write_rows
 
 
@@ -190,3 +193,52 @@ def test_a_template_reaches_no_internals(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
     with pytest.raises(ConfigError, match="SecurityError"):
         load_tasks([str(tmp_path / "own.yaml")], data_dir=str(tmp_path / "data"), builder=unused, allow_code=False)
+
+
+@pytest.mark.parametrize("code", [False, True], ids=["", "allowed"])
+@pytest.mark.parametrize(
+    ("include", "reason"),
+    [
+        ("/dev/zero", "no regular file"),
+        ("pipe", "no regular file"),
+        (".", "no regular file|Is a directory"),
+        ("missing.yaml", "No such file"),
+        ("loop.yaml", "[Ss]ymlink|symbolic|Too many levels"),
+        ('"a\\0b"', "null"),
+        ("bomb.yaml", "aliases"),
+        ("long.yaml", "longer than"),
+        ("twice.yaml", "stands twice"),
+    ],
+)
+def test_a_task_file_includes_nothing_endless(include: str, reason: str, code: bool, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop.yaml").symlink_to("loop.yaml")
+    (tmp_path / "long.yaml").write_text("x: " + "y" * (1 << 20))
+    (tmp_path / "twice.yaml").write_text("x: 1\nx: 2\n")
+    levels = "\n".join(f"a{n}: &a{n} [{', '.join(['x' if n == 0 else f'*a{n - 1}'] * 9)}]" for n in range(12))
+    (tmp_path / "bomb.yaml").write_text(levels)
+    path = tmp_path / "own.yaml"
+    for text in (f"include: {include}\ntask: own\n", f"include: [{include}]\ntask: own\n"):
+        path.write_text(text)
+        with pytest.raises(ConfigError, match=rf"the task file .* cannot be read: .*({reason})"):
+            check_task_file(path, allow_code=code)
+
+
+@pytest.mark.parametrize("field", ["doc_to_text", "description"])
+def test_a_template_of_a_task_file_has_an_end(field: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roma_ray.evaluation.task_files.Renderer", partial(Renderer, seconds=1))
+    write_rows(tmp_path / "data" / "own" / "test.jsonl", [{"question": "q"}])
+    task = {
+        **yaml.safe_load(PLAIN),
+        field: "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+    }
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
+
+    def ask() -> None:
+        tasks = load_tasks(
+            [str(tmp_path / "own.yaml")], data_dir=str(tmp_path / "data"), builder=unused, allow_code=False
+        )
+        leaves(tasks)["own"].build_all_requests(limit=1)
+
+    with pytest.raises(ConfigError, match=r"a template of .*own.yaml takes more than 1 s"):
+        ask()
