@@ -9,7 +9,16 @@ from typing import Any
 
 import click
 
-from roma_ray.cli_options import Commands, check, quiet_libraries, quiet_ray, ray_options, run_options, say
+from roma_ray.cli_options import (
+    Commands,
+    check,
+    quiet_libraries,
+    quiet_ray,
+    ray_options,
+    run_options,
+    said_when_slow,
+    say,
+)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -26,9 +35,10 @@ def main() -> None:
 def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> None:
     """Run the whole method in this process and print base against tuned routers."""
     check(config, summary_path)
-    from roma_ray.engine.setup import resolve
-    from roma_ray.pipeline import run
-    from roma_ray.terminal import open_progress
+    with said_when_slow(quiet):
+        from roma_ray.engine.setup import resolve
+        from roma_ray.pipeline import run
+        from roma_ray.terminal import open_progress
 
     setup, progress = resolve(config), open_progress(quiet)
     setup.store.check()
@@ -147,7 +157,7 @@ def track(config: Any) -> None:
 @main.command()
 @ray_options
 def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
-    """Run the whole method on a Ray cluster and print base against tuned routers."""
+    """Run the whole method, on Ray where that is worth it, and print base against tuned routers."""
     finished = _on_ray(config, address, summary_path, quiet, "report")
     from roma_ray.cli_results import print_result
 
@@ -157,11 +167,12 @@ def run(config: Any, address: str | None, summary_path: str | None, quiet: bool)
 
 def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str) -> Any:
     check(config, summary_path)
-    from roma_ray.engine.setup import resolve
-    from roma_ray.pipeline import run as run_pipeline
-    from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.runners import measure_near, ray_runners
-    from roma_ray.terminal import open_progress
+    with said_when_slow(quiet):
+        from roma_ray.engine.setup import resolve
+        from roma_ray.pipeline import run as run_pipeline
+        from roma_ray.stages.cluster import open_cluster
+        from roma_ray.stages.runners import measure_near, ray_runners
+        from roma_ray.terminal import open_progress
 
     progress = open_progress(quiet)
     with open_cluster(config, address, progress.say) as cluster:

@@ -5,13 +5,17 @@ Imports nothing heavy, like `cli.py`, which reads it when the command starts.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import click
+
+_SLOW_SECONDS = 5.0
 
 
 class Commands(click.Group):
@@ -38,6 +42,25 @@ class Commands(click.Group):
             sys.exit(130)
         except BrokenPipeError:
             os._exit(141)
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """As click's, but each summary whole, on as many lines as it takes."""
+        commands = [(name, command) for name in self.list_commands(ctx) if (command := self.get_command(ctx, name))]
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, command.get_short_help_str(limit=1000)) for name, command in commands])
+
+
+@contextlib.contextmanager
+def said_when_slow(quiet: bool) -> Iterator[None]:
+    """Imports within that take long are told of: on a cold disk they take a minute, which looks like a hang."""
+    timer = threading.Timer(_SLOW_SECONDS, say, ["importing torch and transformers ..."], {"error": True})
+    timer.daemon = True
+    if not quiet:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def say(text: str, *, error: bool = False) -> None:

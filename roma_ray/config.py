@@ -238,13 +238,15 @@ class RayConfig(Section):
     """A cluster's address (host:6379). Default: $RAY_ADDRESS, a cluster that runs on this machine, else one of its own.
     `local` always starts its own."""
     extract_workers: int | None = Field(default=None, ge=1)
-    """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`."""
+    """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`; without a cluster in sight, none
+    for work that starting them would lengthen (roma_ray/stages/worth.py)."""
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
     evaluate_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`, for benchmarks."""
     finetune_workers: int | None = Field(default=None, ge=1)
-    """Training processes; never more than a step has micro-batches. Default as for `extract_workers`."""
+    """Training processes; never more than a step has micro-batches. Default as for `extract_workers`, and one for each 50
+    micro-batches of the whole run."""
     baselines_workers: int | None = Field(default=None, ge=1)
     """Methods that are fitted and asked at a time, each in a process of its own. Default as for `extract_workers`."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
@@ -261,7 +263,8 @@ class RayConfig(Section):
     """On a cluster that scales: ask for the workers' nodes, and wait so long for them. Then name the number of workers
     and `device: cuda`, for neither can be counted before the nodes are there. 0: the nodes that are there must do."""
     max_failures: int = Field(default=3, ge=0)
-    """Deaths of finetuning workers that are answered by a restart from the last checkpoint."""
+    """Deaths of finetuning workers, trials and tasks, for memory or otherwise, that are answered by another try, from the last
+    checkpoint where there is one."""
     no_progress_seconds: int = Field(default=1800, ge=10)
     """Extraction and embedding give up after this long without a finished batch."""
 

@@ -13,11 +13,11 @@ from typing import Any
 from rich.cells import cell_len
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.table import Column, Table
 from rich.text import Text
 
-from roma_ray.engine.progress import LineProgress, Meter, Silence
+from roma_ray.engine.progress import LineProgress, Meter, Pace, Silence
 from roma_ray.text import clean, encodable
 
 
@@ -32,13 +32,16 @@ def _shown(text: str, console: Console) -> Text:
     return Text(encodable(clean(text), console.encoding))
 
 
-class _Rate(ProgressColumn):
-    """Units a second since this process took up the work."""
+class _Pace(ProgressColumn):
+    """Units a second and the time left, once work has begun."""
 
     def render(self, task: Task) -> Text:
-        done = task.completed - task.fields["first"]
-        speed = done / task.elapsed if task.elapsed else 0.0
-        return Text(f"{speed:,.1f} {task.fields['unit']}/s")
+        pace: Pace = task.fields["pace"]
+        rate, left = pace.rate, pace.left
+        if rate is None or left is None:
+            return Text("" if pace.begun else "starting")
+        minutes, seconds = divmod(round(left), 60)
+        return Text(f"{rate:,.{0 if rate >= 100 else 1}f}/s {minutes // 60}:{minutes % 60:02d}:{seconds:02d} left")
 
 
 class LiveProgress:
@@ -52,18 +55,19 @@ class LiveProgress:
 
     @contextmanager
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
+        plain = Column(no_wrap=True)
         columns: Sequence[Any] = (
-            TextColumn("{task.description:>9}", markup=False),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:,.0f}/{task.total:,.0f}"),
-            _Rate(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", markup=False),
+            TextColumn("{task.description:>9}", markup=False, table_column=plain),
+            # As wide as the others leave room for.
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.completed:,.0f}/{task.total:,.0f} {task.fields[unit]}", markup=False, table_column=plain),
+            _Pace(table_column=Column(no_wrap=True)),
+            TextColumn("{task.fields[note]}", markup=False, table_column=plain),
         )
-        with Progress(*columns, console=self.console, transient=True) as bars:
-            task = bars.add_task(clean(name), total=total, completed=int(done), unit=unit, note="", first=done)
+        with Progress(*columns, console=self.console, transient=True, expand=True) as bars:
+            task = bars.add_task(
+                clean(name), total=total, completed=int(done), unit=clean(unit), note="", pace=Pace(total, done)
+            )
             yield _LiveMeter(bars, task)
 
 
@@ -71,7 +75,8 @@ class _LiveMeter:
     def __init__(self, bars: Progress, task: Any) -> None:
         self.bars, self.task = bars, task
 
-    def advance(self, amount: float, note: str = "") -> None:
+    def advance(self, amount: float, note: str = "", seconds: float | None = None) -> None:
+        self.bars.tasks[0].fields["pace"].advance(amount, seconds)
         self.bars.update(self.task, advance=amount, note=clean(note))
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import click
 import pytest
+from click.testing import CliRunner
 
 from roma_ray.cli import main
 
@@ -271,3 +272,12 @@ def test_a_full_device_is_one_message(arguments: list[str], tmp_path: Path) -> N
     assert len(done.stderr.splitlines()) == 1
     if "inspect" not in arguments:
         assert "standard output cannot be written (No space left on device)" in done.stderr
+
+
+def test_summaries_of_commands_are_whole_on_eighty_columns() -> None:
+    result = CliRunner().invoke(main, ["--help"], terminal_width=80)
+    assert "..." not in result.output.partition("Commands:")[2]
+    assert max(map(len, result.output.splitlines())) <= 80
+    assert "Judge base and tuned models on Ray: on the run's own test questions, or with" in " ".join(
+        result.output.split()
+    )

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from roma_ray.engine.progress import LineProgress
-from roma_ray.terminal import LiveBoard, LiveProgress, print_table, say, stacked
+from roma_ray.terminal import LiveBoard, LiveProgress, _LiveMeter, print_table, say, stacked
 from roma_ray.text import clean, encodable, prepare_streams
 from tests.hostile import MARKDOWN, MARKUP, UNUSABLE, obeyed
 
@@ -35,6 +35,25 @@ def test_the_live_table_keeps_to_the_screen_and_leaves_room_for_lines_and_bars()
     assert {20, 21} <= set(shown)
     assert 19 in shown
     assert "a line above" in text
+
+
+@pytest.mark.parametrize(("total", "unit"), [(2_860, "questions"), (49_000_000, "tokens"), (8, "figures")])
+def test_a_bar_fits_eighty_columns(total: int, unit: str) -> None:
+    """On one line, from "starting" to the last unit, with the figures whole."""
+    stream = io.StringIO()
+    progress = LiveProgress()
+    progress.console = Console(file=stream, force_terminal=True, width=80, height=10, color_system=None)
+    with progress.meter("finetune", total, unit) as meter:
+        assert isinstance(meter, _LiveMeter)
+        meter.bars.refresh()
+        meter.advance(total // 2, "loss 0.224", seconds=5_000.0)
+        meter.bars.refresh()
+    lines = [re.sub("\x1b\\[[0-9;?]*[a-zA-Z]", "", line) for line in re.split("[\r\n]+", stream.getvalue())]
+    assert max(map(len, lines)) <= 80
+    assert any("starting" in line for line in lines)
+    told = [line for line in lines if f"{total // 2:,}/{total:,} {unit}" in line]
+    assert all("/s " in line and "1:23:20 left loss 0.224" in line for line in told)
+    assert told
 
 
 @pytest.mark.parametrize("name", [*MARKUP, *UNUSABLE, *MARKDOWN])

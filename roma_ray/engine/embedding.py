@@ -106,7 +106,7 @@ def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress)
         sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
         with progress.meter("embed", sum(sizes), "characters", sum(sizes[n] for n in done)) as meter:
             for report in execute(work, pending):
-                meter.advance(sizes[report.batch])
+                meter.advance(sizes[report.batch], seconds=report.seconds)
         width = _gather(stage, len(plan), len(texts))
         stage.finish(facts={"rows": len(texts), "width": width}, seconds=time.monotonic() - started)
     return stage

@@ -106,7 +106,7 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         with progress.meter("extract", sum(tokens), "tokens", finished) as meter:
             if limit is None:
                 for report in execute(work, pending):
-                    meter.advance(tokens[report.batch])
+                    meter.advance(tokens[report.batch], seconds=report.seconds)
             else:
                 progress.say(f"extraction streams {len(chain)} slices of at most {limit:g} GB of weights")
                 stream(chain, pending, execute, lambda batch, share: meter.advance(tokens[batch] * share))

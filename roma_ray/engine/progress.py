@@ -14,8 +14,8 @@ from roma_ray.text import clean
 class Meter(Protocol):
     """Counts one stage's units."""
 
-    def advance(self, amount: float, note: str = "") -> None:
-        """`amount` more units are done; `note` is a short live figure such as the loss."""
+    def advance(self, amount: float, note: str = "", seconds: float | None = None) -> None:
+        """`amount` more units are done, in `seconds` where that is known; `note` is a short live figure such as the loss."""
 
 
 class Progress(Protocol):
@@ -26,6 +26,39 @@ class Progress(Protocol):
 
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> AbstractContextManager[Meter]:
         """A context manager around `total` units of work, `done` of them finished by an earlier run."""
+
+
+class Pace:
+    """How fast units are done, and how long the rest takes. What came before the first of them, starting and loading, is no part
+    of it: the clock starts when the work of the first advance began, where that tells its seconds, else when it was done.
+    """
+
+    def __init__(self, total: float, done: float) -> None:
+        self.total, self.done = total, done
+        self._counted, self._began = done, 0.0
+        self.begun = False
+
+    def advance(self, amount: float, seconds: float | None = None) -> None:
+        """`amount` more units are done."""
+        self.done += amount
+        if not self.begun and amount:
+            self.begun = True
+            self._began = time.monotonic() - (seconds or 0.0)
+            self._counted = self.done if seconds is None else self.done - amount
+
+    @property
+    def rate(self) -> float | None:
+        """Units a second; None where nothing tells yet."""
+        seconds = time.monotonic() - self._began
+        return (
+            (self.done - self._counted) / seconds if self.begun and self.done > self._counted and seconds > 0 else None
+        )
+
+    @property
+    def left(self) -> float | None:
+        """Seconds for the rest; None where nothing tells yet."""
+        rate = self.rate
+        return None if rate is None else max(self.total - self.done, 0) / rate
 
 
 class LineProgress:
@@ -44,20 +77,19 @@ class LineProgress:
 
 class _LineMeter:
     def __init__(self, parent: LineProgress, name: str, total: float, unit: str, done: float) -> None:
-        self.parent, self.name, self.total, self.unit, self.done = parent, name, total, unit, done
-        self.first = done
-        self.start = self.last = time.monotonic()
+        self.parent, self.name, self.unit = parent, name, unit
+        self.pace = Pace(total, done)
+        self.last = time.monotonic()
 
-    def advance(self, amount: float, note: str = "") -> None:
-        self.done += amount
-        now = time.monotonic()
-        if now - self.last >= self.parent.interval and self.done > self.first:
-            rate = (self.done - self.first) / (now - self.start)
-            left = max(self.total - self.done, 0) / rate
+    def advance(self, amount: float, note: str = "", seconds: float | None = None) -> None:
+        pace = self.pace
+        pace.advance(amount, seconds)
+        now, rate, left = time.monotonic(), pace.rate, pace.left
+        if now - self.last >= self.parent.interval and rate is not None:
             self.last = now
             tail = f", {note}" if note else ""
             self.parent.say(
-                f"{self.name}: {self.done:.0f}/{self.total:.0f} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left{tail}"
+                f"{self.name}: {pace.done:.0f}/{pace.total:.0f} {self.unit}, {rate:.1f} {self.unit}/s, {left:.0f} s left{tail}"
             )
 
 
@@ -71,5 +103,5 @@ class Silence:
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:
         yield self
 
-    def advance(self, amount: float, note: str = "") -> None:
+    def advance(self, amount: float, note: str = "", seconds: float | None = None) -> None:
         """Drop the count."""

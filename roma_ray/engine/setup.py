@@ -43,6 +43,15 @@ class ModelSpec:
         """Whole-model index of the first layer with a router. Raises ModelError."""
         return int(_model_facts(self.path, self.revision)["moe_layers"][0])
 
+    def weight_bytes(self) -> int:
+        """What the weights take in memory, from the configuration alone. Raises ModelError."""
+        import torch
+
+        from roma_ray.moe.whole import model_sizes
+
+        sizes = model_sizes(self.path, revision=self.revision)
+        return (sum(sizes.layers) + sizes.embedding + sizes.head) * int(getattr(torch, self.dtype).itemsize)
+
     def numeric_identity(self) -> dict[str, Any]:
         """The settings, beside the weights, that decide the bits of a forward pass, for fingerprints."""
         identity: dict[str, Any] = {

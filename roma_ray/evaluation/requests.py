@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 
 from roma_ray.artifacts import Stage, Store, write_atomically, write_json
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.tables import read_table, table_facts, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, CacheError, ModelError
@@ -161,7 +162,7 @@ def _run(
     unit = "requests" if kind == "loglikelihood" else "generations"
     with progress.meter("evaluate", len(requests), unit, done) as meter:
         for report in execute(work, pending):
-            meter.advance(report.rows)
+            meter.advance(report.rows, seconds=report.seconds)
 
 
 def _plan(kind: str, requests: Sequence[Any], subject: Subject) -> list[list[int]]:
@@ -194,6 +195,11 @@ class RequestWork:
     states: str | None = None
     """Folder of the trunk's states, where they are kept for later adapters."""
     name: str = "evaluate"
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model that a worker loads."""
+        return self.subject.model
 
     def open(self) -> Callable[[int], Report]:
         """Load the model; returns the function that answers one planned batch, which raises ModelError."""

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,13 +15,15 @@ from roma_ray.figures.style import OTHER, colours, new_figure, shorten, styled
 MOST_QUESTIONS = 2000
 MOST_TASKS = 12
 _NEIGHBORS = 15
-# Below this, a neighborhood graph says nothing that the principal components do not.
-_FEWEST_FOR_UMAP = 12
+# Below this, neighborhoods say nothing that the principal components do not.
+_FEWEST_FOR_TSNE = 12
+# Half of scikit-learn's default: maps of 2,000 questions no longer change to the eye.
+_ITERATIONS = 500
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Points in the plane [N, 2] and how they were made: `UMAP` or `PCA`."""
+    """Points in the plane [N, 2] and how they were made: `t-SNE` or `PCA`."""
 
     points: np.ndarray
     method: str
@@ -36,37 +36,28 @@ def draw_rows(count: int, generator: torch.Generator, most: int = MOST_QUESTIONS
 
 
 def lay_out(features_NC: np.ndarray, seed: int) -> Layout:
-    """Lay rows out in the plane with UMAP (Euclidean, one thread, fixed seed); by principal components where UMAP is missing
-    or the rows are too few.
+    """Lay rows out in the plane with t-SNE (Euclidean, one thread, fixed seed); by principal components where they are too few.
+
+    UMAP would do as well, but compiles itself for a minute in every process.
     """
     points = np.asarray(features_NC, dtype=np.float64)
-    umap = _umap() if len(points) >= _FEWEST_FOR_UMAP else None
-    if umap is None:
+    if len(points) < _FEWEST_FOR_TSNE:
         return Layout(_principal(points), "PCA")
-    with warnings.catch_warnings():
-        # It warns of equal rows and of its own single thread, which is what makes it repeatable.
-        warnings.simplefilter("ignore")
-        reducer = umap.UMAP(
-            n_neighbors=min(_NEIGHBORS, len(points) - 1),
-            min_dist=0.1,
-            metric="euclidean",
-            # Principal components start all maps alike and exist for disconnected graphs too.
-            init=_spread(_principal(points), seed),
-            random_state=seed,
-            n_jobs=1,
-        )
-        return Layout(np.asarray(reducer.fit_transform(points.astype(np.float32))), "UMAP")
+    # scikit-learn costs seconds to import, which reports of few questions do not need.
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits
 
-
-def _umap() -> Any:
-    """The module, or None where it is not installed or cannot compile (numba without a writable cache)."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            import umap
-    except (ImportError, RuntimeError):
-        return None
-    return umap
+    tsne = TSNE(
+        perplexity=min(_NEIGHBORS, (len(points) - 1) // 3),
+        max_iter=_ITERATIONS,
+        # Principal components start all maps alike.
+        init=_spread(_principal(points), seed),
+        random_state=seed,
+        n_jobs=1,
+    )
+    # Sums of several threads have no order.
+    with threadpool_limits(1):
+        return Layout(np.asarray(tsne.fit_transform(points.astype(np.float32))), "t-SNE")
 
 
 def _principal(points: np.ndarray) -> np.ndarray:
@@ -81,9 +72,9 @@ def _principal(points: np.ndarray) -> np.ndarray:
 
 
 def _spread(start: np.ndarray, seed: int) -> np.ndarray:
-    """Starting points in UMAP's usual range, equal ones moved apart a little."""
+    """Starting points in t-SNE's usual range, equal ones moved apart a little."""
     noise = torch.randn(start.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).numpy()
-    return (10 * start / max(float(np.abs(start).max()), 1e-12) + 1e-3 * noise).astype(np.float32)
+    return (1e-4 * (start / max(float(start.std(0).max()), 1e-12) + 1e-2 * noise)).astype(np.float32)
 
 
 @styled

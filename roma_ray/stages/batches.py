@@ -7,7 +7,9 @@ storage: a batch that killed its worker twice is searched for the rows that do i
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
@@ -22,8 +24,11 @@ from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_data, quiet_libraries
 from roma_ray.stages.failures import explained, packed, unpacked
 from roma_ray.stages.placement import Need
+from roma_ray.stages.starting import IMPORTS, MODEL, READY, Roll, Starting
+from roma_ray.stages.worth import begun_here, share_of
 
 ATTEMPTS = ".attempts"
+_ROLL = "roll"
 # Deaths of a worker on one batch: after so many the rows are tried one by one, and after as many more the run ends.
 _DEATHS = 2
 _OPENINGS = 3
@@ -75,10 +80,14 @@ class Marks:
 class BatchWorker:
     """The actor: opens the work at its first batch, then does the batches it is given."""
 
-    def __init__(self, work: Work, token: str, threads: int) -> None:
+    def __init__(self, folder: str, work: bytes, token: str, threads: int) -> None:
+        """`work` is pickled: its libraries are imported here, and not before this worker can say so."""
         quiet_libraries()
+        self.roll = Roll(Path(folder) / ATTEMPTS / token / _ROLL)
+        self.roll.note(IMPORTS)
         set_threads(threads)
-        self.work, self.token = work, token
+        self.work: Work = pickle.loads(work)
+        self.token = token
         self.do: Callable[[int], Report] | None = None
 
     def __call__(self, item: dict[str, Any]) -> dict[str, list[Any]]:
@@ -106,7 +115,9 @@ class BatchWorker:
                 f"with more memory, or fewer workers on a node (ray.{self.work.name}_workers, ray.gpus_per_worker)."
             )
         marks.add("open")
+        self.roll.note(MODEL)
         opened = self.work.open()
+        self.roll.note(READY)
         marks.add("opened")
         return opened
 
@@ -137,27 +148,34 @@ class BatchWorker:
 
 
 def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
-    """An executor that spreads a stage's batches over the cluster. It raises RomaError."""
+    """An executor that spreads a stage's batches over the cluster, where that is worth it. It raises RomaError."""
 
-    def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
-        if not batches:
-            return
+    def execute(work: Work, batches: Sequence[int], left: float | None) -> Iterator[Report]:
+        began, first, busy = time.monotonic(), None, 0.0
         cluster.connect()
         wanted = getattr(cluster.config.ray, f"{stage}_workers")
-        workers, need = cluster.place(stage, wanted, len(batches), device)
+        at_most = len(batches) if wanted else min(len(batches), share_of(left) or len(batches))
+        workers, need = cluster.place(stage, wanted, at_most, device)
         token = uuid.uuid4().hex[:12]
+        roll = Roll(Path(work.folder) / ATTEMPTS / token / _ROLL)
         cluster.say(f"{stage}: {len(batches)} batches on {workers} worker(s), {device}")
-        with explained(stage, work.folder):
-            yield from _stream(cluster, work, batches, workers, token, need)
+        with explained(stage, work.folder), Starting(stage, lambda: roll.stands(workers), cluster.say) as starting:
+            for report in _stream(cluster, work, batches, workers, token, need):
+                starting.over()
+                busy += report.seconds
+                first = first or time.monotonic() - began - report.seconds
+                yield report
         shutil.rmtree(Path(work.folder) / ATTEMPTS, ignore_errors=True)
+        cluster.compare(stage, time.monotonic() - began, first or 0.0, busy)
 
-    return execute
+    return begun_here(cluster, stage, device, execute)
 
 
 def _stream(
     cluster: Cluster, work: Work, batches: Sequence[int], workers: int, token: str, need: Need
 ) -> Iterator[Report]:
     import ray.data
+    from ray import cloudpickle
 
     quiet_data()
     settings = cluster.config.ray
@@ -170,7 +188,7 @@ def _stream(
     numbers = ray.data.from_items([int(b) for b in batches], override_num_blocks=len(batches))
     reports = numbers.map_batches(
         BatchWorker,
-        fn_constructor_args=(work, token, cluster.config.threads),
+        fn_constructor_args=(work.folder, cloudpickle.dumps(work), token, cluster.config.threads),
         batch_size=1,
         batch_format="numpy",
         compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),

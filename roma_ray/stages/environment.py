@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 
@@ -18,9 +19,12 @@ _RAY = {
     "RAY_BACKEND_LOG_LEVEL": "fatal",
     # How long Ray Train takes to see that a worker ended; its own 2 s add up over short runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Of workers. glibc gives each of Ray's many threads a heap of its own (eight for each core), and each trial's freed memory
+    # stays in some of them: a worker of a 692 M-parameter model grew by 1.5 GB a trial; with two heaps it stays, at the same speed.
+    "MALLOC_ARENA_MAX": "2",
 }
 # Settings of the driver that its workers must share; a cluster's workers do not inherit them by themselves.
-_FORWARDED = (*_LIBRARIES, "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME")
+_FORWARDED = (*_LIBRARIES, "MALLOC_ARENA_MAX", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME")
 
 
 def quiet_libraries() -> None:
@@ -44,5 +48,7 @@ def quiet_data() -> None:
 
 
 def forwarded() -> dict[str, str]:
-    """What the workers of an existing cluster get from this process's environment."""
-    return {name: os.environ[name] for name in _FORWARDED if name in os.environ}
+    """What the workers of an existing cluster get from this process's environment, but for what a job's own settings say."""
+    job = json.loads(os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}"))
+    own = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in _FORWARDED if name in os.environ and name not in own}

@@ -8,6 +8,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from roma_ray import errors
 from roma_ray.errors import RomaError, WorkerError
@@ -52,8 +53,31 @@ def chain(error: BaseException) -> Iterator[BaseException]:
             continue
         seen.add(id(current))
         yield current
-        inner = [getattr(current, "cause", None), current.__cause__, *getattr(current, "worker_failures", {}).values()]
+        wrapped = [getattr(current, name, None) for name in ("cause", "controller_failure", "health_check_failure")]
+        inner = [*wrapped, current.__cause__, *getattr(current, "worker_failures", {}).values()]
         waiting += [e for e in inner if isinstance(e, BaseException)]
+
+
+def as_deaths() -> None:
+    """Let Ray Tune take a worker that Ray ended (for memory, with its node) for a dead one, in this process.
+
+    Tune asks each trial's actor for results. It takes RayActorError for a death; for what else comes of one, OutOfMemoryError
+    foremost, it ends the whole sweep with a RuntimeError (Ray 2.50 to 2.60).
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import RayActorError, RayError, RayTaskError
+
+    plain = RayActorManager._actor_task_failed
+    if getattr(plain, "takes_deaths", False):
+        return
+
+    def failed(self: RayActorManager, task: Any, error: Exception) -> None:
+        if isinstance(error, RayError) and not isinstance(error, (RayActorError, RayTaskError)):
+            error = RayActorError(error_msg=str(error))
+        plain(self, task, error)
+
+    failed.takes_deaths = True  # type: ignore[attr-defined]
+    RayActorManager._actor_task_failed = failed
 
 
 def explain(error: BaseException, name: str, folder: str | Path) -> RomaError:
@@ -66,6 +90,13 @@ def explain(error: BaseException, name: str, folder: str | Path) -> RomaError:
         if isinstance(found, RomaError):
             kind = next(c for c in type(found).__mro__ if c.__module__ == RomaError.__module__)
             return kind(f"{_plain(found)}{where}")
+    from ray.exceptions import OutOfMemoryError
+
+    if any(isinstance(found, OutOfMemoryError) for found in known):
+        return WorkerError(
+            f"{name}: memory ran out on a worker's node, and Ray ended the worker, more often than ray.max_failures lets it try "
+            f"again. Use fewer workers on a node (ray.{name}_workers), smaller batches, or nodes with more memory.{where}"
+        )
     root = known[-1]
     remedy = ""
     if isinstance(root, ModuleNotFoundError):

@@ -12,6 +12,7 @@ import math
 import shutil
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -27,28 +28,27 @@ from roma_ray.stages.environment import quiet_libraries
 from roma_ray.stages.failures import explain, packed, unpacked
 from roma_ray.stages.live import FILE, LiveReader, LiveWriter
 from roma_ray.stages.placement import Need
+from roma_ray.stages.starting import Starting
+from roma_ray.stages.worth import share_of, trained_here
 
 RUNS = ".train"
 _POLL_SECONDS = 0.2
+# Of a run's micro-batches: a worker takes longer to start than a small model to do so many.
+_MICRO_BATCHES_OF_A_WORKER = 50
 
 
 def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
     """A trainer that runs the job's workers on the cluster. It raises RomaError."""
 
     def train(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
-        cluster.connect()
-        # More workers than a step has micro-batches would only wait.
-        micro = math.ceil(job.finetune.batch_size / job.finetune.micro_batch_size)
-        workers, need = cluster.place("finetune", cluster.config.ray.finetune_workers, micro, device)
         folder, token = Path(job.folder), uuid.uuid4().hex[:12]
-        cluster.say(f"finetune: {workers} worker(s), {device}")
         if not (folder / CHECKPOINT).exists():
             (folder / FILE).unlink(missing_ok=True)
         live = LiveReader(folder, token, report, advance)
-        failures = _follow(lambda: _fit(cluster, job, workers, token, need), live, folder)
-        shutil.rmtree(folder / RUNS, ignore_errors=True)
-        if failures:
-            raise unpacked(failures, "finetune", folder)
+        done, questions = questions_before(job), questions_of(job) * job.finetune.epochs
+        ended, left = trained_here(cluster, job, device, live.tell, advance, done=done, questions=questions)
+        if not ended:
+            _on_workers(cluster, job, device, live, left)
         for line in (folder / EPOCHS).read_text().splitlines():
             live.tell(json.loads(line))
         (folder / FILE).unlink(missing_ok=True)
@@ -56,7 +56,34 @@ def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
     return train
 
 
-def _follow(fit: Callable[[], Any], live: LiveReader, folder: Path) -> Any:
+def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, left: float | None) -> None:
+    """Train on workers; `left` seconds are left for one process, where that was measured. Raises RomaError."""
+    cluster.connect()
+    began, wanted = time.monotonic(), cluster.config.ray.finetune_workers
+    workers, need = cluster.place("finetune", wanted, most_workers(job, wanted, left), device)
+    folder = Path(job.folder)
+    cluster.say(f"finetune: {workers} worker(s), {device}")
+    failures = _follow(lambda: _fit(cluster, job, workers, live.token, need), live, folder, cluster.say)
+    shutil.rmtree(folder / RUNS, ignore_errors=True)
+    if failures:
+        raise unpacked(failures, "finetune", folder)
+    if live.first is not None:
+        seconds = time.monotonic() - began
+        # At most: workers also wait for one another.
+        busy = workers * (time.monotonic() - live.first)
+        cluster.compare("finetune", seconds, live.first - began, busy)
+
+
+def most_workers(job: TrainJob, wanted: int | None, left: float | None) -> int:
+    """How many workers have something to do: as many as a step has micro-batches, and each more than to start."""
+    micro = math.ceil(job.finetune.batch_size / job.finetune.micro_batch_size)
+    if wanted is not None:
+        return micro
+    steps = math.ceil(questions_of(job) / job.finetune.batch_size) * job.finetune.epochs
+    return max(1, min(micro, share_of(left) or steps * micro // _MICRO_BATCHES_OF_A_WORKER))
+
+
+def _follow(fit: Callable[[], Any], live: LiveReader, folder: Path, say: Callable[[str], None]) -> Any:
     """Run `fit` in a thread and pass progress on until it ends; its value. Raises RomaError for what it raises."""
     outcome: list[Any] = []
     failed: list[BaseException] = []
@@ -69,9 +96,12 @@ def _follow(fit: Callable[[], Any], live: LiveReader, folder: Path) -> Any:
 
     thread = threading.Thread(target=target, name="ray-train", daemon=True)
     thread.start()
-    while thread.is_alive():
-        thread.join(_POLL_SECONDS)
-        live.poll()
+    with Starting("finetune", lambda: live.stands, say) as starting:
+        while thread.is_alive():
+            thread.join(_POLL_SECONDS)
+            live.poll()
+            if live.first is not None:
+                starting.over()
     live.poll()
     if failed:
         if isinstance(failed[0], RomaError):
@@ -104,7 +134,10 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
             # A fresh name each time: resuming is the job's own checkpoint's matter.
             name=f"finetune-{Path(job.folder).name}-{token}",
             storage_path=str(Path(job.folder) / RUNS),
-            failure_config=FailureConfig(max_failures=settings.max_failures),
+            # Of deaths at work, and of deaths before it, which Ray Train would answer without end.
+            failure_config=FailureConfig(
+                max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
+            ),
             checkpoint_config=CheckpointConfig(num_to_keep=1),
         ),
     ).fit()
@@ -116,12 +149,15 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
     """What each worker runs: the job, with its progress written for the driver. Returns expected failures."""
     import ray.train
     import torch
+    from ray.train import get_context
     from ray.train.torch import get_device
 
     from roma_ray.stages.world import PeerFailed, TorchWorld
 
     quiet_libraries()
     job: TrainJob = settings["job"]
+    if get_context().get_world_rank() == 0:
+        LiveWriter.note_up(job.folder, settings["token"])
     set_threads(job.model.threads)
     device = get_device()
     if device.type == "cuda":
@@ -165,6 +201,11 @@ def share_checkpoint(job: TrainJob, world: Any, scratch: str) -> TrainJob:
     return dataclasses.replace(job, folder=scratch)
 
 
+def questions_of(job: TrainJob) -> int:
+    """Questions of an epoch."""
+    return int(read_manifest(job.neighbors)["facts"]["training"])
+
+
 def questions_before(job: TrainJob) -> int:
     """Questions that the checkpoint's steps have trained on; 0 without one."""
     from safetensors import SafetensorError, safe_open
@@ -177,6 +218,6 @@ def questions_before(job: TrainJob) -> int:
             step = int(json.loads(handle.metadata()["state"])["step"])
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return 0  # The loop itself will say what is wrong with the file.
-    rows = int(read_manifest(job.neighbors)["facts"]["training"])
+    rows = questions_of(job)
     epochs, steps = divmod(step, math.ceil(rows / job.finetune.batch_size))
     return epochs * rows + min(rows, steps * job.finetune.batch_size)

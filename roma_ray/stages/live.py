@@ -38,11 +38,20 @@ class LiveWriter:
 
     def _write(self, line: dict[str, Any]) -> None:
         self.last = time.monotonic()
-        try:
-            with open(self.path, "a") as stream:
-                stream.write(json.dumps({"run": self.token, **line}) + "\n")
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+        _append(self.path, {"run": self.token, **line})
+
+    @staticmethod
+    def note_up(folder: str | Path, token: str) -> None:
+        """The worker's process runs; the model comes next."""
+        _append(Path(folder) / FILE, {"run": token, "up": True})
+
+
+def _append(path: Path, line: dict[str, Any]) -> None:
+    try:
+        with open(path, "a") as stream:
+            stream.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise unwritable(path, error) from error
 
 
 class LiveReader:
@@ -58,6 +67,9 @@ class LiveReader:
         self.path, self.token, self.report, self.advance = Path(folder) / FILE, token, report, advance
         self.told: set[int] = set()
         self.done: int | None = None
+        self.stands = "they wait for nodes with room, or for their processes to start and import their libraries"
+        self.first: float | None = None
+        """When a worker first told of work done (`time.monotonic`)."""
         self.offset = 0
 
     def poll(self) -> None:
@@ -79,7 +91,11 @@ class LiveReader:
             self.tell(line["epoch"])
         if line["run"] != self.token:
             return
+        if "up" in line:
+            self.stands = "they load the model, and look at their data"
+            return
         if self.done is not None and line["done"] != self.done:
+            self.first = self.first or time.monotonic()
             # Less than before after a worker's restart: it takes up the last checkpoint.
             self.advance(line["done"] - self.done, line["note"])
         self.done = line["done"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from xml.etree import ElementTree
 
 import numpy as np
@@ -106,23 +105,28 @@ def test_principal_components_separate_what_is_apart() -> None:
     points = torch.randn(10, 8, generator=generator).numpy()
     points[:5, 0] += 100
     laid = projection.lay_out(points, seed=0)
-    assert laid.method == "PCA"  # too few for UMAP
+    assert laid.method == "PCA"  # too few for t-SNE
     assert laid.points.shape == (10, 2)
     assert abs(laid.points[:5, 0].mean() - laid.points[5:, 0].mean()) > 90
     assert projection.lay_out(np.ones((3, 4)), seed=0).points.tolist() == [[0, 0]] * 3
 
 
-def test_the_map_falls_back_where_umap_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    points = torch.randn(40, 6, generator=torch.Generator().manual_seed(1)).numpy()
-    monkeypatch.setitem(sys.modules, "umap", None)
-    assert projection.lay_out(points, seed=0).method == "PCA"
+def test_a_map_keeps_apart_what_is_apart() -> None:
+    """Two clouds in 20 dimensions stay two."""
+    points = torch.randn(60, 20, generator=torch.Generator().manual_seed(1)).numpy()
+    points[:30] += 8
+    laid = projection.lay_out(points, seed=0).points
+    centre = laid[:30].mean(0) - laid[30:].mean(0)
+    sides = (laid - laid.mean(0)) @ centre
+    assert (sides[:30] > 0).all()
+    assert (sides[30:] < 0).all()
 
 
-def test_umap_repeats_itself_and_takes_equal_rows() -> None:
+def test_a_map_repeats_itself_and_takes_equal_rows() -> None:
     points = torch.randn(30, 6, generator=torch.Generator().manual_seed(1)).numpy()
     points[:10] = points[0]
     first, second = (projection.lay_out(points, seed=3) for _ in range(2))
-    assert first.method == "UMAP"
+    assert first.method == "t-SNE"
     assert np.isfinite(first.points).all()
     assert np.array_equal(first.points, second.points)
 

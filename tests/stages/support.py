@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import ray
+from ray.exceptions import OutOfMemoryError, RayActorError
 
 from roma_ray.ablations.trial import Work, here
 from roma_ray.engine.extractor import Extractor, ExtractWork
@@ -130,6 +132,31 @@ def started(notes: Path) -> int:
 
 def epochs_in(records: Sequence[dict[str, Any]]) -> list[int]:
     return [record["epoch"] for record in records]
+
+
+DEADLY_RATE = 0.5
+
+
+def dies(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """`dies_once`; the trial with the deadly rate dies whenever it is tried."""
+    if work.setup.config.finetune.learning_rate == DEADLY_RATE:
+        with open(Path(work.setup.config.storage or "") / ".tries", "a") as stream:
+            stream.write("x")
+        die()
+    return dies_once(work, report)
+
+
+class ForMemory:
+    """`ray` for whom a dead actor is one that the memory monitor ended."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(ray, name)
+
+    def get(self, reference: Any) -> Any:
+        try:
+            return ray.get(reference)
+        except RayActorError as error:
+            raise OutOfMemoryError("Task was killed due to the node running low on memory.") from error
 
 
 def dies_once(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

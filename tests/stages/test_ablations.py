@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.air.execution._internal import event_manager
 
 from roma_ray.ablations.command import failures, result, revisit, summary
 from roma_ray.ablations.observers import in_mlflow, progress_of, table_of
@@ -27,7 +28,7 @@ from roma_ray.errors import ConfigError
 from roma_ray.pipeline import Run, locate
 from roma_ray.stages.cluster import Cluster
 from roma_ray.tracking.client import Client
-from tests.stages.support import counts_epochs, dies_once
+from tests.stages.support import DEADLY_RATE, ForMemory, counts_epochs, dies
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -44,10 +45,10 @@ def manifests(folder: Path) -> dict[str, int]:
     return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.glob(f"*/*/{MANIFEST}")}
 
 
-def alone(cluster: Cluster) -> Cluster:
+def alone(cluster: Cluster, **settings: Any) -> Cluster:
     """The cluster for trials of one worker: two at a time."""
-    settings = cluster.config.ray.model_copy(update={"finetune_workers": None})
-    other = Cluster(cluster.config.model_copy(update={"ray": settings}))
+    changed = cluster.config.ray.model_copy(update={"finetune_workers": None, **settings})
+    other = Cluster(cluster.config.model_copy(update={"ray": changed}))
     assert other.connected
     return other
 
@@ -61,7 +62,9 @@ def run(space: Space, cluster: Cluster, **options: Any) -> Sweep:
     return sweep
 
 
-def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path) -> None:
+def test_a_sweep(
+    local_run: Run, world: Config, cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One extraction for two cuts and two token rules; each trial's bits are a single run's; failures stay alone."""
     space = space_of(
         world,
@@ -73,10 +76,12 @@ def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path
             "neighbors": {"levels": {
                 "none near": {"neighbors.method": "epsilon", "neighbors.epsilon": 0.9999, "neighbors.similarity": "cosine"}
             }},
-            "rate": {"setting": "finetune.learning_rate", "values": [1.0e37]},
+            "rate": {"setting": "finetune.learning_rate", "values": [1.0e37, DEADLY_RATE]},
         },
     )  # fmt: skip
-    sweep = run(space, alone(cluster), do=dies_once)
+    # As when Ray's memory monitor ends trials' processes: one of them once, one whenever it is tried.
+    monkeypatch.setattr(event_manager, "ray", ForMemory())
+    sweep = run(space, alone(cluster, max_failures=1), do=dies)
     states = {state.trial.name: state for state in sweep.states.values()}
     assert {name: state.state for name, state in states.items()} == {
         "centre": DONE,
@@ -84,10 +89,13 @@ def test_a_sweep(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path
         "tokens=First1": DONE,
         "neighbors=none near": FAILED,
         "rate=1e+37": FAILED,
+        "rate=0.5": FAILED,
     }
+    assert (tmp_path / "storage" / ".tries").read_text() == "xx"
     told = "\n".join(failures(sweep))
     assert "neighbors=none near: neighbors: " in told
     assert "learning_rate" in told
+    assert "rate=0.5: its process died 2 time(s); most likely memory ran out" in told
     storage = tmp_path / "storage"
     # The trunk ran once, for both cuts: one folder, one batch of states a cut and planned batch.
     (extraction,) = (storage / "extract").glob(f"*/{MANIFEST}")
@@ -134,7 +142,7 @@ def check_tracking(space: Space, storage: Path, sweep: Sweep) -> None:
     assert len(client.runs("roma.sweep", space.identity)) == len(runs)
     parent = runs.pop("sweep")
     assert parent.status == "FAILED"
-    assert "2 trial(s) failed" in parent.tags["roma.error"]
+    assert "3 trial(s) failed" in parent.tags["roma.error"]
     assert {run.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.id}
     by_name = {run.tags["mlflow.runName"]: run for run in runs.values()}
     assert by_name["layers=F2"].tags["factor.layers"] == "F2"
@@ -167,7 +175,7 @@ def check_report(sweep: Sweep) -> None:
     assert found is not None
     assert len(found[1].rows) == 3
     title, header, rows_of_table = table_of(sweep)
-    assert title.startswith("3 done, 2 failed of 5 trials")
+    assert title.startswith("3 done, 3 failed of 6 trials")
     assert all(len(row) == len(header) for row in rows_of_table)
     told = summary(sweep)
     assert [trial["state"] for trial in told["trials"]] == [state.state for state in sweep.states.values()]

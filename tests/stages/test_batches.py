@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from roma_ray.engine.extraction import activation_dtype
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.tables import read_table
+from roma_ray.engine.work import Work
 from roma_ray.errors import ModelError, StorageError, WorkerError
 from roma_ray.pipeline import Run
 from roma_ray.stages.batches import ATTEMPTS, BatchWorker, Marks
@@ -91,9 +93,14 @@ def test_failures_are_one_message(
     assert "support.py" in Path(place).read_text()
 
 
+def worker_of(work: Work) -> BatchWorker:
+    """A worker in this process."""
+    return BatchWorker(work.folder, pickle.dumps(work), "token", 1)
+
+
 def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Path) -> None:
     """A batch that kills though no row alone does, and a model that cannot be loaded, end in a message."""
-    worker = BatchWorker(ExtractWork(**fields(local_run, tmp_path / "ray")), "token", 1)
+    worker = worker_of(ExtractWork(**fields(local_run, tmp_path / "ray")))
     marks = Marks(str(tmp_path / "ray"), "token", 0)
     for _ in range(4):
         marks.add("batch")
@@ -101,7 +108,7 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
     assert worker({"item": [1]})["failure"] == [""]
 
     # Requests of a benchmark are not set aside one by one: two deaths are enough.
-    whole = BatchWorker(FailingWork(**fields(local_run, tmp_path / "whole"), bug=True), "token", 1)
+    whole = worker_of(FailingWork(**fields(local_run, tmp_path / "whole"), bug=True))
     for _ in range(2):
         Marks(str(tmp_path / "whole"), "token", 0).add("batch")
     failure = json.loads(whole({"item": [0]})["failure"][0])
@@ -111,7 +118,7 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
     other = Marks(str(tmp_path / "ray"), "token", 2)
     for _ in range(3):
         other.add("open")
-    failure = json.loads(BatchWorker(worker.work, "token", 1)({"item": [2]})["failure"][0])
+    failure = json.loads(worker_of(worker.work)({"item": [2]})["failure"][0])
     assert failure["kind"] == "WorkerError"
     assert "loading the model killed" in failure["text"]
 

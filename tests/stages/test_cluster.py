@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from pathlib import Path
@@ -15,6 +16,7 @@ from roma_ray.config import Config
 from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.stages import cluster as module
 from roma_ray.stages.cluster import Cluster, find_address
+from roma_ray.stages.environment import forwarded
 from roma_ray.stages.placement import Node
 from tests.stages.support import listening, loopback
 
@@ -129,6 +131,17 @@ def test_its_own_cluster_is_out_of_the_networks_reach(cluster: Cluster) -> None:
     heard = {process.pid: listening(process) for process in (here, *here.children(recursive=True))}
     assert sum(map(len, heard.values())) > 5
     assert all(loopback(address) for addresses in heard.values() for address in addresses), heard
+
+
+def test_workers_share_what_their_memory_needs(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two heaps a worker, on a cluster of our own; an existing one's workers get the driver's settings, and a job's own win."""
+    assert ray.get(ray.remote(lambda: os.environ["MALLOC_ARENA_MAX"]).remote()) == "2"
+    monkeypatch.setenv("HF_HOME", "/somewhere")
+    assert {"MALLOC_ARENA_MAX": "2", "HF_HOME": "/somewhere"}.items() <= forwarded().items()
+    job = {"runtime_env": {"working_dir": "gcs://x.zip", "env_vars": {"HF_HOME": "/elsewhere"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    assert forwarded()["MALLOC_ARENA_MAX"] == "2"
+    assert "HF_HOME" not in forwarded()
 
 
 def test_doctor_asks_every_node(cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,7 +76,10 @@ def test_a_killed_driver(local_run: Run, world: Config, environment: dict[str, s
     def begun() -> bool:
         return (finetune / "checkpoint.safetensors").exists() or (finetune / MANIFEST).exists()
 
-    kill_when(start(environment, config, log), begun, log)
+    # First with workers, then without: so few questions are the driver's own work where nothing speaks of workers.
+    with_workers = ("--set", "ray.extract_workers=1", "--set", "ray.finetune_workers=2")
+    kill_when(start(environment, config, log, *with_workers), begun, log)
+    assert "ray 2" in log.read_text()
     before = times(storage)
     assert any(name.startswith("extract/") for name in before)
 
@@ -86,6 +89,7 @@ def test_a_killed_driver(local_run: Run, world: Config, environment: dict[str, s
     assert {name: after[name] for name in before} == before
     same_as(local_run, storage)
     assert "epoch 1:" in log.read_text()
+    assert "ray 2" not in log.read_text()
 
     repeated = start(environment, config, log, "--summary", str(tmp_path / "summary.json"))
     assert repeated.wait(timeout=120) == 0

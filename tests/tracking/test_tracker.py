@@ -48,7 +48,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def finished(root: Path) -> Run:
-    """A whole run that nobody recorded; ten test questions, so that the report needs no UMAP."""
+    """A whole run that nobody recorded; ten test questions, so that the report needs no t-SNE."""
     return run(resolve(make_world(root / "world", count=30)), Silence(), until="report")
 
 
