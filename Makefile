@@ -62,7 +62,7 @@ check: venv
 	$(BIN)/mypy
 
 # The gates of speed and memory, half an hour and 14 GB of disk; exit code 1 when a floor is missed.
-BENCHMARKS ?= engine extract scale memory
+BENCHMARKS ?= engine extract scale memory trials
 bench: venv
 	@missed=0; for name in $(BENCHMARKS); do \
 	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --json bench-$$name.json || missed=1; \

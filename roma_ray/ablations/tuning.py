@@ -23,7 +23,7 @@ from roma_ray.ablations.space import Range, Scheduler
 from roma_ray.errors import ConfigError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_libraries
-from roma_ray.stages.failures import packed
+from roma_ray.stages.failures import as_deaths, packed
 
 METRIC = "validation_accuracy"
 _FAILURE, _COMPLETE = "failure", "complete"
@@ -163,6 +163,7 @@ def _fit(
     os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     cluster.connect()
+    as_deaths()
     runs = folder / _RUNS
     try:
         tune.Tuner(

@@ -43,7 +43,7 @@ def main() -> int:
         nodes.add()
         nodes.add()
         scene = Scene(nodes, config, reference, folder)
-        print(f"{'fault':<34} {'outcome':<10} {'seconds':>7}", flush=True)
+        print(f"{'fault':<40} {'outcome':<10} {'seconds':>7}", flush=True)
         for fault in FAULTS:
             if options.only not in fault.name:
                 continue
@@ -54,7 +54,7 @@ def main() -> int:
             except Exception:  # noqa: BLE001 - the table goes on; the traceback says why
                 traceback.print_exc()
                 outcome, failed = "FAILED", failed + 1
-            print(f"{fault.name:<34} {outcome:<10} {time.monotonic() - began:>7.1f}", flush=True)
+            print(f"{fault.name:<40} {outcome:<10} {time.monotonic() - began:>7.1f}", flush=True)
     print(f"{failed} of the faults not survived")
     if not failed:
         shutil.rmtree(folder, ignore_errors=True)

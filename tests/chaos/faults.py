@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tests.chaos.benchmarks import in_benchmarks
+from tests.chaos.memory import FILLED, killed_for_memory
 from tests.chaos.scene import BEGUN, Scene
 from tests.chaos.simulated import PATIENCE
 from tests.chaos.storage import artifacts_damaged, storage_full, storage_read_only
@@ -82,6 +83,7 @@ FAULTS = (
         Fault(f"{what} in a trial", partial(in_a_trial, what))
         for what in ("worker killed", "node removed", "driver killed")
     ),
+    *(Fault(f"worker killed for memory in {stage}", partial(killed_for_memory, stage)) for stage in FILLED),
     Fault("sweep's driver killed", sweep_driver_killed),
     Fault("storage full", storage_full),
     Fault("storage read-only", storage_read_only),
