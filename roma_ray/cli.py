@@ -216,7 +216,7 @@ for _stage, _text in {
     "--data-dir",
     help="Folder with the tasks' rows in place of the hub: DIR/<task>/<split>.jsonl or .parquet, or the hub's own files.",
 )
-@click.option("--adapter", help="The exported routers to judge beside the base; default: those of the configured run.")
+@click.option("--adapter", help="Routers to judge beside the base (adapter or router_ft.pt); default: the run's own.")
 @click.option("--base-only", is_flag=True, help="Judge the model alone.")
 @click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples in the prompt; default: what each task says.")
 @click.option("--limit", type=click.IntRange(min=1), help="At most this many questions of each task.")
@@ -324,9 +324,10 @@ def baselines(
 def inspect(path: str, base: str | None) -> None:
     """Say what a router checkpoint holds: an adapter folder, a merged model, a router_ft.pt or a routing JSON."""
     quiet_libraries()
+    from roma_ray.engine.setup import resolve_path
     from roma_ray.moe.inspection import describe
 
-    say(describe(path, base=base))
+    say(describe(path, base=base and resolve_path(base)))
 
 
 @main.command()
@@ -348,17 +349,41 @@ def doctor(storage: str | None, address: str | None) -> None:
 
 
 @main.command()
-@click.argument("adapter", type=click.Path())
+@click.argument("routers", type=click.Path())
 @click.argument("out", type=click.Path())
-@click.option("--format", "form", type=click.Choice(["merged", "reference"]), required=True)
-@click.option("--base", help="Base model of a merged export; default: the one that the adapter names.")
-def export(adapter: str, out: str, form: str, base: str | None) -> None:
-    """Write an adapter as a whole model (for vLLM, lm-eval) or as the reference's router_ft.pt."""
-    quiet_libraries()
-    from roma_ray.moe.checkpoints import export_adapter
+@click.option("--format", "form", type=click.Choice(["adapter", "merged", "reference"]), required=True)
+@click.option("--base", help="The base model's folder or hub id; default: the one that ROUTERS names.")
+def export(routers: str, out: str, form: str, base: str | None) -> None:
+    """Write tuned routers (an adapter folder or a router_ft.pt) in another form.
 
-    export_adapter(Path(adapter), Path(out), form=form, base=base)
+    `adapter` is for peft, `merged` a whole model (for vLLM, lm-eval), `reference` the public reference's router_ft.pt.
+    """
+    quiet_libraries()
+    from roma_ray.engine.setup import resolve_path
+    from roma_ray.moe.exporting import export_routers
+
+    notes = export_routers(Path(routers), Path(out), form=form, base=base and resolve_path(base))
     say(f"written: {out}")
+    for note in notes:
+        say(f"note: {note}")
+
+
+@main.command()
+@click.argument("out", type=click.Path(dir_okay=False))
+@click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only these questions; default: all.")
+@run_options
+def routing(config: Any, out: str, split: str | None) -> None:
+    """Write the routing of a finished extraction as JSON: each question's last-token weights of all experts and MoE layers."""
+    check(config)
+    from roma_ray.cli_results import setup_of_finished
+    from roma_ray.engine.routing_file import write_routing
+    from roma_ray.pipeline import locate
+    from roma_ray.terminal import open_progress
+
+    setup = setup_of_finished(config)
+    stages = locate(setup)
+    count = write_routing(out, setup, stages["questions"], stages["extract"], open_progress(quiet=False), split=split)
+    say(f"written: {out} ({count} questions, {len(setup.moe_layers)} layers)")
 
 
 if __name__ == "__main__":

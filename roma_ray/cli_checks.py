@@ -12,6 +12,7 @@ from roma_ray.config import Config
 from roma_ray.engine import hub
 from roma_ray.engine.setup import resolve_path
 from roma_ray.errors import ConfigError, EmbeddingError, ModelError
+from roma_ray.moe.folders import refuse_special_files
 from roma_ray.questions.readers import JSONL_SUFFIXES, PARQUET_SUFFIXES, question_file
 from roma_ray.terminal import say
 
@@ -51,6 +52,8 @@ def check_place(summary_path: str | None) -> None:
 def _model(config: Config) -> list[str]:
     """What the model needs of the hub. Raises ModelError where it can be found neither here nor there."""
     path = resolve_path(config.model.path)
+    if Path(path).is_dir():
+        refuse_special_files(Path(path), ModelError)
     if Path(path).exists():
         if not (Path(path) / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")

@@ -69,7 +69,7 @@ def _tunable(subject: Subject, progress: Progress) -> bool:
 def training_texts(store: Store, adapter: str) -> Texts | None:
     """Questions that an adapter was trained on, where this storage has its run; None where that is not known."""
     manifest = Path(adapter).resolve().parent / MANIFEST
-    if not manifest.is_file():
+    if not Path(adapter).is_dir() or not manifest.is_file():
         return None
     # Finetuning depends on extraction, which depends on the questions.
     extraction = read_manifest(manifest.parent)["identity"]["inputs"].get("extract", "")

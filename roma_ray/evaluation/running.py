@@ -19,7 +19,8 @@ from roma_ray.errors import GuardError
 from roma_ray.evaluation.padded import lay_out_sheets, sheet_logits
 from roma_ray.evaluation.subject import Subject
 from roma_ray.evaluation.tree import Path, grow
-from roma_ray.moe.checkpoints import RouterCheckpoint, put_routers, read_adapter
+from roma_ray.moe.checkpoints import RouterCheckpoint, put_routers
+from roma_ray.moe.exporting import read_routers
 from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
@@ -42,7 +43,7 @@ class Routers:
 
     def __init__(self, part: Slice, adapter: str) -> None:
         """Read the adapter. Raises CheckpointError; GuardError when its gates are the base's own."""
-        tuned = read_adapter(adapter)
+        tuned = read_routers(adapter, base=part.path, revision=part.revision)
         self.part, self.current = part, "base"
         modules = {router.whole_name: router.module for router in part.routers}
         own = {}

@@ -15,7 +15,7 @@ from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config
 from roma_ray.engine.setup import ModelSpec, resolve_model, resolve_path, set_threads
 from roma_ray.errors import CheckpointError, ConfigError, ModelError
-from roma_ray.moe.checkpoints import read_adapter
+from roma_ray.moe.exporting import read_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,7 +30,7 @@ class Subject:
     model: ModelSpec
     model_identity: str
     adapter: str | None
-    """Folder of the exported routers; None judges the base model alone."""
+    """The exported routers: an adapter's folder or a router_ft.pt. None judges the base model alone."""
     adapter_identity: str | None
     layers: tuple[int, ...]
     """Tuned layers, whole-model indices."""
@@ -162,8 +162,8 @@ def resolve_subject(
 
 
 def with_adapter(subject: Subject, adapter: str, model_type: str, wanted: str = "auto") -> Subject:
-    """The subject with an exported adapter, in its export type. Raises CheckpointError, ConfigError."""
-    checkpoint = read_adapter(resolve_path(adapter))
+    """The subject with exported routers (an adapter or a router_ft.pt), in their type. Raises CheckpointError, ConfigError."""
+    checkpoint = read_routers(resolve_path(adapter), base=subject.model.path, revision=subject.model.revision)
     if checkpoint.model_type != model_type:
         raise CheckpointError(
             f"{adapter} holds routers of a {checkpoint.model_type} model ({checkpoint.base_model}), but {subject.model.path} is a "

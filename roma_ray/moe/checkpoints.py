@@ -248,31 +248,6 @@ def put_routers(checkpoint: RouterCheckpoint, target: Slice) -> None:
             parameter.copy_(tensor)
 
 
-def export_adapter(
-    adapter: Path, out: Path, *, form: str, base: str | None = None, revision: str | None = None
-) -> None:
-    """Write an adapter as a whole model (`form` "merged") or as the reference's router_ft.pt ("reference").
-
-    `base` overrides the base model that the adapter names. Raises CheckpointError, ModelError, StorageError.
-    """
-    from roma_ray.moe.merged import save_merged
-    from roma_ray.moe.reference import export_reference
-
-    checkpoint = read_adapter(adapter)
-    if out.resolve() == adapter.resolve():
-        raise CheckpointError(f"{out} is the adapter itself, which the export would replace: choose another place")
-    if form == "reference" and out.is_dir():
-        raise CheckpointError(f"{out} is a folder: name the file to write, for example {out / 'router_ft.pt'}")
-    if form == "merged" and (out / PEFT_CONFIG).exists():
-        raise CheckpointError(f"{out} holds an adapter, which the export would replace: choose another place")
-    if form == "merged":
-        save_merged(checkpoint, out, base=base, revision=revision)
-    elif form == "reference":
-        export_reference(checkpoint, out)
-    else:
-        raise CheckpointError(f"there is no export format {form!r}; use merged or reference")
-
-
 def checkpoint_of(
     manifest: Mapping[str, Any], tensors: dict[str, Tensor], extras: dict[str, Tensor]
 ) -> RouterCheckpoint:

@@ -18,6 +18,7 @@ from roma_ray.moe.checkpoints import (
     layer_of,
     read_adapter,
     read_manifest,
+    type_name,
 )
 from roma_ray.moe.folders import MANIFEST, refuse_special_file, refuse_special_files, refusing_malformed
 from roma_ray.moe.reference import read_reference
@@ -32,9 +33,10 @@ _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 def inspect(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
     """Return what `path` holds as plain values: always `kind`, then what that kind has.
 
-    Kinds: `adapter`, `merged`, `reference` (router_ft.pt), `routing` (the reference's JSON), `model`. The first three have
-    `layers`, `shapes` and, when the base model is at hand (`base`, or a local folder that the file names),
-    `change` by layer: the norm of (tuned - base) over the norm of the base. Raises CheckpointError or ModelError for
+    Kinds: `adapter`, `merged`, `reference` (router_ft.pt), `routing` (the reference's JSON), `model`. All but `routing` have
+    `dtype` and `parameters` (of the tuned routers; for `model` of the whole model). The first three have `layers`, `shapes`
+    and, when the base model is at hand (`base`, or a local folder that the file names), `change` by layer: the norm of
+    (tuned - base) over the norm of the base. Raises CheckpointError or ModelError for
     anything foreign, truncated, non-finite or with pickled code, saying why.
     """
     path = Path(path)
@@ -74,7 +76,10 @@ def _lines(path: str | Path, found: Mapping[str, Any]) -> str:
     }
     lines = [f"{printable(str(path), None)}: {titles[found['kind']]}"]
     hidden = {"kind", "shapes", "change"}
-    lines += [f"  {name.replace('_', ' ')}: {_plain(value)}" for name, value in found.items() if name not in hidden]
+    shown = {name: value for name, value in found.items() if name not in hidden}
+    if "parameters" in shown:
+        shown["parameters"] = f"{shown['parameters']:,}"
+    lines += [f"  {name.replace('_', ' ')}: {_plain(value)}" for name, value in shown.items()]
     for layer in found.get("layers", ()) if "shapes" in found else ():
         shapes = ", ".join(
             f"{printable(key)} {'x'.join(map(str, shape))}"
@@ -133,6 +138,8 @@ def _inspect_file(path: Path, base: str | None) -> dict[str, Any]:
             "kind": "reference",
             "base_model": found.model_name,
             "layers": list(found.layers),
+            "dtype": ", ".join(sorted({type_name(tensor.dtype) for tensor in tensors.values()})),
+            "parameters": sum(tensor.numel() for tensor in tensors.values()),
             "shapes": {key: tuple(tensor.shape) for key, tensor in found.tensors.items()},
             "change": _change(tensors, base, found.model_name, None),
         }
@@ -152,6 +159,7 @@ def _routers(checkpoint: RouterCheckpoint, kind: str, base: str | None) -> dict[
         "layers": list(checkpoint.layers),
         "num_experts": checkpoint.num_experts,
         "dtype": checkpoint.dtype,
+        "parameters": sum(tensor.numel() for tensor in checkpoint.tensors.values()),
         "fingerprint": checkpoint.fingerprint,
         "shapes": {key: tuple(tensor.shape) for key, tensor in checkpoint.tensors.items()},
         "change": _change(checkpoint.tensors, base, checkpoint.base_model, checkpoint.revision),
@@ -159,17 +167,16 @@ def _routers(checkpoint: RouterCheckpoint, kind: str, base: str | None) -> dict[
 
 
 def _change(
-    tensors: Mapping[str, Tensor], base: str | None, named: str, revision: str | None
+    tensors: Mapping[str, Tensor], base: str | None, named: str | None, revision: str | None
 ) -> dict[int, float] | None:
     """None when the base is neither given nor a local folder: looking at a file must not download a model."""
-    if base is None and not Path(named).expanduser().is_dir():
+    where = base or named
+    if where is None or (base is None and not Path(where).expanduser().is_dir()):
         return None
-    original = base_tensors(base or named, list(tensors), revision=None if base else revision)
+    original = base_tensors(where, list(tensors), revision=None if base else revision)
     for key, tensor in tensors.items():
         if original[key].shape != tensor.shape:
-            raise ModelError(
-                f"{key} has shape {tuple(tensor.shape)}, but {base or named} has {tuple(original[key].shape)}"
-            )
+            raise ModelError(f"{key} has shape {tuple(tensor.shape)}, but {where} has {tuple(original[key].shape)}")
     return relative_changes(tensors, original)
 
 

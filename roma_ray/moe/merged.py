@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.errors import CheckpointError, ModelError
-from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, write_manifest
+from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, type_name, write_manifest
 from roma_ray.moe.folders import whole_folder
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
 from roma_ray.moe.whole import check_weights, checkpoint_keys
@@ -31,17 +31,16 @@ _COMPANIONS = (
 )
 
 
-def save_merged(
-    checkpoint: RouterCheckpoint, folder: str | Path, *, base: str | None = None, revision: str | None = None
-) -> None:
+def save_merged(checkpoint: RouterCheckpoint, folder: str | Path) -> str:
     """Write the base model with the checkpoint's gates as a folder that `AutoModelForCausalLM.from_pretrained` loads.
 
-    `base` overrides where the base model is. A gate is stored in the wider of its own type and the base file's: load the
-    folder in the type that `roma.json` names (`dtype`) to get the tuned logits bit for bit. Raises CheckpointError,
-    ModelError, StorageError.
+    Its config.json names the type of the checkpoint (`dtype`), so that loading it without a word gives the tuned logits bit for
+    bit; returns the type that the base's names. Tensors keep the types that they are stored in, and a gate takes the wider of
+    its own and the base file's. Raises CheckpointError, ModelError, StorageError.
     """
-    snapshot = open_snapshot(base or checkpoint.base_model, revision or (None if base else checkpoint.revision))
-    model_type = snapshot.config().model_type
+    snapshot = open_snapshot(checkpoint.base_model, checkpoint.revision)
+    config = snapshot.config()
+    model_type = config.model_type
     if model_type != checkpoint.model_type:
         raise CheckpointError(
             f"these routers are of a {checkpoint.model_type} model, but {snapshot.path} is a {model_type} one"
@@ -56,7 +55,9 @@ def save_merged(
             part = {key: tensor for key, tensor in replaced.items() if snapshot.weight_map[key] == name}
             total += _copy_weights(snapshot.file(name), aside / name, part)
         _copy_companions(snapshot, aside, total)
+        _write_config(snapshot, aside, checkpoint.dtype)
         write_manifest(aside, checkpoint, kind="merged")
+    return type_name(config.dtype or torch.float32)
 
 
 def _copy_weights(source: Path, target: Path, replaced: Mapping[str, Tensor]) -> int:
@@ -117,9 +118,16 @@ def _copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, size: int, path: Path)
         size -= len(block)
 
 
+def _write_config(snapshot: Snapshot, folder: Path, dtype: str) -> None:
+    """The base's configuration with the type in which the figures were made: transformers loads a model in what it names."""
+    config = json.loads(snapshot.file("config.json").read_text(encoding="utf-8"))
+    # The second is the name that older versions and other tools know.
+    config |= {"dtype": dtype, **({"torch_dtype": dtype} if "torch_dtype" in config else {})}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
 def _copy_companions(snapshot: Snapshot, folder: Path, total: int) -> None:
-    """Configuration, index and tokenizer files; a model without some of them is no error."""
-    shutil.copyfile(snapshot.file("config.json"), folder / "config.json")
+    """Index and tokenizer files; a model without some of them is no error."""
     index = "model.safetensors.index.json"
     if len(set(snapshot.weight_map.values())) > 1 or "model.safetensors" not in snapshot.weight_map.values():
         content = {"metadata": {"total_size": total}, "weight_map": snapshot.weight_map}

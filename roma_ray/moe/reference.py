@@ -29,7 +29,7 @@ _KEY = re.compile(r"^(?:model\.)?(layers\.(\d+)\.[A-Za-z_.]+\.(?:weight|bias))$"
 class ReferenceFile:
     """What a router_ft.pt says, checked in itself but not against a model."""
 
-    model_name: str
+    model_name: str | None
     layers: tuple[int, ...]
     tensors: dict[str, Tensor]
     """By the reference's own keys: `layers.11.mlp.gate.weight`."""
@@ -82,13 +82,19 @@ def _checked(path: str | Path, content: Any) -> ReferenceFile:
     named = content["target_layers"]
     if not isinstance(named, (list, tuple)) or tuple(sorted(named)) != layers:
         raise CheckpointError(f"{path} says it tunes layers {named}, but its tensors are of layers {list(layers)}")
-    return ReferenceFile(str(content.get("model_name") or "unknown"), layers, tensors)
+    return ReferenceFile(_name_of(path, content.get("model_name")), layers, tensors)
+
+
+def _name_of(path: str | Path, value: Any) -> str | None:
+    if not isinstance(value, str | None):
+        raise CheckpointError(f"the model_name of {path} is no text")
+    return value or None
 
 
 def import_reference(path: str | Path, *, base: str, revision: str | None = None) -> RouterCheckpoint:
     """Read a router_ft.pt as a checkpoint of the model `base`, whose routers' names and shapes it must match.
 
-    `checkpoints.write_adapter` turns the result into an adapter. Raises CheckpointError, ModelError.
+    Selection biases and the like stay the base's, as the file has none. Raises CheckpointError, ModelError.
     """
     found = read_reference(path)
     facts, shapes = router_shapes(base, revision=revision)

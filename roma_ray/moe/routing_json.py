@@ -19,6 +19,7 @@ from torch import Tensor
 from roma_ray.artifacts import write_atomically
 from roma_ray.documents import first_repeated
 from roma_ray.errors import CheckpointError
+from roma_ray.moe.folders import refuse_special_file
 from roma_ray.text import printable
 
 # Files round their weights to a few digits; over many experts that adds up.
@@ -42,26 +43,38 @@ class RoutingEntry:
 
 
 def write_routing_json(path: str | Path, entries: Iterable[RoutingEntry]) -> None:
-    """Write entries in the reference's format, whole or not at all; weights keep all their digits. Raises StorageError."""
-    content = {
-        entry.id: {
-            "input_text": entry.input_text,
-            "last_token_routing": {
-                "token_id": entry.token_id,
-                "token_text": entry.token_text,
-                "layers": [
-                    {"layer": layer, "routing_weights": {f"expert_{e}": w for e, w in enumerate(row)}}
-                    for layer, row in zip(entry.layers, entry.routing_LE.tolist(), strict=True)
-                ],
-            },
-            "correct_answer": entry.correct_answer,
-            "model_answer": entry.model_answer,
-            "is_correct": entry.is_correct,
-        }
-        for entry in entries
+    """Write entries in the reference's format, one a line, whole or not at all; weights keep all their digits.
+
+    Entries are written as they come: a million questions' need no memory. Raises StorageError.
+    """
+
+    def write(aside: Path) -> None:
+        with open(aside, "w", encoding="utf-8") as stream:
+            before = "{\n"
+            for entry in entries:
+                name, value = json.dumps(entry.id, ensure_ascii=False), _as_json(entry)
+                stream.write(f"{before}{name}: {json.dumps(value, ensure_ascii=False, allow_nan=False)}")
+                before = ",\n"
+            stream.write("\n}\n")
+
+    write_atomically(path, write)
+
+
+def _as_json(entry: RoutingEntry) -> dict[str, Any]:
+    return {
+        "input_text": entry.input_text,
+        "last_token_routing": {
+            "token_id": entry.token_id,
+            "token_text": entry.token_text,
+            "layers": [
+                {"layer": layer, "routing_weights": {f"expert_{e}": w for e, w in enumerate(row)}}
+                for layer, row in zip(entry.layers, entry.routing_LE.tolist(), strict=True)
+            ],
+        },
+        "correct_answer": entry.correct_answer,
+        "model_answer": entry.model_answer,
+        "is_correct": entry.is_correct,
     }
-    text = json.dumps(content, ensure_ascii=False, allow_nan=False, indent=1)
-    write_atomically(path, lambda aside: aside.write_text(text + "\n", encoding="utf-8"))
 
 
 def read_routing_json(
@@ -73,6 +86,7 @@ def read_routing_json(
     one). Raises CheckpointError, naming the question, for a missing or repeated layer or expert, for weights that are
     negative, not finite or do not sum to 1, and for a file of another form.
     """
+    refuse_special_file(Path(path))
     content = _load(Path(path))
     entries: list[RoutingEntry] = []
     for name, value in content.items():

@@ -74,8 +74,8 @@ def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """Return what can be known of a model without its weights, as plain JSON-able values.
 
     Keys: `model_type`, `scoring`, `num_layers`, `moe_layers` (list), `num_experts`, `top_k`, `hidden_size`, `vocab_size`,
-    `dtype` (name of the type that the checkpoint says it is in, else "float32"), `revision` (commit hash or None).
-    Raises ModelError.
+    `parameters` (of the whole model), `dtype` (name of the type that the checkpoint says it is in, else "float32"), `revision`
+    (commit hash or None). Raises ModelError.
     """
     snapshot = open_snapshot(path, revision)
     with refusing_malformed(snapshot.folder / "config.json", ModelError):
@@ -103,6 +103,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "top_k": routers[0].top_k,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,
+        "parameters": model.num_parameters(),
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
         "revision": snapshot.revision,
     }

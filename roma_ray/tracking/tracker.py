@@ -167,13 +167,13 @@ class Tracker(Delivery):
                 self._upload_model(run, stage)
 
     def _upload_model(self, run: RunState, stage: Stage) -> None:
-        from roma_ray.moe.checkpoints import export_adapter
+        from roma_ray.moe.exporting import export_routers
 
         assert self._client is not None
         merged = self.setup.store.root / ".merged" / stage.fingerprint
         try:
             shutil.rmtree(merged, ignore_errors=True)
-            export_adapter(stage.path / ADAPTER, merged, form="merged", base=self.setup.model.path)
+            export_routers(stage.path / ADAPTER, merged, form="merged", base=self.setup.model.path)
             self._client.upload(run, merged, "model")
         finally:
             shutil.rmtree(merged, ignore_errors=True)

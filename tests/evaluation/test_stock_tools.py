@@ -20,7 +20,7 @@ from roma_ray.engine.tables import read_table
 from roma_ray.engine.work import serial
 from roma_ray.evaluation.judge import RESPONSES, Wanted, judge
 from roma_ray.evaluation.subject import resolve_subject
-from roma_ray.moe.checkpoints import export_adapter
+from roma_ray.moe.exporting import export_routers
 from tests.evaluation.conftest import JudgeWorld, write_rows
 
 SCRIPT = """
@@ -58,7 +58,7 @@ print("RESULT", json.dumps({
 @pytest.fixture(scope="module")
 def merged(judge_world: JudgeWorld, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("merged") / "model"
-    export_adapter(Path(judge_world.adapter), folder, form="merged")
+    export_routers(Path(judge_world.adapter), folder, form="merged")
     return folder
 
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from roma_ray.errors import CheckpointError, ModelError
-from roma_ray.moe.checkpoints import export_adapter, load_adapter, read_adapter, save_adapter, write_adapter
+from roma_ray.moe.checkpoints import load_adapter, read_adapter, save_adapter, write_adapter
+from roma_ray.moe.exporting import export_routers
 from roma_ray.moe.inspection import describe, inspect, read_merged
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.merged import save_merged
@@ -180,7 +181,7 @@ def test_an_adapter_is_refused_by_another_model(adapter, tmp_path: Path) -> None
         with pytest.raises(CheckpointError, match=match):
             load_adapter(folder, load_slice(other, dtype=torch.float32, with_lm_head=True))
         with pytest.raises(CheckpointError, match=match):
-            save_merged(read_adapter(folder), tmp_path / "merged", base=other)
+            export_routers(folder, tmp_path / "merged", form="merged", base=other)
         assert not (tmp_path / "merged").exists()
 
 
@@ -271,7 +272,7 @@ def test_merged_keeps_every_other_tensor_and_reads_back(tmp_path: Path) -> None:
     model = tiny_moe("mixtral")
     path = save_tiny(model, tmp_path / "base", max_shard_size="60KB")
     _, checkpoint = tuned_adapter(path, tmp_path / "adapter", torch.float32, 4)
-    export_adapter(tmp_path / "adapter", tmp_path / "merged", form="merged")
+    export_routers(tmp_path / "adapter", tmp_path / "merged", form="merged")
     base, merged = ({}, {})
     for where, found in ((Path(path), base), (tmp_path / "merged", merged)):
         for file in where.glob("*.safetensors"):
@@ -298,7 +299,7 @@ def test_a_gate_wider_than_its_base_file_is_not_rounded(tmp_path: Path) -> None:
 def test_reference_file_out_and_in(adapter, tmp_path: Path) -> None:
     path, folder = adapter
     file = tmp_path / "router_ft.pt"
-    export_adapter(folder, file, form="reference")
+    export_routers(folder, file, form="reference")
     content = torch.load(file, weights_only=True)
     assert content["target_layers"] == [4, 5]
     assert list(content["state_dict"]) == ["layers.4.mlp.gate.weight", "layers.5.mlp.gate.weight"]
@@ -310,7 +311,7 @@ def test_reference_file_out_and_in(adapter, tmp_path: Path) -> None:
     write_adapter(tmp_path / "again", back)
     assert read_adapter(tmp_path / "again").layers == (4, 5)
     with pytest.raises(CheckpointError, match="no export format"):
-        export_adapter(folder, file, form="gguf")
+        export_routers(folder, file, form="gguf")
 
 
 class _Bomb:
@@ -366,10 +367,10 @@ def test_inspect_tells_every_kind(adapter, tmp_path: Path) -> None:
     assert found["shapes"]["model.layers.4.mlp.gate.weight"] == (8, 32)
     assert found["change"].keys() == {4, 5}
     assert all(0.1 < change < 3 for change in found["change"].values())
-    export_adapter(folder, tmp_path / "merged", form="merged")
+    export_routers(folder, tmp_path / "merged", form="merged")
     merged = inspect(tmp_path / "merged")
     assert (merged["kind"], merged["change"]) == ("merged", found["change"])
-    export_adapter(folder, tmp_path / "router_ft.pt", form="reference")
+    export_routers(folder, tmp_path / "router_ft.pt", form="reference")
     reference = inspect(tmp_path / "router_ft.pt", base=path)
     assert (reference["kind"], reference["change"]) == ("reference", found["change"])
     assert inspect(path)["kind"] == "model"

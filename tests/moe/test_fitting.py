@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from roma_ray.errors import ModelError
-from roma_ray.moe.checkpoints import export_adapter
+from roma_ray.moe.exporting import export_routers
 from roma_ray.moe.fitting import check_fit, skeleton_of
 from roma_ray.moe.slices import load_slice, model_class_of, model_facts, slice_logits
 from tests.moe.test_checkpoints import tuned_adapter
@@ -154,5 +154,5 @@ def test_a_merged_export_of_a_model_with_a_gap_is_refused(tmp_path: Path) -> Non
     tuned_adapter(path, tmp_path / "adapter", torch.float32, 4)
     edit(path, lambda tensors: tensors.pop("model.layers.0.self_attn.k_norm.weight"))
     with pytest.raises(ModelError, match=r"layers.0.self_attn.k_norm.weight is missing"):
-        export_adapter(tmp_path / "adapter", tmp_path / "merged", form="merged")
+        export_routers(tmp_path / "adapter", tmp_path / "merged", form="merged")
     assert not (tmp_path / "merged").exists()
