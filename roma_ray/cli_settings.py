@@ -25,6 +25,7 @@ _READS: dict[str, tuple[str, ...]] = {
     # Of a model that no run tunes, the prompt serves tasks that are question files.
     "evaluate --adapter": ("model", "questions.prompt", "evaluation", "tracking", "ray"),
     "compare": ("tracking",),
+    "routing": _PASS,
 }
 _STAGE_OF_RAY = {
     "extract": ("ray.extract_workers", "ray.extract"),

@@ -17,6 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from roma_ray.artifacts import Stage, Store
+from roma_ray.cli_judge import training_texts
 from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.tables import read_table
@@ -28,6 +29,7 @@ from roma_ray.evaluation.requests import batch_file
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.evaluation.tasks import leaves, load_tasks
 from roma_ray.moe.checkpoints import read_adapter, write_adapter
+from roma_ray.moe.exporting import export_routers
 from roma_ray.questions.prompts import PromptBuilder
 from tests.evaluation.conftest import JudgeWorld
 
@@ -262,6 +264,19 @@ def test_an_adapter_that_tunes_nothing_is_an_error(judge_world: JudgeWorld, tmp_
     subject = resolve_subject(judge_world.config, adapter=str(tmp_path / "adapter"))
     with pytest.raises(GuardError, match="equals the base"):
         judge(judge_world.config, subject, wanted_of(judge_world, "piqa"), Store(tmp_path), serial, Silence())
+
+
+def test_the_reference_s_file_is_judged_as_the_adapter_is(judge_world: JudgeWorld, tmp_path: Path) -> None:
+    file = tmp_path / "router_ft.pt"
+    export_routers(Path(judge_world.adapter), file, form="reference")
+    one, other = (resolve_subject(judge_world.config, adapter=str(a)) for a in (judge_world.adapter, file))
+    assert one.identity() == other.identity()
+    assert other.layers
+    scorers = [subject.load_scorer() for subject in (one, other)]
+    first, second = (scorer.score([(5, 6, 7, 8)], [(9,)]).answers for scorer in scorers)
+    assert first == second
+    assert first["base"] != first["tuned"]
+    assert training_texts(Store(judge_world.config.storage), str(file)) is None
 
 
 def test_wrong_requests_are_named(

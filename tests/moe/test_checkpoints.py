@@ -97,7 +97,9 @@ def test_stock_peft_and_merged_reproduce_the_tuned_logits(tmp_path: Path) -> Non
             head, checkpoint = tuned_adapter(path, adapter, dtype, 3)
             trunk = load_slice(path, stop=3, dtype=dtype, with_lm_head=False)
             with torch.no_grad():
-                live = slice_logits(head, slice_hidden(trunk, ids, mask), mask, last[:, None])
+                # All rows go through `lm_head`, as stock's do: on some CPUs a product's last bits depend on its shape.
+                every = torch.arange(ids.shape[1]).expand(len(last), -1)
+                live = slice_logits(head, slice_hidden(trunk, ids, mask), mask, every)[range(len(last)), last]
             merged = tmp_path / f"{name}-merged"
             save_merged(checkpoint, merged)
             common = {
@@ -125,11 +127,11 @@ def test_stock_peft_and_merged_reproduce_the_tuned_logits(tmp_path: Path) -> Non
             for k in ("peft", "unloaded", "merged", "base")
             if (f := tmp_path / f"{name}-{k}.pt").exists()
         }
-        assert torch.equal(got["peft"], live[:, 0]), name
-        assert torch.equal(got["merged"], live[:, 0]), name
-        assert not torch.equal(got["base"], live[:, 0]), name
+        assert torch.equal(got["peft"], live), name
+        assert torch.equal(got["merged"], live), name
+        assert not torch.equal(got["base"], live), name
         if "unloaded" in got:
-            assert torch.equal(got["unloaded"], live[:, 0]), name
+            assert torch.equal(got["unloaded"], live), name
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "deepseek_v3", "ernie4_5_moe", "granitemoe"])
