@@ -107,6 +107,9 @@ class ExtractionConfig(Section):
     """Keep the activations at the cut. Without, training and evaluation run the frozen layers again whenever they need them."""
     activation_dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Type of the cached activations; `auto` is the model's own (bf16 for most), which loses nothing."""
+    max_failed: float = Field(default=0.05, ge=0, le=1)
+    """Share of the questions that may fail (non-finite scores, tokens that the model does not know, a killed worker) and are
+    then set aside; with more the extraction is refused. No part of any fingerprint."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Most weights (GB) that an extraction worker holds at once; a larger model runs as a chain of layer slices. No part of
     any fingerprint: the results are the same, but a batch that fails ends the run, where whole models set a bad question

@@ -190,11 +190,10 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
             done.add(stage.fingerprint)
             try:
                 fresh = not stage.complete
-                if fresh:
-                    _shared(name, state.planned, runners, progress)
-                else:
+                if not fresh:
                     # The trials themselves do not look again.
                     stage.verify()
+                _shared(name, state.planned, runners, progress)
             except RomaError as error:
                 for other in [*wanted, *ahead]:
                     if other.planned.stages[name].fingerprint == stage.fingerprint:

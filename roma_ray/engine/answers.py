@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ import pyarrow as pa
 
 from roma_ray.engine.forward import predict
 from roma_ray.engine.tables import matrix, read_table, table_facts, write_table
+from roma_ray.errors import GuardError
 from roma_ray.questions.prompts import Prompt
 
 ANSWERS = "answers.parquet"
@@ -40,6 +42,14 @@ class Answers:
     """The choice that each question's routing was optimized towards, where that is what a method does."""
     routing_NLE: np.ndarray | None = None
     """Routing rows r at the last prompt token that the method answered with, where it chooses them itself, fp32."""
+
+    def __post_init__(self) -> None:
+        """Raises GuardError where a score is not finite: such an answer would be judged by its place in the list."""
+        bad = [row for row, scores in zip(self.rows, self.scores, strict=True) if not all(map(math.isfinite, scores))]
+        if bad:
+            raise GuardError(
+                f"{len(bad):,} of {len(self.rows):,} answers of this method are not finite, of question row {bad[0]} first"
+            )
 
     def predictions(self, prompts: Sequence[Prompt], rule: str) -> list[int]:
         """The chosen answers; `prompts` is the whole question table."""

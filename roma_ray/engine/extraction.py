@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
+from roma_ray.engine.failed import failed_rows, refuse, too_many
 from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.prepare import TABLE
@@ -81,9 +82,15 @@ def activation_dtype(setup: Setup) -> str:
 
 
 def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
-    """Run the batches that are not done yet with `execute`, then gather their rows. Raises ModelError, StorageError."""
+    """Run the batches that are not done yet with `execute`, then gather their rows.
+
+    Raises ModelError, also where more questions fail than `extraction.max_failed` tolerates, and StorageError.
+    """
     stage = extract_stage(setup, questions)
     if stage.complete:
+        facts = stage.manifest()["facts"]
+        if too_many(setup, facts["errors"], facts["rows"]):
+            raise refuse(setup, questions, stage, execute)
         return stage
     started = time.monotonic()
     with stage.exclusive():
@@ -103,13 +110,22 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         ids = [p.id for p in prompts]
         # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
         del prompts
+        failed = len(failed_rows(stage, done))
         with progress.meter("extract", sum(tokens), "tokens", finished) as meter:
+            if too_many(setup, failed, len(ids)):
+                pending = []
             if limit is None:
                 for report in execute(work, pending):
                     meter.advance(tokens[report.batch], seconds=report.seconds)
-            else:
+                    failed += report.errors
+                    if too_many(setup, failed, len(ids)):
+                        break  # no question that is left can change that
+            elif not too_many(setup, failed, len(ids)):
                 progress.say(f"extraction streams {len(chain)} slices of at most {limit:g} GB of weights")
                 stream(chain, pending, execute, lambda batch, share: meter.advance(tokens[batch] * share))
+                failed = len(failed_rows(stage, range(len(plan))))
+        if too_many(setup, failed, len(ids)):
+            raise refuse(setup, questions, stage, execute)
         # Also what a streamed attempt left that was gone on with unstreamed.
         shutil.rmtree(stage.path / STREAM, ignore_errors=True)
         facts = gather(stage, len(plan), ids, prefix)

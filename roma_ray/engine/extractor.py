@@ -30,6 +30,7 @@ from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
 
 PLAN = "plan.json"
+NOT_FINITE = "the model's scores are not finite"
 _FAILURES = (RuntimeError, ValueError, IndexError)
 
 
@@ -165,7 +166,7 @@ class Batches:
         """Write the batch's table, which marks it as done; returns how many rows failed."""
         for row, scores in zip(result.rows, result.scores, strict=True):
             if not all(np.isfinite(scores)):
-                errors.setdefault(row, "the model's scores are not finite")
+                errors.setdefault(row, NOT_FINITE)
         place = {row: n for n, row in enumerate(result.rows)}
         lengths = [own_tokens(self.prompts[row], self.prefix) for row in result.rows]
         offsets = (self.prefix + np.concatenate([[0], np.cumsum(lengths)])).astype(int).tolist()

@@ -14,6 +14,8 @@ from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import choice_scores, lay_out, own_tokens, predict
+from roma_ray.errors import GuardError
+from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
@@ -67,9 +69,11 @@ def score_rows(
     batch_tokens: int,
     advance: Callable[[int], None] = lambda count: None,
 ) -> Scores:
-    """Score every choice of the questions `rows` (indices into `prompts`) with the head. Raises CacheError.
+    """Score every choice of the questions `rows` (indices into `prompts`) with the head.
 
-    Batches are planned from the rows alone, so base and tuned heads see the same batches.
+    Batches are planned from the rows alone, so base and tuned heads see the same batches. Raises CacheError; GuardError where
+    any score is not finite: extraction has set aside what fails in the base model, and to set aside more here would judge
+    tuned routers by the questions that they leave.
     """
     plan = plan_batches([own_tokens(prompts[row], states.prefix) for row in rows], batch_tokens)
     members = [[rows[n] for n in batch] for batch in plan]
@@ -87,6 +91,15 @@ def score_rows(
         found.update({row: (scores[n], routing_QLE[n]) for n, row in enumerate(chosen)})
         advance(len(chosen))
     answers = [found[row][0] for row in rows]
+    bad = [row for row, scores in zip(rows, answers, strict=True) if not all(map(math.isfinite, scores))]
+    if bad:
+        reading, states_TD = prepare(bad[:1])
+        with watching(head.model, head.start) as seen:
+            run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
+        raise GuardError(
+            f"the scores of {len(bad):,} of {len(rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
+            f"{begins(seen.origin)}"
+        )
     predictions = [predict(s, prompts[row], rule) for s, row in zip(answers, rows, strict=True)]
     correct = np.array([p == prompts[row].answer for p, row in zip(predictions, rows, strict=True)], dtype=bool)
     return Scores(list(rows), answers, predictions, correct, np.stack([found[row][1] for row in rows]))

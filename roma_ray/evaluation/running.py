@@ -5,8 +5,10 @@ T flat tokens, N tokens whose logits are read, P tokens of a continuation, D wid
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -21,6 +23,7 @@ from roma_ray.evaluation.subject import Subject
 from roma_ray.evaluation.tree import Path, grow
 from roma_ray.moe.checkpoints import RouterCheckpoint, put_routers
 from roma_ray.moe.exporting import read_routers
+from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
@@ -133,7 +136,17 @@ class SliceScorer:
             count_flops(result, {"trunk": partial(self._trunk, packing), **heads})
         if kept is None and states_TD is not None:
             result.kept = Kept(states_TD, result.answers["base"])
+        refuse_not_finite(result.answers, lambda name, request: self._origin(name, paths[request]))
         return result
+
+    def _origin(self, name: str, path: Path) -> str | None:
+        """Where the values of one path, alone, first stop being finite."""
+        packing = pack([Segment(segment.ids, segment.parent) for segment in grow([path]).segments])
+        with ExitStack() as stack:
+            parts = [part for part in (self.trunk, self.head) if part is not None]
+            seen = [stack.enter_context(watching(part.model, part.start)) for part in parts]
+            self._head(name, packing, self._trunk(packing), list(range(len(packing))))
+        return next((watch.origin for watch in seen if watch.origin), None)
 
     def _trunk(self, packing: Packing) -> Tensor | None:
         return None if self.trunk is None else run_packed(self.trunk, packing).states
@@ -167,7 +180,30 @@ class WholeScorer:
                 answers[request] = likelihood(logits_BPV[sequence, first : first + len(wanted)], wanted)
             if count:
                 count_flops(result, {"base": run})
+        refuse_not_finite(result.answers, lambda name, request: self._origin(paths[request], continuations[request]))
         return result
+
+    def _origin(self, path: Path, continuation: Path) -> str | None:
+        """Where the values of one path, alone, first stop being finite."""
+        with watching(self.model) as seen:
+            sheet_logits(self.model, lay_out_sheets([path], [continuation], self.subject.batch_tokens)[0])
+        return seen.origin
+
+
+def refuse_not_finite(
+    answers: Mapping[str, Sequence[tuple[float, bool]]], origin: Callable[[str, int], str | None]
+) -> None:
+    """A benchmark is whole or refused: raise GuardError where a log-likelihood is not finite.
+
+    `origin` tells where that begins, of a model's name and a request's number.
+    """
+    for name, found in answers.items():
+        bad = [n for n, (value, _) in enumerate(found) if not math.isfinite(value)]
+        if bad:
+            raise GuardError(
+                f"the {name} model's log-likelihoods of {len(bad)} of {len(found)} requests of a batch are not finite; of the "
+                f"first of them, {begins(origin(name, bad[0]))}"
+            )
 
 
 def timed(result: Result, part: str, device: torch.device, run: Callable[[], Any]) -> Any:
@@ -228,10 +264,39 @@ class Writer:
                 for n, prompt in enumerate(prompts)
             ]
             started = now(device)
-            result.answers[name] = self.stock.generate_until(asked, disable_tqdm=True)
+            with self._watched_logits() as finite:
+                result.answers[name] = self.stock.generate_until(asked, disable_tqdm=True)
             result.seconds[name] = now(device) - started
+            if not bool(torch.stack(finite).all()):
+                raise GuardError(
+                    f"the {name} model's logits are not finite while it writes; of a prompt, {begins(self._origin(prompts))}"
+                )
         result.tokens = sum(len(self.stock.tok_encode(p)) for p in prompts)
         return result
+
+    @contextmanager
+    def _watched_logits(self) -> Iterator[list[Tensor]]:
+        """Whether the logits that each next token is chosen from are finite, on the device: one flag a step."""
+        flags: list[Tensor] = []
+
+        def see(module: Any, inputs: Any, output: Tensor) -> None:
+            # Left padding: the last place is every prompt's own.
+            flags.append(torch.isfinite(output[:, -1]).all())
+
+        handle = self.stock.model.get_output_embeddings().register_forward_hook(see)
+        try:
+            yield flags
+        finally:
+            handle.remove()
+
+    def _origin(self, prompts: Sequence[str]) -> str | None:
+        """Where values first stop being finite, of the first prompt that has any such."""
+        for prompt in prompts:
+            with watching(self.stock.model) as seen:
+                self.stock.model(torch.tensor([self.stock.tok_encode(prompt)], device=self.stock.model.device))
+            if seen.origin is not None:
+                return seen.origin
+        return None
 
 
 def load_scorer(subject: Subject) -> Scorer:

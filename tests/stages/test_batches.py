@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from roma_ray.artifacts import file_digest
-from roma_ray.engine.extraction import activation_dtype
+from roma_ray.engine.extraction import activation_dtype, extract
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
-from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.prepare import TABLE, prepare
+from roma_ray.engine.progress import Silence
+from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.engine.work import Work
 from roma_ray.errors import ModelError, StorageError, WorkerError
@@ -23,6 +26,7 @@ from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.extract import extract_on_ray
 from roma_ray.stages.failures import packed
 from tests.stages.support import DeadlyWork, FailingWork
+from tests.world import make_world
 
 
 def fields(run: Run, folder: Path) -> dict[str, Any]:
@@ -136,3 +140,17 @@ def test_a_storage_that_takes_no_marks_is_named(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*000003: (Not a directory|File exists)"):
         Marks(str(tmp_path), "token", 3).add("batch")
     assert packed(OSError(30, "Read-only file system"))["text"].endswith("Read-only file system")
+
+
+def test_a_model_that_drops_most_questions_is_refused_from_the_workers(cluster: Cluster, tmp_path: Path) -> None:
+    """Where its values first stop being finite is found on the cluster too: the driver need not hold a layer."""
+    config = make_world(tmp_path, count=24)
+    file = Path(config.model.path) / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.layers.3.self_attn.v_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    setup = resolve(config, device="cpu")
+    with pytest.raises(
+        ModelError, match=r"questions failed in extraction.*comes from layer 3 \(self_attn\), whose weights"
+    ):
+        extract(setup, prepare(setup, Silence()), extract_on_ray(cluster, "cpu"), Silence())

@@ -1,0 +1,117 @@
+"""Questions that fail in extraction: how many are tolerated, and what is said when there are more.
+
+A model that drops most questions gives no result: what is left is not the suite that was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from roma_ray.artifacts import Stage, write_json
+from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
+from roma_ray.engine.forward import lay_out
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.setup import ModelSpec, Setup
+from roma_ray.engine.streaming import plan_chain
+from roma_ray.engine.tables import read_prompts, read_table
+from roma_ray.engine.work import Executor, Report
+from roma_ray.errors import ModelError, RomaError
+from roma_ray.moe.finite import begins, watching
+from roma_ray.moe.packing import Packing
+from roma_ray.moe.passes import run_packed
+
+ORIGIN = ".not-finite.json"
+_SHOWN = 3
+
+
+def failed_rows(stage: Stage, batches: Iterable[int]) -> dict[int, str]:
+    """Row and reason of every question that failed in these finished batches. Raises ArtifactError."""
+    found: dict[int, str] = {}
+    for batch in batches:
+        table = read_table(batch_table(stage.path, batch), ["row", "error"])
+        rows = zip(table.column("row").to_pylist(), table.column("error").to_pylist(), strict=True)
+        found.update((row, error) for row, error in rows if error is not None)
+    return found
+
+
+def too_many(setup: Setup, failed: int, questions: int) -> bool:
+    """Whether more than the tolerated share of all questions failed."""
+    return failed > setup.config.extraction.max_failed * questions
+
+
+def refuse(setup: Setup, questions: Stage, stage: Stage, execute: Executor) -> ModelError:
+    """The error for an extraction in which too many questions failed: how many, why, and where it begins."""
+    plan = read_plan(stage.path / PLAN)[1]
+    done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
+    failed = failed_rows(stage, done)
+    seen, total = sum(len(plan[n]) for n in done), sum(map(len, plan))
+    reasons = Counter(failed.values()).most_common()
+    listed = "; ".join(f"{count} x {reason}" for reason, count in reasons[:_SHOWN])
+    more = f"; and {len(reasons) - _SHOWN} other reasons" if len(reasons) > _SHOWN else ""
+    # The same one whatever ran first.
+    first = min((row for row, reason in failed.items() if reason == NOT_FINITE), default=None)
+    origin = "" if first is None else f" {_origin(setup, questions, stage, first, execute)}."
+    so_far = f" so far (of {total:,} in all)" if seen < total else ""
+    return ModelError(
+        f"{len(failed):,} of {seen:,} questions failed in extraction{so_far}, more than the "
+        f"{setup.config.extraction.max_failed:.1%} that extraction.max_failed tolerates: {listed}{more}.{origin} What was done is "
+        f"kept in {stage.path}; remove it to try again."
+    )
+
+
+def _origin(setup: Setup, questions: Stage, stage: Stage, row: int, execute: Executor) -> str:
+    """Where one question's values first stop being finite, in a sentence without its stop."""
+    work = OriginWork(str(stage.path), str(questions.path / TABLE), setup.model, row)
+    (stage.path / ORIGIN).unlink(missing_ok=True)
+    try:
+        for _ in execute(work, [0]):
+            pass
+    except RomaError as error:
+        return f"Where values first stop being finite could not be found out: {error}"
+    found: str | None = json.loads((stage.path / ORIGIN).read_text())["origin"]
+    (stage.path / ORIGIN).unlink()
+    return f"Of the first of them, {begins(found)}"
+
+
+@dataclass(frozen=True)
+class OriginWork:
+    """One question alone through the model, a layer at a time: no more than one layer's weights are held."""
+
+    folder: str
+    questions: str
+    model: ModelSpec
+    row: int
+    name: str = "extract"
+
+    def open(self) -> Callable[[int], Report]:
+        """Nothing is held; returns the function that writes what it finds into the stage's folder."""
+        return self._find
+
+    @torch.inference_mode()
+    def _find(self, batch: int) -> Report:
+        started = time.monotonic()
+        packing = lay_out(read_prompts(self.questions, [self.row])).packing
+        # With a limit that holds nothing every layer is a slice of its own.
+        chain = plan_chain(self.model, 0.0, least=True)
+        states, origin = None, None
+        for start, stop in chain:
+            states, origin = self._layer(start, None if stop == chain[-1][1] else stop, packing, states)
+            if origin is not None:
+                break
+        write_json(Path(self.folder) / ORIGIN, {"origin": origin})
+        return Report(batch, 1, len(packing), 0, time.monotonic() - started)
+
+    def _layer(
+        self, start: int, stop: int | None, packing: Packing, states_TD: torch.Tensor | None
+    ) -> tuple[torch.Tensor, str | None]:
+        part = self.model.load(start, stop, with_lm_head=stop is None)
+        with watching(part.model, start) as seen:
+            states_TD = run_packed(part, packing, states_TD).states
+        return states_TD, seen.origin
