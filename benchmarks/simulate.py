@@ -208,7 +208,7 @@ def measure_dispatch(count: int = 1500) -> float:
     from roma_ray.stages.cluster import open_cluster
 
     config = load_config(None, ["ray.extract_workers=2"])
-    with tempfile.TemporaryDirectory() as folder, open_cluster(config, "local") as cluster:
+    with tempfile.TemporaryDirectory() as folder, open_cluster(config, "new") as cluster:
         execute = ray_executor(cluster, "extract", "cpu")
         list(execute(EmptyWork(folder), range(50)))
         began = time.process_time()

@@ -39,7 +39,7 @@ def space_file(folder: Path, trials: int) -> Path:
 def timed(*arguments: str) -> float:
     """Wall time of a `roma-ray` command."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "roma_ray.cli", *arguments, "--address", "local", "--quiet"]
+    command = [sys.executable, "-m", "roma_ray.cli", *arguments, "--address", "new", "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
@@ -53,7 +53,7 @@ def no_ops(folder: Path, storage: str) -> float:
     from roma_ray.stages.cluster import open_cluster
 
     space = load_space(space_file(folder, _NOOPS + 1), storage=storage)
-    with open_cluster(space.centre, "local") as cluster:
+    with open_cluster(space.centre, "new") as cluster:
         plan = make_plan(space, cluster.device())
         cluster.connect()
         started = time.perf_counter()

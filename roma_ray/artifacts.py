@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,12 @@ from safetensors import SafetensorError
 from roma_ray.errors import ArtifactError, BusyError, StorageError
 
 MANIFEST = "manifest.json"
+CONFIG = "config.yaml"
+"""The resolved configuration, beside the last stage of a run."""
+IDENTITY = ".identity.json"
+"""A stage's identity from its first moment on: what an unfinished one is built on."""
+MEMBERS = ".members.json"
+"""In a sweep's folder: the fingerprints of its trials' last stages."""
 _DEVICES = ".devices"
 _LIBRARIES = (
     "torch",
@@ -122,6 +128,38 @@ class Store:
         """Raise StorageError when nothing can be written here: told before any work, and before anything else is."""
         write_text(self.root / ".writable", "")
 
+    @contextlib.contextmanager
+    def used(self) -> Iterator[None]:
+        """Keep `alone` out while a run is at work, between its stages too. Raises StorageError."""
+        with self._locked(shared=True):
+            yield
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep runs out while something is removed. Raises BusyError when one is at work, StorageError."""
+        with self._locked(shared=False):
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self, *, shared: bool) -> Iterator[None]:
+        import fcntl
+
+        try:
+            handle = open(self.root / ".in-use", "a+")  # noqa: SIM115 - closed below, after the lock's use
+        except OSError as error:
+            raise unwritable(self.root, error) from error
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise BusyError(
+                    f"a run is at work in {self.root}: nothing was removed. Wait for it to end, or stop it."
+                ) from None
+            except OSError:
+                # Some network file systems have no locks; that no run is at work is then the user's promise.
+                pass
+            yield
+
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> Stage:
         """The stage of that name for these settings and inputs (name -> fingerprint); changes nothing on disk."""
         identity = {"stage": name, "version": version, "settings": dict(settings), "inputs": dict(inputs)}
@@ -206,7 +244,38 @@ class Stage:
             with contextlib.suppress(OSError):
                 handle.truncate(0)
                 os.write(handle.fileno(), f"{os.uname().nodename}, pid {os.getpid()}".encode())
-            yield
+            if self.identity and not (self.path / IDENTITY).exists():
+                with contextlib.suppress(StorageError):
+                    write_json(self.path / IDENTITY, self.identity)
+            try:
+                yield
+            except BaseException:
+                self._leave_nothing()
+                raise
+
+    def _leave_nothing(self) -> None:
+        """Remove the folder of a stage that ended before it wrote anything."""
+        own = {".lock", IDENTITY}
+        with contextlib.suppress(OSError):
+            if {file.name for file in self.path.iterdir()} <= own:
+                for name in own:
+                    (self.path / name).unlink(missing_ok=True)
+                self.path.rmdir()
+                self.path.parent.rmdir()
+
+    def release(self, names: Iterable[str]) -> None:
+        """Remove some files of a complete stage to free their space: the manifest says so, and the others stay checked."""
+        names, content = list(names), self.manifest()
+        gone = {name: content["files"].pop(name) for name in names if name in content["files"]}
+        content["released"] = {**content.get("released", {}), **gone}
+        write_json(self.path / MANIFEST, {**content, "digest": _content_digest(content)})
+        for name in names:
+            (self.path / name).unlink(missing_ok=True)
+
+    @property
+    def released(self) -> bool:
+        """Whether files of this complete stage were removed to free their space. Raises ArtifactError."""
+        return bool(self.manifest().get("released"))
 
     def discard(self) -> None:
         """Remove the stage's output, the manifest first, so that a crash leaves it incomplete, not wrong."""

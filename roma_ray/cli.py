@@ -12,6 +12,8 @@ import click
 from roma_ray.cli_options import (
     Commands,
     check,
+    in_use,
+    keep_what_is_there,
     quiet_libraries,
     quiet_ray,
     ray_options,
@@ -19,6 +21,7 @@ from roma_ray.cli_options import (
     said_when_slow,
     say,
 )
+from roma_ray.cli_storage import gc, ls, rm, show
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -107,7 +110,7 @@ def report(config: Any, sweep: str | None) -> None:
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
 )
 @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-@click.option("--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight.")
+@click.option("--address", help="A Ray cluster (host:6379); `new` starts one here. Default: the one in sight.")
 @click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
 @click.option("--stop-on-failure", is_flag=True, help="End the sweep with the first failed trial.")
 @click.option("--quiet", is_flag=True, help="No progress, only the result.")
@@ -128,6 +131,10 @@ def tune(
 
     check_place(summary_path)
     loaded = load_space(space, overrides, storage)
+    if (address or loaded.centre.ray.address) == "local":
+        raise click.UsageError(
+            "a sweep's trials run on Ray Tune, also on one machine: --address new starts a cluster here"
+        )
     if not dry_run:
         for config in {trial.config.model: trial.config for trial in loaded.trials}.values():
             check(config)
@@ -170,17 +177,15 @@ def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: b
     with said_when_slow(quiet):
         from roma_ray.engine.setup import resolve
         from roma_ray.pipeline import run as run_pipeline
-        from roma_ray.stages.cluster import open_cluster
-        from roma_ray.stages.runners import measure_near, ray_runners
+        from roma_ray.stages.runners import open_place
         from roma_ray.terminal import open_progress
 
     progress = open_progress(quiet)
-    with open_cluster(config, address, progress.say) as cluster:
-        device = cluster.device()
-        setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
+    with open_place(config, address, progress) as place:
+        setup = resolve(config, device=place.device, measure=place.measure)
         setup.store.check()
         with _observer(setup, progress, config.tracking.enabled) as observer:
-            finished = run_pipeline(setup, progress, ray_runners(cluster, device), until, observer)
+            finished = run_pipeline(setup, progress, place.runners, until, observer)
     _write_summary(summary_path, finished)
     return finished
 
@@ -257,6 +262,7 @@ def evaluate(
     names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
     check_place(summary_path)
     check_judged(config, names, adapter, data_dir)
+    in_use(config)
     from roma_ray.artifacts import write_json
     from roma_ray.cli_judge import evaluate_tasks, print_benchmarks
     from roma_ray.evaluation.judge import Wanted, read_benchmarks
@@ -289,13 +295,11 @@ def compare(
 @main.command()
 @click.option("--methods", default="all", show_default=True, help="`all`, or names separated by commas.")
 @click.option("--seeds", type=click.IntRange(min=1), help="Seeds of each method that has any; default baselines.seeds.")
-@click.option("--local", "here", is_flag=True, help="Without Ray, in this process.")
 @ray_options
 def baselines(
     config: Any,
     methods: str,
     seeds: int | None,
-    here: bool,
     address: str | None,
     summary_path: str | None,
     quiet: bool,
@@ -309,7 +313,7 @@ def baselines(
     from roma_ray.cli_methods import compare_methods
     from roma_ray.cli_results import print_comparison
 
-    found = compare_methods(config, names, seeds, here, address, quiet)
+    found = compare_methods(config, names, seeds, address, quiet)
     if summary_path:
         write_json(summary_path, found.summary)
     print_comparison(found.summary)
@@ -353,11 +357,13 @@ def doctor(storage: str | None, address: str | None) -> None:
 @click.argument("out", type=click.Path())
 @click.option("--format", "form", type=click.Choice(["adapter", "merged", "reference"]), required=True)
 @click.option("--base", help="The base model's folder or hub id; default: the one that ROUTERS names.")
-def export(routers: str, out: str, form: str, base: str | None) -> None:
+@click.option("--force", is_flag=True, help="Replace an export that is there.")
+def export(routers: str, out: str, form: str, base: str | None, force: bool) -> None:
     """Write tuned routers (an adapter folder or a router_ft.pt) in another form.
 
     `adapter` is for peft, `merged` a whole model (for vLLM, lm-eval), `reference` the public reference's router_ft.pt.
     """
+    keep_what_is_there(out, force)
     quiet_libraries()
     from roma_ray.engine.setup import resolve_path
     from roma_ray.moe.exporting import export_routers
@@ -371,9 +377,11 @@ def export(routers: str, out: str, form: str, base: str | None) -> None:
 @main.command()
 @click.argument("out", type=click.Path(dir_okay=False))
 @click.option("--split", type=click.Choice(["train", "validation", "test"]), help="Only these questions; default: all.")
+@click.option("--force", is_flag=True, help="Replace a file that is there.")
 @run_options
-def routing(config: Any, out: str, split: str | None) -> None:
+def routing(config: Any, out: str, split: str | None, force: bool) -> None:
     """Write the routing of a finished extraction as JSON: each question's last-token weights of all experts and MoE layers."""
+    keep_what_is_there(out, force)
     check(config)
     from roma_ray.cli_results import setup_of_finished
     from roma_ray.engine.routing_file import write_routing
@@ -384,6 +392,10 @@ def routing(config: Any, out: str, split: str | None) -> None:
     stages = locate(setup)
     count = write_routing(out, setup, stages["questions"], stages["extract"], open_progress(quiet=False), split=split)
     say(f"written: {out} ({count} questions, {len(setup.moe_layers)} layers)")
+
+
+for _command in (ls, show, rm, gc):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

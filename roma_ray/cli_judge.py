@@ -21,9 +21,7 @@ from roma_ray.evaluation.statistics import p_value, with_error
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
 from roma_ray.pipeline import run as run_pipeline
-from roma_ray.stages.batches import ray_executor
-from roma_ray.stages.cluster import open_cluster
-from roma_ray.stages.runners import measure_near, ray_runners
+from roma_ray.stages.runners import open_place
 from roma_ray.terminal import open_progress, print_table, say
 from roma_ray.tracking import benchmarks as tracking
 
@@ -38,22 +36,19 @@ def evaluate_tasks(
     Without `adapter` or `base_only` the tuned model is the configured run's, which is finetuned first where it is not yet.
     """
     progress = open_progress(quiet)
-    with open_cluster(config, address, progress.say) as cluster:
-        device = cluster.device()
+    with open_place(config, address, progress) as place:
         store = Store(config.storage)
         store.check()
-        on = partial(resolve_subject, config, device=device, measure=measure_near(cluster, device, progress))
+        on = partial(resolve_subject, config, device=place.device, measure=place.measure)
         alone = base_only or (adapter is None and not _tunable(on(adapter=None), progress))
         training: Texts | None = None
         if not alone and adapter is None:
-            setup = resolve(config, device=device, measure=measure_near(cluster, device, progress))
-            run = run_pipeline(setup, progress, ray_runners(cluster, device), "finetune")
+            setup = resolve(config, device=place.device, measure=place.measure)
+            run = run_pipeline(setup, progress, place.runners, "finetune")
             adapter = str(run.stages["finetune"].path / ADAPTER)
         if adapter is not None:
             training = training_texts(store, adapter)
-        stage = judge(
-            config, on(adapter=adapter), wanted, store, ray_executor(cluster, "evaluate", device), progress, training
-        )
+        stage = judge(config, on(adapter=adapter), wanted, store, place.judge, progress, training)
     if config.tracking.enabled:
         tracking.record(config, store, stage, progress)
     return stage.path

@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import click
@@ -100,10 +101,14 @@ def _say_unused(config: Any, overrides: tuple[str, ...], file: bool, options: di
     if options.get("tasks"):
         name += " --adapter" if options["adapter"] or options["base_only"] else " --tasks"
     without = [
-        section for section, off in (("ray", options.get("here")), ("tracking", _untracked(name, options))) if off
+        section for section, off in (("ray", _here(config, options)), ("tracking", _untracked(name, options))) if off
     ]
     for line in unused(name, config, overrides, file=file, without=without):
         say(f"note: {line}", error=True)
+
+
+def _here(config: Any, options: dict[str, Any]) -> bool:
+    return bool(options.get("here")) or (options.get("address") or config.ray.address) == "local"
 
 
 def _untracked(name: str, options: dict[str, Any]) -> bool:
@@ -118,16 +123,25 @@ def quiet_libraries() -> None:
 
 
 def ray_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of every command that runs on Ray."""
+    """The options of every command that runs on Ray; gives the command its address, `local` for this process without Ray."""
+
+    @functools.wraps(command)
+    def placed(here: bool, address: str | None, config: Any, **others: Any) -> Any:
+        if here and address not in (None, "local"):
+            raise click.UsageError(f"--local and --address {address} contradict each other")
+        return command(config=config, address="local" if here else address or config.ray.address, **others)
+
     for option in (
         click.option("--quiet", is_flag=True, help="No progress, only the result."),
         click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was made as JSON."),
+        click.option("--local", "here", is_flag=True, help="In this process, without Ray; as --address local."),
         click.option(
-            "--address", help="A Ray cluster (host:6379); `local` starts one here. Default: the one in sight."
+            "--address",
+            help="A Ray cluster (host:6379); `new` starts one here, `local` is this process without Ray. Default: the one in sight.",
         ),
     ):
-        command = option(command)
-    return run_options(command)
+        placed = option(placed)
+    return run_options(placed)
 
 
 def check(config: Any, summary_path: str | None = None) -> None:
@@ -136,6 +150,21 @@ def check(config: Any, summary_path: str | None = None) -> None:
 
     check_place(summary_path)
     check_run(config)
+    in_use(config)
+
+
+def keep_what_is_there(out: str, force: bool) -> None:
+    """Refuse to write over a file or into a folder that holds something, unless told to. Raises UsageError."""
+    place = Path(out)
+    if not force and (place.is_symlink() or place.is_file() or (place.is_dir() and any(place.iterdir()))):
+        raise click.UsageError(f"{out} is there already: choose another place, or replace it with --force")
+
+
+def in_use(config: Any) -> None:
+    """Keep what removes runs out of the storage until the command ends. Raises StorageError."""
+    from roma_ray.artifacts import Store
+
+    click.get_current_context().with_resource(Store(config.storage).used())
 
 
 def quiet_ray() -> None:

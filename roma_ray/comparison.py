@@ -15,7 +15,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.methods import Entry, compare_methods
-from roma_ray.pipeline import run
+from roma_ray.pipeline import locate, run
 
 VERSION = 2
 SUMMARY = "comparison.json"
@@ -66,8 +66,10 @@ def compare(
     Raises what the stages before raise, and GuardError when the base model itself failed.
     """
     started = time.monotonic()
-    stages = dict(run(setup, progress, runners, until="neighbors").stages)
-    planned = {name: [method_stage(setup, stages, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}
+    located = locate(setup)
+    planned = {name: [method_stage(setup, located, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}
+    missing = any(not stage.complete for found in planned.values() for stage in found)
+    stages = dict(run(setup, progress, runners, until="neighbors", states=missing).stages)
     observer.planned(planned)
     run_methods(setup, stages, methods, seeds, runners.baselines, progress, observer.method_finished)
     entries = []

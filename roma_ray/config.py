@@ -239,7 +239,7 @@ class RayConfig(Section):
 
     address: str | None = None
     """A cluster's address (host:6379). Default: $RAY_ADDRESS, a cluster that runs on this machine, else one of its own.
-    `local` always starts its own."""
+    `new` always starts its own; `local` is the command's own process, without Ray."""
     extract_workers: int | None = Field(default=None, ge=1)
     """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`; without a cluster in sight, none
     for work that starting them would lengthen (roma_ray/stages/worth.py)."""

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from roma_ray.artifacts import Stage
+from roma_ray.artifacts import CONFIG, Stage
 from roma_ray.baselines.runs import method_stage
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.embedding import embed
-from roma_ray.engine.extraction import extract
+from roma_ray.engine.extraction import bring_back, extract
 from roma_ray.engine.finetuning import tune
 from roma_ray.engine.neighborhoods import describe, neighbors
 from roma_ray.engine.prepare import prepare, sources_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.engine.setup import CONFIG, Setup, save_config
+from roma_ray.engine.setup import Setup, save_config
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.paired import evaluate, locate_stages
 from roma_ray.evaluation.summary import summarise_run
@@ -88,14 +88,22 @@ def run(
     runners: Runners = LOCAL,
     until: str = "evaluate",
     observer: Observer = NOBODY,
+    *,
+    states: bool = False,
 ) -> Run:
-    """Run the stages up to `until`, skipping those that are complete. Raises what the stages raise (RomaError)."""
+    """Run the stages up to `until`, skipping those that are complete. Raises what the stages raise (RomaError).
+
+    `states`: whoever follows reads the activations, as training and evaluation do.
+    """
     assert until in STAGES
     started = time.monotonic()
     planned = locate(setup)
+    wanted = STAGES[: STAGES.index(until) + 1]
+    if states or any(not planned[name].complete for name in ("finetune", "evaluate") if name in wanted):
+        bring_back(planned["extract"])
     observer.started(planned)
     stages: dict[str, Stage] = {}
-    for name in STAGES[: STAGES.index(until) + 1]:
+    for name in wanted:
         skipped = planned[name].complete
         if skipped:
             planned[name].verify()

@@ -127,6 +127,24 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
     assert version in done.stdout
 
 
+def test_completion_works_as_documented(tmp_path: Path) -> None:
+    def complete(**environment: str) -> str:
+        script = "from roma_ray.cli import main\nmain(prog_name='roma-ray')\n"
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.stdout
+
+    assert "_ROMA_RAY_COMPLETE=bash_complete" in complete(_ROMA_RAY_COMPLETE="zsh_source").replace("zsh", "bash")
+    found = complete(_ROMA_RAY_COMPLETE="bash_complete", COMP_WORDS="roma-ray run --sum", COMP_CWORD="2")
+    assert "--summary" in found
+
+
 def test_an_unknown_setting_is_one_readable_message(tmp_path: Path) -> None:
     done = roma(tmp_path, "local", "--set", "finetune.learning_rat=1")
     assert_readable(done, "finetune.learning_rat: unknown setting; did you mean `learning_rate`?", code=2)

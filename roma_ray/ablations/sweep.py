@@ -13,15 +13,15 @@ from roma_ray.ablations.plan import Plan, Planned, describe
 from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import Work, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
-from roma_ray.artifacts import Stage, write_text
+from roma_ray.artifacts import CONFIG, MEMBERS, Stage, write_json, write_text
 from roma_ray.engine.embedding import embed
-from roma_ray.engine.extraction import extract
+from roma_ray.engine.extraction import bring_back, extract
 from roma_ray.engine.neighborhoods import describe as describe_neighbors
 from roma_ray.engine.neighborhoods import neighbors
 from roma_ray.engine.prepare import prepare, sources_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.engine.setup import CONFIG, save_config
+from roma_ray.engine.setup import save_config
 from roma_ray.errors import ArtifactError, RomaError
 from roma_ray.questions.counts import describe_sources
 from roma_ray.stages.cluster import Cluster
@@ -154,6 +154,7 @@ def run_sweep(
     sweep = open_sweep(plan)
     with sweep.stage.exclusive():
         write_text(sweep.stage.path / SPACE, _resolved(plan.space))
+        _keep_members(sweep)
         for state in sweep.having(DONE):
             keep_config(state)
         if sweep.having(WAITING, FAILED) or sweep.missing_samples > 0:
@@ -164,7 +165,14 @@ def run_sweep(
         else:
             for observer in observers:
                 observer.started(sweep)
+        _keep_members(sweep)
     return sweep
+
+
+def _keep_members(sweep: Sweep) -> None:
+    """Note which evaluations are this sweep's, for who asks what lies in the storage."""
+    members = sorted({state.planned.stages["evaluate"].fingerprint for state in sweep.states.values()})
+    write_json(sweep.stage.path / MEMBERS, {"stages": members})
 
 
 def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | None = None) -> None:
@@ -189,6 +197,8 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
                 continue
             done.add(stage.fingerprint)
             try:
+                if name == "extract":
+                    bring_back(stage)
                 fresh = not stage.complete
                 if not fresh:
                     # The trials themselves do not look again.

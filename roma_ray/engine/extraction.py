@@ -81,6 +81,13 @@ def activation_dtype(setup: Setup) -> str:
     return setup.model.dtype if chosen == "auto" else chosen
 
 
+def bring_back(stage: Stage) -> None:
+    """Make an extraction unfinished whose activations were removed: who needs them makes them again, to the same bits."""
+    if stage.complete and stage.released:
+        with stage.exclusive():
+            stage.discard()
+
+
 def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
     """Run the batches that are not done yet with `execute`, then gather their rows.
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.artifacts import Stage, Store, file_digest, fingerprint, write_text
+from roma_ray.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
 from roma_ray.config import Config, ModelConfig
 from roma_ray.errors import ModelError
 
@@ -24,7 +24,6 @@ _WHOLE_DIGEST_BYTES = 256 << 20
 # Routers are far smaller (OLMoE's: 256 KiB), experts' fused weights far larger.
 _WHOLE_TENSOR_BYTES = 8 << 20
 _SAMPLE = 1 << 16
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)

@@ -234,7 +234,7 @@ class Cluster:
 _QUIET: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
 _REACH_HELP = (
     "Check that it runs (`ray status`), that ray's and Python's versions are the same there, and the address (--address, "
-    "RAY_ADDRESS); `--address local` starts one here."
+    "RAY_ADDRESS); `--address new` starts one here."
 )
 
 
@@ -292,7 +292,8 @@ def _stderr_dropped() -> Iterator[None]:
 def find_address(wanted: str | None) -> str | None:
     """The address of the cluster to use, or None to start one here: as given, $RAY_ADDRESS, or one running on this machine."""
     address = wanted or os.environ.get("RAY_ADDRESS")
-    if address == "local":
+    if address in ("new", "local"):
+        # `local` is Ray's own word for it, in $RAY_ADDRESS; that of the commands means this process, without Ray.
         return None
     if address and address != "auto":
         if "://" in address:

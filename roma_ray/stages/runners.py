@@ -2,20 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from roma_ray.artifacts import Store
+from roma_ray.config import Config
 from roma_ray.engine.backends import measure_backends
 from roma_ray.engine.progress import Progress, Silence
-from roma_ray.engine.runners import Runners
+from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.work import Executor, serial
 from roma_ray.stages.baselines import baselines_on_ray
-from roma_ray.stages.cluster import Cluster
+from roma_ray.stages.batches import ray_executor
+from roma_ray.stages.cluster import Cluster, open_cluster
 from roma_ray.stages.embed import embed_on_ray
 from roma_ray.stages.extract import extract_on_ray
 from roma_ray.stages.failures import explained
 from roma_ray.stages.finetune import finetune_on_ray
+
+LOCAL_ADDRESS = "local"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command's work runs: this process, or a Ray cluster."""
+
+    runners: Runners
+    judge: Executor
+    """Answers benchmarks' requests."""
+    device: str | None = None
+    """What the workers have; None: what this process finds."""
+    measure: Callable[[ModelSpec], dict[str, Any]] | None = None
+    """Measures the experts backends there, for `resolve`."""
+
+
+@contextmanager
+def open_place(config: Config, address: str | None, progress: Progress) -> Iterator[Place]:
+    """This process where the address is `local`, else a cluster for as long as the block runs. Raises WorkerError."""
+    if address == LOCAL_ADDRESS:
+        yield Place(LOCAL, serial)
+        return
+    with open_cluster(config, address, progress.say) as cluster:
+        device = cluster.device()
+        yield Place(
+            ray_runners(cluster, device),
+            ray_executor(cluster, "evaluate", device),
+            device,
+            measure_near(cluster, device, progress),
+        )
 
 
 def ray_runners(cluster: Cluster, device: str) -> Runners:

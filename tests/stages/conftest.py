@@ -76,6 +76,6 @@ def cluster(world: Config, environment: dict[str, str]) -> Iterator[Cluster]:
         # Where Ray would leave a token.
         patch.setenv("HOME", environment["RAY_TMPDIR"])
         settings = world.ray.model_copy(update={"extract_workers": 2, "evaluate_workers": 2, "finetune_workers": 3})
-        with open_cluster(world.model_copy(update={"ray": settings}), "local") as opened:
+        with open_cluster(world.model_copy(update={"ray": settings}), "new") as opened:
             opened.connect()
             yield opened

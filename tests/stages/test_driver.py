@@ -42,7 +42,7 @@ def start(environment: dict[str, str], config: Path, log: Path, *options: str) -
     """`roma-ray evaluate`, which runs all before it, in a session of its own."""
     with open(log, "wb") as stream:
         return subprocess.Popen(
-            [sys.executable, "-m", "roma_ray.cli", "evaluate", "--config", str(config), "--address", "local", *options],
+            [sys.executable, "-m", "roma_ray.cli", "evaluate", "--config", str(config), "--address", "new", *options],
             env=environment,
             stdout=stream,
             stderr=stream,
