@@ -140,7 +140,8 @@ def test_completion_works_as_documented(tmp_path: Path) -> None:
         )
         return done.stdout
 
-    assert "_ROMA_RAY_COMPLETE=bash_complete" in complete(_ROMA_RAY_COMPLETE="zsh_source").replace("zsh", "bash")
+    for shell in ("bash", "zsh", "fish"):
+        assert f"_ROMA_RAY_COMPLETE={shell}_complete" in complete(_ROMA_RAY_COMPLETE=f"{shell}_source")
     found = complete(_ROMA_RAY_COMPLETE="bash_complete", COMP_WORDS="roma-ray run --sum", COMP_CWORD="2")
     assert "--summary" in found
 
