@@ -66,7 +66,7 @@ def run_trials(folder: Path, count: int, hidden: int) -> list[dict[str, float]]:
     space.write_text(yaml.safe_dump(content))
     loaded = load_space(str(space))
     progress = LineProgress()
-    with open_cluster(loaded.centre, "local", progress.say) as cluster:
+    with open_cluster(loaded.centre, "new", progress.say) as cluster:
         run_sweep(make_plan(loaded, "cpu"), cluster, progress, do=measured)
     return [json.loads(line) for line in (storage / "memory.jsonl").read_text().splitlines()]
 
