@@ -26,7 +26,6 @@ _READS: dict[str, tuple[str, ...]] = {
     "evaluate --adapter": ("model", "questions.prompt", "evaluation", "tracking", "ray"),
     "routing": _PASS,
     "compare": ("tracking",),
-    "routing": _PASS,
 }
 _STAGE_OF_RAY = {
     "extract": ("ray.extract_workers", "ray.extract"),
