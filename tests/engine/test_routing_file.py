@@ -72,8 +72,10 @@ def test_the_command(letter_run: Run, tmp_path: Path) -> None:
     assert f"written: {out} ({count} questions, 6 layers)" in done.output
     told = CliRunner().invoke(main, ["inspect", str(out)]).output
     assert f"questions: {count}\n" in told
-    done = CliRunner().invoke(
-        main, ["routing", str(out), "--config", str(config), "--set", "seed=99", "--storage", str(tmp_path / "none")]
+    assert CliRunner().invoke(main, ["routing", str(out), "--config", str(config)]).exit_code == 2, (
+        "nothing is replaced"
     )
+    elsewhere = ["--set", "seed=99", "--storage", str(tmp_path / "none"), "--force"]
+    done = CliRunner().invoke(main, ["routing", str(out), "--config", str(config), *elsewhere])
     assert done.exit_code == 1
     assert "roma-ray extract" in done.output
