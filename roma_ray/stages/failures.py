@@ -71,10 +71,11 @@ def as_deaths() -> None:
     if getattr(plain, "takes_deaths", False):
         return
 
-    def failed(self: RayActorManager, task: Any, error: Exception) -> None:
-        if isinstance(error, RayError) and not isinstance(error, (RayActorError, RayTaskError)):
-            error = RayActorError(error_msg=str(error))
-        plain(self, task, error)
+    # Ray passes these by name.
+    def failed(self: RayActorManager, tracked_actor_task: Any, exception: Exception) -> None:
+        if isinstance(exception, RayError) and not isinstance(exception, (RayActorError, RayTaskError)):
+            exception = RayActorError(error_msg=str(exception))
+        plain(self, tracked_actor_task=tracked_actor_task, exception=exception)
 
     failed.takes_deaths = True  # type: ignore[attr-defined]
     RayActorManager._actor_task_failed = failed
