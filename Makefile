@@ -1,4 +1,5 @@
 # make demo   from a fresh clone: virtual environment, pinned install, the whole method on the embedded model
+# make venv   the environment alone     make dev     with the development tools
 # make test   the test suite            make check   ruff and mypy            make clean   remove what these made
 # make chaos  every fault on a simulated cluster of three nodes, as a table
 # make fuzz   100,000 damaged files through every reader (INPUTS=... for another number)
@@ -7,12 +8,12 @@
 #   make venv PYTHON=python3.12                      another interpreter
 #   make venv TORCH="torch==2.13.0 --index-url URL"  torch's build for your GPU (pytorch.org names the URL)
 #   make venv VENV_FLAGS=--system-site-packages      keep the torch of a CUDA or ROCm image
-#   make venv EXTRAS=minilm,hub,dev                  without FAISS (torch then searches, to the same answer)
+#   make venv EXTRAS=minilm,hub                      without FAISS (torch then searches, to the same answer)
 
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
-EXTRAS ?= minilm,faiss,hub,search,dev
+EXTRAS ?= minilm,faiss,hub,search
 # Two suffice: the tests that use Ray run one after another in one of them.
 TEST_WORKERS ?= 2
 # Installed only where torch cannot be imported: a build that is already there is kept.
@@ -22,41 +23,45 @@ INPUTS ?= 100000
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
+# With the development tools: what the checks and the tests need, and nobody who only runs roma-ray.
+DEVELOPED := $(VENV)/.installed-$(EXTRAS),dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv demo test fuzz chaos check bench format pin clean
+.PHONY: help venv dev demo test fuzz chaos check bench format pin clean
 
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(INSTALLED)
 
+dev: $(DEVELOPED)
+
 # The stamp is written last, so an interrupted install is taken up again. Not with pip's --no-compile: where
 # PYTHONDONTWRITEBYTECODE is set, as in many containers, every process would compile its imports: twelve seconds more.
-$(INSTALLED): pyproject.toml constraints.txt
+$(VENV)/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "roma-ray needs Python 3.11 or newer; $(PYTHON) is not. Try: make $(or $(MAKECMDGOALS),venv) PYTHON=python3.12" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV_FLAGS) $(VENV) || \
 	  { echo "$(PYTHON) cannot make a virtual environment. On Debian and Ubuntu: apt install python3-venv" >&2; rm -rf $(VENV); exit 1; }
 	@$(BIN)/python -c 'import torch' 2>/dev/null || { $(PIP) install --constraint constraints.txt $(TORCH); }
-	@echo "installing roma-ray[$(EXTRAS)] with the versions of constraints.txt: a few minutes and about 2.8 GB"
-	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
+	@echo "installing roma-ray[$*] with the versions of constraints.txt: a few minutes and about 2.8 GB"
+	@$(PIP) install --quiet --constraint constraints.txt --editable '.[$*]'
 	@touch $@
 
 demo: venv
 	$(BIN)/roma-ray run
 
-test: venv
+test: dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
 
-fuzz: venv
+fuzz: dev
 	$(BIN)/python -m tests.fuzzing --inputs $(INPUTS)
 
 # The faults of storage mount file systems in memory, so they need root.
-chaos: venv
+chaos: dev
 	$(BIN)/python -m tests.chaos
 
-check: venv
+check: dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -68,12 +73,12 @@ bench: venv
 	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --json bench-$$name.json || missed=1; \
 	done; exit $$missed
 
-format: venv
+format: dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 # Keep the leading comment, replace the versions. Parts of a GPU's torch build are the machine's own business.
-pin: venv
+pin: dev
 	@sed -n '/^#/p' constraints.txt > constraints.new
 	@$(PIP) freeze --exclude-editable | grep -Ev '^(torch|triton|nvidia-|pytorch-triton|-e |pip|setuptools)' >> constraints.new
 	@mv constraints.new constraints.txt

@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+import roma_ray
 from roma_ray.cli_options import (
     Commands,
     check,
@@ -25,7 +26,7 @@ from roma_ray.cli_storage import gc, ls, rm, show
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
-@click.version_option(package_name="roma-ray")
+@click.version_option(roma_ray.__version__)
 def main() -> None:
     """Routing Manifold Alignment (RoMA) for mixture-of-experts language models."""
 
