@@ -9,12 +9,28 @@ from typing import Any
 
 def print_comparison(summary: Mapping[str, Any]) -> None:
     """Print the table of all methods, what was equal for all, and what the oracle means."""
-    from roma_ray.evaluation.methods import COSTS, budget_line, cost_rows, describe_oracle, result_header, result_rows
+    from roma_ray.evaluation.measures import coincidence
+    from roma_ray.evaluation.methods import (
+        COST_LEGEND,
+        COSTS,
+        budget_line,
+        cost_rows,
+        describe_oracle,
+        measure_differences,
+        measure_header,
+        result_header,
+        result_legend,
+        result_rows,
+    )
     from roma_ray.terminal import print_table, say
 
-    title = f"{summary['name']}: {summary['questions']} test questions, with standard errors"
+    title = f"{summary['name']}: {summary['questions']} test questions"
     print_table(title, result_header(summary), result_rows(summary))
-    print_table("costs, trunk included", COSTS, cost_rows(summary))
+    print_table("all measures, differences to the base model", measure_header(summary), measure_differences(summary))
+    for line in filter(None, (result_legend(summary), coincidence(summary))):
+        say(line)
+    print_table("costs", COSTS, cost_rows(summary))
+    say(COST_LEGEND)
     say(budget_line(summary))
     if summary["oracle"]:
         say(describe_oracle(summary["oracle"]))

@@ -11,13 +11,15 @@ from roma_ray.artifacts import Stage, fingerprint, write_json
 from roma_ray.baselines.contract import budget
 from roma_ray.baselines.registry import METHODS
 from roma_ray.baselines.runs import method_stage, read_failure, run_methods, seeds_of
+from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.tables import read_prompts
 from roma_ray.evaluation.methods import Entry, compare_methods
 from roma_ray.pipeline import locate, run
 
-VERSION = 2
+VERSION = 3
 SUMMARY = "comparison.json"
 
 
@@ -85,7 +87,9 @@ def compare(
         "seed": setup.config.seed,
         "seeds": seeds,
         "layers": list(setup.layers),
-        **compare_methods(entries, common),
+        **compare_methods(
+            entries, common, read_prompts(stages["questions"].path / TABLE), setup.config.questions.prompt
+        ),
         "seconds": round(time.monotonic() - started, 3),
     }
     observer.finished(summary)

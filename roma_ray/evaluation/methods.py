@@ -8,10 +8,14 @@ budget            what is equal for all methods that train
 methods           one object a method, in order: name, title, sees_labels, seeds, n, accuracy, stderr (over questions, of the
                   mean over seeds), seed_deviation (of the accuracy over seeds; null for one), difference and
                   difference_stderr (to the base model, paired), first_seed (lost, won and mcnemar_p of the first seed alone: the test
-                  takes verdicts, and a mean over seeds is none), tasks (accuracy by task), learning_rate, validation_accuracy,
+                  takes verdicts, and a mean over seeds is none), tasks (accuracy by task), measures {measure of
+                  `evaluation/measures.py`: {micro, macro, tasks}: the mean over seeds as tuned, paired with the base model as base},
+                  learning_rate, validation_accuracy,
                   trials (validation accuracy by learning rate),
                   trained_parameters, train_seconds (of the chosen learning rate, preparation included), selection_seconds (of the
                   whole grid), flops_per_question, questions_per_second, fingerprints. A failed one: name, title, failure
+configured        the measure by which answers are chosen: that of accuracy, difference and first_seed
+coincide          whether acc and acc_norm must be equal on these questions, so that one is left out
 oracle            the oracle beside its control (null when it was not run): see `oracle_and_control`
 """
 
@@ -26,9 +30,13 @@ import numpy as np
 import pyarrow as pa
 
 from roma_ray.artifacts import Stage, fingerprint
+from roma_ray.config import PromptConfig
 from roma_ray.engine.answers import ANSWERS, read_answers
+from roma_ray.engine.identity import answer_rule
 from roma_ray.errors import GuardError
+from roma_ray.evaluation.measures import MEASURES, RULES, Asked, measure, pair_measures
 from roma_ray.evaluation.statistics import changes, mcnemar, p_value, standard_error, with_error
+from roma_ray.questions.prompts import Prompt
 
 SPLIT = "test"
 _FACTS = (
@@ -54,8 +62,13 @@ class Entry:
     failure: str = ""
 
 
-def compare_methods(entries: Sequence[Entry], budget: Mapping[str, Any]) -> dict[str, Any]:
-    """Judge every method on the questions of the base model. Raises GuardError when a method answered others."""
+def compare_methods(
+    entries: Sequence[Entry], budget: Mapping[str, Any], prompts: Sequence[Prompt], prompt: PromptConfig
+) -> dict[str, Any]:
+    """Judge every method on the questions of the base model; `prompts` is the whole question table, `prompt` how it was made.
+
+    Raises GuardError when a method answered other questions.
+    """
     done = [entry for entry in entries if not entry.failure]
     answers = {entry.name: [read_answers(stage.path / ANSWERS, SPLIT) for stage in entry.stages] for entry in done}
     if "base" not in answers:
@@ -66,14 +79,18 @@ def compare_methods(entries: Sequence[Entry], budget: Mapping[str, Any]) -> dict
     for name, tables in answers.items():
         if any(not table.select(keys).equals(base.select(keys)) for table in tables):
             raise GuardError(f"{name} answered other questions than the base model; remove its folder and run again")
+    kept = [prompts[row] for row in base.column("row").to_pylist()]
+    asked = Asked.of(kept, answer_rule(prompt), letter=prompt.format == "letter")
     return {
         "pin": fingerprint({"rows": base.select(["id", "task", "answer"]).to_pylist()}),
         "questions": len(base),
+        "configured": RULES[asked.rule],
+        "coincide": asked.coincide,
         "budget": dict(budget),
         "methods": [
             {"name": entry.name, "title": entry.title, "failure": entry.failure}
             if entry.failure
-            else _row(entry, answers[entry.name], base)
+            else _row(entry, answers[entry.name], base, asked)
             for entry in entries
         ],
         "oracle": oracle_and_control(answers["oracle"][0], answers["oracle_control"], base)
@@ -82,12 +99,14 @@ def compare_methods(entries: Sequence[Entry], budget: Mapping[str, Any]) -> dict
     }
 
 
-def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table) -> dict[str, Any]:
+def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table, asked: Asked) -> dict[str, Any]:
     right_SN = np.stack([_right(table) for table in tables])
     base_N, mean_N = _right(base), right_SN.mean(0)
     lost, won = changes(base_N, right_SN[0])
     facts = entry.stages[0].manifest()["facts"]
     tasks = np.array(base.column("task").to_pylist())
+    before, *measured = (measure(table.column("scores").to_pylist(), asked) for table in (base, *tables))
+    after = {name: np.mean([one[name] for one in measured], axis=0) for name in before}
     return {
         "name": entry.name,
         "title": entry.title,
@@ -101,6 +120,7 @@ def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table) -> dict[str, 
         "difference_stderr": _error(mean_N - base_N),
         "first_seed": {"lost": lost, "won": won, "mcnemar_p": mcnemar(base_N, right_SN[0])},
         "tasks": {str(task): float(mean_N[tasks == task].mean()) for task in sorted(set(tasks))},
+        "measures": {name: found.plain() for name, found in pair_measures(before, after, asked.tasks).items()},
         **{key: facts.get(key) for key in _FACTS},
         "train_seconds": mean(stage.manifest()["facts"]["train_seconds"] for stage in entry.stages),
         "fingerprints": [stage.fingerprint for stage in entry.stages],
@@ -161,13 +181,55 @@ def _error(values: np.ndarray) -> float:
     return standard_error(values)
 
 
-COSTS = ("method", "trained parameters", "training s", "MFLOPs a question", "questions/s")
+COSTS = ("method", "rate", "trained", "train s", "MFLOPs each", "questions/s")
+COST_LEGEND = "rate: the learning rate that was chosen; trained: parameters; each, /s: a question, trunk included"
+_SEES_LABELS = " †"
 
 
 def result_header(summary: Mapping[str, Any]) -> tuple[str, ...]:
     """The columns of `result_rows`; with several seeds McNemar's test is of the first, which its heading says."""
-    p = "McNemar p" if summary["seeds"] == 1 else f"McNemar p (seed {summary['seed']} alone)"
-    return ("method", "accuracy %", "to base", p, "over seeds", "learning rate")
+    several = summary["seeds"] > 1
+    return ("method", "accuracy %", "to base", f"p (seed {summary['seed']})" if several else "p", "sd of seeds")
+
+
+def result_legend(summary: Mapping[str, Any]) -> str:
+    """What stands in the tables of accuracies and measures."""
+    seeds = (
+        "of the mean over seeds; sd of seeds: how far the accuracies of single seeds spread"
+        if summary["seeds"] > 1
+        else ""
+    )
+    return (
+        f"Accuracy is {summary['configured']}. ±: standard error over questions, paired in differences"
+        + (f", {seeds}" if seeds else "")
+        + f". p: McNemar's exact test.{_SEES_LABELS}: sees the label. gold_logp: the right answer's log-likelihood, nats a token; "
+        "choice_logp: its log-probability among the choices, nats."
+    )
+
+
+def measure_header(summary: Mapping[str, Any]) -> tuple[str, ...]:
+    """The columns of `measure_differences`; the measure that answers are chosen by is marked."""
+    names = next(found["measures"] for found in summary["methods"] if "failure" not in found)
+    return ("method", *(f"{name}*" if name == summary["configured"] else name for name in names))
+
+
+def measure_differences(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Every measure's paired difference to the base model as text, a row a method; the base model's own level in its row."""
+    rows = []
+    for found in summary["methods"]:
+        if "failure" in found:
+            continue
+        which, signed = ("base", False) if found["name"] == "base" else ("difference", True)
+        cells = (
+            MEASURES[name].text(one["micro"][which], one["micro"][f"{which}_stderr"], signed=signed)
+            for name, one in found["measures"].items()
+        )
+        rows.append((_named(found), *cells))
+    return rows
+
+
+def _named(found: Mapping[str, Any]) -> str:
+    return found["name"] + (_SEES_LABELS if found["sees_labels"] else "")
 
 
 def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
@@ -178,15 +240,14 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             rows.append((found["name"], "failed", *[""] * (len(result_header(summary)) - 2)))
             continue
         base = found["name"] == "base"
-        deviation, rate = found["seed_deviation"], found["learning_rate"]
+        deviation = found["seed_deviation"]
         rows.append(
             (
-                found["name"] + (" (sees the label)" if found["sees_labels"] else ""),
+                _named(found),
                 with_error(found["accuracy"], found["stderr"]),
                 "" if base else with_error(found["difference"], found["difference_stderr"], signed=True),
                 "" if base else p_value(found["first_seed"]["mcnemar_p"]),
-                "" if deviation is None else f"± {100 * deviation:.2f} ({found['seeds']})",
-                "" if rate is None else f"{rate:g}",
+                "" if deviation is None else f"{100 * deviation:.2f} ({found['seeds']})",
             )
         )
     return rows
@@ -196,7 +257,8 @@ def cost_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """What each method costs as text, a row a method (Figure 5)."""
     return [
         (
-            found["name"],
+            _named(found),
+            "" if found["learning_rate"] is None else f"{found['learning_rate']:g}",
             f"{found['trained_parameters']:,}",
             f"{found['train_seconds']:.1f}",
             f"{found['flops_per_question'] / 1e6:,.1f}",

@@ -19,12 +19,16 @@ from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.methods import (
+    COST_LEGEND,
     COSTS,
     SPLIT,
     budget_line,
     cost_rows,
     describe_oracle,
+    measure_differences,
+    measure_header,
     result_header,
+    result_legend,
     result_rows,
 )
 from roma_ray.tracking import records
@@ -146,8 +150,14 @@ class ComparisonTracker:
 def table_text(summary: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
     lines = [f"{summary['questions']} test questions; {budget_line(summary)}"]
-    for header, rows in ((result_header(summary), result_rows(summary)), (COSTS, cost_rows(summary))):
+    tables = (
+        (result_header(summary), result_rows(summary)),
+        (measure_header(summary), measure_differences(summary)),
+        (COSTS, cost_rows(summary)),
+    )
+    for header, rows in tables:
         lines += ["", *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))]
+    lines += ["", result_legend(summary), COST_LEGEND]
     if summary["oracle"]:
         lines += ["", describe_oracle(summary["oracle"])]
     return "\n".join(lines)
@@ -169,6 +179,8 @@ def _row_values(summary: Mapping[str, Any], name: str) -> list[Value]:
     found = next(row for row in summary["methods"] if row["name"] == name)
     keys = ("stderr", "difference", "difference_stderr", "seed_deviation")
     named = {key: found[key] for key in keys if found.get(key) is not None}
+    for name, one in found.get("measures", {}).items():
+        named |= {f"{name}/{key}": one["micro"][key] for key in ("tuned", "difference", "difference_stderr")}
     named |= {f"first_seed/{key}": value for key, value in found.get("first_seed", {}).items()}
     at = records.now()
     return [Value(f"test/{key}", float(value), 0, at) for key, value in named.items()]

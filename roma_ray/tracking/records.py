@@ -96,14 +96,22 @@ def stage_metrics(stage: Stage) -> list[Value]:
 
 
 def accuracies(evaluation: Stage) -> list[Value]:
-    """All comparisons by split and task: `test/all/difference`."""
+    """All comparisons: by split and task (`test/all/difference`), and by measure (`measures/gold_logp/micro/difference`)."""
     at = finish_time(evaluation)
-    splits = read_evaluation(evaluation)["splits"]
-    return [
-        Value(f"{split}/{task_name(task)}/{key}", float(number), 0, at)
-        for split, tasks in splits.items()
+    found = read_evaluation(evaluation)
+    named = [
+        (f"{split}/{task_name(task)}", figures)
+        for split, tasks in found["splits"].items()
         for task, figures in tasks.items()
+    ]
+    for name, figures in found["measures"]["figures"].items():
+        named += [(f"measures/{name}/{over}", figures[over]) for over in ("micro", "macro") if figures[over]]
+    named.append(("validation", found["validation"]))
+    return [
+        Value(f"{place}/{key}", float(number), 0, at)
+        for place, figures in named
         for key, number in figures.items()
+        if number is not None
     ]
 
 

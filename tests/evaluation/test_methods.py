@@ -8,14 +8,24 @@ from typing import Any
 import pytest
 
 from roma_ray.artifacts import Stage, Store
+from roma_ray.config import PromptConfig
 from roma_ray.engine.answers import ANSWERS, Answers, write_answers
 from roma_ray.errors import GuardError
-from roma_ray.evaluation.methods import Entry, compare_methods, cost_rows, describe_oracle, result_header, result_rows
+from roma_ray.evaluation.methods import (
+    Entry,
+    compare_methods,
+    cost_rows,
+    describe_oracle,
+    measure_differences,
+    measure_header,
+    result_header,
+    result_rows,
+)
 from roma_ray.questions.prompts import Prompt
 
 BUDGET = {"learning_rates": [0.1], "epochs": 1, "batch_size": 2, "training_questions": 5, "validation_questions": 2}
 # Ten questions of two choices, the first of which is right.
-PROMPTS = [Prompt(f"q{n}", "ab"[n % 2], "test", (1,), ((2,), (3,)), (1, 1), 0, False) for n in range(10)]
+PROMPTS = [Prompt(f"q{n}", "ab"[n % 2], "test", (1,), ((2, 4), (3,)), (5, 5 + n), 0, False) for n in range(10)]
 
 
 def answered(root: Path, name: str, chosen: str, aims: str | None = None, rows: int = 10) -> Stage:
@@ -44,6 +54,8 @@ def summary(tmp_path: Path) -> dict[str, Any]:
             entry("oracle_control", answered(tmp_path, "control", "0111111111", "1" * 10), sees_labels=True),
         ],
         BUDGET,
+        PROMPTS,
+        PromptConfig(format="cloze", cloze_score="normalized"),
     )
 
 
@@ -64,14 +76,33 @@ def test_accuracies_are_paired_and_averaged_over_seeds(summary: dict[str, Any]) 
     assert two["tasks"] == {"a": pytest.approx(0.7), "b": pytest.approx(0.7)}
 
 
+def test_every_measure_of_a_method_is_paired_with_the_base(summary: dict[str, Any]) -> None:
+    assert (summary["configured"], summary["coincide"]) == ("acc_norm", False)
+    rows = {row["name"]: row for row in summary["methods"]}
+    found = rows["two"]["measures"]
+    assert list(found) == ["acc", "acc_norm", "gold_logp", "choice_logp"]
+    assert found["acc_norm"]["micro"]["tuned"] == pytest.approx(rows["two"]["accuracy"])
+    assert found["acc_norm"]["micro"]["difference_stderr"] == pytest.approx(rows["two"]["difference_stderr"])
+    # Scores are 1 for the chosen one of two: the right one's mean over two tokens is half of how often it is chosen.
+    assert found["gold_logp"]["micro"]["tuned"] == pytest.approx(0.7 / 2)
+    assert found["gold_logp"]["micro"]["difference"] == pytest.approx(0.2 / 2)
+    assert [found["acc"]["tasks"][task]["n"] for task in "ab"] == [5, 5]
+    header, table = measure_header(summary), measure_differences(summary)
+    assert header == ("method", "acc", "acc_norm*", "gold_logp", "choice_logp")
+    cells = dict(zip(header, table[1], strict=True))
+    assert cells["method"] == "two"
+    assert cells["gold_logp"].startswith("+0.1000 ±")
+    assert [row[0] for row in table] == ["base", "two", "oracle †", "oracle_control †"]
+
+
 def test_a_failed_method_keeps_its_place_and_no_figure(summary: dict[str, Any]) -> None:
     assert [row["name"] for row in summary["methods"]] == ["base", "two", "broken", "oracle", "oracle_control"]
     assert set(summary["methods"][2]) == {"name", "title", "failure"}
     summary |= {"seed": 4, "seeds": 2}
     assert result_rows(summary)[2][:2] == ("broken", "failed")
     # With several seeds the table says whose p it is.
-    assert result_header(summary)[3] == "McNemar p (seed 4 alone)"
-    assert result_header(summary | {"seeds": 1})[3] == "McNemar p"
+    assert result_header(summary)[3] == "p (seed 4)"
+    assert result_header(summary | {"seeds": 1})[3] == "p"
     assert len(cost_rows(summary)) == 4
 
 
@@ -91,6 +122,6 @@ def test_other_questions_are_refused(tmp_path: Path) -> None:
     base = answered(tmp_path, "base", "0000011111")
     fewer = answered(tmp_path, "fewer", "0000011111", rows=9)
     with pytest.raises(GuardError, match="fewer answered other questions"):
-        compare_methods([entry("base", base), entry("fewer", fewer)], BUDGET)
+        compare_methods([entry("base", base), entry("fewer", fewer)], BUDGET, PROMPTS, PromptConfig())
     with pytest.raises(GuardError, match="without it there is nothing"):
-        compare_methods([entry("base", failure="ModelError: gone")], BUDGET)
+        compare_methods([entry("base", failure="ModelError: gone")], BUDGET, PROMPTS, PromptConfig())
