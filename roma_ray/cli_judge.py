@@ -17,7 +17,7 @@ from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
-from roma_ray.evaluation.statistics import p_value, with_error
+from roma_ray.evaluation.measures import figure_cells, form_of
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
 from roma_ray.pipeline import run as run_pipeline
@@ -82,7 +82,7 @@ def print_benchmarks(folder: Path) -> None:
     """Print an evaluation's figures and what a reader must know of them."""
     found = read_benchmarks(folder)
     paired = found["model"]["adapter"] is not None
-    header: tuple[str, ...] = ("benchmark", "metric", "shots", "n", "base %")
+    header: tuple[str, ...] = ("benchmark", "metric", "shots", "n", "base")
     rows = []
     # Of a group that was asked for, MMLU say, the whole is shown; its tasks are in the files.
     inner = {task for group in found["groups"].values() for task in group["tasks"]}
@@ -92,24 +92,23 @@ def print_benchmarks(folder: Path) -> None:
             "num_fewshot", found["tasks"][figures["tasks"][0]]["num_fewshot"] if "tasks" in figures else 0
         )
         for metric, f in figures["metrics"].items():
-            row = [task, metric.removesuffix(",none"), str(shots), str(f["n"]), _percent(f, "base")]
-            if paired:
-                p = "" if f["mcnemar_p"] is None else p_value(f["mcnemar_p"])
-                row += [_percent(f, "tuned"), with_error(f["difference"], f["difference_stderr"], signed=True), p]
-            rows.append(tuple(row))
+            name = metric.removesuffix(",none")
+            head = (task, name, str(shots), str(f["n"]))
+            rows.append(
+                (*head, *(figure_cells(name, f) if paired else [form_of(name).text(f["base"], f["base_stderr"])]))
+            )
     if paired:
-        header = (*header, "tuned %", "difference", "McNemar p")
-    print_table("lm-evaluation-harness: scores with standard errors", header, rows)
+        header = (*header, "tuned", "difference", "p")
+    print_table("lm-evaluation-harness: scores with standard errors over questions, shares in percent", header, rows)
+    say(
+        "gold_logp: the right choice's log-likelihood, nats a token; choice_logp: its log-probability among the choices, nats"
+    )
     for line in notes_of(found):
         say(f"note: {line}")
     speed = found["cost"]["questions_per_second"]
     if speed:
         say("questions/s: " + ", ".join(f"{name} {figure:.1f}" for name, figure in speed.items()))
     say(f"evaluation: {folder}")
-
-
-def _percent(figures: dict[str, Any], name: str) -> str:
-    return with_error(figures[name], figures[f"{name}_stderr"])
 
 
 def notes_of(found: dict[str, Any]) -> list[str]:

@@ -1,7 +1,8 @@
 """lm-evaluation-harness as the one judge: its tasks, prompts and metrics; our sharded answers; base and tuned side by side.
 
 A finished evaluation is a folder `benchmarks/<fingerprint>/`: `lm_eval_base.json` and `lm_eval_tuned.json` (lm-eval's own
-results), `metrics.parquet` (one value of one metric of one question a row, so that acc and acc_norm never mix),
+results), `metrics.parquet` (one value of one metric of one question a row, so that acc and acc_norm never mix; of
+multiple choice also gold_logp and choice_logp of `measures`, by the plain log-likelihoods),
 `responses.parquet` (what each model answered) and `evaluation.json` (`read_benchmarks` documents its keys).
 """
 
@@ -25,6 +26,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.tables import write_table
 from roma_ray.engine.work import Executor
 from roma_ray.errors import ArtifactError, ConfigError
+from roma_ray.evaluation.benchmark_values import measured
 from roma_ray.evaluation.cost import cost_of
 from roma_ray.evaluation.findings import findings
 from roma_ray.evaluation.requests import answer
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
     from lm_eval.api.group import Group
     from lm_eval.api.task import Task
 
-VERSION = 2
+VERSION = 3
 SUMMARY, METRICS, RESPONSES = "evaluation.json", "metrics.parquet", "responses.parquet"
 # lm-eval's own default, for examples drawn at random.
 _FEWSHOT_SEED = 1234
@@ -123,7 +125,7 @@ def judge(
     with stage.exclusive():
         for name, found in results.items():
             write_json(stage.path / f"lm_eval_{name}.json", published(found, subject, wanted))
-        rows = metric_rows(results)
+        rows = metric_rows(results, single, lm.tokens)
         write_table(stage.path / METRICS, rows, _METRICS)
         write_table(stage.path / RESPONSES, response_rows(results), _RESPONSES)
         summary = {
@@ -253,30 +255,26 @@ def _by_doc(result: Mapping[str, Any]) -> list[set[int]]:
     return [{s["doc_id"] for s in samples} for samples in result["samples"].values()]
 
 
-def metric_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """One value a row, of every metric that is a number for each question."""
+def metric_rows(
+    results: Mapping[str, Mapping[str, Any]], tasks: Mapping[str, Task], tokens: Mapping[tuple[str, str], int]
+) -> dict[str, list[Any]]:
+    """One value a row, of every metric that is a number for each question, and of its right choice's log-likelihood.
+
+    `tokens`: those of each continuation, by (context, continuation).
+    """
     rows: dict[str, list[Any]] = {name: [] for name in _METRICS.names}
     for task, samples in results["base"]["samples"].items():
         others = results["tuned"]["samples"][task] if "tuned" in results else [None] * len(samples)
         for sample, other in zip(samples, others, strict=True):
-            for metric in sample["metrics"]:
-                value = _number(sample[metric])
-                if value is None:
-                    continue
+            tuned = None if other is None else measured(other, tasks[task], tokens)
+            for metric, value in measured(sample, tasks[task], tokens).items():
                 rows["task"].append(task)
                 rows["doc"].append(sample["doc_id"])
                 rows["filter"].append(sample["filter"])
                 rows["metric"].append(metric)
                 rows["base"].append(value)
-                rows["tuned"].append(None if other is None else _number(other[metric]))
+                rows["tuned"].append(None if tuned is None else tuned.get(metric))
     return rows
-
-
-def _number(value: Any) -> float | None:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return None
 
 
 def response_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:

@@ -40,6 +40,8 @@ class JudgeLM(HFLM):
         self.truncated = 0
         """Requests of the current run whose start was cut off to fit the model."""
         self.answered: list[Answers] = []
+        self.tokens: dict[tuple[str, str], int] = {}
+        """Tokens of each continuation, by (context, continuation)."""
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """Log-likelihood and whether greedy, by stock's tokenization, without its progress bar."""
@@ -58,6 +60,7 @@ class JudgeLM(HFLM):
         override_bs: int | None = None,
     ) -> list[tuple[float, bool]]:
         asked = [self._scorable(context, continuation) for _, context, continuation in requests]
+        self.tokens.update({texts: len(continuation) for texts, _, continuation in requests})
         found: list[tuple[float, bool]] = self._answers("loglikelihood", asked)
         return found
 

@@ -158,9 +158,14 @@ def measure_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+def form_of(metric: str) -> Measure:
+    """How a metric is written; lm-eval's other ones are shares, as accuracy is."""
+    return MEASURES.get(metric, MEASURES["acc"])
+
+
 def figure_cells(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str]:
     """Base, tuned, difference and p of one record as text."""
-    form = MEASURES[name]
+    form = form_of(name)
     p = figures["t_p"] if figures["mcnemar_p"] is None else figures["mcnemar_p"]
     return (
         form.text(figures["base"], figures["base_stderr"]),

@@ -7,7 +7,7 @@ import io
 from html import escape
 
 from roma_ray.evaluation.compare import MACRO, Cell, Comparison, Row, plain
-from roma_ray.evaluation.measures import MEASURES, Measure
+from roma_ray.evaluation.measures import Measure, form_of
 from roma_ray.evaluation.statistics import p_value
 
 # Format -> suffix of its files.
@@ -54,8 +54,7 @@ def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def _row(row: Row) -> list[str]:
-    # lm-eval's other metrics are shares, as accuracy is.
-    measure = MEASURES.get(row.metric, MEASURES["acc"])
+    measure = form_of(row.metric)
     texts = [row.task, row.metric + ("*" if row.configured else ""), str(row.n), _score(row.cells[0], measure)]
     for cell in row.cells[1:]:
         p = "" if cell is None or cell.p is None else p_value(cell.p)

@@ -99,6 +99,28 @@ def test_every_answer_equals_stock(judge_world: JudgeWorld, judged: Stage, which
     assert assert_equal_answers(judged.path, which, stock) >= 120
 
 
+def test_the_right_choice_s_log_likelihood_is_stock_s_over_its_tokens(judge_world: JudgeWorld, judged: Stage) -> None:
+    """Also where the prompts differ and the continuation does not (winogrande)."""
+    stock = stock_samples(judge_world, judge_world.config.model.path, judge_world.adapter, wanted_of(judge_world))
+    tokenizer = load_tokenizer(judge_world.config.model.path, None)
+    rows = {(r["task"], r["doc"], r["metric"]): r["tuned"] for r in read_table(judged.path / METRICS).to_pylist()}
+    of_doc = {
+        "piqa": lambda doc: doc["label"],
+        "winogrande": lambda doc: int(doc["answer"]) - 1,
+        "copy": lambda doc: doc["gold"],
+    }
+    for task, gold_of in of_doc.items():
+        for sample in stock[task]:
+            lls, gold = np.array([repeats[0][0] for repeats in sample["resps"]]), gold_of(sample["doc"])
+            assert sample["acc"] == float(lls.argmax() == gold)
+            context, continuation = sample["arguments"][gold]
+            whole, start = (tokenizer(text)["input_ids"] for text in (context + continuation, context))
+            per_token = lls[gold] / (len(whole) - len(start))
+            assert rows[task, sample["doc_id"], "gold_logp"] == pytest.approx(per_token, abs=1e-3)
+            among = lls[gold] - np.log(np.exp(lls).sum())
+            assert rows[task, sample["doc_id"], "choice_logp"] == pytest.approx(among, abs=1e-3)
+
+
 def test_what_is_written(judge_world: JudgeWorld, judged: Stage) -> None:
     found = read_benchmarks(judged.path)
     own = json.loads((judged.path / "lm_eval_tuned.json").read_text())
@@ -106,9 +128,15 @@ def test_what_is_written(judge_world: JudgeWorld, judged: Stage) -> None:
     assert own["results"]["piqa"]["acc_stderr,none"] > 0
     for task, figures in found["tasks"].items():
         for metric, f in figures["metrics"].items():
-            assert f["tuned"] == pytest.approx(own["results"][task][metric]), (task, metric)
-    assert set(found["tasks"]["piqa"]["metrics"]) == {"acc,none", "acc_norm,none"}
-    assert set(found["tasks"]["winogrande"]["metrics"]) == {"acc,none"}
+            if metric not in ("gold_logp,none", "choice_logp,none"):
+                assert f["tuned"] == pytest.approx(own["results"][task][metric]), (task, metric)
+    assert set(found["tasks"]["piqa"]["metrics"]) == {
+        "acc,none",
+        "acc_norm,none",
+        "gold_logp,none",
+        "choice_logp,none",
+    }
+    assert set(found["tasks"]["winogrande"]["metrics"]) == {"acc,none", "gold_logp,none", "choice_logp,none"}
     guards = found["guards"]
     assert (guards["truncated"], guards["too_many_truncated"], guards["training_known"]) == (3, True, False)
     cost = found["cost"]
@@ -172,7 +200,10 @@ def test_budget_changes_no_verdict_and_a_resume_does_only_what_is_missing(
     assert again.given == []
     chosen = {"copy", "pick", "piqa", "winogrande"}
     first = [r for r in read_table(judged.path / METRICS).to_pylist() if r["task"] in chosen]
-    assert read_table(other.path / METRICS).to_pylist() == first
+    second = read_table(other.path / METRICS).to_pylist()
+    assert [r for r in second if "logp" not in r["metric"]] == [r for r in first if "logp" not in r["metric"]]
+    for one, two in zip(first, second, strict=True):
+        assert [one[which] for which in ("base", "tuned")] == pytest.approx([two[which] for which in ("base", "tuned")])
     assert batch_file(folder, 0).exists()
     # What is there already is believed only as it was written.
     kept = other.path / "lm_eval_tuned.json"
