@@ -116,11 +116,12 @@ def accuracies(evaluation: Stage) -> list[Value]:
 
 
 def headline(evaluation: Stage) -> list[Value]:
-    """What a table of pipelines shows: the whole test comparison, and the difference of each task."""
+    """What a table of pipelines shows: the whole test comparison by every measure, and the difference of each task."""
     return [
         value
         for value in accuracies(evaluation)
-        if value.key.startswith("test/all/") or (value.key.startswith("test/") and value.key.endswith("/difference"))
+        if value.key.startswith(("test/all/", "measures/"))
+        or (value.key.startswith("test/") and value.key.endswith("/difference"))
     ]
 
 

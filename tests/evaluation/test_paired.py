@@ -23,10 +23,13 @@ from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.change import describe_distance
+from roma_ray.evaluation.compare import MACRO, compare_columns, open_columns
 from roma_ray.evaluation.judged import RESULTS
+from roma_ray.evaluation.measures import figure_cells
 from roma_ray.evaluation.paired import by_task, evaluate, evaluation_pin
 from roma_ray.evaluation.summary import result_rows, warnings_of
 from roma_ray.pipeline import Run, run
+from roma_ray.text import with_error
 from tests.world import make_world
 
 
@@ -80,6 +83,39 @@ def test_every_measure_and_share_is_recomputed_from_the_stored_scores(finished: 
         for n, letter in enumerate(shares["positions"]):
             share = sum(r["tuned_prediction"] == n for r in own) / len(own)
             assert shares["positions"][letter]["tuned"] == pytest.approx(share)
+
+
+def test_the_result_is_printed_on_80_columns_with_every_measure(
+    finished: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from roma_ray.cli_results import print_result
+
+    print_result(finished.summary)
+    shown = capsys.readouterr().out
+    drawn = [line for line in shown.splitlines() if line[:1] in "│┃┏┡└"]
+    assert max(map(len, drawn)) <= 80
+    for name, found in finished.summary["measures"]["figures"].items():
+        mark = "*" if name == "acc" else ""
+        row = next(line for line in drawn if line.startswith(f"│ {name}{mark} "))
+        assert figure_cells(name, found["micro"])[2] in row
+    assert sum("│   macro " in line for line in drawn) == 3
+    assert "acc and acc_norm are the same" in shown
+    assert "beyond what shrinks anyway" in shown
+    valid = finished.summary["validation"]
+    assert f"exported epoch {with_error(valid['tuned_accuracy'], valid['tuned_stderr'])} %" in shown
+
+
+def test_a_run_is_compared_with_its_base_by_every_measure(finished: Run) -> None:
+    folder = finished.stages["evaluate"].path
+    found = compare_columns(open_columns([str(folder)], finished.setup.store, lambda name: None))
+    rows = {(row.task, row.metric): row for row in found.rows}
+    for name, figures in finished.summary["measures"]["figures"].items():
+        for task, one in [*figures["tasks"].items(), (MACRO, figures["macro"])]:
+            row = rows[task, name]
+            assert row.configured == (name == "acc")
+            assert row.cells[1] is not None
+            assert row.cells[1].score == pytest.approx(one["tuned"])
+            assert row.cells[1].difference == pytest.approx(one["difference"])
 
 
 def copy_with_adapter(finished: Run, target: Path, scale: float) -> Stage:

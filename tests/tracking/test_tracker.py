@@ -106,6 +106,9 @@ def test_a_parent_and_a_child_for_each_stage(finished: Run, database: str, capfd
     assert not {"storage", "name", "tracking.uri"} & set(parent.data.params)
     summary = finished.summary["splits"]["test"]["all"]
     assert figures["test/all/tuned_accuracy"] == [(0, summary["tuned_accuracy"])]
+    for name, found in finished.summary["measures"]["figures"].items():
+        for over in ("micro", "macro"):
+            assert figures[f"measures/{name}/{over}/difference"] == [(0, found[over]["difference"])]
     assert figures["test/all/mcnemar_p"] == [(0, summary["mcnemar_p"])]
     assert parent.data.tags["roma.evaluation_pin"] == finished.summary["evaluation_pin"]
     assert parent.data.tags["roma.model_identity"] == finished.setup.model_identity
