@@ -10,6 +10,7 @@ from roma_ray.ablations.report import PAGE, find_sweep_file
 from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.artifacts import write_json
+from roma_ray.evaluation.measures import LEGEND
 from roma_ray.terminal import LiveBoard, LiveProgress, open_progress, print_table, say
 
 
@@ -26,7 +27,7 @@ def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: 
     if summary_path:
         write_json(summary_path, command.summary(sweep))
     print_sweep(sweep)
-    if command.result(sweep) is not None:
+    if (sweep.stage.path / PAGE).exists():
         say(f"report: {sweep.stage.path / PAGE}")
     return 1 if command.failures(sweep) else 0
 
@@ -39,11 +40,18 @@ def report_sweep(place: str, overrides: Sequence[str], storage: str | None) -> N
 
 
 def print_sweep(sweep: Sweep) -> None:
-    """Print the ranking, and what failed."""
+    """Print the ranking, every measure's differences, what they say, and what failed."""
     found = command.result(sweep)
     if found is not None:
-        text, table = found
-        print_table(f"{sweep.space.file.name}: settings by validation accuracy", table.header, table.rows)
-        say(text)
+        table = found.ranking
+        title = f"{sweep.space.file.name}: settings by validation accuracy, ± standard error over questions"
+        print_table(title, table.header, table.rows, table.names)
+        # Of the two the one to the centre, where there are other settings.
+        heading, measures = found.measures[0]
+        print_table(f"{heading} on test questions, by every measure", measures.header, measures.rows, measures.names)
+        say(LEGEND)
+        for line in found.notes:
+            say(f"note: {line}")
+        say(found.headline)
     for line in command.failures(sweep):
         say(f"failed: {line}", error=True)

@@ -108,18 +108,30 @@ class LiveBoard:
         """Replace what is shown; the second column is a row's state."""
         table = Table(title=_shown(title, self.console), title_justify="left")
         for number, name in enumerate(header):
-            table.add_column(_shown(name, self.console), justify="left" if number < 2 else "right", no_wrap=True)
-        for row in _fitting(rows, max(4, self.console.height - 6)):
+            # Of a long name nothing is cut: it goes over several lines.
+            wraps = {"no_wrap": True} if number else {"overflow": "fold"}
+            table.add_column(_shown(name, self.console), justify="left" if number < 2 else "right", **wraps)
+        for row in _fitting(rows, self._heights(header, rows), max(4, self.console.height - 6)):
             cells = [_shown(cell, self.console) for cell in row]
             table.add_row(*cells, style="" if row[1] == "running" else "dim" if row[1] == "waiting" else None)
         self._live.start()
         self._live.update(table)
 
+    def _heights(self, header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[int]:
+        """How many lines each row takes beside the other columns, which stay whole."""
+        others = [max(cell_len(clean(cell)) for cell in column) for column in zip(header, *rows, strict=True)][1:]
+        room = max(1, self.console.width - sum(width + 3 for width in others) - 4)
+        return [len(_shown(row[0], self.console).wrap(self.console, room, overflow="fold")) for row in rows]
 
-def _fitting(rows: Sequence[Sequence[str]], most: int) -> list[Sequence[str]]:
-    """As many rows as fit, in their order: failed and running ones before finished ones before those that wait."""
+
+def _fitting(rows: Sequence[Sequence[str]], heights: Sequence[int], most: int) -> list[Sequence[str]]:
+    """As many rows as fit into `most` lines, in their order: failed and running ones before finished ones before those that wait."""
     rank = {"failed": 0, "running": 0, "waiting": 2}
-    chosen = sorted(range(len(rows)), key=lambda n: (rank.get(rows[n][1], 1), -n if rows[n][1] == "done" else n))[:most]
+    chosen: list[int] = []
+    for n in sorted(range(len(rows)), key=lambda n: (rank.get(rows[n][1], 1), -n if rows[n][1] == "done" else n)):
+        if chosen and sum(heights[m] for m in chosen) + heights[n] > most:
+            break
+        chosen.append(n)
     return [rows[n] for n in sorted(chosen)]
 
 
@@ -129,14 +141,16 @@ def print_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]
     What is wider than the terminal becomes several tables below one another: no figure is cut or broken.
     """
     console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+    # As they are drawn: what an encoding lacks is written with more letters.
+    header, *rows = [[_shown(cell, console).plain for cell in line] for line in (header, *rows)]
     for number, (columns, lines) in enumerate(stacked(header, rows, names, console.width)):
         table = Table(title=None if number else _shown(title, console), title_justify="left")
         for name, figure in columns:
             # Only names may go over several lines.
             wraps = {"no_wrap": True} if figure else {"overflow": "fold"}
-            table.add_column(_shown(name, console), justify="right" if figure else "left", **wraps)
+            table.add_column(Text(name), justify="right" if figure else "left", **wraps)
         for line in lines:
-            table.add_row(*(_shown(cell, console) for cell in line), end_section=False)
+            table.add_row(*map(Text, line), end_section=False)
         console.print(table)
 
 
@@ -151,7 +165,7 @@ def stacked(
 
     Only where a name alone is too wide does a table not fit.
     """
-    widths = [max(cell_len(clean(cell)) for cell in column) for column in zip(header, *rows, strict=True)]
+    widths = [max(map(cell_len, column)) for column in zip(header, *rows, strict=True)]
     keys, figures = list(range(names)), list(range(names, len(header)))
     numbered = _width(widths, keys) > width // 2 and _width(widths, [*keys, *figures]) > width
     mark = len(str(len(rows))) if numbered else 0

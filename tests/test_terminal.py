@@ -127,3 +127,18 @@ def test_names_that_take_the_width_are_numbered_and_folded() -> None:
         ["#", "validation %", "test %"],
     ]
     assert [line[0] for line in tables[2][1]] == ["1", "2"]
+
+
+def test_a_long_name_in_the_live_table_is_folded_and_the_table_keeps_to_the_screen() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=80, height=16)
+    name = "gradient_ratio=0.3, learning_rate=0.0007, weight=auto, seed {}"
+    rows = [(name.format(n), "running" if n == 7 else "waiting", "1/3", "57.00", "+10.24", "12 min") for n in range(9)]
+    with LiveBoard(console) as board:
+        board.show("0 done", ("trial", "state", "epoch", "validation %", "test", "time"), rows)
+    last = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).rpartition("0 done")[2]
+    lines = last.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert len(lines) <= 16
+    assert "…" not in last
+    assert "seed 7" in " ".join(line.split("│")[1].strip() for line in lines if line.count("│") > 2)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roma_ray.ablations import tables
 from roma_ray.ablations.observers import Board, Lines, LiveTable, in_mlflow
 from roma_ray.ablations.plan import Plan, describe, make_plan, without_model
-from roma_ray.ablations.report import PAGE, headline, ranking, write_report
+from roma_ray.ablations.report import PAGE, write_report
 from roma_ray.ablations.results import read_findings
 from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, run_sweep
+from roma_ray.ablations.words import headline, notes
 from roma_ray.artifacts import Store
 from roma_ray.engine import hub
 from roma_ray.engine.progress import Progress
@@ -85,10 +88,24 @@ def failures(sweep: Sweep) -> list[str]:
     return [f"{state.trial.name}: {state.error}" for state in sweep.having(FAILED)]
 
 
-def result(sweep: Sweep) -> tuple[str, Table] | None:
-    """The sweep in a sentence and a table; None where no trial is finished."""
+@dataclass(frozen=True)
+class Told:
+    """What a finished trial or more say."""
+
+    headline: str
+    ranking: Table
+    measures: Sequence[tuple[str, Table]]
+    """Every measure's differences, by what they are differences to."""
+    notes: Sequence[str]
+
+
+def result(sweep: Sweep) -> Told | None:
+    """The sweep in sentences and tables; None where no trial is finished. Raises ArtifactError."""
     findings = read_findings(sweep)
-    return (headline(findings), ranking(findings)) if findings is not None else None
+    if findings is None:
+        return None
+    measures = list(tables.measure_tables(sweep, findings))
+    return Told(headline(findings), tables.ranking(sweep, findings), measures, notes(sweep, findings))
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:

@@ -131,10 +131,11 @@ def _facts(sweep: Sweep) -> Mapping[str, float]:
     facts = {"trials": float(len(sweep.states)), "trials_stopped": float(len(sweep.having(STOPPED)))}
     if findings is not None:
         best = findings.results[0]
-        facts |= {"best/validation_accuracy": best.validation, "best/test_accuracy": best.accuracy}
-        facts |= {"base/test_accuracy": findings.base_accuracy, "base/validation_accuracy": findings.base_validation}
+        validation = findings.first.base_validation
+        facts |= {"best/validation_accuracy": best.validation.mean, "best/test_accuracy": best.accuracy.mean}
+        facts |= {"base/test_accuracy": findings.base.mean, "base/validation_accuracy": validation.mean}
         if findings.centre is not None:
-            facts["centre/test_accuracy"] = findings.centre.accuracy
+            facts["centre/test_accuracy"] = findings.centre.accuracy.mean
     return facts
 
 

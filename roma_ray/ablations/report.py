@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-from roma_ray.ablations import paper
+from roma_ray.ablations import paper, tables
 from roma_ray.ablations.plan import describe_shared, hours
-from roma_ray.ablations.results import Findings, Paired, Result, read_findings
-from roma_ray.ablations.space import CENTRE
-from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, State, Sweep
+from roma_ray.ablations.results import Findings, Result, read_findings
+from roma_ray.ablations.settings import Column, centre_text, columns
+from roma_ray.ablations.space import CENTRE, grid_tag
+from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
+from roma_ray.ablations.words import headline, notes
 from roma_ray.artifacts import library_versions, write_text
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ArtifactError
-from roma_ray.evaluation.statistics import p_value, significant, with_error
+from roma_ray.evaluation.measures import LEGEND
+from roma_ray.figures import sweep as figures
 from roma_ray.figures.report import MARKDOWN, PAGE, Picture, environment
 from roma_ray.figures.style import save
-from roma_ray.figures.sweep import Bar, Point, factor_bars, setting_curves
-from roma_ray.figures.tables import Table, write_csv
 
 FIGURES, TABLES = "figures", "tables"
 _TEMPLATES = {PAGE: "sweep.html", MARKDOWN: "sweep.md"}
@@ -46,24 +45,37 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
         return None
     started = time.monotonic()
     with stage.exclusive():
-        with progress.meter("report", len(sweep.space.file.one_at_a_time) + 1, "figures") as meter:
+        count = len(sweep.space.file.one_at_a_time) + len(sweep.space.file.grid) + 1
+        with progress.meter("report", count, "figures") as meter:
             pictures = []
             for picture in draw(sweep, findings, stage.path / FIGURES):
                 pictures.append(picture)
                 meter.advance(1)
-        tables = make_tables(sweep, findings)
-        write_csv_files(stage.path / TABLES, sweep, findings)
+        tables.write_csv_files(stage.path / TABLES, sweep, findings)
+        told = headline(findings)
         values = {
             "name": sweep.space.file.name,
             "sweep": sweep,
             "findings": findings,
-            "headline": headline(findings),
+            "headline": told,
             "notes": notes(sweep, findings),
-            "lines": describe_shared(sweep.plan),
+            "lines": [f"Centre: {centre_text(sweep.space)}", *describe_shared(sweep.plan)],
             "pictures": pictures,
-            "ranking": ranking(findings),
-            "tables": tables,
-            "unfinished": unfinished(sweep),
+            "ranking": tables.ranking(sweep, findings),
+            "factors": [
+                (
+                    f"factor_{n + 1}",
+                    title(sweep, factor),
+                    tables.factor_table(sweep, findings, factor, levels(sweep, factor)),
+                )
+                for n, factor in enumerate(sweep.space.file.one_at_a_time)
+            ],
+            "measures": list(tables.measure_tables(sweep, findings)),
+            "legend": LEGEND,
+            "tasks": list(tables.task_tables(sweep, findings)),
+            "shares": list(tables.share_tables(sweep, findings)),
+            "shifted": tables.SHIFTED,
+            "unfinished": tables.unfinished(sweep),
             "config": sweep.space.centre,
             "identity": sweep.space.identity,
             "pins": sorted({f.pin for result in findings.results for f in result.finished}),
@@ -72,46 +84,110 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
         for name, template in _TEMPLATES.items():
             write_text(stage.path / name, environment().get_template(template).render(values))
         if len(sweep.having(DONE, STOPPED)) == len(sweep.states) and not sweep.missing_samples:
-            facts = {"trials": len(sweep.states), "stopped": len(sweep.having(STOPPED)), "headline": headline(findings)}
+            facts = {"trials": len(sweep.states), "stopped": len(sweep.having(STOPPED)), "headline": told}
             stage.finish(facts=facts, seconds=time.monotonic() - started)
     return stage.path / PAGE
 
 
 def draw(sweep: Sweep, findings: Findings, folder: Path) -> Iterator[Picture]:
     """Draw every figure into `folder`."""
-    model = sweep.space.file.paper
-    seeds = max(len(result.seeds) for result in findings.results)
     for number, factor in enumerate(sweep.space.file.one_at_a_time):
-        bars = []
-        for level in levels(sweep, factor):
-            found, theirs = findings.of(factor, level), paper.result(model, factor, level)
-            bars.append(
-                Bar(
-                    level,
-                    found.accuracy if found else None,
-                    found.stderr if found else 0.0,
-                    bool(found and found.centre),
-                    theirs / 100 if theirs is not None else None,
-                )
+        yield _factor_picture(sweep, findings, factor, f"factor_{number + 1}", folder)
+    file, varied = sweep.space.file, columns(sweep.space)
+    for number, grid in enumerate(file.grid):
+        tag = grid_tag(file, number)
+        members = [r for r in findings.results if any(factor == tag for factor, _ in r.trial.factors)]
+        axes = [column for column in varied if len(column.keys) == 1 and len(grid.get(column.keys[0], ())) > 1]
+        picture = _grid_picture(members, axes, findings, tag.replace(" ", "_"), folder) if members else None
+        if picture:
+            yield picture
+    members = [r for r in findings.results if any(factor == "sample" for factor, _ in r.trial.factors)]
+    axes = [column for column in varied if column.keys[0] in file.sample]
+    if members and (picture := _curves(members, axes, findings, "sample", folder)):
+        yield picture
+
+
+def _factor_picture(sweep: Sweep, findings: Findings, factor: str, name: str, folder: Path) -> Picture:
+    model = sweep.space.file.paper
+    column = next(column for column in columns(sweep.space) if column.factor == factor)
+    bars = []
+    for level in levels(sweep, factor):
+        found, theirs = findings.of(factor, level), paper.result(model, factor, level)
+        bars.append(
+            figures.Bar(
+                column.level(sweep.space.trials[0]) if level == CENTRE else level,
+                found.accuracy.mean if found else None,
+                found.accuracy.questions if found else 0.0,
+                bool(found and found.centre),
+                theirs / 100 if theirs is not None else None,
+                found.accuracy.seeds if found else None,
+                column.number(found.trial.config) if found and sweep.space.file.one_at_a_time[factor].setting else None,
             )
-        known = model if model and any(bar.paper is not None for bar in bars) else None
-        figure = factor_bars(
-            bars,
-            findings.base_accuracy,
-            findings.base_stderr,
-            seeds=seeds,
-            paper=paper.MODELS[known] if known else None,
-            paper_base=paper.BASE[known] / 100 if known else None,
         )
-        name = f"factor_{number + 1}"
-        width = round(76 * figure.get_figwidth())
-        yield Picture(name, title(sweep, factor), _caption(known, factor), save(figure, folder, name), width)
-    panels = list(numeric_settings(findings))
-    if panels:
-        figure = setting_curves(panels, findings.base_validation)
-        caption = "Validation accuracy of each trial of the grid or the search, mean over seeds."
-        width = round(76 * figure.get_figwidth())
-        yield Picture("settings", "Settings that are numbers", caption, save(figure, folder, "settings"), width)
+    known = model if model and any(bar.paper is not None for bar in bars) else None
+    figure = figures.factor_levels(
+        bars,
+        findings.base.mean,
+        findings.base.questions,
+        paper=paper.MODELS[known] if known else None,
+        paper_base=paper.BASE[known] / 100 if known else None,
+    )
+    width = round(76 * figure.get_figwidth())
+    return Picture(name, title(sweep, factor), _caption(known, factor), save(figure, folder, name), width)
+
+
+def _grid_picture(
+    members: Sequence[Result], axes: Sequence[Column], findings: Findings, name: str, folder: Path
+) -> Picture | None:
+    """A grid's figure: a line (or dots) of one setting, maps of two, curves of more."""
+    if len(axes) not in (1, 2):
+        return _curves(members, axes, findings, name, folder)
+    found = []
+    for result in members:
+        trial, gain = result.trial, result.gain.judged.micro
+        found.append(
+            figures.Level(
+                tuple(axis.level(trial) for axis in axes),
+                tuple(axis.number(trial.config) for axis in axes),
+                (result.validation.mean, result.validation.questions),
+                (gain.difference, gain.difference_stderr),
+                result.centre,
+            )
+        )
+    if len(axes) == 1:
+        figure = figures.grid_line(axes[0].name, found, findings.first.base_validation.mean)
+        caption = "Validation accuracy, by which a setting may be chosen, and the paired gain over the base model on test questions."
+    else:
+        figure = figures.grid_maps((axes[0].name, axes[1].name), found)
+        caption = (
+            "Left: validation accuracy, by which a setting may be chosen. Right: the paired gain over the base model on test "
+            "questions. The centre is framed where it lies in the grid; empty cells are not finished. Errors are in the tables."
+        )
+    heading = " and ".join(axis.name for axis in axes)
+    return Picture(name, f"Grid: {heading}", caption, save(figure, folder, name), round(76 * figure.get_figwidth()))
+
+
+def _curves(
+    members: Sequence[Result], axes: Sequence[Column], findings: Findings, name: str, folder: Path
+) -> Picture | None:
+    """Validation accuracy over each setting that is a number, the others telling series apart; None where none is."""
+    panels = []
+    for axis in axes:
+        points = []
+        for result in members:
+            number = axis.number(result.trial.config)
+            if number is not None:
+                others = [f"{other.name} {other.level(result.trial)}" for other in axes if other is not axis]
+                points.append(figures.Point(number, result.validation.mean, ", ".join(others)))
+        if len({point.x for point in points}) > 1:
+            panels.append((axis.name, points))
+    if not panels:
+        return None
+    figure = figures.setting_curves(panels, findings.first.base_validation.mean)
+    caption = "Validation accuracy of each trial, mean over seeds, over each setting that is a number."
+    return Picture(
+        name, f"Settings of the {name}", caption, save(figure, folder, name), round(76 * figure.get_figwidth())
+    )
 
 
 def title(sweep: Sweep, factor: str) -> str:
@@ -124,8 +200,8 @@ def title(sweep: Sweep, factor: str) -> str:
 
 def _caption(model: str | None, factor: str) -> str:
     text = (
-        "Test accuracy; the scale does not start at zero. The hatched bar is the centre, of which every other bar differs in this "
-        "factor alone. Bars are answers to the same questions: judge a difference by the table's paired one."
+        "Test accuracy; the scale does not start at zero. The centre, of which every other level differs in this factor alone, is "
+        "marked. All levels answered the same questions: judge a difference by the table's paired one."
     )
     if model:
         text += (
@@ -140,197 +216,6 @@ def levels(sweep: Sweep, factor: str) -> list[str]:
     listed = [level for level, _ in sweep.space.file.one_at_a_time[factor].changes()]
     tagged = {level for state in sweep.states.values() for f, level in state.trial.factors if f == factor}
     return [CENTRE, *listed] if CENTRE in tagged else listed
-
-
-_HEADER = ("level", "seeds", "validation %", "test %", "gain over base", "difference to centre", "p", "p, Holm")
-
-
-def make_tables(sweep: Sweep, findings: Findings) -> list[tuple[str, str, Table]]:
-    """(figure's name, heading, table) of each factor."""
-    model = sweep.space.file.paper
-    made = []
-    for number, factor in enumerate(sweep.space.file.one_at_a_time):
-        header: tuple[str, ...] = _HEADER
-        base = _accuracy(findings.base_accuracy, findings.base_stderr)
-        rows: list[tuple[str, ...]] = [("base model", "", percent(findings.base_validation), base, "", "", "", "")]
-        if model:
-            header = (*header, f"paper, {paper.MODELS[model]}", "its gain")
-            rows = [(*rows[0], f"{paper.BASE[model]:.1f}", "")]
-        for level in levels(sweep, factor):
-            found, theirs = findings.of(factor, level), paper.result(model, factor, level)
-            row: tuple[str, ...] = (level, *(_cells(found) if found else ("", "not finished", "", "", "", "", "")))
-            if model:
-                row = (*row, *(("", "") if theirs is None else (f"{theirs:.1f}", f"{theirs - paper.BASE[model]:+.1f}")))
-            rows.append(row)
-        made.append((f"factor_{number + 1}", title(sweep, factor), Table(header, rows)))
-    return made
-
-
-def ranking(findings: Findings) -> Table:
-    """All settings by validation accuracy, best first, with their paired differences to the centre."""
-    header = (
-        "setting", "seeds", "validation %", "test %", "gain over base", "difference to centre", "p", "p, Holm", "gradient ratio %",
-    )  # fmt: skip
-    rows = []
-    for result in findings.results:
-        ratio = "" if result.gradient_ratio is None else f"{100 * result.gradient_ratio:.3g}"
-        rows.append((result.name, *_cells(result), ratio))
-    return Table(header, rows)
-
-
-def _cells(result: Result) -> tuple[str, ...]:
-    near = result.to_centre
-    return (
-        str(len(result.seeds)),
-        percent(result.validation),
-        _accuracy(result.accuracy, result.stderr),
-        _points(result.gain),
-        "centre" if result.centre else _points(near) if near else "not paired",
-        p_value(near.p) if near else "",
-        p_value(near.corrected_p) if near else "",
-    )
-
-
-def percent(value: float) -> str:
-    """A fraction in percent."""
-    return f"{100 * value:.2f}"
-
-
-def _accuracy(value: float, error: float) -> str:
-    return with_error(value, error)
-
-
-def _points(found: Paired) -> str:
-    return with_error(found.difference, found.stderr, signed=True)
-
-
-def headline(findings: Findings) -> str:
-    """The sweep in one sentence, whichever way it goes."""
-    best, centre = findings.results[0], findings.centre
-    equal = sum(result.validation == best.validation for result in findings.results) - 1
-    first = f"Best on validation questions: {best.name} ({percent(best.validation)} %"
-    if equal:
-        first += f", as {equal} other{'s' if equal > 1 else ''}"
-    gains = f"On {findings.questions} test questions it gains {_points(best.gain)} points on the base model."
-    if centre is None:
-        return f"{first}); the centre is not finished. {gains}"
-    if best.centre:
-        return f"No setting is better on validation questions than the centre ({percent(best.validation)} %). {gains}"
-    near = best.to_centre
-    text = f"{first}, the centre {percent(centre.validation)} %)."
-    if near is None:
-        return text
-    sure = (
-        "which is no clear difference"
-        if not significant(near.corrected_p)
-        else f"p = {p_value(near.corrected_p)} after correction"
-    )
-    return (
-        f"{text} On {findings.questions} test questions it differs from the centre by {_points(near)} points, {sure}."
-    )
-
-
-def notes(sweep: Sweep, findings: Findings) -> list[str]:
-    """What a reader must know."""
-    lines = []
-    clear = [r.name for r in findings.results if r.to_centre and significant(r.to_centre.corrected_p)]
-    compared = sum(r.to_centre is not None for r in findings.results)
-    lines.append(
-        f"of {compared} settings, {len(clear)} differ{'s' if len(clear) == 1 else ''} from the centre on the test questions at 5 % "
-        f"after Holm's correction" + (f": {'; '.join(clear)}" if clear else "")
-    )
-    seeds = {len(result.seeds) for result in findings.results}
-    if max(seeds) == 1:
-        lines.append(
-            "one seed a setting: error bars are those of the questions drawn, not of the training's own randomness"
-        )
-    elif len(seeds) > 1:
-        lines.append("not all settings have the same number of seeds: their error bars are not alike")
-    pins = {f.pin for result in findings.results for f in result.finished}
-    if len(pins) > 1:
-        lines.append(f"{len(pins)} evaluation pins: settings of different questions or prompts are not comparable")
-    idle = [r.name for r in findings.results if r.idle]
-    if idle:
-        lines.append(f"the regularizer was idle (its gradient under 1 % of the task's) in: {'; '.join(idle)}")
-    for count, what in (
-        (len(sweep.having(STOPPED)), "stopped early by the scheduler"),
-        (len(sweep.having(FAILED)), "failed"),
-    ):
-        if count:
-            lines.append(f"{count} trial(s) {what}: see below")
-    return lines
-
-
-def unfinished(sweep: Sweep) -> Table | None:
-    """The trials without a result, with the reason."""
-    rows = [
-        (
-            state.trial.name,
-            state.state,
-            str(state.epoch),
-            "" if state.validation_accuracy is None else percent(state.validation_accuracy),
-            state.error.split("\n")[0],
-        )
-        for state in sweep.states.values()
-        if state.state != DONE
-    ]
-    return Table(("trial", "state", "epochs", "validation %", "reason"), rows) if rows else None
-
-
-def numeric_settings(findings: Findings) -> Iterator[tuple[str, Sequence[Point]]]:
-    """Each setting that a grid or a search varies as a number, with its points."""
-    members = [r for r in findings.results if any(f.startswith(("grid", "sample")) for f, _ in r.factors)]
-    keys = sorted({key for r in members for key in r.finished[0].trial.settings if key != "seed"})
-    for key in keys:
-        points = []
-        for result in members:
-            settings = {k: v for k, v in result.finished[0].trial.settings.items() if k != "seed"}
-            value = settings.pop(key, None)
-            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-                series = ", ".join(f"{k.rpartition('.')[2]} {v}" for k, v in sorted(settings.items()))
-                points.append(Point(float(value), result.validation, series))
-        if len({point.x for point in points}) > 1:
-            yield key, points
-
-
-def write_csv_files(folder: Path, sweep: Sweep, findings: Findings) -> None:
-    """The unrounded figures: every setting, every trial. Raises StorageError."""
-    header = (
-        "setting", "factors", "centre", "seeds", "validation_accuracy", "test_accuracy", "test_stderr", "gain", "gain_stderr", "gain_p",
-        "to_centre", "to_centre_stderr", "to_centre_p", "to_centre_p_holm", "gradient_ratio",
-    )  # fmt: skip
-    rows: list[tuple[Any, ...]] = []
-    for r in findings.results:
-        near = (
-            (r.to_centre.difference, r.to_centre.stderr, r.to_centre.p, r.to_centre.corrected_p)
-            if r.to_centre
-            else ("",) * 4
-        )
-        rows.append(
-            (
-                r.name, "; ".join(f"{f}={level}" for f, level in r.factors), r.centre, " ".join(map(str, r.seeds)), r.validation,
-                r.accuracy, r.stderr, r.gain.difference, r.gain.stderr, r.gain.p, *near,
-                "" if r.gradient_ratio is None else r.gradient_ratio,
-            )
-        )  # fmt: skip
-    write_csv(folder / "ranking.csv", header, rows)
-    trials = [
-        (s.trial.id, s.trial.name, s.state, s.trial.seed, s.epoch, "" if s.validation_accuracy is None else s.validation_accuracy,
-         "" if s.test_difference is None else s.test_difference, s.planned.stages["finetune"].path, s.error.split("\n")[0])
-        for s in sweep.states.values()
-    ]  # fmt: skip
-    columns = (
-        "trial",
-        "name",
-        "state",
-        "seed",
-        "epochs",
-        "validation_accuracy",
-        "test_difference",
-        "finetune",
-        "error",
-    )
-    write_csv(folder / "trials.csv", columns, trials)
 
 
 def find_sweep_file(place: str | Path) -> Path:

@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roma_ray.ablations.space import CENTRE, Space, Trial, assigned, level_name, put, short_names
+from roma_ray.ablations.naming import assigned, level_name, short_names
+from roma_ray.ablations.space import CENTRE, Space, Trial, put
 from roma_ray.config import Config
-
-# From here on the levels of a factor are told apart by their logarithm.
-_ORDERS = 30
 
 
 @dataclass(frozen=True)
@@ -77,11 +75,6 @@ def centre_text(space: Space) -> str:
     # It is the first of the trials.
     centre = space.trials[0]
     return ", ".join(assigned(column.name, column.level(centre)) for column in columns(space))
-
-
-def logarithmic(values: Sequence[float]) -> bool:
-    """Whether numbers span orders of magnitude, so that a logarithmic scale tells them apart."""
-    return min(values) > 0 and max(values) >= _ORDERS * min(values)
 
 
 def _changed(centre: Config, keys: Sequence[str], change: dict[str, Any]) -> tuple[Any, ...]:

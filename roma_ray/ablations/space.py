@@ -31,15 +31,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section
 from roma_ray.config_reading import MOST_FAULTS, load_config, meant, parse_config, read_settings
 from roma_ray.config_section import Name
 from roma_ray.errors import ConfigError
-from roma_ray.text import printable
 
 MOST_TRIALS = 2000
 CENTRE = "centre"
@@ -285,10 +284,15 @@ def _listed(file: SpaceFile, centre: Config, origin: str) -> Iterator[Trial]:
         for number, grid in enumerate(file.grid):
             for values in itertools.product(*grid.values()):
                 changes = dict(zip(grid, values, strict=True))
-                tag = "grid" if len(file.grid) == 1 else f"grid {number + 1}"
+                tag = grid_tag(file, number)
                 yield _trial(centre, {**changes, "seed": seed}, ((tag, _joined(changes)),), centre, f"{origin}: {tag}")
         for sample in drawn if file.search == "random" else []:
             yield _trial(centre, {**sample, "seed": seed}, (("sample", _joined(sample)),), centre, f"{origin}: sample")
+
+
+def grid_tag(file: SpaceFile, number: int) -> str:
+    """What trials of a grid are tagged with."""
+    return "grid" if len(file.grid) == 1 else f"grid {number + 1}"
 
 
 def _trial(
@@ -364,31 +368,9 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield f"{prefix}{key}", value
 
 
-def level_name(value: Any) -> str:
-    """A value as a level's name."""
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return printable(value if isinstance(value, str) else yaml.safe_dump(value, default_flow_style=True).split("\n")[0])
-
-
 def _joined(changes: Values) -> str:
     """Several settings as one level."""
     return ", ".join(map(assigned, short_names(list(changes)), map(level_name, changes.values())))
-
-
-def assigned(name: str, level: str) -> str:
-    """A factor, or a setting, at a level: `layers=F2`, `neighbors: k = 3`."""
-    return f"{name}: {level}" if "=" in level else f"{name}={level}"
-
-
-def short_names(keys: Sequence[str]) -> list[str]:
-    """The last part of each dotted key, or as much of its end as tells it from the others."""
-    names = []
-    for key in keys:
-        parts = key.split(".")
-        ends = [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]
-        names.append(next((e for e in ends if sum(f".{other}".endswith(f".{e}") for other in keys) == 1), key))
-    return names
 
 
 def _faults(error: ValidationError) -> str:

@@ -28,7 +28,7 @@ from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
 from roma_ray.stages.runners import ray_runners
 
-VERSION = 1
+VERSION = 2
 SPACE = "space.yaml"
 # What became of trials whose stages do not say it: stopped ones, failed ones, and what optuna drew.
 LEDGER = ".trials.jsonl"

@@ -115,8 +115,8 @@ def _verdicts(values: Sequence[np.ndarray], gold: Sequence[int]) -> np.ndarray:
     return np.array([float(int(v.argmax()) == right) for v, right in zip(values, gold, strict=True)])
 
 
-def shift_notes(shares: Mapping[str, Any]) -> list[str]:
-    """A sentence for every task whose difference lives in a shift between answers alone."""
+def shift_notes(shares: Mapping[str, Any], before: str = "the base model", after: str = "the tuned model") -> list[str]:
+    """A sentence for every task whose difference lives in a shift between answers alone; the two models by name."""
     lines = []
     for task, found in shares.items():
         for by in found["shift"]:
@@ -129,7 +129,7 @@ def shift_notes(shares: Mapping[str, Any]) -> list[str]:
                 )
                 lines.append(
                     f"{task}: the difference of {plain} points lives in a shift between answers alone ({name!r} is "
-                    f"{moved['base']:.0%} of the base's answers, {moved['tuned']:.0%} of the tuned model's, and right for "
+                    f"{moved['base']:.0%} of the answers of {before}, {moved['tuned']:.0%} of those of {after}, and right for "
                     f"{moved['gold']:.0%}); with each model's preference for a {by['by']} taken out, {left} points remain"
                 )
                 break

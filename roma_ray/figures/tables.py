@@ -36,6 +36,8 @@ class Table:
 
     header: tuple[str, ...]
     rows: Sequence[tuple[str, ...]]
+    names: int = 1
+    """How many of the columns hold names."""
 
 
 def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:

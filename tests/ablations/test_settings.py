@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import yaml
 
-from roma_ray.ablations.settings import centre_text, columns, logarithmic
-from roma_ray.ablations.space import Space, load_space, short_names
+from roma_ray.ablations.naming import short_names
+from roma_ray.ablations.settings import centre_text, columns
+from roma_ray.ablations.space import Space, load_space
 from roma_ray.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -63,14 +64,11 @@ def test_factors_show_their_levels_and_for_all_others_the_centre_s(tmp_path: Pat
     assert [trial.name for trial in found.trials][-2:] == ["neighbors: k = 1", "learning_rate=0.01, epochs=3"]
 
 
-def test_numbers_span_orders_of_magnitude_or_not(tmp_path: Path) -> None:
+def test_a_column_knows_its_numbers(tmp_path: Path) -> None:
     found = space(tmp_path, grid={"finetune.learning_rate": [1e-5, 1e-2], "routing.layers": ["L1", "L2"]})
     rate, layers = columns(found)
     assert [rate.number(trial.config) for trial in found.trials[1:]] == [1e-5, 1e-5, 1e-2, 1e-2]
     assert layers.number(found.trials[1].config) is None
-    assert logarithmic([1e-5, 1e-2])
-    assert not logarithmic([1, 2, 3])
-    assert not logarithmic([0, 1e-5, 1e-2])
 
 
 def test_settings_of_one_name_are_told_apart() -> None:

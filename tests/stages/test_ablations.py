@@ -171,9 +171,26 @@ def check_report(sweep: Sweep) -> None:
     assert set(rows) == {"centre", "layers=F2", "tokens=First1"}
     assert rows["centre"]["to_centre"] == ""
     assert float(rows["layers=F2"]["to_centre_p_holm"]) >= float(rows["layers=F2"]["to_centre_p"])
+    assert float(rows["centre"]["validation_stderr"]) > 0
+    # One column a factor, with the centre's own level in it; every measure; which answers are given; what is by task.
+    assert (rows["centre"]["layers"], rows["layers=F2"]["layers"], rows["tokens=First1"]["layers"]) == (
+        "L2",
+        "F2",
+        "L2",
+    )
+    for part in (
+        "Every measure on the same questions",
+        "gold_logp",
+        "mean of tasks",
+        "right answers",
+        "Centre: layers=L2",
+    ):
+        assert part in page, part
+        assert part in text, part
     found = result(sweep)
     assert found is not None
-    assert len(found[1].rows) == 3
+    assert len(found.ranking.rows) == 3
+    assert found.ranking.header[:4] == ("layers", "tokens", "neighbors", "rate")
     title, header, rows_of_table = table_of(sweep)
     assert title.startswith("3 done, 3 failed of 6 trials")
     assert all(len(row) == len(header) for row in rows_of_table)
