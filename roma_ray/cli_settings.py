@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from roma_ray.config import Config
+from roma_ray.config import EMBEDDED, Config
 from roma_ray.config_reading import given_settings
 
 _ALL = ("name", "seed", "device", "threads", "storage")
@@ -73,8 +73,13 @@ def unused(
     idle = {name: why for name, why in idle.items() if name in said}
     reads, leaves = (*_ALL, *_READS[command]), (*_NOT.get(command, ()), *without)
     unread = sorted(n for n in said if not _any(n, reads) or _any(n, leaves))
+    prompt = config.questions.prompt
     lines = [f"`roma-ray {command}` does not use {', '.join(unread)}"] if unread else []
     lines += [f"{name} does nothing here: {why}" for name, why in sorted(idle.items()) if name not in unread]
+    if config.model.path == EMBEDDED and prompt.format == "letter" and "questions.prompt.format" not in unread:
+        lines.append(
+            "the embedded model knows no lettered choices: with questions.prompt.format letter it answers at chance level"
+        )
     return lines
 
 

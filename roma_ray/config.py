@@ -5,7 +5,8 @@ Every field is documented under its name. The resolved configuration is saved wi
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -15,16 +16,44 @@ from roma_ray.config_baselines import BaselinesConfig
 from roma_ray.config_section import Name, Section, TaskName
 from roma_ray.errors import ConfigError
 
+EMBEDDED = "assets:model"
 INSTRUCTION = "Answer with the letter of the right choice."
 
 
+class ColumnsConfig(Section):
+    """Where a data set's rows keep what a question is made of: dotted paths; of a list of objects, each one's field."""
+
+    question: str = Field(default="question", min_length=1)
+    """Its text."""
+    choices: str | tuple[str, ...] = Field(default="choices", min_length=1)
+    """One list, or several columns with a choice each."""
+    answer: str = Field(default="answer", min_length=1)
+    """A choice's label, letter, index from 0, or text."""
+    labels: str | None = None
+    """What the answer calls a choice; default: `label` beside choices that end in `text`."""
+    context: str | None = None
+    """A passage; default: `context`, where there is one. So with the next three."""
+    id: str | None = None
+    """Text or number, unique over all sources."""
+    task: str | None = None
+    """What the tables group by."""
+    split: str | None = None
+    """train, validation or test, in a file."""
+
+
 class QuestionSource(Section):
-    """One source of questions: a file or a registered Hugging Face dataset."""
+    """One source of questions: a file or a dataset of the Hugging Face hub."""
 
     path: str | None = None
     """A .jsonl, .jsonl.gz or .parquet file. `assets:NAME` names a file that ships with the package."""
     dataset: str | None = None
-    """A name of the dataset registry (roma_ray/questions/registry.py), loaded from the Hugging Face hub."""
+    """A name of the dataset registry (roma_ray/questions/registry.py), or any hub id (`owner/name`)."""
+    columns: ColumnsConfig | None = None
+    """How rows of another shape are read. ARC's and OpenBookQA's shape needs none."""
+    subset: str | None = None
+    """Configuration of a hub id: `ARC-Easy`."""
+    part: str = Field(default="train", min_length=1)
+    """Split of a hub id that is loaded; its questions are of that split too, where `split` names none."""
     task: TaskName | None = None
     """Overrides the rows' task."""
     split: Literal["train", "validation", "test"] | None = None
@@ -36,14 +65,27 @@ class QuestionSource(Section):
     def _one_origin(self) -> QuestionSource:
         if (self.path is None) == (self.dataset is None):
             raise ValueError("give exactly one of `path` and `dataset`")
+        hub_id = self.dataset is not None and "/" in self.dataset
+        if not hub_id and (self.subset is not None or self.part != "train"):
+            raise ValueError("`subset` and `part` are of a hub id (`dataset: owner/name`)")
+        if self.columns is not None and self.dataset is not None and not hub_id:
+            raise ValueError("a registered dataset needs no `columns`; a hub id is written `owner/name`")
         return self
+
+    @property
+    def rows_split(self) -> str | None:
+        """The split that all its rows have; None where the rows say it."""
+        if self.split is None and self.dataset is not None and self.part in ("validation", "test"):
+            return self.part
+        return self.split
 
 
 class PromptConfig(Section):
     """How a question becomes a prompt."""
 
     format: Literal["letter", "cloze"] = "letter"
-    """`letter`: lettered choices, scored by the letters' logits. `cloze`: each choice's log-likelihood."""
+    """`letter`: lettered choices, scored by the letters' logits. `cloze`: each choice's log-likelihood; the embedded model's
+    own format, and its default."""
     instruction: str = INSTRUCTION
     """First line of a `letter` prompt; empty for none."""
     chat_template: bool = False
@@ -327,6 +369,18 @@ class Config(Section):
     baselines: BaselinesConfig = BaselinesConfig()
     tracking: TrackingConfig = TrackingConfig()
     ray: RayConfig = RayConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _format_of_the_model(cls, data: Any) -> Any:
+        """Which prompt a model knows belongs to the model: the embedded one was never shown a lettered choice."""
+        model, asked = (data.get("model"), data.get("questions")) if isinstance(data, Mapping) else (None, None)
+        if not isinstance(model, Mapping) or not isinstance(asked, Mapping) or model.get("path") != EMBEDDED:
+            return data
+        prompt = asked.get("prompt", {})
+        if not isinstance(prompt, Mapping) or "format" in prompt:
+            return data
+        return {**data, "questions": {**asked, "prompt": {**prompt, "format": "cloze"}}}
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""

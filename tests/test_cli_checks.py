@@ -222,6 +222,12 @@ def test_of_a_file_what_differs_from_the_default_is_said(tmp_path: Path) -> None
     assert unused("run", load_config(), [], file=False) == [], "the embedded default says nothing"
 
 
+def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
+    overrides = ["questions.prompt.format=letter"]
+    (said,) = unused("run", load_config(None, overrides), overrides, file=False)
+    assert "answers at chance level" in said
+
+
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from roma_ray.cli import main
 from roma_ray.config import QuestionSource
@@ -31,10 +33,32 @@ def test_the_example_questions_are_read(tmp_path: Path) -> None:
 
 
 def test_the_example_configuration_loads(tmp_path: Path) -> None:
-    (example,) = blocks("yaml")
+    recipe, example = blocks("yaml")
     path = tmp_path / "my.yaml"
     path.write_text(example)
     assert len(load_config(path).questions.sources) == 2
+    path.write_text(recipe)
+    assert load_config(path).questions.prompt.format == "cloze"
+
+
+def test_the_recipe_of_ones_own_questions_works_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """README's file and command, on rows of the shape that stands beside it: far above chance."""
+    recipe, _ = blocks("yaml")
+    (tmp_path / "mine.yaml").write_text(recipe)
+    rows = [json.loads(line) for line in (ROOT / "roma_ray/assets/questions/train.jsonl").read_text().splitlines()]
+    known = [row for row in rows if row["task"] in ("home", "job")][:150]
+    with open(tmp_path / "my-rows.jsonl", "w") as stream:
+        for row in known:
+            options = [{"text": text, "key": str(n + 1)} for n, text in enumerate(row["choices"])]
+            answer = row["answer"] if isinstance(row["answer"], int) else "ABCD".index(row["answer"])
+            stream.write(json.dumps({"query": row["question"], "options": options, "right": str(answer + 1)}) + "\n")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, ["local", "--config", "mine.yaml", "--quiet", "--summary", "summary.json"])
+    assert done.exit_code == 0, done.output
+    assert "chance" not in done.output
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["rejected"] == 0
+    assert summary["splits"]["test"]["all"]["base_accuracy"] > 0.8
 
 
 def test_every_set_in_the_documents_is_a_setting() -> None:

@@ -175,7 +175,10 @@ def _sources(sources: Sequence[QuestionSource]) -> list[dict[str, Any]]:
     names = display_names([source.path for source in resolved])
     identities = []
     for source, name in zip(resolved, names, strict=True):
-        facts = source.model_dump(mode="json")
+        # Where they are not used they change nothing.
+        newer = {"columns"} if source.columns is None else set()
+        newer |= {"subset", "part"} if source.path or "/" not in str(source.dataset) else set()
+        facts = source.model_dump(mode="json", exclude=newer)
         if source.path is not None:
             path = Path(source.path)
             status = path.stat()

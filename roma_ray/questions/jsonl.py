@@ -9,9 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from roma_ray.config import ColumnsConfig
 from roma_ray.documents import first_repeated
 from roma_ray.errors import QuestionError
 from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
+from roma_ray.questions.shapes import shaped
 from roma_ray.text import printable
 
 MAX_LINE_BYTES = 8 * 2**20
@@ -28,6 +30,7 @@ def read_jsonl(
     task: str | None,
     default_task: str,
     split: str | None,
+    columns: ColumnsConfig | None = None,
     max_line_bytes: int = MAX_LINE_BYTES,
 ) -> Iterator[Question | Rejected]:
     """Each line of the file as a `Question` or a `Rejected`; `name` stands for the file in both.
@@ -42,7 +45,7 @@ def read_jsonl(
             for number, line in enumerate(_lines(stream, max_line_bytes), start=1):
                 id = default_id = f"{name}:{number}"
                 try:
-                    row = _row(line, max_line_bytes)
+                    row = shaped(_row(line, max_line_bytes), columns)
                     id = printable(row_id(row) or default_id)
                     yield question_from_row(
                         row,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from roma_ray.config import ColumnsConfig
 from roma_ray.errors import QuestionError
 from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
+from roma_ray.questions.shapes import KEY, KNOWN, shaped, top_columns
 from roma_ray.text import printable
 
 if TYPE_CHECKING:
@@ -30,9 +33,17 @@ REQUIRED = ("question", "choices", "answer")
 
 
 def read_parquet(
-    path: Path, *, name: str, task: str | None, default_task: str, split: str | None
+    path: Path,
+    *,
+    name: str,
+    task: str | None,
+    default_task: str,
+    split: str | None,
+    columns: ColumnsConfig | None = None,
 ) -> Iterator[Question | Rejected]:
     """Each row of the file as a `Question` or a `Rejected`; lines are row numbers from 1; other columns are not read.
+
+    Rows of another shape (`columns`, or the known one of `shapes`) are nested: their types are looked at row by row.
 
     Raises:
         QuestionError: not a Parquet file, a corrupt one, a missing column or one of the wrong type.
@@ -44,13 +55,14 @@ def read_parquet(
     shown = printable(name)
     try:
         with pq.ParquetFile(path, memory_map=False, pre_buffer=False, page_checksum_verification=True) as file:
-            columns = _checked(file.schema_arrow, name)
-            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                for cells in _rows(batch):
+            nested = _nested(file.schema_arrow, columns, name)
+            wanted = nested or _checked(file.schema_arrow, name)
+            for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
+                for take in _nested_rows(batch) if nested else _rows(batch):
                     number += 1
                     id = default_id = f"{name}:{number}"
                     try:
-                        row = _decoded(cells)
+                        row = shaped(take(), columns)
                         id = printable(row_id(row) or default_id)
                         yield question_from_row(
                             row,
@@ -68,6 +80,45 @@ def read_parquet(
         raise QuestionError(
             f"{name} cannot be read after row {number}: it is not a whole Parquet file ({printable(str(error))})"
         ) from error
+
+
+def _nested(schema: pa.Schema, columns: ColumnsConfig | None, name: str) -> list[str]:
+    """The columns of a file of another shape; none where it holds question rows. Raises QuestionError when one is missing."""
+    if columns is None:
+        known = KEY in schema.names and "answer" not in schema.names
+        return [column for column in KNOWN if column in schema.names] if known else []
+    needed, optional = top_columns(columns)
+    missing = [column for column in needed if column not in schema.names]
+    if missing:
+        held = ", ".join(printable(column, 40) for column in schema.names[:20])
+        raise QuestionError(f"{name} has no column `{printable(missing[0], 40)}` (its columns: {held})")
+    return [*needed, *(column for column in optional if column in schema.names)]
+
+
+def _nested_rows(batch: pa.RecordBatch) -> Iterator[Callable[[], dict[str, Any]]]:
+    """The rows as plain values, each made by itself: one bad text must not spoil the others."""
+    columns = {name: batch.column(name) for name in batch.schema.names}
+
+    def row(i: int) -> dict[str, Any]:
+        try:
+            values = {name: column[i].as_py() for name, column in columns.items()}
+        except UnicodeDecodeError as error:
+            raise BadRow(f"invalid UTF-8 at byte {error.start + 1} of a text") from None
+        if _size(values) > MAX_ROW_BYTES:
+            raise BadRow(f"the row is longer than {MAX_ROW_BYTES} bytes")
+        return values
+
+    for i in range(batch.num_rows):
+        yield partial(row, i)
+
+
+def _size(value: Any) -> int:
+    """Characters of all texts in a value."""
+    if isinstance(value, Mapping):
+        return sum(map(_size, value.values()))
+    if isinstance(value, list):
+        return sum(map(_size, value))
+    return len(value) if isinstance(value, str | bytes) else 0
 
 
 def _checked(schema: pa.Schema, name: str) -> list[str]:
@@ -117,11 +168,11 @@ _KINDS: dict[str, Callable[[pa.DataType], bool]] = {
 }
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:
+def _rows(batch: pa.RecordBatch) -> Iterator[Callable[[], dict[str, Any]]]:
     """The rows with texts as bytes: Arrow does not check a file's UTF-8, and one bad text must not spoil the others."""
     columns = {name: _as_bytes(batch.column(name)) for name in batch.schema.names}
     for i in range(batch.num_rows):
-        yield {name: column[i].as_py() for name, column in columns.items()}
+        yield partial(_decoded, {name: column[i].as_py() for name, column in columns.items()})
 
 
 def _as_bytes(column: pa.Array) -> pa.Array:

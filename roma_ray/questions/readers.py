@@ -77,12 +77,12 @@ def declared_parts(sources: Sequence[QuestionSource]) -> Iterator[tuple[str, str
     seen: dict[str, tuple[str, int]] = {}
     certain = True
     for source, name in zip(sources, names, strict=True):
-        if source.split == "test":
+        if source.rows_split == "test":
             yield source.task or name, "test"  # a source without one good row is refused
         if source.path is None:
             # Its rows are training rows; of which tasks, and which later rows its ids set aside, only the hub knows.
             certain = False
-            if source.split in (None, "train"):
+            if source.rows_split in (None, "train"):
                 yield f"\0{name}", "train"
             continue
         for row in _limited(_without_duplicates(_open(source, name, 0, None), seen), source):
@@ -109,13 +109,21 @@ def _open(source: QuestionSource, name: str, seed: int, loader: Loader | None) -
     if source.path is None:
         assert source.dataset is not None
         return load_dataset(
-            source.dataset, task=source.task, split=source.split, limit=source.limit, seed=seed, loader=loader
+            source.dataset,
+            task=source.task,
+            split=source.rows_split,
+            limit=source.limit,
+            seed=seed,
+            loader=loader,
+            subset=source.subset,
+            part=source.part,
+            columns=source.columns,
         )
     path = question_file(source.path)
     suffix = _suffix(path)
     stem = path.name[: -len(suffix)] or path.name
     read = read_parquet if suffix in PARQUET_SUFFIXES else read_jsonl
-    return read(path, name=name, task=source.task, default_task=stem, split=source.split)
+    return read(path, name=name, task=source.task, default_task=stem, split=source.split, columns=source.columns)
 
 
 def question_file(name: str) -> Path:

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from roma_ray.config import ColumnsConfig
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import hub_schemas as hub
-from roma_ray.questions.records import BadRow, Question, Rejected, make_question
+from roma_ray.questions.records import BadRow, Question, Rejected, make_question, question_from_row, row_id
+from roma_ray.questions.shapes import shaped
 from roma_ray.questions.splits import seeded_key
 from roma_ray.text import printable
 
@@ -120,18 +122,28 @@ def load_dataset(
     limit: int | None = None,
     seed: int = 0,
     loader: Loader | None = None,
+    subset: str | None = None,
+    part: str = "train",
+    columns: ColumnsConfig | None = None,
 ) -> Iterator[Question | Rejected]:
-    """The rows that were set aside, then a seeded sample of a registered data set, in its own order.
+    """The rows that were set aside, then a seeded sample of a data set, in its own order.
 
-    The sample has `limit` questions, or the paper's count, or all there are if fewer. `task` and `split` override.
+    The sample has `limit` questions, or the paper's count, or all there are if fewer. `task` and `split` override. `subset`,
+    `part` and `columns` are of a hub id (`owner/name`), which is none of the registry's.
 
     Raises:
         ConfigError: an unknown name, KnowRef (which needs a file), or the `datasets` library is not installed.
         QuestionError: the hub cannot be reached or does not have the data set.
     """
+    if "/" in name:
+        yield from _any_dataset(name, subset, part, columns, task, split, limit, seed, loader or _hub_rows)
+        return
     dataset = REGISTRY.get(name)
     if dataset is None:
-        raise ConfigError(f"unknown dataset '{printable(name)}': the registry has {', '.join(sorted(REGISTRY))}")
+        raise ConfigError(
+            f"unknown dataset '{printable(name)}': the registry has {', '.join(sorted(REGISTRY))}; any other of the hub is "
+            "written `owner/name`"
+        )
     if not dataset.parts:
         raise ConfigError(
             f"{name} is not on the Hugging Face hub. Get {KNOWREF_SOURCE}, turn it into a question file with\n"
@@ -141,9 +153,9 @@ def load_dataset(
         )
     rows = loader or _hub_rows
     good: list[list[Question]] = []
-    for part in dataset.parts:
+    for piece in dataset.parts:
         questions: list[Question] = []
-        for item in _converted(part, rows(part.path, part.config, part.split), task, split):
+        for item in _converted(piece, rows(piece.path, piece.config, piece.split), task, split):
             if isinstance(item, Question):
                 questions.append(item)
             else:
@@ -151,9 +163,50 @@ def load_dataset(
         good.append(questions)
     quotas = share([len(questions) for questions in good], limit or dataset.count)
     for questions, quota in zip(good, quotas, strict=True):
-        order = sorted(questions, key=lambda question: (seeded_key(seed, "sample", question.id), question.id))
-        kept = {question.id for question in order[:quota]}
-        yield from (question for question in questions if question.id in kept)
+        yield from _sample(questions, quota, seed)
+
+
+def _any_dataset(
+    name: str,
+    subset: str | None,
+    part: str,
+    columns: ColumnsConfig | None,
+    task: str | None,
+    split: str | None,
+    limit: int | None,
+    seed: int,
+    rows: Loader,
+) -> Iterator[Question | Rejected]:
+    """The rows of any hub data set that were set aside, then a seeded sample of the others."""
+    shown = f"{name}/{subset}" if subset else name
+    questions: list[Question] = []
+    for number, row in enumerate(rows(name, subset, part), start=1):
+        id = default_id = f"{shown}-{part}-{number}"
+        try:
+            found = shaped(row, columns)
+            id = row_id(found) or default_id
+            questions.append(
+                question_from_row(
+                    found,
+                    file=shown,
+                    line=number,
+                    default_id=default_id,
+                    task=task,
+                    default_task=shown.partition("/")[2],
+                    split=split or "train",
+                )
+            )
+        except BadRow as error:
+            hint = "" if columns else " (`columns` says where a data set keeps them)"
+            yield Rejected(shown, number, printable(id), f"{error}{hint}")
+    yield from _sample(questions, len(questions) if limit is None else limit, seed)
+
+
+def _sample(questions: list[Question], count: int, seed: int) -> Iterator[Question]:
+    """So many of the questions, drawn by seed, in their own order."""
+    order = sorted(questions, key=lambda question: (seeded_key(seed, "sample", question.id), question.id))
+    kept = {question.id for question in order[:count]}
+    yield from (question for question in questions if question.id in kept)
 
 
 def share(sizes: list[int], total: int) -> list[int]:

@@ -42,9 +42,37 @@ def check_questions(questions: list[Question]) -> None:
         "".join([q.id, q.task, q.question, *q.choices, q.context or ""]).encode()
 
 
-def _read(path: Path, data: bytes) -> None:
+def _read(path: Path, data: bytes, **source: Any) -> None:
     path.write_bytes(data)
-    check_questions(read_questions([QuestionSource(path=str(path))])[0])
+    check_questions(read_questions([QuestionSource(path=str(path), **source)])[0])
+
+
+_SHAPED: list[dict[str, Any]] = [
+    {"question": "Why?", "choices": {"text": ["so", "not"], "label": ["A", "B"]}, "answerKey": "B"},
+    {
+        "question": {"stem": "Why?", "choices": [{"text": "so", "label": "1"}, {"text": "not", "label": "2"}]},
+        "answerKey": "1",
+    },
+    {"question_stem": "Why?", "choices": {"text": ["so", "not"], "label": ["A", "B"]}, "answerKey": "A", "id": "s"},
+]
+
+
+def shaped_rows(folder: Path) -> Opened:
+    """Rows of other shapes with damaged fields, with a mapping and without, as JSON lines and as Parquet."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"question": "question", "choices": "choices.text", "answer": "answerKey"}
+    rows = st.lists(st.sampled_from(_SHAPED).flatmap(damaged_values).map(as_json), min_size=1, max_size=4).map(
+        b"\n".join
+    )
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([_SHAPED[0]] * 3), sink)
+    files = st.one_of(
+        rows.map(lambda d: ("s.jsonl", d)), damaged([sink.getvalue().to_pybytes()]).map(lambda d: ("s.parquet", d))
+    )
+    strategy = st.tuples(files, st.sampled_from([None, columns]))
+    return strategy, lambda case: _read(folder / case[0][0], case[0][1], columns=case[1])
 
 
 def json_lines(folder: Path) -> Opened:
@@ -192,6 +220,7 @@ def spaces(folder: Path) -> Opened:
 TARGETS = (
     Target("questions: JSON lines", json_lines, 20),
     Target("questions: Parquet", parquet, 15),
+    Target("questions: other shapes", shaped_rows, 10),
     Target("configurations", configurations, 10),
     Target("spaces", spaces, 3),
     *CHECKPOINTS,

@@ -1,0 +1,118 @@
+"""Rows of other shapes as question rows: by a mapping of columns, and ARC's and OpenBookQA's shape without one.
+
+    {"question": "...", "choices": {"text": [...], "label": ["A", ...]}, "answerKey": "B"}             the hub's form
+    {"question": {"stem": "...", "choices": [{"text": "...", "label": "A"}, ...]}, "answerKey": "B"}   the authors' files
+    {"question_stem": "...", "choices": ..., "answerKey": "2"}                                         OpenBookQA's name
+
+An answer that is one of the labels, letter or digit, is the choice of that label.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from roma_ray.config import ColumnsConfig
+from roma_ray.questions.records import BadRow
+from roma_ray.text import printable
+
+KEY = "answerKey"
+"""The column by which the known shape is told from question rows."""
+KNOWN = ("question", "question_stem", "choices", KEY, "id", "task", "split", "context")
+"""Columns of the known shape."""
+_OPTIONAL = ("context", "id", "task", "split")
+
+Row = Mapping[str, Any]
+
+
+def shaped(row: Row, columns: ColumnsConfig | None) -> Row:
+    """The row with the fields of a question (`records`); one that is a question row already stays as it is.
+
+    Raises:
+        BadRow: a mapped column is not there, or labels and choices do not match.
+    """
+    if columns is not None:
+        return _mapped(row, columns)
+    return _known(row) if KEY in row and "answer" not in row else row
+
+
+def top_columns(columns: ColumnsConfig) -> tuple[list[str], list[str]]:
+    """The table's columns that a mapping must find, and those that it takes where they are."""
+    given = [columns.question, columns.answer, *_choice_paths(columns)]
+    given += [columns.labels] if columns.labels else []
+    given += [path for name in _OPTIONAL if (path := getattr(columns, name))]
+    needed = list(dict.fromkeys(path.partition(".")[0] for path in given))
+    return needed, [name for name in _OPTIONAL if not getattr(columns, name) and name not in needed]
+
+
+def _choice_paths(columns: ColumnsConfig) -> tuple[str, ...]:
+    return (columns.choices,) if isinstance(columns.choices, str) else columns.choices
+
+
+def _mapped(row: Row, columns: ColumnsConfig) -> Row:
+    paths = _choice_paths(columns)
+    choices: Any = _at(row, paths[0]) if isinstance(columns.choices, str) else [_at(row, path) for path in paths]
+    labels = None
+    if columns.labels:
+        labels = _at(row, columns.labels)
+    elif len(paths) == 1 and paths[0].rpartition(".")[2] == "text":
+        labels = _found(row, [*paths[0].split(".")[:-1], "label"])
+    answer = _by_label(_at(row, columns.answer), labels, choices)
+    if isinstance(answer, str) and isinstance(choices, Sequence) and list(choices).count(answer) == 1:
+        # Many sets give the right choice's text.
+        answer = list(choices).index(answer)
+    found = {"question": _at(row, columns.question), "choices": choices, "answer": answer}
+    for name in _OPTIONAL:
+        path = getattr(columns, name)
+        value = _at(row, path) if path else row.get(name)
+        if value is not None and (path or isinstance(value, str | int)):
+            found[name] = value
+    return found
+
+
+def _known(row: Row) -> Row:
+    asked: Any = row.get("question", row.get("question_stem"))
+    choices: Any = row.get("choices")
+    if isinstance(asked, Mapping):
+        asked, choices = asked.get("stem"), asked.get("choices", choices)
+    labels = None
+    if isinstance(choices, Mapping):
+        labels, choices = choices.get("label"), choices.get("text")
+    elif isinstance(choices, Sequence) and choices and all(isinstance(choice, Mapping) for choice in choices):
+        labels, choices = [choice.get("label") for choice in choices], [choice.get("text") for choice in choices]
+    rest = {name: row[name] for name in _OPTIONAL if name in row}
+    return {**rest, "question": asked, "choices": choices, "answer": _by_label(row[KEY], labels, choices)}
+
+
+def _by_label(answer: Any, labels: Any, choices: Any) -> Any:
+    """The index of the choice of that label; the answer as it is where there are no labels or it is none of them."""
+    if labels is None or answer is None:
+        return answer
+    if not isinstance(labels, Sequence) or isinstance(labels, str) or not isinstance(choices, Sequence):
+        raise BadRow("its choices and their labels do not match")
+    named = [str(label).strip() for label in labels]
+    if len(named) != len(choices):
+        raise BadRow("its choices and their labels do not match")
+    key = str(answer).strip()
+    if named.count(key) > 1:
+        raise BadRow(f"two choices have the label '{printable(key, 40)}'")
+    return named.index(key) if key in named else answer
+
+
+def _at(row: Row, path: str) -> Any:
+    """What lies at a dotted path; of a list of objects, the list of what each has there. Raises BadRow."""
+    value = _found(row, path.split("."))
+    if value is None and path.partition(".")[0] not in row:
+        held = ", ".join(printable(name, 40) for name in list(row)[:20])
+        raise BadRow(f"no column `{printable(path, 80)}` (the row has {held})")
+    return value
+
+
+def _found(value: Any, parts: Sequence[str]) -> Any:
+    for n, part in enumerate(parts):
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return [_found(item, parts[n:]) for item in value]
+        if not isinstance(value, Mapping) or part not in value:
+            return None
+        value = value[part]
+    return value
