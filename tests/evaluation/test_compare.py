@@ -70,8 +70,8 @@ def test_log_likelihoods_stand_beside_accuracies_and_the_configured_metric_is_ma
     table = render(found, "markdown")
     assert "| one | acc* | 60 |" in table
     error = nats["b"].std(ddof=1) / np.sqrt(60)
-    assert f"| one | gold_logp | 60 | {nats['a'].mean():.4f} ±" in table
-    assert f"{nats['b'].mean():.4f} ± {error:.4f}" in table, "in nats, not in percent"
+    assert f"| one | gold_logp | 60 | {nats['a'].mean():.3f} ±" in table
+    assert f"{nats['b'].mean():.3f} ± {error:.3f}" in table, "in nats, not in percent"
 
 
 def test_the_interval_is_that_of_drawing_questions_one_by_one() -> None:
