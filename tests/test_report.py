@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import inspect
 import re
+import shlex
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -147,6 +149,28 @@ def test_the_model_card_has_a_header_that_hubs_read(finished: Run) -> None:
     assert "self._model.resize_token_embeddings(len(self.tokenizer))" in inspect.getsource(HFLM._create_model)
     assert str(finished.setup.store.root) not in text, "a card is published: no path of this machine"
     assert str(Path(finished.setup.model.path).parent) not in text
+
+
+def test_the_page_says_what_to_do_next_with_the_run_s_own_paths(finished: Run) -> None:
+    from roma_ray.cli import main
+
+    for name in ("report.html", "report.md"):
+        text = unescape((folder(finished) / name).read_text())
+        commands = [shlex.split(line) for line in re.findall(r"^(?:<pre>)?(roma-ray [^\n<]+)", text, re.MULTILINE)]
+        assert {command[1] for command in commands} >= {"inspect", "export", "evaluate", "compare", "show"}
+        for command in commands:
+            main.commands[command[1]].make_context(command[1], command[2:])  # as the command line reads it
+        paths = [part for command in commands for part in command if part.startswith("/")]
+        assert paths
+        missing = [path for path in paths if not Path(path).exists()]
+        assert not missing
+
+
+def test_words_of_the_page_are_not_broken_in_the_middle(finished: Run) -> None:
+    style = (folder(finished) / "report.html").read_text().partition("<style>")[2].partition("</style>")[0]
+    breaking = [rule for rule in style.split("}") if "anywhere" in rule or "break-all" in rule]
+    # Paths and fingerprints are no words.
+    assert all(rule.strip().startswith(("code", "ul", "dl", "dd")) or " dd {" in rule for rule in breaking), breaking
 
 
 def test_all_files_are_there_and_named_in_the_manifest(finished: Run) -> None:

@@ -83,14 +83,14 @@ def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Map
 
     `silhouettes` are printed with the panels: they, not the eye, say whether tasks are apart.
     """
-    figure, axes = new_figure(3.2 * len(maps), 4.1, columns=len(maps))
+    figure, axes = new_figure(3.6 * len(maps), 4.6, columns=len(maps))
     largest = [name for name, _ in Counter(sorted(tasks)).most_common(MOST_TASKS)]
     shown = sorted(largest)
     look = colours(shown)
     labels = np.asarray(tasks)
     for axis, (title, layout) in zip(axes, maps.items(), strict=True):
         rest = ~np.isin(labels, shown)
-        size = float(np.clip(9000 / max(1, len(labels)), 8, 36))
+        size = float(np.clip(24000 / max(1, len(labels)), 14, 44))
         groups = [(name, labels == name, *look[name]) for name in shown]
         if rest.any():
             groups.insert(0, (f"{len(set(tasks)) - len(shown)} other tasks", rest, OTHER, "."))
@@ -101,8 +101,10 @@ def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Map
                 s=size,
                 c=colour,
                 marker=marker,
-                alpha=0.75,
-                linewidths=0,
+                alpha=0.85,
+                # Shapes that overlap stay shapes.
+                edgecolors="white",
+                linewidths=0.35,
                 rasterized=True,
             )
             for _, mask, colour, marker in groups

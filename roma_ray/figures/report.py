@@ -19,7 +19,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from roma_ray.artifacts import Stage, write_atomically
+from roma_ray.artifacts import CONFIG, Stage, write_atomically
 from roma_ray.engine.answers import ANSWERS, read_answers, read_routing_of
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import STEPS
@@ -37,7 +37,7 @@ from roma_ray.figures import projection, results, routing, tables, training, wor
 from roma_ray.figures.style import save
 from roma_ray.manifold.diagnostics import silhouette
 
-VERSION = 3
+VERSION = 4
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
 FIGURES, TABLES = "figures", "tables"
 
@@ -136,7 +136,12 @@ _CAPTIONS = {
         "Test questions, both models on the same ones. Bars show one standard error of each accuracy; the comparison is "
         "paired, so judge it by the table's difference and p-value, not by whether bars overlap.",
     ),
-    "loss_curves": ("Finetuning", "Each optimizer step (pale) and each epoch's mean."),
+    "loss_curves": (
+        "Finetuning",
+        "How well the training questions are answered (task loss, lower is better), how far their routing lies from that of their "
+        "neighbors (manifold loss), how much that counts (its weight λ), and how strongly the gates are pulled. Each optimizer step "
+        "(pale) and each epoch's mean.",
+    ),
     "validation_accuracy": (
         "Validation accuracy",
         "Questions held out of training and of all neighborhoods. The ring marks the epoch whose routers were exported.",
@@ -148,14 +153,20 @@ _CAPTIONS = {
     ),
     "routing_entropy": (
         "Routing entropy",
-        "Mean entropy of the routing weights over all experts, at the last prompt token of the test questions.",
+        "How evenly the routing spreads over the experts: the mean entropy of the weights of all of them, at the last prompt token of "
+        "the test questions. Zero is one expert alone; the dotted line is an even spread.",
     ),
     "expert_load": ("Expert load", "How often each expert is among the selected ones at that token."),
     "neighborhoods": (
         "Successful neighborhoods",
-        "How many rightly answered questions each training question is pulled to, and how similar they are.",
+        "The rightly answered questions that each training question is pulled to: how similar they are, and how many, where that "
+        "differs from question to question.",
     ),
-    "drift": ("Is tuning the router safe?", "How far the routing moved, and which answers changed."),
+    "drift": (
+        "Is tuning the router safe?",
+        "How far the routing moved from the base model's (Kullback-Leibler divergence, "
+        "0 is not at all), how many of the selected experts stayed, and which answers changed.",
+    ),
 }
 
 
@@ -214,6 +225,7 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "by_task": words.by_task(summary),
         "notes": words.notes(summary, config.finetune.regularizer),
         "safety": words.safety(summary),
+        "commands": words.next_commands(summary, str(setup.store.root), str(stage.path / CONFIG)),
         "pictures": pictures,
         "splits": {split: tables.result_table(figures) for split, figures in summary["splits"].items()},
         "measures": tables.Table(HEADER, measure_rows(summary["measures"])),

@@ -60,7 +60,7 @@ def drift(diagnostics: Mapping[str, Any], overall: Mapping[str, Any]) -> Figure:
     figure, (divergence, kept, answers) = new_figure(8.4, 3.0, columns=3)
     layers = [str(layer) for layer in diagnostics["layers"]]
     divergence.bar(layers, diagnostics["routing_kl"], color=TUNED)
-    divergence.set_title("KL(tuned ‖ base), nats")
+    divergence.set_title("routing moved by (KL, nats)")
     kept.bar(layers, [100 * share for share in diagnostics["selection_overlap"]], color=PALETTE[2])
     kept.set_title("selected experts kept (%)")
     kept.set_ylim(0, 100)

@@ -59,13 +59,19 @@ def neighborhoods(facts: Mapping[str, Any], sizes: np.ndarray, similarities: np.
 
     `facts` are the neighbors stage's, `sizes` one value a queried question, `similarities` one a pair.
     """
-    figure, (left, right) = new_figure(7.2, 3.1, columns=2)
-    counts, edges = _size_bars(sizes)
-    left.bar(range(len(counts)), 100 * counts / max(1, len(sizes)), color=PALETTE[4], width=0.9)
-    left.set_xticks(range(len(counts)), edges)
-    left.set_title(f"neighborhood size (median {facts['sizes']['q50']:.0f}, empty {facts['empty']})")
-    left.set_xlabel("neighbors")
-    left.set_ylabel("training questions (%)")
+    # One bar says less than a number: where all have as many, the number stands in the title.
+    same = len(np.unique(sizes)) < 2
+    figure, axes = new_figure(4.6 if same else 7.2, 3.1, columns=1 if same else 2)
+    right, how_many = axes[-1], f"{int(sizes[0])} neighbors each" if same and len(sizes) else ""
+    if not same:
+        left = axes[0]
+        counts, edges = _size_bars(sizes)
+        left.bar(range(len(counts)), 100 * counts / len(sizes), color=PALETTE[4], width=0.9)
+        left.set_xticks(range(len(counts)), edges)
+        left.set_title(f"neighborhood size (median {facts['sizes']['q50']:.0f}, empty {facts['empty']})")
+        left.set_xlabel("neighbors")
+        left.set_ylabel("training questions (%)")
+        left.grid(False, axis="x")
     right.set_title("similarity of neighbors")
     if len(similarities):
         sorted_values = np.sort(similarities)
@@ -73,10 +79,10 @@ def neighborhoods(facts: Mapping[str, Any], sizes: np.ndarray, similarities: np.
         right.plot(np.quantile(sorted_values, marks), 100 * marks, color=PALETTE[0])
         right.axvline(facts["similarities"]["q50"], color=BASE, linestyle="--", linewidth=1)
         right.set_title(f"similarity of neighbors (median {facts['similarities']['q50']:.3f})")
+    if how_many:
+        right.set_title(f"{how_many}\n{right.get_title()}")
     right.set_xlabel("similarity (eq. 5 or cosine, as configured)")
     right.set_ylabel("pairs up to here (%)")
-    for axis in (left,):
-        axis.grid(False, axis="x")
     return figure
 
 

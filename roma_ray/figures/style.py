@@ -21,7 +21,7 @@ P = ParamSpec("P")
 # Okabe and Ito's palette, told apart with any colour vision; base and tuned have their own two colours throughout.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8B7A00", "#000000")
 BASE, TUNED = "#7A7A7A", "#0072B2"
-MARKERS = "osD^vPX*"
+MARKERS = "os^DvPX*"
 OTHER = "#B5B5B5"
 SEQUENTIAL = "cividis"
 
@@ -94,7 +94,8 @@ def shorten(text: str, width: int = 22) -> str:
 
 
 def colours(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """A colour and marker for each name: 8 colours, and the markers change with each round."""
+    """A colour and a marker for each name: both differ from name to name, and no pair comes twice among 64."""
     return {
-        name: (PALETTE[n % len(PALETTE)], MARKERS[(n // len(PALETTE)) % len(MARKERS)]) for n, name in enumerate(names)
+        name: (PALETTE[n % len(PALETTE)], MARKERS[(n + n // len(PALETTE)) % len(MARKERS)])
+        for n, name in enumerate(names)
     }

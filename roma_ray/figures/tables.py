@@ -108,7 +108,7 @@ def layer_table(found: Mapping[str, Any]) -> Table:
         "entropy tuned",
         "largest load base %",
         "largest load tuned %",
-        "KL to base",
+        "moved from base (KL, nats)",
         "experts kept %",
     )
     return Table(header, rows)
@@ -137,7 +137,9 @@ def manifold_table(found: Mapping[str, Any]) -> Table:
     for split, words in (("train", "trained"), ("test", "test")):
         one = found["manifold_distance"][split]
         for key, whom in (("neighbors", "the successful neighbors"), ("random", "random successes")) if one else ():
-            label = f"Σ_j W_ij ‖r_i − r_j‖² to {whom}, {one['questions']:,} {words} questions"
+            label = (
+                f"squared distance of routing to {whom} (Σ_j W_ij ‖r_i − r_j‖²), {one['questions']:,} {words} questions"
+            )
             rows.append((label, *(shown(one[key][who], 4) for who in ("base", "tuned"))))
     return Table(("", "base", "tuned"), rows)
 
@@ -165,7 +167,7 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
         )
         for e in epochs
     ]
-    header = ("epoch", "task loss", "manifold loss", "λ", "gate gradient", "routing entropy", "validation %")
+    header = ("epoch", "task loss", "manifold loss", "its weight λ", "gate gradient", "routing entropy", "validation %")
     return Table(header, rows)
 
 

@@ -22,7 +22,7 @@ def loss_curves(steps: Mapping[str, Sequence[float]], epochs: Sequence[Mapping[s
     panels = (
         ("task_loss", "task loss (nats)", PALETTE[0]),
         ("manifold_loss", "manifold loss (eq. 7)", PALETTE[2]),
-        ("lambda", "λ(t)", PALETTE[5]),
+        ("lambda", "weight of the manifold loss, λ", PALETTE[5]),
         ("gradient_norm", "gate gradient norm", PALETTE[3]),
     )
     figure, axes = new_figure(7.2, 4.8, columns=2, rows=2)

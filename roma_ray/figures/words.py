@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from roma_ray.config import RegularizerConfig
@@ -88,6 +89,28 @@ def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[st
         "one training seed: the standard errors are those of the questions drawn, not of the training's own randomness"
     )
     return lines
+
+
+def next_commands(summary: Mapping[str, Any], storage: str, config: str) -> list[tuple[str, str]]:
+    """What can be done with the result, and the command that does it with this run's own paths."""
+    adapter, place = quote(f"{summary['paths']['finetune']}/adapter"), quote(storage)
+    run, base = summary["fingerprints"]["evaluate"], f"{summary['fingerprints']['evaluate']}:base"
+    return [
+        ("What the adapter holds, and how far each layer moved", f"roma-ray inspect {adapter}"),
+        ("A whole model for vLLM or lm-eval", f"roma-ray export {adapter} tuned-model --format merged"),
+        (
+            "Benchmarks, base and tuned (name the tasks that you want)",
+            f"roma-ray evaluate --tasks arc_easy,piqa --config {quote(config)} --storage {place}",
+        ),
+        (
+            "This run beside its base; add the runs that you want to compare",
+            f"roma-ray compare {base} {run} --storage {place}",
+        ),
+        (
+            "Where its stages lie and what they take",
+            f"roma-ray show {summary['fingerprints']['evaluate']} --storage {place}",
+        ),
+    ]
 
 
 def safety(summary: Mapping[str, Any]) -> str:

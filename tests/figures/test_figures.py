@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from roma_ray.figures import projection, results, routing, training
-from roma_ray.figures.style import render, shorten
+from roma_ray.figures.style import colours, render, shorten
 
 EPOCHS = [
     {"epoch": n, "step": 4 * (n + 1), "task_loss": 2.0 - n, "manifold_loss": 0.1, "lambda": 0.8, "gradient_norm": 1.0}
@@ -98,6 +98,22 @@ def test_neighborhood_sizes_are_binned_whole() -> None:
     wide, _ = routing.neighborhoods(facts, np.array([0, 130]), np.array([])).axes
     assert len(wide.patches) <= 12
     assert sum(bar.get_height() for bar in wide.patches) == 100
+
+
+def test_where_all_have_as_many_neighbors_no_single_bar_is_drawn() -> None:
+    facts = {"sizes": {"q50": 3}, "similarities": {"q50": 0.5}, "empty": 0}
+    (only,) = routing.neighborhoods(facts, np.array([3, 3, 3]), np.array([0.4, 0.6])).axes
+    assert not only.patches
+    assert only.get_title().startswith("3 neighbors each")
+
+
+def test_twelve_tasks_differ_in_colour_and_shape() -> None:
+    looks = list(colours([f"t{n}" for n in range(12)]).values())
+    assert len(set(looks)) == 12
+    same_colour = [(a, b) for n, a in enumerate(looks) for b in looks[:n] if a[0] == b[0]]
+    assert all(a[1] != b[1] for a, b in same_colour)
+    assert len({marker for _, marker in looks}) == 8
+    assert len(set(colours([f"t{n}" for n in range(64)]).values())) == 64
 
 
 def test_principal_components_separate_what_is_apart() -> None:
