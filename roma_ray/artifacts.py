@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ IDENTITY = ".identity.json"
 MEMBERS = ".members.json"
 """In a sweep's folder: the fingerprints of its trials' last stages."""
 _DEVICES = ".devices"
+_BEGUN = ".begun"
 _LIBRARIES = (
     "torch",
     "transformers",
@@ -48,6 +49,16 @@ def fingerprint(value: Any) -> str:
     """16 hex digits of the SHA-256 of a JSON-able value; dictionary order does not matter."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def run_identity(planned: Mapping[str, Stage]) -> str:
+    """What makes two runs the same: the fingerprints of all stages that compute something."""
+    return fingerprint({name: stage.fingerprint for name, stage in planned.items() if name != "report"})
+
+
+def comparison_identity(methods: Mapping[str, Sequence[Stage]]) -> str:
+    """What makes two comparisons of methods the same."""
+    return fingerprint({name: [stage.fingerprint for stage in stages] for name, stages in methods.items()})
 
 
 def file_digest(path: str | Path) -> str:
@@ -164,6 +175,19 @@ class Store:
         """The stage of that name for these settings and inputs (name -> fingerprint); changes nothing on disk."""
         identity = {"stage": name, "version": version, "settings": dict(settings), "inputs": dict(inputs)}
         return Stage(self.root / name / fingerprint(identity), name, identity)
+
+    def begin(self, identity: str) -> None:
+        """Note when the work of this identity (a run, a sweep, a comparison) was first started, where that is not noted yet."""
+        path = self.root / _BEGUN / identity
+        if not path.exists():
+            write_text(path, f"{time.time():.3f}")
+
+    def begun(self, identity: str) -> float | None:
+        """When it was, in seconds since 1970; None where nobody noted it. Stages that ended before were not made by it."""
+        path = self.root / _BEGUN / identity
+        with contextlib.suppress(OSError, ValueError):
+            return float(path.read_text(encoding="utf-8"))
+        return None
 
 
 class Stage:

@@ -70,9 +70,9 @@ def _observer(setup: Any, progress: Any, on: bool) -> AbstractContextManager[Any
 
     if not on:
         return nullcontext(NOBODY)
-    from roma_ray.tracking import tracked
+    from roma_ray.tracking import Tracker
 
-    return tracked(setup, progress)
+    return Tracker(setup, progress)
 
 
 def _say_report(finished: Any) -> None:
@@ -156,10 +156,14 @@ def track(config: Any) -> None:
     from roma_ray.cli_results import setup_of_finished
     from roma_ray.pipeline import replay
     from roma_ray.terminal import open_progress
+    from roma_ray.tracking import Tracker
 
     setup = setup_of_finished(config)
-    with _observer(setup, open_progress(quiet=False), True) as observer:
-        replay(setup, observer)
+    with Tracker(setup, open_progress(quiet=False)) as tracker:
+        replay(setup, tracker)
+    if tracker.lacking:
+        # The tracker has said what, and why.
+        sys.exit(1)
 
 
 @main.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from roma_ray.comparison import UNOBSERVED, Comparison, ComparisonObserver, compare
 from roma_ray.config import Config
@@ -20,5 +21,8 @@ def compare_methods(
     with open_place(config, address, progress) as place:
         setup = resolve(config, device=place.device, measure=place.measure)
         setup.store.check()
-        observer: ComparisonObserver = ComparisonTracker(setup, progress) if config.tracking.enabled else UNOBSERVED
-        return compare(setup, names, seeds or config.baselines.seeds, progress, place.runners, observer)
+        observed: AbstractContextManager[ComparisonObserver] = nullcontext(UNOBSERVED)
+        if config.tracking.enabled:
+            observed = ComparisonTracker(setup, progress)
+        with observed as observer:
+            return compare(setup, names, seeds or config.baselines.seeds, progress, place.runners, observer)

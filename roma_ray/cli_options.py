@@ -31,12 +31,13 @@ class Commands(click.Group):
             return super().main(*args, **kwargs)
 
     def invoke(self, ctx: click.Context) -> Any:
+        from roma_ray.addresses import mask_text
         from roma_ray.errors import ConfigError, RomaError
 
         try:
             return super().invoke(ctx)
         except RomaError as error:
-            say(f"roma-ray: {error}", error=True)
+            say(f"roma-ray: {mask_text(str(error))}", error=True)
             sys.exit(2 if isinstance(error, ConfigError) else 1)
         except KeyboardInterrupt:
             say("stopped; finished work is kept: run the same command to go on", error=True)

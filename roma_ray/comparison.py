@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from roma_ray.artifacts import Stage, fingerprint, write_json
+from roma_ray.artifacts import Stage, comparison_identity, write_json
 from roma_ray.baselines.contract import budget
 from roma_ray.baselines.registry import METHODS
 from roma_ray.baselines.runs import method_stage, read_failure, run_methods, seeds_of
@@ -72,6 +72,7 @@ def compare(
     planned = {name: [method_stage(setup, located, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}
     missing = any(not stage.complete for found in planned.values() for stage in found)
     stages = dict(run(setup, progress, runners, until="neighbors", states=missing).stages)
+    setup.store.begin(comparison_identity(planned))
     observer.planned(planned)
     run_methods(setup, stages, methods, seeds, runners.baselines, progress, observer.method_finished)
     entries = []
@@ -113,8 +114,3 @@ def _keep(setup: Setup, methods: Mapping[str, Sequence[Stage]], summary: Mapping
     with stage.exclusive():
         write_json(stage.path / SUMMARY, dict(summary))
         stage.finish(facts={"pin": summary["pin"]}, seconds=summary["seconds"])
-
-
-def identity(methods: Mapping[str, Sequence[Stage]]) -> str:
-    """What makes two comparisons the same."""
-    return fingerprint({name: [stage.fingerprint for stage in stages] for name, stages in methods.items()})

@@ -328,6 +328,8 @@ class TrackingConfig(Section):
     """Record CPU, memory, disk, network and GPU use of the driver's machine while the pipeline works."""
     log_model: bool = False
     """Also upload the whole tuned model, not only its adapter."""
+    register_model: Name | None = Field(default=None, pattern=r"^[^/:'\"]+$")
+    """Make the adapter a version of this model of MLflow's registry; default: it is a model of its run alone."""
 
     @field_validator("uri")
     @classmethod

@@ -63,3 +63,7 @@ class GuardError(RomaError, RuntimeError):
 
 class WorkerError(RomaError, RuntimeError):
     """A worker process died or failed, or no cluster could be reached."""
+
+
+class TrackingError(RomaError, ConnectionError):
+    """MLflow was asked for something, or was to be given something, and cannot be used."""

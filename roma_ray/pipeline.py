@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from roma_ray.artifacts import CONFIG, Stage
+from roma_ray.artifacts import CONFIG, Stage, run_identity
 from roma_ray.baselines.runs import method_stage
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.embedding import embed
@@ -101,6 +101,9 @@ def run(
     wanted = STAGES[: STAGES.index(until) + 1]
     if states or any(not planned[name].complete for name in ("finetune", "evaluate") if name in wanted):
         bring_back(planned["extract"])
+    # A comparison of methods goes up to the neighborhoods, unobserved: that is no start of this run.
+    if observer is not NOBODY or STAGES.index(until) >= STAGES.index("finetune"):
+        setup.store.begin(run_identity(planned))
     observer.started(planned)
     stages: dict[str, Stage] = {}
     for name in wanted:

@@ -86,6 +86,21 @@ def _check_mlflow(world: Path, rows: dict[str, Any]) -> None:
     assert len(client.get_metric_history(mine["prompt_tuning"].info.run_id, "test/accuracy")) == 2
 
 
+def test_an_interrupted_comparison_ends_in_mlflow_too(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(type(METHODS["prompt_tuning"]), "fit", interrupted)
+    options = ("--methods", "prompt_tuning", "--set", "tracking.experiment=stopped", "--set", "seed=5")
+    assert baselines(world, *options).exit_code == 130
+    client = mlflow.MlflowClient(f"sqlite:///{world / 'storage' / 'mlflow.db'}")
+    runs = client.search_runs([client.get_experiment_by_name("stopped").experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    assert parent.info.status == "KILLED"
+    assert "KeyboardInterrupt" in parent.data.tags["roma.error"]
+    assert "RUNNING" not in {run.info.status for run in runs}
+
+
 def test_an_unreachable_server_stops_no_comparison(world: Path) -> None:
     # Nothing listens on port 9.
     found = baselines(world, "--methods", "base", "--set", "tracking.uri=http://127.0.0.1:9")

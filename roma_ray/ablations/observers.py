@@ -157,11 +157,5 @@ def _run(state: State) -> TrialRun:
 @contextlib.contextmanager
 def in_mlflow(plan: Plan, progress: Progress) -> Iterator[InMlflow]:
     """A follower that records the sweep, closed at its end, whatever the end is."""
-    tracker = SweepTracker(plan.trials[0].setup, progress, plan.space.file.name, plan.space.identity)
-    try:
+    with SweepTracker(plan.trials[0].setup, progress, plan.space.file.name, plan.space.identity) as tracker:
         yield InMlflow(tracker)
-    except BaseException as error:
-        tracker.failed(error)
-        raise
-    finally:
-        tracker.close()

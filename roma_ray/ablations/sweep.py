@@ -152,6 +152,7 @@ def run_sweep(
     for line in describe(plan):
         progress.say(line)
     sweep = open_sweep(plan)
+    plan.store.begin(plan.space.identity)
     with sweep.stage.exclusive():
         write_text(sweep.stage.path / SPACE, _resolved(plan.space))
         _keep_members(sweep)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +12,61 @@ from roma_ray.addresses import mask
 from roma_ray.artifacts import Stage, Store, fingerprint
 from roma_ray.config import Config
 from roma_ray.engine.progress import Progress
+from roma_ray.errors import TrackingError
 from roma_ray.evaluation.compare import Comparison, plain
 from roma_ray.evaluation.judge import SUMMARY, read_benchmarks
 from roma_ray.figures.comparison import FORMATS, render
 from roma_ray.tracking import records
-from roma_ray.tracking.client import Client, RunState, Unavailable, Value, one_at_a_time
+from roma_ray.tracking.client import Client, Refused, RunState, Unavailable, Value, one_at_a_time
+from roma_ray.tracking.delivery import FINGERPRINT, Delivery
 
-_STAGE, _FINGERPRINT, _RUN = "roma.stage", "roma.fingerprint", "roma.run"
+_STAGE, _RUN = "roma.stage", "roma.run"
 _JUDGED = ("benchmarks", "evaluate")
+
+
+class _Record(Delivery):
+    """A run without children, told of when it is over."""
+
+    identity_tag, name_tag, later = FINGERPRINT, _STAGE, "the same command"
+
+    def __init__(
+        self,
+        config: Config,
+        store: Store,
+        progress: Progress,
+        stage: str,
+        title: str,
+        identity: str,
+        tags: Mapping[str, str],
+        values: Mapping[str, Any],
+        files: Sequence[Path],
+    ) -> None:
+        super().__init__(config, store, progress)
+        self.parent, self.title, self._identity = stage, title, identity
+        self.tags, self.values, self.files = tags, values, files
+        self.status[stage] = "FINISHED"
+        self._waiting[stage] = None
+
+    def _title(self, name: str) -> str:
+        return self.title
+
+    def _tags(self, name: str) -> Mapping[str, str]:
+        return self.tags
+
+    def _start(self, name: str) -> int:
+        return records.now()
+
+    def _end(self, name: str, run: RunState) -> int:
+        return records.now()
+
+    def _receipt(self, name: str) -> str:
+        return self._identity
+
+    def _write(self, name: str, run: RunState) -> None:
+        at = records.now()
+        self._log_metrics(run, [Value(records.metric_name(k), float(v), 0, at) for k, v in self.values.items()])
+        for file in self.files:
+            self._upload(run, file)
 
 
 def record(config: Config, store: Store, stage: Stage, progress: Progress) -> None:
@@ -37,8 +83,8 @@ def record(config: Config, store: Store, stage: Stage, progress: Progress) -> No
     }
     values |= {f"questions_per_second/{name}": figure for name, figure in found["cost"]["questions_per_second"].items()}
     files = [stage.path / SUMMARY, *sorted(stage.path.glob("lm_eval_*.json"))]
-    with _quietly(progress, config, store):
-        _write(config, store, f"{config.name}: benchmarks", "benchmarks", stage.fingerprint, tags, values, files)
+    title, identity = f"{config.name}: benchmarks", stage.fingerprint
+    _Record(config, store, progress, "benchmarks", title, identity, tags, values, files).close()
 
 
 def record_comparison(config: Config, store: Store, comparison: Comparison, progress: Progress) -> None:
@@ -46,7 +92,7 @@ def record_comparison(config: Config, store: Store, comparison: Comparison, prog
     table = plain(comparison)
     content = {"columns": list(table), "data": [list(row) for row in zip(*table.values(), strict=True)]}
     identity = fingerprint(content)
-    with tempfile.TemporaryDirectory() as folder, _quietly(progress, config, store):
+    with tempfile.TemporaryDirectory() as folder:
         files = [Path(folder) / f"comparison.{suffix}" for suffix in ("json", *FORMATS.values())]
         files[0].write_text(json.dumps(content), encoding="utf-8")
         for file, form in zip(files[1:], FORMATS, strict=True):
@@ -54,60 +100,30 @@ def record_comparison(config: Config, store: Store, comparison: Comparison, prog
         # By this tag MLflow's UI shows the file as a table that can be filtered and joined with other runs'.
         logged = json.dumps([{"path": files[0].name, "type": "table"}])
         tags = {"mlflow.loggedArtifacts": logged}
-        _write(config, store, "comparison: " + ", ".join(comparison.labels), "comparison", identity, tags, {}, files)
+        title = "comparison: " + ", ".join(comparison.labels)
+        _Record(config, store, progress, "comparison", title, identity, tags, {}, files).close()
 
 
 def fingerprint_of(config: Config, store: Store, run_id: str) -> str | None:
-    """The fingerprint of the evaluation that an MLflow run id means (a pipeline's, a stage's or a benchmark's run)."""
+    """The fingerprint of the evaluation that an MLflow run id means (a pipeline's, a stage's or a benchmark's run).
+
+    None for what is no run id, or of no such run. Raises TrackingError.
+    """
     if len(run_id) != 32 or not run_id.isalnum():
         return None
+    uri = records.tracking_uri(config, store)
     try:
-        client = _client(config, store)
+        with one_at_a_time(store.root / ".tracking.lock"):
+            client = Client(uri, config.tracking.experiment, store.root / "mlflow-artifacts")
         run = client.run(run_id)
         if run.tags.get(_STAGE) in _JUDGED:
-            return run.tags.get(_FINGERPRINT)
+            return run.tags.get(FINGERPRINT)
         siblings = client.runs(_RUN, run.tags[_RUN]) if _RUN in run.tags else []
-    except Unavailable:
+    except Refused:
         return None
-    return next((r.tags.get(_FINGERPRINT) for r in siblings if r.tags.get(_STAGE) in _JUDGED), None)
-
-
-def _client(config: Config, store: Store) -> Client:
-    with one_at_a_time(store.root / ".tracking.lock"):
-        return Client(
-            records.tracking_address(config, store), config.tracking.experiment, store.root / "mlflow-artifacts"
-        )
-
-
-@contextmanager
-def _quietly(progress: Progress, config: Config, store: Store) -> Iterator[None]:
-    """MLflow's troubles stop nothing: they are told."""
-    try:
-        yield
     except Unavailable as error:
-        where = mask(records.tracking_address(config, store))
-        progress.say(f"MLflow at {where} cannot be used ({error}); the same command delivers it later")
-
-
-def _write(
-    config: Config,
-    store: Store,
-    name: str,
-    stage: str,
-    identity: str,
-    tags: dict[str, str],
-    values: dict[str, Any],
-    files: list[Path],
-) -> None:
-    """Write a run, unless it is there already. Raises Unavailable."""
-    client = _client(config, store)
-    at = records.now()
-    known = [r for r in client.runs(_FINGERPRINT, identity) if r.tags.get(_STAGE) == stage]
-    if any(run.status == "FINISHED" for run in known):
-        return
-    given = {_STAGE: stage, _FINGERPRINT: identity, "mlflow.source.name": "roma-ray", **tags}
-    run: RunState = known[0] if known else client.create(name, given, at)
-    client.log(run, metrics=[Value(records.metric_name(key), float(v), 0, at) for key, v in values.items()])
-    for file in files:
-        client.upload(run, file)
-    client.set_status(run, "FINISHED", records.now())
+        raise TrackingError(
+            f"MLflow at {mask(uri)} cannot be used ({error}), so nobody knows what its run {run_id} is: name the evaluation by its "
+            "folder or fingerprint, or try again later"
+        ) from None
+    return next((r.tags.get(FINGERPRINT) for r in siblings if r.tags.get(_STAGE) in _JUDGED), None)

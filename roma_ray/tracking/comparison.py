@@ -1,20 +1,14 @@
-"""Keeps MLflow in step with a comparison: one parent run, one child a method.
-
-As with pipelines, what MLflow lacks of what the artifacts hold is written, and nothing twice; so an outage only leaves work
-for the next chance, or for the next run of the same command, which computes nothing anew.
-"""
+"""Keeps MLflow in step with a comparison: one parent run, one child a method."""
 
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from roma_ray.addresses import mask
-from roma_ray.artifacts import Stage, fingerprint
+from roma_ray.artifacts import Stage, comparison_identity, fingerprint
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
@@ -32,98 +26,89 @@ from roma_ray.evaluation.methods import (
     result_rows,
 )
 from roma_ray.tracking import records
-from roma_ray.tracking.client import Client, RunState, Unavailable, Value, one_at_a_time
+from roma_ray.tracking.client import RunState, Value
+from roma_ray.tracking.delivery import Delivery
 
 PARENT = "baselines"
-_RETRY_SECONDS = 60.0
 
 
-class ComparisonTracker:
+class ComparisonTracker(Delivery):
     """An observer of one comparison. Its methods never raise for MLflow's sake."""
 
+    parent, identity_tag, name_tag = PARENT, "roma.run", "roma.stage"
+
     def __init__(self, setup: Setup, progress: Progress) -> None:
-        self.setup, self.progress = setup, progress
-        self.uri = records.tracking_uri(setup)
+        super().__init__(setup.config, setup.store, progress)
         self.methods: dict[str, Sequence[Stage]] = {}
         self.summary: Mapping[str, Any] | None = None
-        self._tried: set[str] = set()
-        self._client: Client | None = None
-        self._runs: dict[str, RunState] = {}
-        self._down_since: float | None = None
 
     def planned(self, methods: Mapping[str, Sequence[Stage]]) -> None:
         """Before any method runs."""
         self.methods = dict(methods)
-        self._deliver()
+        self._identity = comparison_identity(methods)
+        if not all(self._whole(name) for name in methods):
+            self.status[PARENT] = "RUNNING"
+        self._deliver(PARENT)
 
     def method_finished(self, name: str) -> None:
         """A method is complete or failed."""
-        self._tried.add(name)
-        self._deliver()
+        self.status[name] = "FINISHED" if self._whole(name) else "FAILED"
+        self._deliver(name)
 
     def finished(self, summary: Mapping[str, Any]) -> None:
         """All methods were tried."""
         self.summary = summary
-        self._down_since = None
-        self._deliver()
-        if self._client is not None:
-            self.progress.say(f"MLflow: run {self._runs[PARENT].id} at {mask(self.uri)}")
+        failed = [found["name"] for found in summary["methods"] if "failure" in found]
+        self.failure = f"failed: {', '.join(failed)}" if failed else ""
+        self.status[PARENT] = "FAILED" if failed else "FINISHED"
+        self._waiting |= dict.fromkeys((PARENT, *self.methods))
 
-    def _deliver(self) -> None:
-        if self._down_since is not None and time.monotonic() - self._down_since < _RETRY_SECONDS:
+    def _whole(self, name: str) -> bool:
+        return all(stage.complete for stage in self.methods[name])
+
+    def _title(self, name: str) -> str:
+        return f"{self.config.name}: baselines" if name == PARENT else name
+
+    def _start(self, name: str) -> int:
+        if name == PARENT:
+            return self._begun() or records.now()
+        return min(map(records.start_time, self.methods[name]))
+
+    def _end(self, name: str, run: RunState) -> int:
+        if name == PARENT or not self._whole(name):
+            return records.now()
+        return max(run.start, *map(records.finish_time, self.methods[name]))
+
+    def _receipt(self, name: str) -> str:
+        """Of a method only with its row of the table, which the others' answers are part of."""
+        names = self.methods if name == PARENT else [name]
+        if self.summary is None or not all(self._whole(n) for n in names):
+            return ""
+        return fingerprint({n: [stage.manifest()["finished"] for stage in self.methods[n]] for n in names})
+
+    def _error(self, name: str) -> str:
+        if name == PARENT or self.summary is None:
+            return self.failure
+        return str(next((row.get("failure", "") for row in self.summary["methods"] if row["name"] == name), ""))[:500]
+
+    def _write(self, name: str, run: RunState) -> None:
+        if name == PARENT:
+            self._write_table(run)
             return
-        try:
-            self._connect()
-            for name in self.methods:
-                if name in self._tried:
-                    self._method(name)
-            self._parent()
-        except Unavailable as error:
-            self._client, self._runs = None, {}
-            self._down_since = time.monotonic()
-            self.progress.say(
-                f"MLflow at {mask(self.uri)} cannot be used ({error}). Nothing is lost: the same command delivers it later."
-            )
-
-    def _connect(self) -> None:
-        if self._client is not None:
-            return
-        store = self.setup.store.root
-        identity = fingerprint({name: [s.fingerprint for s in stages] for name, stages in self.methods.items()})
-        with one_at_a_time(store / ".tracking.lock"):
-            self._client = Client(self.uri, self.setup.config.tracking.experiment, store / "mlflow-artifacts")
-            for run in self._client.runs("roma.run", identity):
-                self._runs.setdefault(run.tags.get("roma.stage", PARENT), run)
-            self._identity = identity
-            self._run(PARENT, f"{self.setup.config.name}: baselines", {})
-
-    def _run(self, key: str, title: str, tags: dict[str, str]) -> RunState:
-        """The run of a method or of the comparison, made where there is none."""
-        assert self._client is not None
-        if key not in self._runs:
-            known = {"roma.run": self._identity, "roma.stage": key, "mlflow.source.name": "roma-ray"}
-            self._runs[key] = self._client.create(title, {**known, **tags}, records.now())
-        return self._runs[key]
-
-    def _method(self, name: str) -> None:
-        assert self._client is not None
-        run = self._run(name, name, {"mlflow.parentRunId": self._runs[PARENT].id})
         stages = self.methods[name]
-        self._client.log(run, params=_missing(records.stage_parameters(stages[0]), run.params))
+        if self._whole(name):
+            # The last seed's stage is the youngest.
+            self._mark_reused(run, stages[-1])
+        self._log_params(run, records.stage_parameters(stages[0]))
         done = [stage for stage in stages if stage.complete]
         values = [value for number, stage in enumerate(done) for value in _seed_values(stage, number)]
         if self.summary is not None:
             values += _row_values(self.summary, name)
         # Keys, not steps, are compared: all seeds of a method come at once.
-        self._client.log(run, metrics=[value for value in values if value.key not in run.metrics])
-        status = "FINISHED" if len(done) == len(stages) else "FAILED"
-        if run.status != status:
-            self._client.set_status(run, status, records.now())
+        self.client.log(run, metrics=[value for value in values if value.key not in run.metrics])
 
-    def _parent(self) -> None:
-        assert self._client is not None
-        run = self._runs[PARENT]
-        self._client.log(run, params=_missing(records.parameters(self.setup.config), run.params))
+    def _write_table(self, run: RunState) -> None:
+        self._log_params(run, records.parameters(self.config))
         if self.summary is None:
             return
         summary = self.summary
@@ -135,16 +120,12 @@ class ComparisonTracker:
         ]
         if summary["oracle"]:
             values += [Value(f"oracle_and_control/{k}", v, 0, records.now()) for k, v in summary["oracle"].items()]
-        fresh = [value for value in values if value.key not in run.metrics]
-        self._client.log(run, metrics=fresh, tags={"mlflow.note.content": table_text(summary), "pin": summary["pin"]})
-        if fresh:
-            with TemporaryDirectory() as folder:
-                (Path(folder) / "comparison.json").write_text(json.dumps(summary, indent=1))
-                (Path(folder) / "comparison.md").write_text(table_text(summary))
-                self._client.upload(run, Path(folder))
-        status = "FAILED" if any("failure" in found for found in summary["methods"]) else "FINISHED"
-        if run.status != status:
-            self._client.set_status(run, status, records.now())
+        self._log_metrics(run, values)
+        self._log_tags(run, {"mlflow.note.content": table_text(summary), "pin": summary["pin"]})
+        with TemporaryDirectory() as folder:
+            (Path(folder) / "comparison.json").write_text(json.dumps(summary, indent=1))
+            (Path(folder) / "comparison.md").write_text(table_text(summary))
+            self._upload(run, Path(folder))
 
 
 def table_text(summary: Mapping[str, Any]) -> str:
@@ -184,7 +165,3 @@ def _row_values(summary: Mapping[str, Any], name: str) -> list[Value]:
     named |= {f"first_seed/{key}": value for key, value in found.get("first_seed", {}).items()}
     at = records.now()
     return [Value(f"test/{key}", float(value), 0, at) for key, value in named.items()]
-
-
-def _missing(wanted: Mapping[str, str], there: set[str]) -> dict[str, str]:
-    return {key: value for key, value in wanted.items() if key not in there}

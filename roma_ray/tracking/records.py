@@ -30,13 +30,8 @@ _NO_PARAMETERS = {"name", "storage", "tracking"}
 _LONGEST_PARAMETER = 6000
 
 
-def tracking_uri(setup: Setup) -> str:
+def tracking_uri(config: Config, store: Store) -> str:
     """Where MLflow is: the configuration, else $MLFLOW_TRACKING_URI, else a database in the storage; files made absolute."""
-    return tracking_address(setup.config, setup.store)
-
-
-def tracking_address(config: Config, store: Store) -> str:
-    """The same without a model: for what only reads or writes evaluations."""
     uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
     if uri is None:
         return f"sqlite:///{store.root / 'mlflow.db'}"
@@ -44,11 +39,6 @@ def tracking_address(config: Config, store: Store) -> str:
     if separator and scheme.startswith("sqlite") and path:
         return f"{scheme}:///{Path(path).expanduser().absolute()}"
     return uri
-
-
-def pipeline_identity(planned: Mapping[str, Stage]) -> str:
-    """What makes two runs the same: the fingerprints of all stages that compute something."""
-    return fingerprint({name: stage.fingerprint for name, stage in planned.items() if name != "report"})
 
 
 def parameters(config: Config) -> dict[str, str]:

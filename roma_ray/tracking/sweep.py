@@ -17,7 +17,6 @@ from roma_ray.tracking.client import RunState, Value
 from roma_ray.tracking.delivery import Delivery
 
 SWEEP = "sweep"
-_DELIVERED, _ERROR = "roma.delivered", "roma.error"
 # What a trial's state is called in MLflow.
 _STATUS = {"running": "RUNNING", "done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 
@@ -44,11 +43,10 @@ class SweepTracker(Delivery):
 
     def __init__(self, setup: Setup, progress: Progress, name: str, identity: str) -> None:
         """`setup` is the centre's; `identity` makes two sweeps the same."""
-        super().__init__(setup, progress)
+        super().__init__(setup.config, setup.store, progress)
         self.name, self._identity = name, identity
         self.trials: dict[str, TrialRun] = {}
         self.report: Path | None = None
-        self._failure = ""
         self._facts: dict[str, float] = {}
 
     def started(self, trials: Sequence[TrialRun]) -> None:
@@ -71,55 +69,18 @@ class SweepTracker(Delivery):
     def finished(self, report: Path | None, facts: Mapping[str, float], failure: str) -> None:
         """Nothing runs any more; `facts` are the sweep's own figures, `failure` says what went wrong."""
         self._working = False
-        self.report, self._facts, self._failure = report, dict(facts), failure
+        self.report, self._facts, self.failure = report, dict(facts), failure
         self.status[SWEEP] = "FAILED" if failure else "FINISHED"
         self._waiting[SWEEP] = None
 
-    def failed(self, error: BaseException) -> None:
-        """The sweep ends early; the trials that were at work end with it."""
-        self._failure = f"{type(error).__name__}: {error}"[:500]
-        for name in [n for n, status in self.status.items() if status == "RUNNING"]:
-            self.status[name] = "FAILED" if isinstance(error, Exception) else "KILLED"
-            self._waiting[name] = None
+    def _title(self, name: str) -> str:
+        return self.name if name == SWEEP else self.trials[name].name
 
-    def _run_of(self, name: str) -> RunState:
-        if name not in self._runs:
-            assert self._client is not None
-            tags = {self.identity_tag: self._identity, self.name_tag: name, "mlflow.source.name": "roma-ray"}
-            if name == SWEEP:
-                self._runs[name] = self._client.create(self.name, tags, records.now())
-            else:
-                tags["mlflow.parentRunId"] = self._runs[SWEEP].id
-                trial = self.trials[name]
-                begun = records.start_time(trial.stages["finetune"])
-                self._runs[name] = self._client.create(trial.name, tags, begun)
-        return self._runs[name]
-
-    def _project(self, name: str) -> None:
-        assert self._client is not None
-        run, wanted, receipt = self._run_of(name), self.status.get(name), self._receipt(name)
-        if receipt and run.tags.get(_DELIVERED) == receipt and run.status == wanted:
-            return
-        if wanted == "RUNNING" and run.status != "RUNNING":
-            self._client.set_status(run, "RUNNING")
+    def _start(self, name: str) -> int:
         if name == SWEEP:
-            self._project_sweep(run)
-        else:
-            self._project_trial(run, self.trials[name])
-        if wanted not in (None, "RUNNING"):
-            failure = self._failure if name == SWEEP else self.trials[name].error[:500]
-            if receipt:
-                self._client.log(run, tags={_DELIVERED: receipt})
-            if failure:
-                self._client.log(run, tags={_ERROR: failure})
-            elif _ERROR in run.tags:
-                self._client.remove_tag(run, _ERROR)
-            self._client.set_status(run, str(wanted), self._end(name, run))
-
-    def _receipt(self, name: str) -> str:
-        """What, once noted on a trial's run, says that all of it is there; empty for what is not complete."""
-        evaluation = self.trials[name].stages["evaluate"] if name in self.trials else None
-        return str(evaluation.manifest()["finished"]) if evaluation is not None and evaluation.complete else ""
+            return self._begun() or records.now()
+        tuned, evaluation = self.trials[name].stages["finetune"], self.trials[name].stages["evaluate"]
+        return records.start_time(tuned if self._reused(evaluation) or not self._reused(tuned) else evaluation)
 
     def _end(self, name: str, run: RunState) -> int:
         evaluation = self.trials[name].stages["evaluate"] if name in self.trials else None
@@ -127,27 +88,38 @@ class SweepTracker(Delivery):
             return records.now()
         return max(records.finish_time(evaluation), run.start + records.duration(evaluation))
 
-    def _project_sweep(self, run: RunState) -> None:
-        assert self._client is not None
+    def _receipt(self, name: str) -> str:
+        evaluation = self.trials[name].stages["evaluate"] if name in self.trials else None
+        return str(evaluation.manifest()["finished"]) if evaluation is not None and evaluation.complete else ""
+
+    def _error(self, name: str) -> str:
+        return self.failure if name == SWEEP else self.trials[name].error[:500]
+
+    def _write(self, name: str, run: RunState) -> None:
+        if name == SWEEP:
+            self._write_sweep(run)
+        else:
+            self._write_trial(run, self.trials[name])
+
+    def _write_sweep(self, run: RunState) -> None:
         everywhere = [set(records.parameters(trial.setup.config).items()) for trial in self.trials.values()]
         # What all trials have in common is the sweep's; what differs is theirs alone.
         self._log_params(run, dict(sorted(set.intersection(*everywhere))) if everywhere else {})
-        tags = {
-            "roma.model": self.setup.config.model.path,
-            "roma.storage": str(self.setup.store.root),
-        } | records.git_tags()
-        self._client.log(run, tags={key: value for key, value in tags.items() if run.tags.get(key) != value})
+        tags = {"roma.model": self.config.model.path, "roma.storage": str(self.store.root)}
+        self._log_tags(run, tags | records.git_tags())
         at = records.now()
         self._log_metrics(run, [Value(key, value, 0, at) for key, value in self._facts.items()])
         if self.report is not None and self.status.get(SWEEP) != "RUNNING":
             for part in ("report.html", "report.md"):
-                self._client.upload(run, self.report.parent / part)
+                self._upload(run, self.report.parent / part)
             for part in ("figures", "tables"):
-                self._client.upload(run, self.report.parent / part, part)
+                # Not every space has something to draw.
+                if (self.report.parent / part).exists():
+                    self._upload(run, self.report.parent / part, part)
 
-    def _project_trial(self, run: RunState, trial: TrialRun) -> None:
-        assert self._client is not None
+    def _write_trial(self, run: RunState, trial: TrialRun) -> None:
         tuned, evaluation = trial.stages["finetune"], trial.stages["evaluate"]
+        self._mark_reused(run, evaluation)
         self._log_params(run, records.parameters(trial.setup.config))
         tags = {f"factor.{factor}": level for factor, level in trial.factors} | {
             "roma.factor": ", ".join(factor for factor, _ in trial.factors) if not trial.centre else "centre",
@@ -159,16 +131,16 @@ class SweepTracker(Delivery):
         if evaluation.complete:
             tags["roma.evaluation_pin"] = evaluation.manifest()["facts"]["pin"]
             values += records.stage_metrics(evaluation)
-        self._client.log(run, tags={key: value for key, value in tags.items() if run.tags.get(key) != value})
+        self._log_tags(run, tags)
         self._log_metrics(run, _once(values))
         if evaluation.complete:
             for path, folder in (
                 (tuned.path / ADAPTER, "adapter"),
                 (tuned.path / EPOCHS, None),
                 (tuned.path / STEPS, None),
+                (evaluation.path / SUMMARY, None),
             ):
-                self._client.upload(run, path, folder)
-            self._client.upload(run, evaluation.path / SUMMARY)
+                self._upload(run, path, folder)
 
 
 def _once(values: Sequence[Value]) -> list[Value]:

@@ -7,21 +7,20 @@ end of the run, the next run, or `roma-ray track`.
 
 from __future__ import annotations
 
-import contextlib
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-from roma_ray.artifacts import Stage, fingerprint
+from roma_ray.artifacts import Stage, fingerprint, run_identity
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.tracking import records
-from roma_ray.tracking.client import RunState
-from roma_ray.tracking.delivery import Delivery
+from roma_ray.tracking.client import OwnFault, RunState
+from roma_ray.tracking.delivery import FINGERPRINT, Delivery
 
 PIPELINE = "pipeline"
-_DELIVERED, _ERROR = "roma.delivered", "roma.error"
+_MODEL, _REGISTERED = "roma.logged_model", "roma.registered"
 
 
 class _Finished(Protocol):
@@ -36,14 +35,14 @@ class Tracker(Delivery):
     later = "the next run of the same command, or by `roma-ray track` with the same configuration"
 
     def __init__(self, setup: Setup, progress: Progress) -> None:
-        super().__init__(setup, progress)
+        super().__init__(setup.config, setup.store, progress)
+        self.setup = setup
         self.planned: dict[str, Stage] = {}
-        self.failure = ""
 
     def started(self, planned: Mapping[str, Stage]) -> None:
         """Before any work."""
         self.planned = dict(planned)
-        self._identity = records.pipeline_identity(planned)
+        self._identity = run_identity(planned)
         self._deliver(PIPELINE)
 
     def stage_started(self, stage: Stage) -> None:
@@ -66,57 +65,23 @@ class Tracker(Delivery):
         self.status[PIPELINE] = "FINISHED"
         self._waiting[PIPELINE] = None
 
-    def failed(self, error: BaseException) -> None:
-        """The run ends early; the stages that were at work end with it."""
-        state = "FAILED" if isinstance(error, Exception) else "KILLED"
-        self.failure = f"{type(error).__name__}: {error}"[:500]
-        for name in [n for n, status in self.status.items() if status == "RUNNING"]:
-            self.status[name] = state
-            self._waiting[name] = None
+    def _title(self, name: str) -> str:
+        return self.config.name if name == PIPELINE else name
 
-    def _run_of(self, name: str) -> RunState:
-        """The MLflow run of a stage, or of the pipeline, made where there is none."""
-        if name in self._runs:
-            return self._runs[name]
-        assert self._client is not None
-        tags = {"roma.run": self._identity, "roma.stage": name, "mlflow.source.name": "roma-ray"}
-        if name == PIPELINE:
-            tags["roma.fingerprint"] = self._identity
-            begun = min((records.start_time(stage) for stage in self.planned.values()), default=records.now())
-            run = self._client.create(self.setup.config.name, tags, begun)
-        else:
-            tags |= {
-                "roma.fingerprint": self.planned[name].fingerprint,
-                "mlflow.parentRunId": self._runs[PIPELINE].id,
-            }
-            run = self._client.create(name, tags, records.start_time(self.planned[name]))
-        self._runs[name] = run
-        return run
+    def _tags(self, name: str) -> Mapping[str, str]:
+        return {FINGERPRINT: self._identity if name == PIPELINE else self.planned[name].fingerprint}
 
-    def _project(self, name: str) -> None:
-        """Write what MLflow lacks of a stage or of the pipeline. Raises Unavailable."""
-        assert self._client is not None
-        run = self._run_of(name)
-        receipt = self._receipt(name)
-        wanted = self.status.get(name)
-        if receipt and run.tags.get(_DELIVERED) == receipt and run.status == wanted:
-            return
-        if wanted == "RUNNING" and run.status != "RUNNING":
-            self._client.set_status(run, "RUNNING")
-        if name == PIPELINE:
-            self._project_pipeline(run)
-        else:
-            self._project_stage(run, self.planned[name])
-        if wanted is not None and wanted != "RUNNING":
-            self._client.log(run, tags={_DELIVERED: receipt} if receipt else {_ERROR: self.failure})
-            if receipt and _ERROR in run.tags:
-                self._client.remove_tag(run, _ERROR)
-            self._client.set_status(run, wanted, self._end(name, run))
+    def _start(self, name: str) -> int:
+        if name != PIPELINE:
+            return records.start_time(self.planned[name])
+        # Of a run from before starts were noted, the stages alone tell.
+        earliest = min((records.start_time(stage) for stage in self.planned.values()), default=records.now())
+        return self._begun() or earliest
 
     def _end(self, name: str, run: RunState) -> int:
         """When a run ended: with its stage, where that is complete, also if MLflow hears of it later."""
-        stages = self.planned.values() if name == PIPELINE else [self.planned[name]]
-        done = [stage for stage in stages if stage.complete]
+        stages = list(self.planned.values()) if name == PIPELINE else [self.planned[name]]
+        done = [stage for stage in stages if stage.complete and not (name == PIPELINE and self._reused(stage))]
         if (self._working and name == PIPELINE) or not done:
             return records.now()
         latest, longest = max(map(records.finish_time, done)), max(map(records.duration, done))
@@ -124,18 +89,23 @@ class Tracker(Delivery):
         return max(latest, run.start + longest)
 
     def _receipt(self, name: str) -> str:
-        """What, once noted on a run, says that all of it is there; empty for what is not complete."""
         if name == PIPELINE:
             if self.status.get(PIPELINE) != "FINISHED":
                 return ""
             done = [stage for stage in self.planned.values() if stage.complete]
-            return fingerprint({stage.name: [stage.fingerprint, stage.manifest()["finished"]] for stage in done})
+            told = {stage.name: [stage.fingerprint, stage.manifest()["finished"]] for stage in done}
+            return fingerprint({**told, "register": self.config.tracking.register_model})
         stage = self.planned[name]
         return str(stage.manifest()["finished"]) if stage.complete else ""
 
-    def _project_pipeline(self, run: RunState) -> None:
-        assert self._client is not None
-        client, config = self._client, self.setup.config
+    def _write(self, name: str, run: RunState) -> None:
+        if name == PIPELINE:
+            self._write_pipeline(run)
+        else:
+            self._write_stage(run, self.planned[name])
+
+    def _write_pipeline(self, run: RunState) -> None:
+        client, config = self.client, self.config
         evaluation, report = self.planned["evaluate"], self.planned["report"]
         if run.tags.get("mlflow.runName") != config.name:
             client.rename(run, config.name)
@@ -143,50 +113,56 @@ class Tracker(Delivery):
         tags = records.tags(self.setup, self.planned)
         if report.complete and evaluation.complete:
             tags["mlflow.note.content"] = records.note(report, evaluation)
-        client.log(run, tags={key: value for key, value in tags.items() if run.tags.get(key) != value})
+        reused = [name for name, stage in self.planned.items() if self._reused(stage)]
+        if reused:
+            tags["roma.reused_stages"] = ", ".join(reused)
+        self._log_tags(run, tags)
         client.add_inputs(run, records.inputs(self.setup, self.planned, PIPELINE))
         if evaluation.complete:
             self._log_metrics(run, records.headline(evaluation))
         if report.complete and self.status.get(PIPELINE) == "FINISHED":
             for part in ("report.html", "report.md", "model_card.md"):
-                client.upload(run, report.path / part)
+                self._upload(run, report.path / part)
             for part in ("figures", "tables"):
-                client.upload(run, report.path / part, part)
+                self._upload(run, report.path / part, part)
+        if self.planned["finetune"].complete and self.status.get(PIPELINE) == "FINISHED":
+            self._log_adapter(run, self.planned["finetune"])
 
-    def _project_stage(self, run: RunState, stage: Stage) -> None:
-        assert self._client is not None
+    def _log_adapter(self, run: RunState, tuned: Stage) -> None:
+        """Make the adapter a model of the run, once, and a version of the registered one that is asked for."""
+        client, wanted = self.client, self.config.tracking.register_model
+        if _MODEL not in run.tags:
+            params = {"base_model": self.config.model.path, "finetune": tuned.fingerprint}
+            try:
+                model = client.log_model(run, self.config.name, tuned.path / ADAPTER, params)
+            except OwnFault as error:
+                self._absent.append(str(error))
+                return
+            client.log(run, tags={_MODEL: model})
+        if wanted is not None and run.tags.get(_REGISTERED, "").rpartition(" ")[0] != wanted:
+            version = client.register(run, run.tags[_MODEL], wanted)
+            client.log(run, tags={_REGISTERED: f"{wanted} {version}"})
+
+    def _write_stage(self, run: RunState, stage: Stage) -> None:
+        self._mark_reused(run, stage)
         self._log_params(run, records.stage_parameters(stage))
         self._log_metrics(run, records.stage_metrics(stage))
         found = records.inputs(self.setup, self.planned, stage.name)
         if found:
-            self._client.add_inputs(run, found)
+            self.client.add_inputs(run, found)
         if stage.complete:
             for path, folder in records.files(stage):
-                self._client.upload(run, path, folder)
-            if stage.name == "finetune" and self.setup.config.tracking.log_model:
-                self._upload_model(run, stage)
+                self._upload(run, path, folder)
+            if stage.name == "finetune" and self.config.tracking.log_model:
+                self._upload_merged(run, stage)
 
-    def _upload_model(self, run: RunState, stage: Stage) -> None:
+    def _upload_merged(self, run: RunState, stage: Stage) -> None:
         from roma_ray.moe.exporting import export_routers
 
-        assert self._client is not None
-        merged = self.setup.store.root / ".merged" / stage.fingerprint
+        merged = self.store.root / ".merged" / stage.fingerprint
         try:
             shutil.rmtree(merged, ignore_errors=True)
             export_routers(stage.path / ADAPTER, merged, form="merged", base=self.setup.model.path)
-            self._client.upload(run, merged, "model")
+            self._upload(run, merged, "model")
         finally:
             shutil.rmtree(merged, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def tracked(setup: Setup, progress: Progress) -> Iterator[Tracker]:
-    """A tracker of one pipeline run, closed at its end, whatever the end is."""
-    tracker = Tracker(setup, progress)
-    try:
-        yield tracker
-    except BaseException as error:
-        tracker.failed(error)
-        raise
-    finally:
-        tracker.close()

@@ -13,6 +13,9 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from roma_ray.engine.progress import Silence
 
 BROWSERS = ("chromium", "chromium-headless-shell", "google-chrome")
 
@@ -95,3 +98,32 @@ def page(url: str, folder: Path, shows: Callable[[str], bool]) -> str:
         if shows(html.read_text()):
             return html.read_text()
     raise AssertionError(f"what is looked for is not in {html.read_text()}\n{log.read_text()}")
+
+
+class Said(Silence):
+    """Keeps what a run says."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def about(self, text: str) -> list[str]:
+        return [line for line in self.lines if text in line]
+
+
+def ledger(uri: str) -> dict[str, Any]:
+    """All runs of the experiment by stage, with the full history of every metric. Two of one stage are an error."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    experiment = client.get_experiment_by_name("roma-ray")
+    assert experiment is not None
+    runs: dict[str, Any] = {}
+    for found in client.search_runs([experiment.experiment_id]):
+        stage = found.data.tags["roma.stage"]
+        assert stage not in runs, f"two runs of {stage}"
+        history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
+        runs[stage] = (found, {key: [(m.step, m.value) for m in values] for key, values in history.items()})
+    return runs

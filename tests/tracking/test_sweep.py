@@ -7,14 +7,17 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
 import pytest
 import yaml
+from mlflow import MlflowClient
 
 from roma_ray.ablations.observers import in_mlflow
-from roma_ray.ablations.plan import make_plan
+from roma_ray.ablations.plan import Plan, make_plan
+from roma_ray.ablations.report import PAGE
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import DONE, RUNNING, open_sweep
 from roma_ray.engine.finetuning import LIVE
@@ -29,8 +32,8 @@ CURVES = {"centre": [0.40, 0.52, 0.45, 0.61], "layers=F2": [0.40, 0.33, 0.58, 0.
 METRIC = "epoch/validation_accuracy"
 
 
-def record_sweep(root: Path, database: str) -> None:
-    """Put a sweep of two trials into MLflow as its driver does, epoch for epoch; the epochs are written and not trained."""
+def plan_of(root: Path, database: str, varied: dict[str, Any]) -> Plan:
+    """The plan of a space around a tiny model."""
     save_tiny(tiny_moe("olmoe"), root / "model")
     make_questions(root / "questions.jsonl", 12)
     base = {
@@ -41,9 +44,14 @@ def record_sweep(root: Path, database: str) -> None:
         "routing": {"layers": "L2"},
         "tracking": {"uri": database, "system_metrics": False},
     }
+    (root / "space.yaml").write_text(yaml.safe_dump({"name": "grid", "base": base, **varied}))
+    return make_plan(load_space(root / "space.yaml"), "cpu")
+
+
+def record_sweep(root: Path, database: str) -> None:
+    """Put a sweep of two trials into MLflow as its driver does, epoch for epoch; the epochs are written and not trained."""
     factors = {"layers": {"setting": "routing.layers", "values": ["F2"]}}
-    (root / "space.yaml").write_text(yaml.safe_dump({"name": "grid", "base": base, "one_at_a_time": factors}))
-    plan = make_plan(load_space(root / "space.yaml"), "cpu")
+    plan = plan_of(root, database, {"one_at_a_time": factors})
     with in_mlflow(plan, Silence()) as follower:
         sweep = open_sweep(plan)
         follower.started(sweep)
@@ -61,6 +69,24 @@ def record_sweep(root: Path, database: str) -> None:
         follower.finished(sweep)
 
 
+def test_a_grid_without_figures_ends(database: str, tmp_path: Path) -> None:
+    """configs/lambda.yaml is of this form: products alone, which the report has no figure of."""
+    root = tmp_path
+    plan = plan_of(root, database, {"grid": [{"finetune.learning_rate": [0.01, 0.02]}]})
+    with in_mlflow(plan, Silence()) as follower:
+        sweep = open_sweep(plan)
+        follower.started(sweep)
+        (sweep.stage.path / "tables").mkdir(parents=True)
+        for part in (PAGE, "report.md", "tables/trials.csv"):
+            (sweep.stage.path / part).write_text("as it is")
+        follower.finished(sweep)
+    client = Client(database, "roma-ray", tmp_path / "artifacts")
+    (parent,) = client.runs("roma.trial", "sweep")
+    assert parent.status == "FINISHED"
+    kept = {file.path for file in MlflowClient(tracking_uri=database).list_artifacts(parent.id)}
+    assert kept == {PAGE, "report.md", "tables"}
+
+
 @pytest.mark.skipif(browser() is None, reason=f"no browser: none of {', '.join(BROWSERS)} is installed")
 def test_the_comparison_of_two_trials_shows_their_curves(database: str, tmp_path: Path) -> None:
     port = free_port()
@@ -72,6 +98,9 @@ def test_the_comparison_of_two_trials_shows_their_curves(database: str, tmp_path
         assert [run.tags["mlflow.runName"] for run in runs] == list(CURVES)
         chosen = f"runs={listed([run.id for run in runs])}&experiments={listed([client.experiment_id])}"
         wait()
+        # The link that README gives and a run prints; MLflow itself opens on another page.
+        place = f"{root}{client.page()}"
+        page(place, tmp_path / "runs", lambda seen: "3 matching runs" in text(seen))
         parts = ("Comparing 2 Runs from 1 Experiment", *CURVES, "routing.layers", "F2", "L2", METRIC)
         comparison = page(
             f"{root}#/compare-runs?{chosen}",

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import calendar
 import contextlib
 import dataclasses
+import json
+import shutil
 import sqlite3
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import Stage
+from roma_ray.artifacts import MANIFEST, Stage, _content_digest, run_identity, write_json
 from roma_ray.cli_results import setup_of_finished
 from roma_ray.config import TrackingConfig
 from roma_ray.engine.prepare import prepare
@@ -22,23 +25,12 @@ from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError, TrainingError
 from roma_ray.pipeline import STAGES, Run, locate, replay, run
-from roma_ray.tracking import Tracker, delivery, records, tracked
+from roma_ray.tracking import Tracker, delivery, records
 from roma_ray.tracking.client import Client
-from tests.tracking.support import copied, free_port, served
+from tests.tracking.support import Said, copied, free_port, ledger, served
 from tests.world import make_world
 
-
-class Said(Silence):
-    """Keeps what a run says."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def about(self, text: str) -> list[str]:
-        return [line for line in self.lines if text in line]
+CANARY = "kanari3nvogel"
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +44,7 @@ def finished(root: Path) -> Run:
     return run(resolve(make_world(root / "world", count=30)), Silence(), until="report")
 
 
-def tracked_setup(finished: Run, uri: str, **changes: Any) -> Setup:
+def tracked_setup(finished: Run, uri: str | None, **changes: Any) -> Setup:
     """The finished run's set-up with another tracking address; `changes` of the configuration."""
     tracking = TrackingConfig(uri=uri, system_metrics=False)
     config = finished.setup.config.model_copy(update={"tracking": tracking, **changes})
@@ -61,25 +53,9 @@ def tracked_setup(finished: Run, uri: str, **changes: Any) -> Setup:
 
 def record(setup: Setup) -> Said:
     said = Said()
-    with tracked(setup, said) as observer:
+    with Tracker(setup, said) as observer:
         replay(setup, observer)
     return said
-
-
-def ledger(uri: str) -> dict[str, Any]:
-    """All runs of the experiment by stage, with the full history of every metric. Two of one stage are an error."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
-    experiment = client.get_experiment_by_name("roma-ray")
-    assert experiment is not None
-    runs: dict[str, Any] = {}
-    for found in client.search_runs([experiment.experiment_id]):
-        stage = found.data.tags["roma.stage"]
-        assert stage not in runs, f"two runs of {stage}"
-        history = {key: client.get_metric_history(found.info.run_id, key) for key in found.data.metrics}
-        runs[stage] = (found, {key: [(m.step, m.value) for m in values] for key, values in history.items()})
-    return runs
 
 
 def artifacts(uri: str, run_id: str, folder: str | None = None) -> set[str]:
@@ -150,6 +126,29 @@ def test_files_and_inputs_are_recorded(finished: Run, database: str, tmp_path: P
         assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
 
 
+def test_the_adapter_is_a_model_of_the_run_and_registered_when_asked(finished: Run, database: str) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=database, registry_uri=database)
+    setup = tracked_setup(finished, database)
+    record(setup)
+    parent, _ = ledger(database)["pipeline"]
+    (model,) = client.search_logged_models([parent.info.experiment_id])
+    assert [output.model_id for output in parent.outputs.model_outputs] == [model.model_id]
+    assert (str(model.status), model.source_run_id) == ("READY", parent.info.run_id)
+    assert model.params["finetune"] == finished.stages["finetune"].fingerprint
+    kept = {file.path for file in client.list_logged_model_artifacts(model.model_id)}
+    assert {"MLmodel", "adapter_model.safetensors", "roma.json"} <= kept
+    assert client.search_registered_models() == []
+    tracking = setup.config.tracking.model_copy(update={"register_model": "routers"})
+    asked = dataclasses.replace(setup, config=setup.config.model_copy(update={"tracking": tracking}))
+    for _ in range(2):
+        assert len(record(asked).lines) == 1
+    (version,) = client.search_model_versions("name='routers'")
+    assert (version.version, version.run_id, version.model_id) == ("1", parent.info.run_id, model.model_id)
+    assert len(client.search_logged_models([parent.info.experiment_id])) == 1
+
+
 def test_the_whole_model_is_stored_when_asked(finished: Run, database: str) -> None:
     setup = tracked_setup(finished, database)
     tracking = setup.config.tracking.model_copy(update={"log_model": True})
@@ -201,7 +200,7 @@ class Watch(Tracker):
         self.look(stage.name)
 
 
-def again(finished: Run, uri: str, seed: int) -> Setup:
+def again(finished: Run, uri: str | None, seed: int) -> Setup:
     """A set-up that shares nothing but the model with the finished run: all stages have work to do."""
     tracking = TrackingConfig(uri=uri, system_metrics=False)
     return resolve(finished.setup.config.model_copy(update={"tracking": tracking, "seed": seed}))
@@ -229,6 +228,64 @@ def test_epochs_and_states_are_there_while_it_runs(finished: Run, database: str)
     assert {found.info.status for found, _ in ledger(database).values()} == {"FINISHED"}
 
 
+def test_a_run_starts_when_it_was_started_and_names_where_its_stages_were_made(
+    finished: Run, database: str, tmp_path: Path
+) -> None:
+    shutil.copytree(finished.setup.store.root, tmp_path / "storage")
+    tracking = TrackingConfig(uri=database, system_metrics=False)
+    changes = {"storage": str(tmp_path / "storage"), "tracking": tracking}
+    old = resolve(finished.setup.config.model_copy(update=changes))
+    week_ms = 7 * 24 * 3600 * 1000
+    for stage in locate(old).values():
+        aged(stage, week_ms // 1000)
+    (old.store.root / ".begun" / run_identity(locate(old))).write_text(str(time.time() - week_ms / 1000 - 60))
+    record(old)
+    before = time.time() * 1000
+    finetune = finished.setup.config.finetune.model_copy(update={"learning_rate": 0.02})
+    new = resolve(finished.setup.config.model_copy(update={**changes, "finetune": finetune}))
+    with Tracker(new, Said()) as tracker:
+        run(new, Silence(), until="finetune", observer=tracker)
+    past, present = (runs_of(database, run_identity(locate(setup))) for setup in (old, new))
+    assert past["pipeline"].info.end_time - past["pipeline"].info.start_time < 3600 * 1000
+    assert past["pipeline"].info.end_time < before - week_ms + 3600 * 1000
+    assert all(name == "pipeline" or "roma.reused" not in found.data.tags for name, found in past.items())
+    assert before <= present["pipeline"].info.start_time <= present["pipeline"].info.end_time
+    assert present["pipeline"].data.tags["roma.reused_stages"] == "questions, extract, embed, neighbors"
+    for name in ("questions", "extract", "embed", "neighbors"):
+        assert present[name].data.tags["roma.reused"] == "true"
+        assert present[name].data.tags["roma.made_in"] == past[name].info.run_id
+        assert present[name].info.start_time == past[name].info.start_time
+    assert "roma.reused" not in present["finetune"].data.tags
+    # Delivered later, it is the same.
+    other = tracking.model_copy(update={"experiment": "later"})
+    later = dataclasses.replace(new, config=new.config.model_copy(update={"tracking": other}))
+    record(later)
+    again = runs_of(database, run_identity(locate(new)), "later")
+    assert again["pipeline"].info.start_time == present["pipeline"].info.start_time
+    assert again["extract"].data.tags["roma.reused"] == "true"
+    assert "roma.reused" not in again["finetune"].data.tags
+
+
+def aged(stage: Stage, seconds: int) -> None:
+    """Make a complete stage older."""
+    content = json.loads((stage.path / MANIFEST).read_text())
+    del content["digest"]
+    finished = calendar.timegm(time.strptime(content["finished"], "%Y-%m-%dT%H:%M:%SZ")) - seconds
+    content["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(finished))
+    write_json(stage.path / MANIFEST, {**content, "digest": _content_digest(content)})
+
+
+def runs_of(uri: str, identity: str, experiment: str = "roma-ray") -> dict[str, Any]:
+    """The MLflow runs of one pipeline run, by stage."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(tracking_uri=uri, registry_uri=uri)
+    place = client.get_experiment_by_name(experiment)
+    assert place is not None
+    found = client.search_runs([place.experiment_id], f"tags.`roma.run` = '{identity}'")
+    return {run.data.tags["roma.stage"]: run for run in found}
+
+
 def test_a_failed_run_says_so_until_it_succeeds(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     setup = again(finished, database, seed=2)
 
@@ -236,13 +293,13 @@ def test_a_failed_run_says_so_until_it_succeeds(finished: Run, database: str, mo
         raise TrainingError("a gate's gradient is not finite")
 
     runners = dataclasses.replace(LOCAL, finetune=broken)
-    with pytest.raises(TrainingError), tracked(setup, Said()) as observer:
+    with pytest.raises(TrainingError), Tracker(setup, Said()) as observer:
         run(setup, Silence(), runners, observer=observer)
     states = {name: found for name, (found, _) in ledger(database).items()}
     assert states["extract"].info.status == "FINISHED"
     assert states["finetune"].info.status == states["pipeline"].info.status == "FAILED"
     assert "not finite" in states["pipeline"].data.tags["roma.error"]
-    with tracked(setup, Said()) as observer:
+    with Tracker(setup, Said()) as observer:
         run(setup, Silence(), observer=observer)
     states = {name: found for name, (found, _) in ledger(database).items()}
     assert {found.info.status for found in states.values()} == {"FINISHED"}
@@ -290,16 +347,16 @@ def test_a_server_that_is_down_then_up_then_gone_and_back(
 ) -> None:
     copied(empty_database, tmp_path / "mlflow.db")
     port = free_port()
-    uri = f"http://127.0.0.1:{port}"
+    # No configuration may hold such an address.
+    uri = f"http://user:{CANARY}@127.0.0.1:{port}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     # Down from start to end: told once, the gap is told, nothing fails.
-    clock = time.monotonic()
-    said = record(tracked_setup(finished, uri))
-    assert time.monotonic() - clock < 60
+    said = record(tracked_setup(finished, None))
     assert len(said.about("cannot be used (connection refused)")) == 1
     assert len(said.about("roma-ray track")) == 1
     # Gone in the middle of a run, back before its end.
     monkeypatch.setattr(delivery, "RETRY_SECONDS", 0.0)
-    setup, said = again(finished, uri, seed=3), Said()
+    setup, said = again(finished, None, seed=3), Said()
     with contextlib.ExitStack() as first, contextlib.ExitStack() as second:
 
         def look(event: str) -> None:
@@ -322,6 +379,12 @@ def test_a_server_that_is_down_then_up_then_gone_and_back(
         expected = read_table(locate(setup)["finetune"].path / "steps.parquet").column("task_loss").to_pylist()
         assert [value for _, value in runs["finetune"][1]["step/task_loss"]] == expected
         assert "adapter" in artifacts(uri, runs["finetune"][0].info.run_id)
+        page = f"http://127.0.0.1:{port}/#/experiments/{runs['pipeline'][0].info.experiment_id}/runs/"
+        assert said.lines[-1] == f"MLflow: {page}{runs['pipeline'][0].info.run_id}"
+    for folder in (tmp_path, setup.store.root):
+        for path in folder.rglob("*"):
+            assert not path.is_file() or CANARY.encode() not in path.read_bytes().lower(), path
+    assert CANARY not in " ".join(said.lines)
 
 
 def test_system_metrics_are_those_of_the_machine(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +393,7 @@ def test_system_metrics_are_those_of_the_machine(finished: Run, database: str, m
     config = setup.config.model_copy(update={"tracking": TrackingConfig(uri=database, system_metrics=True)})
     setup = dataclasses.replace(setup, config=config)
     planned = locate(setup)
-    with tracked(setup, Said()) as observer:
+    with Tracker(setup, Said()) as observer:
         observer.started(planned)
         observer.stage_started(planned["questions"])
         time.sleep(1.5)
@@ -342,13 +405,13 @@ def test_system_metrics_are_those_of_the_machine(finished: Run, database: str, m
 def test_addresses(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     inside = tracked_setup(finished, "sqlite:///runs.db")
-    assert records.tracking_uri(inside) == f"sqlite:///{tmp_path}/runs.db"
+    assert records.tracking_uri(inside.config, inside.store) == f"sqlite:///{tmp_path}/runs.db"
     default = tracked_setup(finished, "x:")
     default = dataclasses.replace(default, config=default.config.model_copy(update={"tracking": TrackingConfig()}))
-    assert records.tracking_uri(default) == f"sqlite:///{default.store.root}/mlflow.db"
+    assert records.tracking_uri(default.config, default.store) == f"sqlite:///{default.store.root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    assert records.tracking_uri(default) == "http://tracker:5000"
-    assert records.tracking_uri(inside).startswith("sqlite")
+    assert records.tracking_uri(default.config, default.store) == "http://tracker:5000"
+    assert records.tracking_uri(inside.config, inside.store).startswith("sqlite")
     from roma_ray.config_reading import load_config
 
     for folder in ("./mlruns", "file:///tmp/mlruns"):
