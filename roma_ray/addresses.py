@@ -70,7 +70,11 @@ def mask_text(text: str) -> str:
 def _mask_word(word: str) -> str:
     login = _LOGIN.search(word[: word.rfind("@") + 1])
     starts = [found.start(1) for found in (_ADDRESS.search(word), login) if found]
-    return word[: min(starts)] + mask(word[min(starts) :]) if starts else word
+    if not starts:
+        return word
+    # A sentence's own mark is no part of a port.
+    address = word[min(starts) :].rstrip(".,;:!?)")
+    return word[: min(starts)] + mask(address) + word[min(starts) + len(address) :]
 
 
 def hide(text: str, uri: str = "") -> str:
@@ -122,8 +126,9 @@ def _secret_query(query: str) -> bool:
 
 
 def _strange(authority: str) -> bool:
-    """Whether an authority without @ is still no host with a port: `user%3Apassword`."""
-    return "%3a" in authority.lower() and not authority.startswith("[")
+    """Whether an authority without @ is still no host with a port: `user%3Apassword`, or a name and password whose host is cut off."""
+    port = authority.rpartition("]")[2].partition(":")[2]
+    return "%3a" in authority.lower().rpartition("]")[2] or (bool(port) and not port.isdigit())
 
 
 def _decoded(text: str) -> str:

@@ -12,7 +12,7 @@ from roma_ray.config import Config
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import resolve
+from roma_ray.engine.setup import resolve, save_config
 from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.guards import chance_notes
@@ -49,6 +49,8 @@ def evaluate_tasks(
         if adapter is not None:
             training = training_texts(store, adapter)
         stage = judge(config, on(adapter=adapter), wanted, store, place.judge, progress, training)
+    # For who compares it later: the run's name.
+    save_config(stage, config)
     if config.tracking.enabled:
         tracking.record(config, store, stage, progress)
     return stage.path

@@ -352,7 +352,8 @@ class Config(Section):
     """One run."""
 
     name: Name = "run"
-    """Shown in tables and trackers; not part of any fingerprint."""
+    """Shown in tables and trackers; default: the configuration file's name, and the model's. Part of no fingerprint but those of
+    the pages that print it: a renamed run computes nothing anew."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cuda` also names ROCm devices, as in torch. `auto` takes a GPU where there is one."""

@@ -16,6 +16,9 @@ from roma_ray.documents import load_yaml, read_yaml_file
 from roma_ray.errors import ConfigError
 from roma_ray.text import brief, printable
 
+EMBEDDED = "embedded default"
+_LONGEST_PART = 100
+
 MOST_FAULTS = 20
 """Faults that one message lists."""
 
@@ -29,7 +32,19 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     data = read_settings(source)
     for override in overrides:
         apply_override(data, override)
+    if "name" not in data:
+        model = data["model"].get("path") if isinstance(data.get("model"), dict) else None
+        data["name"] = default_name(source.stem if path is not None else EMBEDDED, model)
     return parse_config(data, str(source))
+
+
+def default_name(stem: str, model: object = None) -> str:
+    """What a run or sweep is called whose file, of this stem, gives no name; with its model, where the stem does not tell it."""
+    name = printable(stem, _LONGEST_PART)
+    if not isinstance(model, str) or model.startswith("assets:"):
+        return name
+    base = printable(Path(model).name, _LONGEST_PART)
+    return name if name.lower() in base.lower() else f"{name} ({base})"
 
 
 def read_settings(source: Path) -> dict[str, Any]:

@@ -29,6 +29,7 @@ SECRET = [
     f"http://u%3A{CANARY}%40h",
     f"http://u%253A{CANARY}%2540h",
     f"http://u%3a{CANARY}",
+    f"http://u:{CANARY}",
     f"http:/user:{CANARY}@host",
     f"user:{CANARY}@host:5000",
     f"http://host/?password={CANARY}",

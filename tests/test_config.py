@@ -206,7 +206,7 @@ def test_a_malformed_override_is_refused(override: str) -> None:
         load_config(overrides=[override])
 
 
-@pytest.mark.parametrize("override", ["questions.sources.0.limit=5", "name.x=1", "model.path.x=1"])
+@pytest.mark.parametrize("override", ["questions.sources.0.limit=5", "model.path.x=1"])
 def test_an_override_below_something_that_is_no_section_is_refused(override: str) -> None:
     with pytest.raises(ConfigError, match="is not a section"):
         load_config(overrides=[override])
@@ -303,3 +303,24 @@ PLAIN = {"seed", "batch_size", "epochs", "learning_rate", "clip_norm", "similari
 
 def test_every_setting_is_documented() -> None:
     assert _documented(Config) == []
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "name"),
+    [
+        ("olmoe.yaml", "model: {path: allenai/OLMoE-1B-7B-0125-Instruct}", "olmoe"),
+        ("trial.yaml", "model: {path: allenai/OLMoE-1B-7B-0125-Instruct}", "trial (OLMoE-1B-7B-0125-Instruct)"),
+        ("mine.yaml", "model: {path: assets:model}", "mine"),
+        ("mine.yaml", "{name: chosen, model: {path: assets:model}}", "chosen"),
+        ("be\x1bll.yaml", "model: {path: a/b}", "be\N{REPLACEMENT CHARACTER}ll (b)"),
+    ],
+)
+def test_a_run_without_a_name_has_its_files_and_its_models(file: str, text: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / file).write_text(f"{text}\n", encoding="utf-8")
+    assert load_config(tmp_path / file, ["questions.sources=[{path: x.jsonl}]"]).name == name
+
+
+def test_the_embedded_default_has_a_name_until_another_model_is_taken() -> None:
+    assert load_config().name == "embedded default"
+    assert load_config(None, ["model.path=org/other"]).name == "embedded default (other)"
+    assert load_config(None, ["name=mine"]).name == "mine"

@@ -36,7 +36,7 @@ from pydantic import Field, ValidationError, model_validator
 from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section
-from roma_ray.config_reading import MOST_FAULTS, load_config, meant, parse_config, read_settings
+from roma_ray.config_reading import MOST_FAULTS, default_name, load_config, meant, parse_config, read_settings
 from roma_ray.config_section import Name
 from roma_ray.errors import ConfigError
 
@@ -124,6 +124,7 @@ class SpaceFile(Section):
     """The file's settings; the module's text shows them together."""
 
     name: Name = Field(default="sweep", min_length=1, max_length=200)
+    """Default: the file's own."""
     base: str | dict[str, Any] = "assets:demo.yaml"
     set: dict[str, Any] = Field(default_factory=dict)
     one_at_a_time: dict[Name, Factor] = Field(default_factory=dict)
@@ -217,8 +218,11 @@ class Space:
 def load_space(path: str | Path | None = None, overrides: Sequence[str] = (), storage: str | None = None) -> Space:
     """Read a space file (default: the embedded one) and check every trial of it. Raises ConfigError, before any work."""
     source = Path(path) if path is not None else Path(__file__).parents[1] / "assets" / "ablations-demo.yaml"
+    data = read_settings(source)
+    if "name" not in data:
+        data["name"] = default_name(source.stem)
     try:
-        file = SpaceFile.model_validate(read_settings(source))
+        file = SpaceFile.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{source}: {_faults(error)}") from None
     centre = _centre(file, source, overrides, storage)

@@ -7,18 +7,22 @@ questions); its tuned model is meant, its base with `:base` after the name. Metr
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from roma_ray.artifacts import Stage, Store, read_manifest
+from roma_ray.config_reading import read_settings
+from roma_ray.engine.setup import CONFIG
 from roma_ray.engine.tables import read_table
-from roma_ray.errors import ArtifactError, GuardError
+from roma_ray.errors import ArtifactError, ConfigError, GuardError
 from roma_ray.evaluation.judge import METRICS, read_benchmarks
 from roma_ray.evaluation.judged import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
+from roma_ray.text import printable
 
 MACRO = "macro average"
 _STAGES = ("benchmarks", "evaluate")
@@ -139,13 +143,43 @@ def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], st
         raise ArtifactError(
             f"{twice[0]} is named twice; a run is compared with another, or with its own base (RUN{_BASE})"
         )
-    columns = []
+    columns, folders = [], []
     for name in wanted:
         plain = name.removesuffix(_BASE)
         folder = find_run(plain, store, look_up)
         which = "base" if name != plain or not has_tuned(folder) else "tuned"
         columns.append(read_column(name, folder, which))
-    return columns
+        folders.append(folder)
+    return _named(columns, folders)
+
+
+def _named(columns: Sequence[Column], folders: Sequence[Path]) -> list[Column]:
+    """The columns headed by their runs' names where those are known; equal ones are told apart by the fingerprint."""
+    labels = []
+    for column, folder in zip(columns, folders, strict=True):
+        name = run_name(folder)
+        base = ", base" if column.label.endswith(_BASE) else ""
+        labels.append(column.label if name is None else f"{name}{base}")
+    marked = [
+        f"{label} ({folder.name[:_LEAST_PREFIX]})" if labels.count(label) > 1 else label
+        for label, folder in zip(labels, folders, strict=True)
+    ]
+    return [replace(column, label=label) for column, label in zip(columns, marked, strict=True)]
+
+
+def run_name(folder: Path) -> str | None:
+    """The name of the run that an evaluation is part of: the newest of the configurations kept with it or with its report."""
+    kept = [folder / CONFIG]
+    for report in (folder.absolute().parents[1] / "report").glob("*"):
+        with suppress(ArtifactError):
+            if read_manifest(report)["identity"]["inputs"].get("evaluate") == folder.name:
+                kept.append(report / CONFIG)
+    for path in sorted(filter(Path.is_file, kept), key=lambda file: file.stat().st_mtime, reverse=True):
+        with suppress(ConfigError):
+            name = read_settings(path).get("name")
+            if isinstance(name, str) and name.strip():
+                return printable(name)
+    return None
 
 
 def has_tuned(folder: Path) -> bool:

@@ -132,3 +132,8 @@ def test_where_it_runs_is_no_part_of_a_trial(tmp_path: Path) -> None:
 def test_faults_are_told_before_anything_starts(tmp_path: Path, content: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         space(tmp_path, **content)
+
+
+def test_a_space_without_a_name_has_its_files(tmp_path: Path) -> None:
+    (tmp_path / "rates.yaml").write_text("grid: {finetune.epochs: [1, 2]}\n")
+    assert load_space(tmp_path / "rates.yaml").file.name == "rates"

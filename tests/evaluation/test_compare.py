@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from roma_ray.artifacts import Store, write_json
+from roma_ray.config_reading import load_config
 from roma_ray.engine.tables import write_table
 from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.evaluation.compare import MACRO, Column, compare_columns, find_run, open_columns, plain
@@ -204,12 +206,31 @@ def test_a_group_is_one_benchmark(tmp_path: Path) -> None:
     assert (figures["n"], figures["tuned"]) == (120, pytest.approx(pooled.mean()))
 
 
+def test_columns_are_headed_by_the_runs_names(tmp_path: Path) -> None:
+    store, config = Store(tmp_path), load_config()
+    one, two = (make_run(store, name, label) for name, label in (("one", "a"), ("two", "b")))
+    for path, name in ((one, "olmoe"), (two, "olmoe, hotter")):
+        (path / "config.yaml").write_text(config.model_copy(update={"name": name}).to_yaml())
+    names = [str(one), f"{one}:base", two.name]
+    columns = open_columns(names, store, lambda name: None)
+    assert [c.label for c in columns] == ["olmoe", "olmoe, base", "olmoe, hotter"]
+    # A report gives the evaluation another name, later than its own.
+    report = store.stage("report", {"name": "olmoe"}, {"evaluate": two.name}, 1)
+    with report.exclusive():
+        (report.path / "config.yaml").write_text(config.model_copy(update={"name": "olmoe"}).to_yaml())
+        report.finish(facts={}, seconds=0.0)
+    os.utime(report.path / "config.yaml", (2e9, 2e9))
+    columns = open_columns(names, store, lambda name: None)
+    assert [c.label for c in columns] == [f"olmoe ({one.name[:6]})", "olmoe, base", f"olmoe ({two.name[:6]})"]
+    table = render(compare_columns(columns), "markdown")
+    assert table.startswith(f"| benchmark | metric | n | olmoe ({one.name[:6]}) | olmoe, base |")
+
+
 def test_the_command_prints_writes_and_tracks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from click.testing import CliRunner
     from mlflow import MlflowClient
 
     from roma_ray.cli import main
-    from roma_ray.config_reading import load_config
     from roma_ray.tracking.benchmarks import fingerprint_of
 
     store = Store(tmp_path)

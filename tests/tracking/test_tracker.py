@@ -145,7 +145,7 @@ def test_the_adapter_is_a_model_of_the_run_and_registered_when_asked(finished: R
     for _ in range(2):
         assert len(record(asked).lines) == 1
     (version,) = client.search_model_versions("name='routers'")
-    assert (version.version, version.run_id, version.model_id) == ("1", parent.info.run_id, model.model_id)
+    assert (str(version.version), version.run_id, version.source) == ("1", parent.info.run_id, model.artifact_location)
     assert len(client.search_logged_models([parent.info.experiment_id])) == 1
 
 
