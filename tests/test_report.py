@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from roma_ray.engine.progress import Silence
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.measures import figure_cells
-from roma_ray.figures.report import markdown
+from roma_ray.figures.escaping import markdown
 from roma_ray.figures.words import verdict
 from roma_ray.pipeline import Run, locate, revisit
 from tests.figures.conftest import HOSTILE, finished

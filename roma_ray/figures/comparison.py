@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from html import escape
 
 from roma_ray.evaluation.compare import MACRO, Cell, Comparison, Row, plain
 from roma_ray.evaluation.measures import Measure, form_of
 from roma_ray.evaluation.statistics import p_value
+from roma_ray.figures.escaping import csv_text, markdown
+from roma_ray.text import clean
 
 # Format -> suffix of its files.
 FORMATS = {"markdown": "md", "html": "html", "csv": "csv"}
@@ -33,17 +33,16 @@ def render(comparison: Comparison, form: str) -> str:
         return _csv(comparison)
     header, rows = _cells(comparison)
     if form == "html":
-        lines = ["".join(f"<th>{escape(text)}</th>" for text in header)]
-        lines += ["".join(f"<td>{escape(text)}</td>" for text in row) for row in rows]
+        lines = ["".join(f"<th>{escape(clean(text))}</th>" for text in header)]
+        lines += ["".join(f"<td>{escape(clean(text))}</td>" for text in row) for row in rows]
         table = "\n".join(f"<tr>{line}</tr>" for line in lines)
         return (
             f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Comparison</title><style>{_STYLE}</style>\n'
             f"<table>\n{table}\n</table>\n<p>{escape(_LEGEND)}</p></html>\n"
         )
     assert form == "markdown"
-    # A label with a bar in it would open another column.
-    cells = [[text.replace("|", "\\|") for text in row] for row in [header, ["---"] * len(header), *rows]]
-    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\n{_LEGEND}\n"
+    cells = [list(map(markdown, header)), ["---"] * len(header), *(list(map(markdown, row)) for row in rows)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\n{markdown(_LEGEND)}\n"
 
 
 def _cells(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
@@ -77,8 +76,4 @@ def _difference(cell: Cell | None, measure: Measure) -> str:
 
 def _csv(comparison: Comparison) -> str:
     table = plain(comparison)
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(table)
-    writer.writerows(zip(*table.values(), strict=True))
-    return stream.getvalue()
+    return csv_text([table, *zip(*table.values(), strict=True)])

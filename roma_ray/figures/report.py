@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from html import escape
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -34,6 +33,7 @@ from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_ro
 from roma_ray.evaluation.methods import describe_oracle, oracle_and_control
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures import projection, results, routing, tables, training, words
+from roma_ray.figures.escaping import markdown
 from roma_ray.figures.style import save
 from roma_ray.manifold.diagnostics import silhouette
 
@@ -259,12 +259,6 @@ def environment() -> Environment:
     )
     made.filters["md"] = markdown
     return made
-
-
-def markdown(text: Any) -> str:
-    """Text that Markdown shows as it is: no markup, no HTML, no line break."""
-    line = escape(" ".join(str(text).split()), quote=False)
-    return re.sub(r"([\\`*_\[\]|~$#])", r"\\\1", line)
 
 
 def base_model_name(setup: Setup) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -12,6 +10,7 @@ from typing import Any
 from roma_ray.artifacts import write_atomically
 from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
 from roma_ray.evaluation.statistics import Paired, p_value, with_error
+from roma_ray.figures.escaping import csv_text
 from roma_ray.figures.results import ordered
 from roma_ray.figures.words import points
 
@@ -220,7 +219,5 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write one CSV file. Raises StorageError."""
-    stream = io.StringIO()
-    csv.writer(stream, lineterminator="\n").writerows([header, *rows])
-    text = stream.getvalue()
+    text = csv_text([header, *rows])
     write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)

@@ -25,6 +25,7 @@ from roma_ray.evaluation.methods import (
     result_legend,
     result_rows,
 )
+from roma_ray.figures.escaping import markdown
 from roma_ray.tracking import records
 from roma_ray.tracking.client import RunState, Value
 from roma_ray.tracking.delivery import Delivery
@@ -137,7 +138,7 @@ def table_text(summary: Mapping[str, Any]) -> str:
         (COSTS, cost_rows(summary)),
     )
     for header, rows in tables:
-        lines += ["", *(f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows))]
+        lines += ["", *(f"| {' | '.join(map(markdown, cells))} |" for cells in (header, ["---"] * len(header), *rows))]
     lines += ["", result_legend(summary), COST_LEGEND]
     if summary["oracle"]:
         lines += ["", describe_oracle(summary["oracle"])]

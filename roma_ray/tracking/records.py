@@ -23,6 +23,7 @@ from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.paired import SUMMARY, read_evaluation
 from roma_ray.evaluation.statistics import p_value, with_error
+from roma_ray.figures.escaping import markdown
 from roma_ray.tracking.client import Input, Value
 
 # Settings that may differ between two runs of one identity: where things are kept and shown.
@@ -237,12 +238,15 @@ def git_tags() -> dict[str, str]:
 def note(report: Stage, evaluation: Stage) -> str:
     """The run's description, in Markdown: the verdict and the figures behind it."""
     facts, figures = report.manifest()["facts"], read_evaluation(evaluation)["splits"]["test"]
-    lines = [f"**{facts['headline']}** {facts['detail']}", "", "| task | n | base | tuned | difference | p |"]
+    lines = [
+        f"**{markdown(facts['headline'])}** {markdown(facts['detail'])}",
+        "",
+        "| task | n | base | tuned | difference | p |",
+    ]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
     for task, f in figures.items():
-        name = re.sub(r"[^\w .,:+-]", "_", task)
         lines.append(
-            f"| {name} | {f['n']} | {with_error(f['base_accuracy'], f['base_stderr'])} | "
+            f"| {markdown(task)} | {f['n']} | {with_error(f['base_accuracy'], f['base_stderr'])} | "
             f"{with_error(f['tuned_accuracy'], f['tuned_stderr'])} | "
             f"{with_error(f['difference'], f['difference_stderr'], signed=True)} | {p_value(f['mcnemar_p'])} |"
         )

@@ -70,7 +70,7 @@ def test_log_likelihoods_stand_beside_accuracies_and_the_configured_metric_is_ma
 
     assert values.cells[1].p == pytest.approx(ttest_rel(nats["b"], nats["a"]).pvalue)
     table = render(found, "markdown")
-    assert "| one | acc* | 60 |" in table
+    assert r"| one | acc\* | 60 |" in table
     error = nats["b"].std(ddof=1) / np.sqrt(60)
     assert f"| one | gold_logp | 60 | {nats['a'].mean():.3f} ±" in table
     assert f"{nats['b'].mean():.3f} ± {error:.3f}" in table, "in nats, not in percent"
