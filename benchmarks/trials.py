@@ -4,7 +4,7 @@
 
 The same path as `roma-ray tune` with one trial at a time, on questions of the embedded default: with its model, or with --hidden N
 a randomly initialised one of that width (16 layers). The figure is the process's own memory (anonymous pages) at the end of each
-trial. `--arenas` sets MALLOC_ARENA_MAX in the workers, 0 leaves it to glibc: eight for each core.
+trial. `--arenas` sets MALLOC_ARENA_MAX in the workers in place of the package's own; 0 leaves it to glibc: eight for each core.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def run_trials(folder: Path, count: int, hidden: int) -> list[dict[str, float]]:
 
     storage = folder / "storage"
     base: dict[str, Any] = {
-        "model": {"path": "assets:model"},
+        "model": {"path": "assets:model", "dtype": "float32"},
         "questions": {
             "sources": [{"path": "assets:questions/train.jsonl", "limit": _QUESTIONS}],
             "prompt": {"format": "cloze", "max_tokens": 256},
@@ -81,7 +81,6 @@ def main() -> int:
 
     chosen = options(__doc__ or "", more)
     if chosen.arenas is not None:
-        # 0 would be no limit to glibc too, but is also what the package would not override.
         os.environ["MALLOC_ARENA_MAX"] = str(chosen.arenas)
     root = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join(
