@@ -53,7 +53,7 @@ def _settings(scene: Scene) -> dict[str, str]:
 
 def _run(scene: Scene, storage: Path, stage: str) -> Driver:
     scene.count += 1
-    words = [stage, "--address", "local", "--config", str(scene.settings(storage))]
+    words = [stage, "--address", "new", "--config", str(scene.settings(storage))]
     return Driver(words, _settings(scene), scene.folder / f"driver-{scene.count}.log")
 
 
@@ -66,7 +66,7 @@ def _tune(scene: Scene, storage: Path) -> Driver:
     rates = {"setting": "finetune.learning_rate", "values": [0.005]}
     space = scene.folder / f"space-{storage.name}.yaml"
     space.write_text(yaml.safe_dump({"name": "chaos", "base": base, "one_at_a_time": {"rate": rates}}))
-    words = ["tune", "--space", str(space), "--address", "local"]
+    words = ["tune", "--space", str(space), "--address", "new"]
     return Driver(words, _settings(scene), scene.folder / f"driver-{scene.count}.log")
 
 
