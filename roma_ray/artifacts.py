@@ -15,13 +15,13 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from roma_ray.errors import ArtifactError, BusyError, StorageError
+from roma_ray.versions import decisive_among, decisive_versions, differences, library_versions
 
 MANIFEST = "manifest.json"
 CONFIG = "config.yaml"
@@ -32,17 +32,7 @@ MEMBERS = ".members.json"
 """In a sweep's folder: the fingerprints of its trials' last stages."""
 _DEVICES = ".devices"
 _BEGUN = ".begun"
-_LIBRARIES = (
-    "torch",
-    "transformers",
-    "sentence-transformers",
-    "peft",
-    "faiss-cpu",
-    "ray",
-    "mlflow",
-    "numpy",
-    "pyarrow",
-)
+_MAKERS = ".makers"
 
 
 def fingerprint(value: Any) -> str:
@@ -127,7 +117,9 @@ def default_storage() -> str:
 class Store:
     """The folder that holds all artifacts."""
 
-    def __init__(self, root: str | Path | None = None) -> None:
+    def __init__(self, root: str | Path | None = None, reuse: str = "any") -> None:
+        """`reuse` is the configuration's: `same_versions` refuses stages that other versions of libraries worked on."""
+        self.reuse = reuse
         text = str(root) if root else default_storage()
         if "://" in text:
             raise StorageError(
@@ -174,7 +166,7 @@ class Store:
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> Stage:
         """The stage of that name for these settings and inputs (name -> fingerprint); changes nothing on disk."""
         identity = {"stage": name, "version": version, "settings": dict(settings), "inputs": dict(inputs)}
-        return Stage(self.root / name / fingerprint(identity), name, identity)
+        return Stage(self.root / name / fingerprint(identity), name, identity, self.reuse)
 
     def begin(self, identity: str) -> None:
         """Note when the work of this identity (a run, a sweep, a comparison) was first started, where that is not noted yet."""
@@ -193,8 +185,8 @@ class Store:
 class Stage:
     """One stage's folder."""
 
-    def __init__(self, path: Path, name: str, identity: dict[str, Any]) -> None:
-        self.path, self.name, self.identity = path, name, identity
+    def __init__(self, path: Path, name: str, identity: dict[str, Any], reuse: str = "any") -> None:
+        self.path, self.name, self.identity, self.reuse = path, name, identity, reuse
 
     @property
     def fingerprint(self) -> str:
@@ -203,6 +195,48 @@ class Stage:
     @property
     def complete(self) -> bool:
         return (self.path / MANIFEST).is_file()
+
+    @property
+    def reusable(self) -> bool:
+        """Whether it is complete. Raises ArtifactError where it is, or was begun, and may not be used (`reuse`)."""
+        self.check_makers()
+        return self.complete
+
+    def makers(self) -> list[dict[str, str]]:
+        """The versions of the libraries that decide this stage's bits, of all runs that worked on it."""
+        if self.complete:
+            content = self.manifest()
+            # Of a stage of before they were kept, its last run's.
+            return list(content.get("makers") or [decisive_among(self.name, content.get("versions", {}))])
+        return self._noted_makers()
+
+    def _noted_makers(self) -> list[dict[str, str]]:
+        notes = []
+        for path in sorted((self.path / _MAKERS).glob("[!.]*")):
+            with contextlib.suppress(OSError, ValueError):
+                notes.append({str(name): str(version) for name, version in dict(json.loads(path.read_text())).items()})
+        return notes
+
+    def other_versions(self) -> str | None:
+        """A sentence where other versions than those here worked on this stage."""
+        found = differences(self.makers(), decisive_versions(self.name))
+        return f"{self.name}: made by {found}; results may differ in their last bits" if found else None
+
+    def check_makers(self) -> None:
+        """Raise ArtifactError where `reuse: same_versions` forbids to use what is there."""
+        if self.reuse == "same_versions" and (other := self.other_versions()):
+            raise ArtifactError(
+                f"{other}. `reuse: same_versions` refuses it: install those versions, give another place with --storage, or "
+                f"remove {self.path} (and what was made of it); `reuse: any` takes it."
+            )
+
+    def note_makers(self, of: Stage | None = None) -> None:
+        """Note that the libraries here work on this stage, or that what those of another stage made went into it."""
+        here = decisive_versions(self.name)
+        for versions in [here] if of is None else [{**here, **made} for made in of.makers()]:
+            note = self.path / _MAKERS / fingerprint(versions)
+            if versions and not note.exists():
+                write_json(note, versions)
 
     def manifest(self) -> dict[str, Any]:
         """The manifest of a complete stage. Raises ArtifactError."""
@@ -225,11 +259,16 @@ class Stage:
             "seconds": round(seconds, 3),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": library_versions(),
+            "makers": self._noted_makers(),
         }
         write_json(self.path / MANIFEST, {**content, "digest": _content_digest(content)})
 
     def verify(self) -> None:
-        """Compare every file with the manifest's digests. Raises ArtifactError naming the first difference."""
+        """Compare every file with the manifest's digests. Raises ArtifactError naming the first difference.
+
+        Raises it also where the stage may not be used (`reuse`).
+        """
+        self.check_makers()
         for relative, fact in self.manifest()["files"].items():
             file = self.path / relative
             if not file.is_file():
@@ -272,6 +311,9 @@ class Stage:
                 with contextlib.suppress(StorageError):
                     write_json(self.path / IDENTITY, self.identity)
             try:
+                if not self.complete:
+                    self.check_makers()
+                    self.note_makers()
                 yield
             except BaseException:
                 self._leave_nothing()
@@ -279,10 +321,11 @@ class Stage:
 
     def _leave_nothing(self) -> None:
         """Remove the folder of a stage that ended before it wrote anything."""
-        own = {".lock", IDENTITY}
+        own = {".lock", IDENTITY, _MAKERS}
         with contextlib.suppress(OSError):
             if {file.name for file in self.path.iterdir()} <= own:
-                for name in own:
+                shutil.rmtree(self.path / _MAKERS, ignore_errors=True)
+                for name in own - {_MAKERS}:
                     (self.path / name).unlink(missing_ok=True)
                 self.path.rmdir()
                 self.path.parent.rmdir()
@@ -353,12 +396,3 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                 f"{path} names the file {relative!r} in a way no manifest does; remove the folder and run again"
             )
     return value
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of the libraries that a result depends on, of those installed."""
-    versions = {}
-    for name in _LIBRARIES:
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions

@@ -37,7 +37,7 @@ def evaluate_tasks(
     """
     progress = open_progress(quiet)
     with open_place(config, address, progress) as place:
-        store = Store(config.storage)
+        store = Store(config.storage, config.reuse)
         store.check()
         on = partial(resolve_subject, config, device=place.device, measure=place.measure)
         alone = base_only or (adapter is None and not _tunable(on(adapter=None), progress))
@@ -116,7 +116,7 @@ def print_benchmarks(folder: Path) -> None:
 def notes_of(found: dict[str, Any]) -> list[str]:
     """The guards' findings in sentences."""
     guards = found["guards"]
-    lines = chance_notes(guards)
+    lines = [*found["other_versions"], *chance_notes(guards)]
     if guards["too_many_truncated"]:
         lines.append(f"{guards['truncated']} prompts (over 1 %) were cut to the model's longest input")
     for task, hits in guards["seen_in_training"].items():

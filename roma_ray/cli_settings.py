@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from roma_ray.config import EMBEDDED, Config
 from roma_ray.config_reading import given_settings
 
-_ALL = ("name", "seed", "device", "threads", "storage")
+_ALL = ("name", "seed", "device", "threads", "storage", "reuse")
 _PASS = ("model", "questions", "routing", "extraction")
 _WORK = {
     "extract": _PASS,

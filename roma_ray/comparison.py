@@ -91,6 +91,7 @@ def compare(
         **compare_methods(
             entries, common, read_prompts(stages["questions"].path / TABLE), setup.config.questions.prompt
         ),
+        "other_versions": other_versions([*stages.values(), *(stage for found in planned.values() for stage in found)]),
         "seconds": round(time.monotonic() - started, 3),
     }
     observer.finished(summary)

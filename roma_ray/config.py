@@ -361,6 +361,9 @@ class Config(Section):
     """CPU threads of each worker process. Sums depend on it in their last bits, so it is part of the fingerprint."""
     storage: str | None = None
     """Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray. Not part of any fingerprint."""
+    reuse: Literal["any", "same_versions"] = "any"
+    """Whether finished work of other library versions than those here may be used. `any` says where it is; `same_versions`
+    refuses a stage that other versions of the libraries that decide its bits worked on. Not part of any fingerprint."""
     model: ModelConfig
     questions: QuestionsConfig
     routing: RoutingConfig = RoutingConfig()

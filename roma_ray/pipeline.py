@@ -119,6 +119,8 @@ def run(
         mixed = mixed_devices(name, stage.manifest()["devices"])
         if mixed:
             progress.say(f"note: {mixed}")
+        if (other := stage.other_versions()) is not None:
+            progress.say(f"note: {other}")
         if name == "questions":
             for line in describe_sources(sources_of(stage)):
                 progress.say(line)

@@ -21,12 +21,12 @@ from roma_ray.artifacts import (
     default_storage,
     file_digest,
     fingerprint,
-    library_versions,
     read_manifest,
     write_atomically,
     write_json,
 )
 from roma_ray.errors import ArtifactError, StorageError
+from roma_ray.versions import library_versions
 
 
 @pytest.fixture

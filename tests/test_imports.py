@@ -57,6 +57,7 @@ ONE_ROOM = {
     "cli_storage": "cli",
     "cli_sweeps": "cli",
     "cluster_doctor": "doctor",
+    "versions": "artifacts",
     "config_section": "config",
     "config_baselines": "config",
     "config_reading": "config",

@@ -14,7 +14,7 @@ from roma_ray.ablations.plan import Plan, describe, make_plan, without_model
 from roma_ray.ablations.report import PAGE, write_report
 from roma_ray.ablations.results import read_findings
 from roma_ray.ablations.space import Space
-from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, run_sweep
+from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, other_versions, run_sweep
 from roma_ray.ablations.words import headline, notes
 from roma_ray.artifacts import Store
 from roma_ray.engine import hub
@@ -109,13 +109,14 @@ def result(sweep: Sweep) -> Told | None:
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:
-    """The sweep as plain data: `trials` (one record each), `report`, `failed`."""
+    """The sweep as plain data: `trials` (one record each), `report`, `complete`, `other_versions` (of reused trials)."""
     return {
         "format": 1,
         "name": sweep.space.file.name,
         "sweep": sweep.space.identity,
         "report": str(sweep.stage.path / PAGE),
         "complete": sweep.stage.complete,
+        "other_versions": other_versions(sweep),
         "trials": [
             {
                 "id": state.trial.id,

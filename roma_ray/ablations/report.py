@@ -13,13 +13,14 @@ from roma_ray.ablations.settings import Column, centre_text, columns
 from roma_ray.ablations.space import CENTRE, grid_tag
 from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
 from roma_ray.ablations.words import headline, notes
-from roma_ray.artifacts import library_versions, write_text
+from roma_ray.artifacts import write_text
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.measures import LEGEND
 from roma_ray.figures import sweep as figures
 from roma_ray.figures.report import MARKDOWN, PAGE, Picture, environment
 from roma_ray.figures.style import save
+from roma_ray.versions import library_versions
 
 FIGURES, TABLES = "figures", "tables"
 _TEMPLATES = {PAGE: "sweep.html", MARKDOWN: "sweep.md"}

@@ -43,7 +43,7 @@ from roma_ray.errors import ConfigError
 MOST_TRIALS = 2000
 CENTRE = "centre"
 # Settings that decide where a run lives and is shown, not what comes out.
-_OUTSIDE = ("name", "storage", "tracking", "ray")
+_OUTSIDE = ("name", "storage", "reuse", "tracking", "ray")
 # What trials of a grid or a sample are tagged with, where those of a factor have its name.
 _PRODUCT = re.compile(r"grid( \d+)?|sample")
 Values = Mapping[str, Any]

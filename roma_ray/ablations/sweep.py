@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -125,6 +126,13 @@ def open_sweep(plan: Plan) -> Sweep:
     return sweep
 
 
+def other_versions(sweep: Sweep) -> list[str]:
+    """A sentence for each kind of finished trial that other library versions made, with how many there are."""
+    stages = [state.planned.stages[name] for state in sweep.having(DONE) for name in ("finetune", "evaluate")]
+    counts = Counter(other for stage in stages if (other := stage.other_versions()) is not None)
+    return [f"{count} finished trial(s): {other}" for other, count in counts.items()]
+
+
 def drawn(plan: Plan, values: Mapping[str, Any], place: Sequence[Sequence[Any]] | None = None) -> Planned:
     """The trial of values that optuna drew, on the extraction (its cuts and rules) where it began. Raises ConfigError."""
     trial = plan.space.sampled(values)
@@ -153,6 +161,8 @@ def run_sweep(
         progress.say(line)
     sweep = open_sweep(plan)
     plan.store.begin(plan.space.identity)
+    for line in other_versions(sweep):
+        progress.say(f"note: {line}")
     with sweep.stage.exclusive():
         write_text(sweep.stage.path / SPACE, _resolved(plan.space))
         _keep_members(sweep)
@@ -219,6 +229,8 @@ def _say_shared(name: str, state: State, fresh: bool, progress: Progress) -> Non
     facts = stage.manifest()
     if fresh:
         progress.say(f"{name}: done ({facts['seconds']:.1f} s)  {stage.path}")
+    if (other := stage.other_versions()) is not None:
+        progress.say(f"note: {other}")
     if name == "questions" and any(s.path is None for s in state.planned.setup.config.questions.sources):
         # Of files the plan has told them.
         for line in describe_sources(sources_of(stage)):

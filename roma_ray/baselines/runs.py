@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,7 +126,7 @@ def read_failure(stage: Stage) -> dict[str, str] | None:
 
 def run_method(bench: Bench, method: Method, seed: int, stage: Stage) -> None:
     """Fit one method with one seed and let it answer the test questions. Raises RomaError."""
-    if stage.complete:
+    if stage.reusable:
         stage.verify()
         return
     with stage.exclusive():
@@ -231,6 +231,11 @@ def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise ArtifactError(f"{path} cannot be read ({error}); remove it and run again") from None
 
 
+def other_versions(stages: Iterable[Stage]) -> list[str]:
+    """A sentence for each kind of these stages that other library versions made."""
+    return list(dict.fromkeys(other for stage in stages if (other := stage.other_versions()) is not None))
+
+
 def run_methods(
     setup: Setup,
     stages: Mapping[str, Stage],
@@ -250,6 +255,8 @@ def run_methods(
             for stage in planned[name]:
                 stage.verify()
             progress.say(f"{name}: already complete")
+            for other in other_versions(planned[name]):
+                progress.say(f"note: {name}, {other}")
             on_method(name)
     with progress.meter("baselines", len(methods), "methods", len(methods) - len(pending)) as meter:
         for report in execute(work, pending):

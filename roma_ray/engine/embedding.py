@@ -81,7 +81,7 @@ def _check_modules(folder: Path) -> None:
 def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
     """Embed every question once. Raises EmbeddingError, StorageError."""
     stage = embed_stage(setup, questions)
-    if stage.complete:
+    if stage.reusable:
         return stage
     started = time.monotonic()
     with stage.exclusive():

@@ -83,7 +83,7 @@ def activation_dtype(setup: Setup) -> str:
 
 def bring_back(stage: Stage) -> None:
     """Make an extraction unfinished whose activations were removed: who needs them makes them again, to the same bits."""
-    if stage.complete and stage.released:
+    if stage.reusable and stage.released:
         with stage.exclusive():
             stage.discard()
 
@@ -94,7 +94,7 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
     Raises ModelError, also where more questions fail than `extraction.max_failed` tolerates, and StorageError.
     """
     stage = extract_stage(setup, questions)
-    if stage.complete:
+    if stage.reusable:
         facts = stage.manifest()["facts"]
         if too_many(setup, facts["errors"], facts["rows"]):
             raise refuse(setup, questions, stage, execute)

@@ -215,7 +215,7 @@ def tune(
     Raises TrainingError, CacheError, StorageError.
     """
     stage = finetune_stage(setup, extraction, neighbors)
-    if stage.complete:
+    if stage.reusable:
         return stage
     started = time.monotonic()
     with stage.exclusive():

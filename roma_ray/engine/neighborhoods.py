@@ -49,7 +49,7 @@ def neighbors_stage(setup: Setup, extraction: Stage, embeddings: Stage) -> Stage
 def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Stage, progress: Progress) -> Stage:
     """Find every training question's successful neighbors. Raises NeighborError, ArtifactError."""
     stage = neighbors_stage(setup, extraction, embeddings)
-    if stage.complete:
+    if stage.reusable:
         return stage
     started = time.monotonic()
     with stage.exclusive():

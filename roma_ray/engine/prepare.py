@@ -72,7 +72,7 @@ def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str) -> 
 def prepare(setup: Setup, progress: Progress) -> Stage:
     """Read and encode all questions, once. Raises QuestionError, ConfigError, ModelError."""
     stage = questions_stage(setup)
-    if stage.complete:
+    if stage.reusable:
         return stage
     started = time.monotonic()
     with stage.exclusive():

@@ -135,7 +135,7 @@ def resolve(
     from roma_ray.moe.layers import select_layers, token_positions
 
     token_positions(config.routing.tokens, 1)  # refuses an unknown name before any work
-    store = Store(config.storage)
+    store = Store(config.storage, config.reuse)
     spec, identity = resolve_model(config, device=device, measure=measure)
     facts = _model_facts(spec.path, spec.revision)
     layers = select_layers(config.routing.layers, facts["moe_layers"])

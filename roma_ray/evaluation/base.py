@@ -36,7 +36,7 @@ def base_stage(setup: Setup, extraction: Stage, settings: dict[str, Any]) -> Sta
 
 def base_scores(stage: Stage, rows: Sequence[int], score: Callable[[], Scores]) -> Scores:
     """The scores of `rows` as `score` gives them, kept for the next time. Raises what `score` raises, ArtifactError."""
-    if stage.complete:
+    if stage.reusable:
         return _read(stage, rows)
     started = time.monotonic()
     try:

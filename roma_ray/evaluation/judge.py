@@ -8,6 +8,7 @@ multiple choice also gold_logp and choice_logp of `measures`, by the plain log-l
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 
-from roma_ray.artifacts import Stage, Store, fingerprint, library_versions, write_json
+from roma_ray.artifacts import Stage, Store, fingerprint, read_manifest, write_json
 from roma_ray.config import Config
 from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.engine.progress import Progress
@@ -33,6 +34,7 @@ from roma_ray.evaluation.requests import answer
 from roma_ray.evaluation.statistics import pair, summarise_values
 from roma_ray.evaluation.subject import Subject
 from roma_ray.questions.prompts import PromptBuilder
+from roma_ray.versions import library_versions
 
 if TYPE_CHECKING:
     from lm_eval.api.group import Group
@@ -119,7 +121,7 @@ def judge(
     settings = {"pins": pins, "limit": wanted.limit, "training": known}
     inputs = {f"requests{n}": a.stage.fingerprint for n, a in enumerate(lm.answered)}
     stage = store.stage("benchmarks", settings, inputs, VERSION)
-    if stage.complete:
+    if stage.reusable:
         stage.verify()
         return stage
     with stage.exclusive():
@@ -362,11 +364,23 @@ def read_benchmarks(folder: str | Path) -> dict[str, Any]:
     Keys: `model` {path, identity, dtype, adapter, adapter_identity, layers}; `tasks` {task: {pin, version, num_fewshot, metrics
     {"metric,filter": n, base, base_stderr and, paired, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p (of
     verdicts, else null), t_p (of other values, else null)}}};
-    `groups` {group: {pin, tasks, metrics}}; `guards`; `cost`; `versions`. Raises ArtifactError.
+    `groups` {group: {pin, tasks, metrics}}; `guards`; `cost`; `versions` (that made it) and `other_versions` (sentences, where those
+    here are others). Raises ArtifactError.
     """
     path = Path(folder) / SUMMARY
     try:
         value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; remove the folder and evaluate again") from None
-    return value
+    return {**value, "other_versions": _other_versions(path.parent)}
+
+
+def _other_versions(folder: Path) -> list[str]:
+    """A sentence for each stage behind a folder of benchmarks that other library versions than those here made."""
+    found = []
+    with contextlib.suppress(ArtifactError):
+        asked = read_manifest(folder)["identity"]["inputs"].values()
+        stages = [Stage(folder, "benchmarks", {})]
+        stages += [Stage(folder.parents[1] / "requests" / name, "requests", {}) for name in asked]
+        found = [other for stage in stages if (other := stage.other_versions()) is not None]
+    return list(dict.fromkeys(found))

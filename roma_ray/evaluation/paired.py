@@ -75,7 +75,7 @@ def evaluate(
     `diagnostics` measures; with the base's the test and validation questions, once for all that start from it.
     """
     stage = evaluate_stage(setup, tuned)
-    if stage.complete:
+    if stage.reusable:
         return stage
     started = time.monotonic()
     with stage.exclusive():
@@ -98,6 +98,7 @@ def evaluate(
                 return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
 
             all_base = base_scores(kept, judged, lambda: score(judged))
+            stage.note_makers(of=kept)
             load_adapter(tuned.path / ADAPTER, head)
             after, live = score(test), score(trained) if trained else None
         base, validation = all_base.of(test), all_base.of(of_split["validation"])

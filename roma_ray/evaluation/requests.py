@@ -96,8 +96,10 @@ def answer(
     table = _table(kind, unique)
     settings = {**subject.identity(), "kind": kind, "requests": _digest(table), "plan": subject.plan_settings(kind)}
     stage = store.stage("requests", settings, {}, VERSION)
-    if stage.complete:
+    if stage.reusable:
         stage.verify()
+        if (other := stage.other_versions()) is not None:
+            progress.say(f"note: {other}")
     else:
         started = time.monotonic()
         with stage.exclusive():
@@ -157,7 +159,13 @@ def _run(
     if kind == "loglikelihood" and subject.keep_states and subject.cut:
         # The tuned gates alone are left out of the identity: every adapter with this first tuned layer shares the states.
         settings = {**stage.identity["settings"], "adapter": None, "cut": subject.cut}
-        states = str(store.stage("states", settings, {}, VERSION).path)
+        shared = store.stage("states", settings, {}, VERSION)
+        shared.check_makers()
+        if (other := shared.other_versions()) is not None:
+            progress.say(f"note: {other}")
+        stage.note_makers(of=shared)
+        shared.note_makers()
+        states = str(shared.path)
     work = RequestWork(str(stage.path), kind, subject, states)
     unit = "requests" if kind == "loglikelihood" else "generations"
     with progress.meter("evaluate", len(requests), unit, done) as meter:

@@ -15,8 +15,8 @@ layer, task_silhouette, neighbor_overlap), and `manifold_distance` {train, test:
 difference, each with stderr, relative, relative_stderr}, pull}} (`evaluation/change.py`);
 `guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `devices` {stage: kinds of devices that
 computed it}; `paths` {stage: folder}; `stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again);
-`peak_memory_bytes` (largest resident set of this process); `versions`. Scores in results.parquet are plain log-likelihoods; `cloze`
-predictions follow `cloze_score`.
+`peak_memory_bytes` (largest resident set of this process); `versions` (of libraries, here), `other_versions` (sentences about
+stages that others made). Scores in results.parquet are plain log-likelihoods; `cloze` predictions follow `cloze_score`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from roma_ray.artifacts import Stage, library_versions
+from roma_ray.artifacts import Stage
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.finetuning import epochs_of
 from roma_ray.engine.setup import Setup
@@ -34,6 +34,7 @@ from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.paired import read_evaluation
 from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import p_value, with_error
+from roma_ray.versions import library_versions
 
 
 def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float) -> dict[str, Any]:
@@ -73,6 +74,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory(),
         "versions": library_versions(),
+        "other_versions": [other for stage in stages.values() if (other := stage.other_versions()) is not None],
     }
 
 
@@ -118,4 +120,4 @@ def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     for name, kinds in summary.get("devices", {}).items():
         mixed = mixed_devices(name, kinds)
         lines += [mixed] if mixed else []
-    return [*lines, *shift_notes(summary["shares"])]
+    return [*lines, *summary.get("other_versions", []), *shift_notes(summary["shares"])]
