@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from roma_ray.artifacts import Stage, comparison_identity, write_json
 from roma_ray.baselines.contract import budget
 from roma_ray.baselines.registry import METHODS
-from roma_ray.baselines.runs import method_stage, read_failure, run_methods, seeds_of
+from roma_ray.baselines.runs import method_stage, other_versions, read_failure, run_methods, seeds_of
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
