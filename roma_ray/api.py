@@ -1,0 +1,129 @@
+"""What a notebook or a script does with roma-ray: load a configuration, run it, take what it made.
+
+import roma_ray
+
+config = roma_ray.load_config("configs/olmoe.yaml", ["finetune.epochs=1"])    # without a path: the embedded default
+finished = roma_ray.run(config)                # in this process; run(config, ray=True) on a cluster, or one of its own
+finished.results()                             # paired figures, a pandas table: a row a task and one for all
+finished.answers()                             # every test question's scores before and after, an Arrow table
+finished.report, finished.figures, finished.adapter
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from roma_ray.config import Config
+
+if TYPE_CHECKING:
+    import pandas
+    import pyarrow
+
+    from roma_ray.pipeline import Run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run and what it made. Everything lies in the storage; nothing is computed here."""
+
+    stages: dict[str, Path]
+    """The folder of each stage, by name in their order."""
+    summary: dict[str, Any]
+    """The documented summary (`roma_ray/evaluation/summary.py`); empty when the run ended before its evaluation."""
+
+    def results(self, split: str = "test") -> pandas.DataFrame:
+        """Paired figures of base and tuned routers, a row a task and `all` for all of them. Raises KeyError."""
+        import pandas
+
+        return pandas.DataFrame.from_dict(self.summary["splits"][split], orient="index")
+
+    def answers(self) -> pyarrow.Table:
+        """Every judged question with its scores and verdicts before and after. Raises ArtifactError, KeyError."""
+        from roma_ray.engine.tables import read_table
+        from roma_ray.evaluation.judged import RESULTS
+
+        return read_table(self.stages["evaluate"] / RESULTS)
+
+    @property
+    def adapter(self) -> Path:
+        """The tuned routers as a PEFT adapter. Raises KeyError."""
+        from roma_ray.engine.finetuning import ADAPTER
+
+        return self.stages["finetune"] / ADAPTER
+
+    @property
+    def report(self) -> Path:
+        """The report as one page. Raises KeyError."""
+        from roma_ray.figures.report import PAGE
+
+        return self.stages["report"] / PAGE
+
+    @property
+    def figures(self) -> dict[str, Path]:
+        """The report's figures by name. Raises KeyError."""
+        from roma_ray.figures.report import FIGURES
+
+        return {path.stem: path for path in sorted((self.stages["report"] / FIGURES).glob("*.svg"))}
+
+
+def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:
+    """A configuration from a YAML file (the embedded default without one), with overrides as `--set` takes them.
+
+    Raises ConfigError.
+    """
+    from roma_ray.config_reading import load_config as load
+
+    return load(None if path is None else str(path), overrides)
+
+
+def run(
+    config: Config,
+    *,
+    ray: bool = False,
+    address: str | None = None,
+    until: str = "report",
+    quiet: bool = False,
+    track: bool | None = None,
+) -> Finished:
+    """Run a configuration up to the stage `until`, skipping what is complete, and record it in MLflow where `track` says so.
+
+    In this process, or with `ray` (or an `address`) as `roma-ray run` does. `track` is by default `tracking.enabled` on Ray
+    and off in this process, as in the commands. Raises what the stages raise (RomaError).
+    """
+    finished = run_pipeline(
+        config, ray=ray or address is not None, address=address, until=until, quiet=quiet, track=track
+    )
+    return Finished({name: stage.path for name, stage in finished.stages.items()}, finished.summary)
+
+
+def run_pipeline(config: Config, *, ray: bool, address: str | None, until: str, quiet: bool, track: bool | None) -> Run:
+    """The same for the commands: what the pipeline itself returns."""
+    from contextlib import ExitStack
+
+    from roma_ray.engine.runners import LOCAL
+    from roma_ray.engine.setup import resolve
+    from roma_ray.pipeline import NOBODY
+    from roma_ray.pipeline import run as pipeline
+    from roma_ray.stages.environment import quiet_libraries
+    from roma_ray.terminal import open_progress
+
+    quiet_libraries()
+    progress = open_progress(quiet)
+    with ExitStack() as stack:
+        if ray:
+            from roma_ray.stages.runners import open_place
+
+            place = stack.enter_context(open_place(config, address, progress))
+            setup, runners = resolve(config, device=place.device, measure=place.measure), place.runners
+        else:
+            setup, runners = resolve(config), LOCAL
+        setup.store.check()
+        observer: Any = NOBODY
+        if track if track is not None else ray and config.tracking.enabled:
+            from roma_ray.tracking import tracked
+
+            observer = stack.enter_context(tracked(setup, progress))
+        return pipeline(setup, progress, runners, until, observer)
