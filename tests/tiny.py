@@ -46,7 +46,7 @@ _MLA: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,
 }
-_EAGER = {"gpt_oss", "mimo_v2_flash", "flint"}
+EAGER = {"gpt_oss", "mimo_v2_flash", "flint"}
 _DENSE_FIRST = ["dense", *["sparse"] * 5]
 _ALTERNATING = ["sliding_attention", "full_attention"] * 3
 _HYBRID = [
@@ -295,19 +295,16 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 FAMILIES = (
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "mixtral",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gpt_oss",
-    "granitemoe",
-    "glm4_moe",
+    *("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe"),
+    # Other layer rules: parts beside the experts, gates inside a router, heads by layer, recurrent layers.
+    *("granitemoeshared", "hunyuan_v1_moe", "afmoe", "laguna", "qwen3_next", "granitemoehybrid", "gemma4_text"),
 )
 """The families that every contract test of `moe/` runs over."""
 
-MORE_FAMILIES = ("flex_olmo", "dots1", "ernie4_5_moe", "minimax_m2")
+MORE_FAMILIES = (
+    *("flex_olmo", "dots1", "ernie4_5_moe", "minimax_m2", "glm4_moe_lite", "exaone_moe", "solar_open", "mimo_v2_flash"),
+    *("hy_v3", "mellum", "flint", "axk1", "aria_text", "qwen3_5_moe_text"),
+)
 """Relatives that share a router rule with one of FAMILIES; the cheaper tests run over them too."""
 
 
@@ -326,7 +323,7 @@ def tiny_moe(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family in _EAGER else "sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family in EAGER else "sdpa")
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
