@@ -37,7 +37,15 @@ def configure(folder: str | Path, **values: object) -> None:
 
 
 # Parts of names in files that transformers calls otherwise in the model.
-RENAMED = ("_linear", "router.layer", "attention_sink_bias", "expert_bias", "softmax_offset", "experts.fc1", "experts.fc2")
+RENAMED = (
+    "_linear",
+    "router.layer",
+    "attention_sink_bias",
+    "expert_bias",
+    "softmax_offset",
+    "experts.fc1",
+    "experts.fc2",
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)

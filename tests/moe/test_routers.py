@@ -23,7 +23,10 @@ LAYERS = {
     "dots1": [2, 3, 4, 5],
     "ernie4_5_moe": [1, 2, 3, 4],
     "flint": [2, 3, 4, 5],
-    **{name: [1, 2, 3, 4, 5] for name in "afmoe laguna glm4_moe_lite exaone_moe mimo_v2_flash hy_v3 mellum axk1".split()},
+    **{
+        name: [1, 2, 3, 4, 5]
+        for name in "afmoe laguna glm4_moe_lite exaone_moe mimo_v2_flash hy_v3 mellum axk1".split()
+    },
 }
 
 
