@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from roma_ray.errors import ModelError
 from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.moe.passes import run_packed
+from roma_ray.moe.reach import reach_of, read_weights
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.routers import router_parameters
 from roma_ray.moe.slices import Slice
@@ -51,6 +52,8 @@ class SelfCheck:
     """Routing rows, absolute."""
     gradient: float | None
     """Gates' gradients, resumed and trimmed; None for a slice without routers."""
+    reach: float | None
+    """Least of its routers' `reach_of`: near 0 where the task loss reaches none of a router's gates."""
 
     def facts(self) -> dict[str, Any]:
         """Plain values, for a manifest."""
@@ -82,13 +85,14 @@ def check_slice(part: Slice) -> SelfCheck:
         few = run_packed(part, packing, middle, resume=True, keep=leaves)
         trimmed = _worst(_difference(few.states, stock.output[leaves]), ties)
         _refuse(part, part.stop - 1, "run at few tokens alone", trimmed, tolerance)
-    routing = gradient = None
+    routing = gradient = reach = None
     if part.routers:
+        reach = _reach(part, packing, states_TD)
         routing, gradient = _routers(part, packing, states_TD, middle, leaves, stock)
         _refuse(part, part.routers[0].layer, "read for its routing", routing, tolerance)
         _refuse(part, part.routers[0].layer, "differentiated by its gates", gradient, _GRADIENTS[part.dtype])
     most = max(_worst(difference, ties) for difference in packed)
-    return SelfCheck(part.start, part.stop, most, resumed, trimmed, routing or 0.0, gradient)
+    return SelfCheck(part.start, part.stop, most, resumed, trimmed, routing or 0.0, gradient, reach)
 
 
 def _check_entry(part: Slice, packing: Packing, states_TD: Tensor | None) -> None:
@@ -232,26 +236,49 @@ def _routers(
 ) -> tuple[float, float]:
     """Largest difference of routing rows at the kept tokens, and of the gates' gradients, relative to their norm."""
     gates = [p for router in part.routers for p in router_parameters(router).values()]
-    weights = torch.randn(stock.output[leaves].shape, generator=torch.Generator().manual_seed(_SEED)).to(part.device)
-    before = [gate.requires_grad for gate in gates]
-    try:
-        for gate in gates:
-            gate.requires_grad_(True)
+    generator = torch.Generator().manual_seed(_SEED)
+    weights = torch.randn(stock.output[leaves].shape, generator=generator).to(part.device)
+    with _requiring(gates):
         positions = torch.tensor(leaves, device=part.device)[None]
         with read_routing(part.model, part.routers, positions) as tape:
             out = run_packed(part, packing, middle_TD, resume=True, keep=leaves)
         assert stock.routing_TLE is not None
         rows = (tape.routing_BPLE[0] - stock.routing_TLE[leaves]).detach().abs().flatten(1).amax(1)
-        own = torch.autograd.grad((out.states.float() * weights).sum(), gates, allow_unused=True)
-        theirs = _stock_gradients(part, packing, states_TD, leaves, weights, gates)
-    finally:
-        for gate, wanted in zip(gates, before, strict=True):
-            gate.requires_grad_(wanted)
+        # With the routing rows beside the output: some routers' gradients come from those alone.
+        signs = torch.randn(tape.routing_BPLE[0].shape, generator=generator).to(part.device)
+        total = (out.states.float() * weights).sum() + (tape.routing_BPLE[0] * signs).sum()
+        own = torch.autograd.grad(total, gates, allow_unused=True)
+        theirs = _stock_gradients(part, packing, states_TD, leaves, weights, signs, gates)
     pairs = [(a, b) for a, b in zip(own, theirs, strict=True) if a is not None and b is not None]
     scale = max((b.norm() for _, b in pairs), default=torch.ones(()))
     # A router that no gradient reaches has rounding noise alone, which is measured against the largest gate's gradient.
     differences = [float((a - b).norm() / b.norm().clamp_min(1e-3 * scale).clamp_min(1e-12)) for a, b in pairs]
     return _worst(rows, _TIES[part.dtype]), max(differences, default=0.0)
+
+
+@contextmanager
+def _requiring(gates: Sequence[Tensor]) -> Iterator[None]:
+    """Inside the block these parameters carry a gradient."""
+    before = [gate.requires_grad for gate in gates]
+    try:
+        for gate in gates:
+            gate.requires_grad_(True)
+        yield
+    finally:
+        for gate, wanted in zip(gates, before, strict=True):
+            gate.requires_grad_(wanted)
+
+
+def _reach(part: Slice, packing: Packing, states_TD: Tensor | None) -> float:
+    """The least reach of the slice's routers, on one sequence through the stock forward."""
+    gates = {router.layer: list(router_parameters(router).values()) for router in part.routers}
+    with _requiring([gate for some in gates.values() for gate in some]), read_weights(part.routers) as weights:
+        _, rows_SLE = _sequence(part, packing, states_TD, _tokens(packing, _leaves(packing)[0]))
+        assert rows_SLE is not None
+        return min(
+            reach_of(weights[layer].flatten(0, -2), rows_SLE[:, column], gates[layer])
+            for column, layer in enumerate(gates)
+        )
 
 
 def _stock_gradients(
@@ -260,6 +287,7 @@ def _stock_gradients(
     states_TD: Tensor | None,
     leaves: Sequence[int],
     weights: Tensor,
+    signs: Tensor,
     gates: Sequence[Tensor],
 ) -> list[Tensor]:
     """The same sum's gradients, one sequence at a time; a token that sequences share counts once."""
@@ -270,9 +298,11 @@ def _stock_gradients(
         tokens = _tokens(packing, leaf)
         mine = [(n, token) for n, token in enumerate(tokens) if token in place and token not in counted]
         counted.update(token for _, token in mine)
-        out, _ = _sequence(part, packing, states_TD, tokens)
-        chosen = out[[n for n, _ in mine]].float() * weights[[place[token] for _, token in mine]]
-        grads = torch.autograd.grad(chosen.sum(), gates, allow_unused=True)
+        out, rows_SLE = _sequence(part, packing, states_TD, tokens)
+        assert rows_SLE is not None
+        here, there = [n for n, _ in mine], [place[token] for _, token in mine]
+        chosen = (out[here].float() * weights[there]).sum() + (rows_SLE[here] * signs[there]).sum()
+        grads = torch.autograd.grad(chosen, gates, allow_unused=True)
         for sum_, grad in zip(total, grads, strict=True):
             if grad is not None:
                 sum_ += grad.float()
