@@ -15,6 +15,7 @@ from roma_ray.engine.training import is_idle
 from roma_ray.evaluation.judged import RESULTS
 from roma_ray.evaluation.paired import read_evaluation
 from roma_ray.evaluation.statistics import accuracy, holm, mcnemar, standard_error
+from roma_ray.moe.reach import is_unreached
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,8 @@ def read_finished(state: State) -> Finished:
         tuned=columns["tuned_correct"][test].astype(bool),
         validation=state.validation_accuracy or 0.0,
         base_validation=evaluation["validation"]["base_accuracy"],
-        gradient_ratio=probe["gradient_ratio"] if asked else None,
-        idle=is_idle(probe["gradient_ratio"], regularizer),
+        gradient_ratio=probe["gradient_ratio"] if asked and not is_unreached(probe) else None,
+        idle=is_idle(probe, regularizer),
         pin=evaluation["pin"],
     )
 

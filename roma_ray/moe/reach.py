@@ -9,7 +9,7 @@ Shapes: T flat tokens, K chosen experts, E experts, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,11 @@ from roma_ray.moe.routers import Router
 # Reached gates have ratios near 1, unreached ones below 1e-6 in fp32 and 1e-3 in bf16.
 UNREACHED = 1e-2
 _SEED = 20_252
+
+
+def is_unreached(probe: Mapping[str, float]) -> bool:
+    """Whether a training's probe says that its task loss reached no router, so that the term was left out."""
+    return probe.get("reach", 1.0) < UNREACHED
 
 
 @contextmanager
