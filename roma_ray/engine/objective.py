@@ -109,10 +109,9 @@ class Objective:
     def gradients(self, micro: Micro, strength: float) -> Tensor:
         """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
         task, penalty, entropy = self.losses(micro)
-        if self.with_task:
-            # Adding an unused term would still be exact, but a run without one must be readable as such.
-            loss = task if strength == 0 else task + strength * penalty
-        else:
+        # Adding an unused term would still be exact, but a run without one must be readable as such.
+        loss = task if strength == 0 else task + strength * penalty
+        if not self.with_task:
             # Its gradient is rounding noise, which Adam would make steps of.
             loss = strength * penalty
         if not torch.isfinite(loss):

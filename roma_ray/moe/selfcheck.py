@@ -77,7 +77,8 @@ def check_slice(part: Slice) -> SelfCheck:
         for place, difference in enumerate(packed):
             _refuse(part, part.start + place, "packed", _worst(difference, ties), tolerance)
         first = run_packed(part, packing, states_TD, after_attention=[part.start])
-        _refuse(part, part.stop - 1, "packed", _worst(_difference(first.states, stock.output), ties), tolerance)
+        read = _worst(_difference(first.states, stock.output), ties)
+        _refuse(part, part.start, "read after its attention", read, tolerance)
         middle = first.after_attention[part.start]
         again = run_packed(part, packing, middle, resume=True)
         resumed = _worst(_difference(again.states, stock.output), ties)
@@ -249,11 +250,11 @@ def _routers(
         total = (out.states.float() * weights).sum() + (tape.routing_BPLE[0] * signs).sum()
         own = torch.autograd.grad(total, gates, allow_unused=True)
         theirs = _stock_gradients(part, packing, states_TD, leaves, weights, signs, gates)
-    pairs = [(a, b) for a, b in zip(own, theirs, strict=True) if a is not None and b is not None]
-    scale = max((b.norm() for _, b in pairs), default=torch.ones(()))
+    pairs = [(torch.zeros_like(b) if a is None else a.float(), b) for a, b in zip(own, theirs, strict=True)]
+    scale = max(b.norm() for _, b in pairs)
     # A router that no gradient reaches has rounding noise alone, which is measured against the largest gate's gradient.
     differences = [float((a - b).norm() / b.norm().clamp_min(1e-3 * scale).clamp_min(1e-12)) for a, b in pairs]
-    return _worst(rows, _TIES[part.dtype]), max(differences, default=0.0)
+    return _worst(rows, _TIES[part.dtype]), max(differences)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ def test_bf16_passes_and_leaves_the_slice_as_it_was(tmp_path: Path, family: str)
 def test_a_feed_forward_part_that_goes_on_running_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = loaded(tmp_path, "granitemoeshared")
     monkeypatch.setattr(parts, "_FEED_FORWARD", ("mlp", "block_sparse_moe", "feed_forward", "experts"))
-    with pytest.raises(ModelError, match=r"layer 0 differs from transformers' own forward pass by 0\.\d+"):
+    with pytest.raises(ModelError, match=r"read after its attention, layer 0 differs from transformers' own"):
         check_slice(part)
 
 
@@ -73,7 +73,7 @@ def test_a_wrong_gradient_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             yield
 
     monkeypatch.setattr(passes, "without_mixer", cut)
-    with pytest.raises((ModelError, RuntimeError), match="differentiated by its gates|does not require grad"):
+    with pytest.raises((ModelError, RuntimeError), match=r"differentiated by its gates|does not require grad"):
         check_slice(part)
 
 
