@@ -19,6 +19,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import roma_ray.moe.snapshot  # noqa: F401 - registers DeepSeekMoE's class
+
 transformers.utils.logging.disable_progress_bar()
 VOCABULARY = 96
 
@@ -170,6 +172,14 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+    },
     "glm4_moe_lite": {**_SIGMOID, **_MLA, "q_lora_rank": 16, "mlp_layer_types": _DENSE_FIRST},
     "exaone_moe": {
         **_SIGMOID,
@@ -297,7 +307,16 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
 FAMILIES = (
     *("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe"),
     # Other layer rules: parts beside the experts, gates inside a router, heads by layer, recurrent layers.
-    *("granitemoeshared", "hunyuan_v1_moe", "afmoe", "laguna", "qwen3_next", "granitemoehybrid", "gemma4_text"),
+    *(
+        "deepseek",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "afmoe",
+        "laguna",
+        "qwen3_next",
+        "granitemoehybrid",
+        "gemma4_text",
+    ),
 )
 """The families that every contract test of `moe/` runs over."""
 

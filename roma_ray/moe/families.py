@@ -41,6 +41,7 @@ class Family:
 
 _SCORING = {
     "olmoe": Scoring.SOFTMAX,
+    "deepseek": Scoring.SOFTMAX,
     "flex_olmo": Scoring.SOFTMAX,
     "mixtral": Scoring.SOFTMAX,
     "qwen2_moe": Scoring.SOFTMAX,
@@ -79,8 +80,6 @@ _REFUSED = {
     "phimoe": "its sparsemixer chooses experts through thresholds that pass no gradient to some routers in evaluation mode",
     "llama4": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
     "llama4_text": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
-    "deepseek": "transformers has no class of its own for DeepSeekMoE-16B, and the published remote code detaches the experts "
-    "in evaluation mode. Use deepseek-ai/DeepSeek-V2-Lite, which is native",
     "switch_transformers": "it is an encoder-decoder model",
     "nllb_moe": "it is an encoder-decoder model",
     "jetmoe": "it also routes inside its attention",

@@ -25,7 +25,17 @@ LAYERS = {
     "flint": [2, 3, 4, 5],
     **{
         name: [1, 2, 3, 4, 5]
-        for name in ["afmoe", "laguna", "glm4_moe_lite", "exaone_moe", "mimo_v2_flash", "hy_v3", "mellum", "axk1"]
+        for name in [
+            "deepseek",
+            "afmoe",
+            "laguna",
+            "glm4_moe_lite",
+            "exaone_moe",
+            "mimo_v2_flash",
+            "hy_v3",
+            "mellum",
+            "axk1",
+        ]
     },
 }
 
