@@ -43,6 +43,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline": SPREAD | {"ablations", "figures", "tracking"},
     "terminal": GROUND | {"engine"},
     "doctor": GROUND | {"engine", "stages"},
+    "api": SPREAD | {"pipeline", "tracking", "figures", "terminal"},
+    # The names that `import roma_ray` offers.
+    "__init__": SPREAD | {"api"},
     "cli": SPREAD | {"ablations", "pipeline", "figures", "tracking", "terminal", "doctor", "storage"},
 }
 

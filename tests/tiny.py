@@ -19,6 +19,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import roma_ray.moe.snapshot  # noqa: F401 - registers DeepSeekMoE's class
+
 transformers.utils.logging.disable_progress_bar()
 VOCABULARY = 96
 
@@ -45,6 +47,33 @@ _MLA: dict[str, Any] = {
     "v_head_dim": 8,
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,
+}
+EAGER = {"gpt_oss", "mimo_v2_flash", "flint"}
+_DENSE_FIRST = ["dense", *["sparse"] * 5]
+_ALTERNATING = ["sliding_attention", "full_attention"] * 3
+_HYBRID = [
+    "linear_attention",
+    "full_attention",
+    "linear_attention",
+    "linear_attention",
+    "full_attention",
+    "linear_attention",
+]
+_SIGMOID: dict[str, Any] = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 16,
+    "n_shared_experts": 1,
+    "n_group": 2,
+    "topk_group": 1,
+    "norm_topk_prob": True,
+}
+_LINEAR: dict[str, Any] = {
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_conv_kernel_dim": 3,
 }
 _LAYOUTS: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 3, "num_key_value_heads": 4, "clip_qkv": 4.0},
@@ -143,22 +172,158 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": {"num_local_experts": 8, "num_experts_per_tok": 3, "head_dim": 8},
     "phimoe": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "deepseek": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": False,
+    },
+    "glm4_moe_lite": {**_SIGMOID, **_MLA, "q_lora_rank": 16, "mlp_layer_types": _DENSE_FIRST},
+    "exaone_moe": {
+        **_SIGMOID,
+        "num_experts": 8,
+        "num_shared_experts": 1,
+        "mlp_layer_types": _DENSE_FIRST,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "head_dim": 8,
+    },
+    "solar_open": {**_SIGMOID, "head_dim": 8},
+    "mimo_v2_flash": {
+        **_SIGMOID,
+        "head_dim": 8,
+        "v_head_dim": 8,
+        "mlp_layer_types": _DENSE_FIRST,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "swa_head_dim": 8,
+        "swa_v_head_dim": 8,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 2,
+    },
+    "hy_v3": {**_SIGMOID, "num_experts": 8, "num_shared_experts": 1, "mlp_layer_types": _DENSE_FIRST, "head_dim": 8},
+    "mellum": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "mlp_layer_types": _DENSE_FIRST,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "norm_topk_prob": True,
+    },
+    "flint": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "head_dim": 8,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+    },
+    "axk1": {**_SIGMOID, **_MLA, "q_lora_rank": 16, "mlp_layer_types": _DENSE_FIRST},
+    "aria_text": {"moe_num_experts": 8, "moe_topk": 3, "moe_num_shared_experts": 1, "head_dim": 8},
+    "laguna": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "mlp_layer_types": _DENSE_FIRST,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "num_attention_heads_per_layer": [4, 2, 4, 2, 4, 2],
+    },
+    "granitemoeshared": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 16,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3, "head_dim": 8},
+    "afmoe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "num_shared_experts": 1,
+        "num_dense_layers": 1,
+        "head_dim": 8,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "route_scale": 1.5,
+    },
+    "qwen3_next": {
+        **_LINEAR,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "layer_types": _HYBRID,
+    },
+    "qwen3_5_moe_text": {
+        **_LINEAR,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+        "head_dim": 8,
+        "layer_types": _HYBRID,
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 16,
+        "layer_types": _HYBRID,
+        "mamba_n_heads": 8,
+        "mamba_d_head": 8,
+        "mamba_d_state": 8,
+        "mamba_n_groups": 1,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 4,
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
+    "gemma4_text": {
+        "num_experts": 8,
+        "top_k_experts": 3,
+        "moe_intermediate_size": 16,
+        "enable_moe_block": True,
+        "head_dim": 8,
+        "global_head_dim": 16,
+        "num_global_key_value_heads": 1,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": 0,
+        "attention_k_eq_v": True,
+    },
 }
 
 FAMILIES = (
-    "olmoe",
-    "qwen2_moe",
-    "qwen3_moe",
-    "mixtral",
-    "deepseek_v2",
-    "deepseek_v3",
-    "gpt_oss",
-    "granitemoe",
-    "glm4_moe",
+    *("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe"),
+    # Other layer rules: parts beside the experts, gates inside a router, heads by layer, recurrent layers.
+    *(
+        "deepseek",
+        "granitemoeshared",
+        "hunyuan_v1_moe",
+        "afmoe",
+        "laguna",
+        "qwen3_next",
+        "granitemoehybrid",
+        "gemma4_text",
+    ),
 )
 """The families that every contract test of `moe/` runs over."""
 
-MORE_FAMILIES = ("flex_olmo", "dots1", "ernie4_5_moe", "minimax_m2")
+MORE_FAMILIES = (
+    *("flex_olmo", "dots1", "ernie4_5_moe", "minimax_m2", "glm4_moe_lite", "exaone_moe", "solar_open", "mimo_v2_flash"),
+    *("hy_v3", "mellum", "flint", "axk1", "aria_text", "qwen3_5_moe_text"),
+)
 """Relatives that share a router rule with one of FAMILIES; the cheaper tests run over them too."""
 
 
@@ -177,7 +342,7 @@ def tiny_moe(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family == "gpt_oss" else "sdpa")
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family in EAGER else "sdpa")
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

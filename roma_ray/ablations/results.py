@@ -22,6 +22,7 @@ from roma_ray.evaluation.measures import RULES, ByTask, pair_by_task
 from roma_ray.evaluation.paired import read_evaluation
 from roma_ray.evaluation.shares import answer_shares, shift_notes
 from roma_ray.evaluation.statistics import Paired, accuracy, holm, significant, standard_error
+from roma_ray.moe.reach import is_unreached
 
 Values = Mapping[str, np.ndarray]
 """Each measure's value of every test question."""
@@ -197,8 +198,8 @@ def read_finished(state: State) -> Finished:
         validation_questions=valid["n"],
         shares=evaluation["shares"],
         choices=_choices(stages["questions"].path / TABLE, tuple(judged.rows)),
-        gradient_ratio=probe["gradient_ratio"] if asked else None,
-        idle=is_idle(probe["gradient_ratio"], regularizer),
+        gradient_ratio=probe["gradient_ratio"] if asked and not is_unreached(probe) else None,
+        idle=is_idle(probe, regularizer),
         pin=evaluation["pin"],
     )
 

@@ -68,7 +68,9 @@ class DefaultVectors:
     def _around(self, router: Router, rule: Family) -> Iterator[None]:
         experts = _experts_beside(self.model, router)
         logits: list[Tensor] = []
-        handle = router.module.register_forward_hook(lambda _module, _inputs, output: logits.append(output[0]))
+        handle = router.gate.register_forward_hook(
+            lambda _module, _inputs, output: logits.append(output if isinstance(output, Tensor) else output[0])
+        )
         forward: Callable[..., Tensor] = experts.forward
 
         def dense(hidden_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
@@ -113,7 +115,8 @@ class DefaultVectors:
 
 def _experts_beside(model: PreTrainedModel, router: Router) -> nn.Module:
     """The module of all experts in a router's own block. Raises ModelError."""
-    block = model.get_submodule(router.name.rpartition(".")[0])
+    inside = 1 if router.gate is router.module else 2
+    block = model.get_submodule(router.name.rsplit(".", inside)[0])
     experts = getattr(block, "experts", None)
     if not isinstance(experts, nn.Module):
         raise ModelError(f"dense_backprop finds no `experts` beside the router {router.name}; leave this method out")

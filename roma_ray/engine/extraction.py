@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
+from roma_ray.engine.checks import worst_of
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
 from roma_ray.engine.failed import failed_rows, refuse, too_many
 from roma_ray.engine.forward import own_tokens, shared_prefix
@@ -135,7 +136,7 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
             raise refuse(setup, questions, stage, execute)
         # Also what a streamed attempt left that was gone on with unstreamed.
         shutil.rmtree(stage.path / STREAM, ignore_errors=True)
-        facts = gather(stage, len(plan), ids, prefix)
+        facts = {**gather(stage, len(plan), ids, prefix), "self_check": worst_of(setup.model.checks)}
         stage.finish(facts=facts, seconds=time.monotonic() - started)
     if facts["errors"]:
         progress.say(

@@ -29,10 +29,11 @@ from roma_ray.engine.training import ALONE, Outcome, World, finetune, is_idle
 from roma_ray.engine.verification import verify_sample
 from roma_ray.errors import QuestionError, StorageError
 from roma_ray.moe.checkpoints import save_adapter
+from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 from roma_ray.text import with_error
 
-VERSION = 3
+VERSION = 4
 ADAPTER = "adapter"
 CHECKPOINT = "checkpoint.safetensors"
 EPOCHS = "epochs.jsonl"
@@ -253,11 +254,17 @@ def describe_epoch(epoch: dict[str, Any]) -> str:
 def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progress) -> None:
     if config.regularizer.kind == "none":
         return
+    if is_unreached(probe):
+        progress.say(
+            "note: the task loss does not reach these routers (they give one expert the weight 1 whatever their logits are), so "
+            "the task term was left out: the regularizer alone moved them."
+        )
+        return
     progress.say(
         f"gradient norms on the gates (probe): task {probe['task_gradient']:.3g}, regularizer {probe['regularizer_gradient']:.3g}, "
         f"lambda {probe['weight']:.3g}: ratio {probe['gradient_ratio']:.2%} at the start, {probe['final_gradient_ratio']:.2%} at the end"
     )
-    if is_idle(probe["gradient_ratio"], config.regularizer):
+    if is_idle(probe, config.regularizer):
         progress.say(
             "warning: the regularizer is idle (its gradient is under 1 % of the task term's). Raise finetune.regularizer.weight, "
             "or set it to `auto`."

@@ -22,6 +22,7 @@ from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
+from roma_ray.moe.reach import UNREACHED, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -63,6 +64,8 @@ class Objective:
         self.device = str(next(head.model.parameters()).device)
         self.targets = neighbor_targets(data.neighborhoods, data.routing_NLE)
         self.columns = [n for n, router in enumerate(head.routers) if router.layer in masters.layers]
+        # Whether the task loss reaches the tuned routers at all; `settle` says so.
+        self.with_task = True
         if data.cloze:
             self.over = "continuation"
         else:
@@ -108,6 +111,9 @@ class Objective:
         task, penalty, entropy = self.losses(micro)
         # Adding an unused term would still be exact, but a run without one must be readable as such.
         loss = task if strength == 0 else task + strength * penalty
+        if not self.with_task:
+            # Its gradient is rounding noise, which Adam would make steps of.
+            loss = strength * penalty
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is not finite (task {task.item()}, regularizer {penalty.item()}). Lower finetune.learning_rate or "
@@ -148,8 +154,12 @@ class Objective:
         task_norm, penalty_norm = (float(torch.cat([g.reshape(-1) for g in t]).norm()) / len(rows) for t in totals)
         regularizer = self.config.regularizer
         weight = regularizer.weight
+        reach = self._reach(rows[: self.config.micro_batch_size])
         if regularizer.kind == "none":
             weight = 0.0
+        elif weight == "auto" and reach < UNREACHED:
+            # There is nothing to weigh the term against, and Adam's steps do not depend on its scale.
+            weight = 1.0
         elif weight == "auto":
             if penalty_norm == 0:
                 raise TrainingError(
@@ -157,13 +167,38 @@ class Objective:
                 )
             weight = regularizer.gradient_ratio * task_norm / penalty_norm
         assert isinstance(weight, float | int)
-        ratio = weight * penalty_norm / task_norm if task_norm else 0.0
+        ratio = weight * penalty_norm / task_norm if task_norm and reach >= UNREACHED else 0.0
         return {
+            "reach": reach,
             "task_gradient": task_norm,
             "regularizer_gradient": penalty_norm,
             "gradient_ratio": ratio,
             "weight": float(weight),
         }
+
+    def _reach(self, rows: Sequence[int]) -> float:
+        """The least reach of the tuned routers (see `moe/reach.py`), on one micro-batch."""
+        micro = next(self.feed([list(rows)]))
+        reading = micro.reading
+        routers = [self.head.routers[n] for n in self.columns]
+        with read_routing(self.head.model, routers, reading.flat_positions) as tape, read_weights(routers) as weights:
+            run_packed(self.head, reading.layout.packing, micro.states_TD, resume=True, keep=reading.keep)
+        rows_PLE, gates = tape.routing_BPLE[0], self.masters.parameters_by_layer
+        return min(
+            reach_of(weights[r.layer].flatten(0, -2), rows_PLE[:, n], list(gates[r.layer].values()))
+            for n, r in enumerate(routers)
+        )
+
+    def settle(self, probe: dict[str, float]) -> None:
+        """Leave the task term out where the probe saw that it reaches no tuned router. Raises TrainingError if nothing does."""
+        self.with_task = probe.get("reach", 1.0) >= UNREACHED
+        if not self.with_task and probe["weight"] * probe["regularizer_gradient"] == 0:
+            raise TrainingError(
+                "the task loss does not reach these routers: the weights that they give their experts do not depend on their "
+                f"logits (d(weights)/d(gate) is {probe['reach']:.1g} of d(r)/d(gate)), as where one expert is taken and its "
+                "weight scaled to 1. Training would follow rounding noise. The manifold term can move them: set "
+                "finetune.regularizer.kind=manifold with a weight above 0."
+            )
 
     def refresh(self, epoch: int, gates: dict[str, Tensor]) -> None:
         """With `refresh`, rebuild r_j from the routers as they were at the start of this epoch (epoch 0: the base's)."""

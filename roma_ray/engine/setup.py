@@ -37,6 +37,8 @@ class ModelSpec:
     attention: str
     device: str
     threads: int
+    checks: str = ""
+    """Folder of the storage where this model's self-checks lie; nothing is checked on load without one."""
 
     def first_moe_layer(self) -> int:
         """Whole-model index of the first layer with a router. Raises ModelError."""
@@ -70,7 +72,7 @@ class ModelSpec:
 
         logging.disable_progress_bar()
         set_threads(self.threads)
-        return load_slice(
+        part = load_slice(
             self.path,
             start=start,
             stop=stop,
@@ -81,6 +83,11 @@ class ModelSpec:
             attention=self.attention,
             with_lm_head=with_lm_head,
         )
+        if self.checks:
+            from roma_ray.engine.checks import ensure_checked
+
+            ensure_checked(part, self.checks)
+        return part
 
 
 @dataclass(frozen=True)
@@ -176,6 +183,11 @@ def resolve_model(
 
         kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
         spec = dataclasses.replace(spec, experts_backend=kept)
+    if stored.routed:
+        from roma_ray.engine.checks import checks_folder
+
+        place = Store(config.storage).root / checks_folder({"model": identity, **spec.numeric_identity()})
+        spec = dataclasses.replace(spec, checks=str(place))
     return spec, identity
 
 

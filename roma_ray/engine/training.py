@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoi
 from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
+from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 
 PROBE_QUESTIONS = 64
@@ -33,9 +34,11 @@ PROBE_QUESTIONS = 64
 IDLE_RATIO = 0.01
 
 
-def is_idle(gradient_ratio: float, regularizer: RegularizerConfig) -> bool:
+def is_idle(probe: Mapping[str, float], regularizer: RegularizerConfig) -> bool:
     """Whether a regularizer that was asked for hardly pulls on the gates. A λ of 0 asks for none."""
-    return regularizer.kind != "none" and regularizer.weight != 0 and gradient_ratio < IDLE_RATIO
+    if is_unreached(probe):
+        return False
+    return regularizer.kind != "none" and regularizer.weight != 0 and probe["gradient_ratio"] < IDLE_RATIO
 
 
 class World(Protocol):
@@ -123,6 +126,7 @@ def _finetune(
         state = load_checkpoint(checkpoint, masters, optimizer)
     else:
         state = LoopState(probe=objective.probe(probe_rows), epoch_start=pretrained)
+    objective.settle(state.probe)
     save = (
         partial(save_checkpoint, checkpoint, masters, optimizer)
         if checkpoint and world.rank == 0

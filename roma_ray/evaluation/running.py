@@ -48,7 +48,7 @@ class Routers:
         """Read the adapter. Raises CheckpointError; GuardError when its gates are the base's own."""
         tuned = read_routers(adapter, base=part.path, revision=part.revision)
         self.part, self.current = part, "base"
-        modules = {router.whole_name: router.module for router in part.routers}
+        modules = {router.whole_name: router.gate for router in part.routers}
         own = {}
         for key in tuned.tensors:
             name, _, tensor = key.rpartition(".")

@@ -11,6 +11,7 @@ from roma_ray.config import RegularizerConfig
 from roma_ray.engine.training import is_idle
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant, with_error
 from roma_ray.evaluation.summary import warnings_of
+from roma_ray.moe.reach import is_unreached
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,12 @@ def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[st
     """What a reader must know before using the result."""
     lines = warnings_of(summary)
     probe = summary["probe"]
-    if is_idle(probe["gradient_ratio"], regularizer):
+    if is_unreached(probe):
+        lines.append(
+            "the task loss does not reach these routers (one expert a token, its weight scaled to 1), so the task term was left out "
+            "and the manifold term alone moved them"
+        )
+    if is_idle(probe, regularizer):
         lines.append(
             f"the regularizer was idle: its gradient on the gates was {probe['gradient_ratio']:.2%} of the task term's at the start, "
             "so this run says little about it"

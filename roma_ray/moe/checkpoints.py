@@ -75,7 +75,7 @@ def save_adapter(
     for key, value in state.items():
         _, index, name = key.split(".")
         router = routers[int(index)]
-        tensors[f"{router.whole_name}.{name}"] = value.to(getattr(router.module, name).dtype)
+        tensors[f"{router.whole_name}.{name}"] = value.to(getattr(router.gate, name).dtype)
     layers = tuple(sorted({layer_of(key) for key in tensors}))
     tuned = [routers[layer] for layer in layers]
     checkpoint = RouterCheckpoint(
@@ -238,7 +238,7 @@ def put_routers(checkpoint: RouterCheckpoint, target: Slice) -> None:
                 f"{key} has no place in layers [{target.start}, {target.stop}) of {target.path}; load a slice that has "
                 f"layers {list(checkpoint.layers)}"
             )
-        parameter = routers[module_name].module._parameters.get(name)
+        parameter = routers[module_name].gate._parameters.get(name)
         if parameter is None or parameter.shape != tensor.shape:
             found = None if parameter is None else tuple(parameter.shape)
             raise CheckpointError(f"{key} has shape {tuple(tensor.shape)}, but the model's is {found}")
@@ -304,7 +304,7 @@ def type_name(dtype: torch.dtype) -> str:
 
 
 def _extras(router: Router) -> dict[str, Tensor]:
-    state = router.module.state_dict()
+    state = router.gate.state_dict()
     return {
         f"{router.whole_name}.{name}": t.detach().cpu().clone()
         for name, t in state.items()

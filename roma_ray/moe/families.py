@@ -35,30 +35,51 @@ class Family:
     scoring: Scoring
     experts_return_pair: bool = False
     """Whether its layers unpack a pair from their experts block."""
+    gate: str = ""
+    """Submodule of the router that makes the logits, where the router itself has no `weight`."""
 
 
 _SCORING = {
     "olmoe": Scoring.SOFTMAX,
+    "deepseek": Scoring.SOFTMAX,
     "flex_olmo": Scoring.SOFTMAX,
     "mixtral": Scoring.SOFTMAX,
     "qwen2_moe": Scoring.SOFTMAX,
     "qwen3_moe": Scoring.SOFTMAX,
     "deepseek_v2": Scoring.SOFTMAX,
     "ernie4_5_moe": Scoring.SOFTMAX,
+    "mellum": Scoring.SOFTMAX,
+    "hunyuan_v1_moe": Scoring.SOFTMAX,
+    "qwen3_next": Scoring.SOFTMAX,
+    "qwen3_5_moe_text": Scoring.SOFTMAX,
+    "gemma4_text": Scoring.SOFTMAX,
     "gpt_oss": Scoring.TOPK_SOFTMAX,
     "granitemoe": Scoring.TOPK_SOFTMAX,
+    "granitemoeshared": Scoring.TOPK_SOFTMAX,
+    "granitemoehybrid": Scoring.TOPK_SOFTMAX,
+    "aria_text": Scoring.TOPK_SOFTMAX,
     "deepseek_v3": Scoring.SIGMOID,
     "glm4_moe": Scoring.SIGMOID,
     "dots1": Scoring.SIGMOID,
     "minimax_m2": Scoring.SIGMOID,
+    "glm4_moe_lite": Scoring.SIGMOID,
+    "exaone_moe": Scoring.SIGMOID,
+    "solar_open": Scoring.SIGMOID,
+    "mimo_v2_flash": Scoring.SIGMOID,
+    "hy_v3": Scoring.SIGMOID,
+    "flint": Scoring.SIGMOID,
+    "axk1": Scoring.SIGMOID,
+    "laguna": Scoring.SIGMOID,
+    "afmoe": Scoring.SIGMOID,
 }
+
+# Routers that are more than a gate: where the gate lies in them.
+_GATE = {"hunyuan_v1_moe": "wg", "afmoe": "gate", "gemma4_text": "proj"}
 
 _REFUSED = {
     "phimoe": "its sparsemixer chooses experts through thresholds that pass no gradient to some routers in evaluation mode",
     "llama4": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
     "llama4_text": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
-    "deepseek": "transformers has no class of its own for DeepSeekMoE-16B, and the published remote code detaches the experts "
-    "in evaluation mode. Use deepseek-ai/DeepSeek-V2-Lite, which is native",
     "switch_transformers": "it is an encoder-decoder model",
     "nllb_moe": "it is an encoder-decoder model",
     "jetmoe": "it also routes inside its attention",
@@ -76,7 +97,7 @@ def family(config: PreTrainedConfig) -> Family:
     """Return the family of a transformers configuration. Raises ModelError for any that cannot be tuned, saying why."""
     model_type = getattr(config, "model_type", "") or "unknown"
     if model_type in _SCORING:
-        return Family(model_type, _SCORING[model_type], experts_return_pair=model_type == "gpt_oss")
+        return Family(model_type, _SCORING[model_type], model_type == "gpt_oss", _GATE.get(model_type, ""))
     raise ModelError(refusal(model_type))
 
 

@@ -40,7 +40,7 @@ class RouterMasters:
             self.parameters_by_layer[router.layer] = {
                 name: nn.Parameter(tensor.detach().to(torch.float32, copy=True)) for name, tensor in frozen.items()
             }
-            self._undo.append(_attach(router.module, frozen, self.parameters_by_layer[router.layer]))
+            self._undo.append(_attach(router.gate, frozen, self.parameters_by_layer[router.layer]))
 
     def parameters(self) -> list[nn.Parameter]:
         """The masters in a fixed order: by layer, `weight` before `bias`."""

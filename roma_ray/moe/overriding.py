@@ -82,7 +82,8 @@ class _Replacement:
             # The replaced logits are fp32 whatever the model's type, so that r is not rounded; what leaves the router
             # must have the types that it always has, or the experts would compute in another one.
             with torch.no_grad():
-                sample = hidden_states.reshape(-1, hidden_states.shape[-1])[:1]
+                # One token, in as many dimensions as this family's router takes.
+                sample = hidden_states.flatten(0, -2)[:1].reshape(*[1] * (hidden_states.dim() - 1), -1)
                 usual = forward(sample, *args, **kwargs)
             with _Interception(self) as interception:
                 output = forward(hidden_states, *args, **kwargs)

@@ -2,16 +2,16 @@
 
 A pass may start after the attention of its first layer (what the activation cache keeps: that attention is frozen too), may
 report the states there on the way, and in the last layer computes queries, experts and logits only at the wanted tokens.
-All of it is done around the stock layers' own `forward`, so it holds for every family: an attention or experts block that
-is left out returns zeros, and a residual stream plus zero is the stream to the bit.
+All of it is done around the stock layers' own `forward`: an attention or experts block that is left out returns zeros, and
+a residual stream plus zero is the stream to the bit. Where a family's code is otherwise, `selfcheck.py` refuses the model.
 
 Shapes: T flat tokens, N kept tokens, P positions, D width, V vocabulary rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +21,10 @@ from torch.nn import functional
 
 from roma_ray.moe.families import Family, family
 from roma_ray.moe.packing import Attention, Captured, Packing, packed_attention, trimmed_layer
+from roma_ray.moe.parts import feed_forward, recurrent_mixer, without_feed_forward, without_mixer
+from roma_ray.moe.replacing import replaced
 from roma_ray.moe.slices import Slice
+from roma_ray.moe.tree_mixer import along_the_tree
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ def run_packed(
     with ExitStack() as stack:
         stack.enter_context(packed_attention(attention))
         last = part.stop - 1
+        for block in layers:
+            mixer = recurrent_mixer(block)
+            if mixer is not None:
+                stack.enter_context(replaced(mixer, along_the_tree(mixer, packing)))
         for layer in {part.start if resume else -1, *after_attention, last if keep is not None else -1} - {-1}:
             block = layers[layer - part.start]
             run = _around(
@@ -78,9 +85,9 @@ def run_packed(
                 keep=keep if layer == last else None,
                 stack=stack,
             )
-            stack.enter_context(_replaced(block, run))
+            stack.enter_context(replaced(block, run))
         if vocabulary_rows is not None:
-            stack.enter_context(_replaced(part.model.get_output_embeddings(), _rows_of(part, vocabulary_rows)))
+            stack.enter_context(replaced(part.model.get_output_embeddings(), _rows_of(part, vocabulary_rows)))
         whole = torch.ones(1, len(packing), dtype=torch.bool, device=part.device)
         output = part.model(
             **inputs,
@@ -109,11 +116,14 @@ def _around(
     if keep_N is not None:
         stack.enter_context(trimmed_layer(index, keep_N))
 
-    def run(hidden_states: Tensor, **settings: Any) -> Tensor:
+    def run(hidden_states: Tensor, *others: Any, **settings: Any) -> Tensor:
+        # Gemma 4 hands its layers an input of their own, which no supported model has.
+        assert all(other is None for other in others), "a layer has an input beside the hidden states"
         # What enters is not what the model's embedding multiplied, but the states themselves.
         middle = resume
-        if middle is None and (report is not None or keep_N is None):
-            with _without(_feed_forward(block), pair=rule.experts_return_pair):
+        # A recurrent layer needs all tokens up to its mixer, whatever is kept of what comes after.
+        if middle is None and (report is not None or keep_N is None or recurrent_mixer(block) is not None):
+            with without_feed_forward(block, pair=rule.experts_return_pair):
                 middle = _first(forward(hidden_states, **settings))
         if report is not None:
             assert middle is not None
@@ -124,7 +134,7 @@ def _around(
             return _trimmed(forward, attention, hidden_states, settings, keep, keep_N)
         if keep_N is not None:
             middle, settings = middle[:, keep_N], _settings_at(settings, keep_N)
-        with _without(block.get_submodule("self_attn"), pair=True):
+        with without_mixer(block):
             return _first(forward(middle, **settings))
 
     return run
@@ -170,41 +180,7 @@ def _first(output: Any) -> Tensor:
 
 def experts_block(part: Slice, layer: int) -> nn.Module:
     """The feed-forward block of a layer (whole-model index): router, experts and shared experts."""
-    return _feed_forward(part.model.base_model.layers[layer - part.start])
-
-
-def _feed_forward(block: nn.Module) -> nn.Module:
-    for name in ("mlp", "block_sparse_moe", "feed_forward"):
-        found = getattr(block, name, None)
-        if found is not None:
-            return found
-    raise AssertionError(f"{type(block).__name__} has no feed-forward block under a known name")
-
-
-@contextmanager
-def _without(module: nn.Module, *, pair: bool) -> Iterator[None]:
-    """Inside the block `module` returns zeros at no cost; as the first of a pair where the layer unpacks one."""
-
-    def nothing(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
-        zeros = torch.zeros((), dtype=hidden_states.dtype, device=hidden_states.device).expand_as(hidden_states)
-        return (zeros, None) if pair else zeros
-
-    with _replaced(module, nothing):
-        yield
-
-
-@contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Give a module another forward inside the block; its hooks still run."""
-    previous = module.__dict__.get("forward")
-    module.__dict__["forward"] = forward
-    try:
-        yield
-    finally:
-        if previous is None:
-            del module.__dict__["forward"]
-        else:
-            module.__dict__["forward"] = previous
+    return feed_forward(part.model.base_model.layers[layer - part.start])
 
 
 def _rows_of(part: Slice, rows_V: Tensor) -> Callable[[Tensor], Tensor]:

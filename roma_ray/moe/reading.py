@@ -58,7 +58,7 @@ def read_routing(model: PreTrainedModel, routers: Sequence[Router], positions_BP
     Entries of -1 are padding and give zero rows. A second forward replaces the first. Positions must lie in the batch.
     """
     tape = RoutingTape(routers, positions_BP, family(model.config))
-    handles = [router.module.register_forward_hook(_hook(tape, router)) for router in routers]
+    handles = [router.gate.register_forward_hook(_hook(tape, router)) for router in routers]
     try:
         yield tape
     finally:
@@ -67,7 +67,7 @@ def read_routing(model: PreTrainedModel, routers: Sequence[Router], positions_BP
 
 
 def _hook(tape: RoutingTape, router: Router) -> Any:
-    def record(_module: nn.Module, _inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        tape._record(router, output[0])
+    def record(_module: nn.Module, _inputs: tuple[Any, ...], output: Tensor | tuple[Tensor, ...]) -> None:
+        tape._record(router, output if isinstance(output, Tensor) else output[0])
 
     return record

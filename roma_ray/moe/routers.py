@@ -23,10 +23,13 @@ class Router:
     layer: int
     """Index of its layer in the whole model."""
     name: str
-    """Module path in this model (a slice renumbers its layers)."""
+    """Path of the gate in this model (a slice renumbers its layers)."""
     whole_name: str
-    """Module path in the whole causal language model, for checkpoints: `model.layers.11.mlp.gate`."""
+    """Path of the gate in the whole causal language model, for checkpoints: `model.layers.11.mlp.gate`."""
     module: nn.Module = field(repr=False)
+    """What chooses experts: its output is (logits or probabilities, weights, indices)."""
+    gate: nn.Module = field(repr=False)
+    """What holds the tuned parameters and makes the logits: the module itself, in some families a linear layer in it."""
     num_experts: int
     top_k: int
 
@@ -38,7 +41,7 @@ def find_routers(model: PreTrainedModel, *, first_layer: int = 0) -> list[Router
     slice whose layers are all dense. Raises ModelError for dense models, families that cannot be tuned here, and
     models that already carry an adapter on their routers.
     """
-    family(model.config)
+    rule = family(model.config)
     router_class = _router_class(model)
     prefix = "" if model.get_output_embeddings() is not None else f"{model.base_model_prefix}."
     routers: dict[int, Router] = {}
@@ -52,8 +55,9 @@ def find_routers(model: PreTrainedModel, *, first_layer: int = 0) -> list[Router
                 f"layer {layer} has two routers ({routers[layer].name} and {name}). If an adapter is loaded on this model, "
                 "merge it first (merge_and_unload())."
             )
-        whole_name = prefix + name.replace(f"layers.{index}.", f"layers.{layer}.", 1)
-        routers[layer] = Router(layer, name, whole_name, module, *_expert_counts(module, model.config))
+        gate, path = (module.get_submodule(rule.gate), f"{name}.{rule.gate}") if rule.gate else (module, name)
+        whole_name = prefix + path.replace(f"layers.{index}.", f"layers.{layer}.", 1)
+        routers[layer] = Router(layer, path, whole_name, module, gate, *_expert_counts(module, gate, model.config))
     return [routers[layer] for layer in sorted(routers)]
 
 
@@ -62,8 +66,7 @@ def router_parameters(router: Router) -> dict[str, nn.Parameter]:
 
     Buffers (DeepSeek-V3's `e_score_correction_bias`) and selection statistics (Ernie's) are never among them.
     """
-    module = router.module
-    found = {name: p for name, p in module.named_parameters(recurse=False) if name in ("weight", "bias")}
+    found = {name: p for name, p in router.gate.named_parameters(recurse=False) if name in ("weight", "bias")}
     assert "weight" in found, f"{router.name} has no weight"
     return {name: found[name] for name in ("weight", "bias") if name in found}
 
@@ -83,7 +86,9 @@ def routing_from_logits(logits_TE: Tensor, scoring: Family | Scoring) -> Tensor:
 
 
 def _router_class(model: PreTrainedModel) -> type[nn.Module]:
-    recorded: Any = (getattr(model, "_can_record_outputs", None) or {}).get("router_logits")
+    # Some causal language models leave the recording to their base model.
+    records = [getattr(owner, "_can_record_outputs", None) or {} for owner in (model, model.base_model)]
+    recorded: Any = next((found["router_logits"] for found in records if "router_logits" in found), None)
     target = getattr(recorded, "target_class", None)
     if target is None:
         raise ModelError(
@@ -100,9 +105,9 @@ def _layer_index(name: str) -> int:
     return int(numbers[0])
 
 
-def _expert_counts(module: nn.Module, config: Any) -> tuple[int, int]:
-    weight = module.weight
+def _expert_counts(module: nn.Module, gate: nn.Module, config: Any) -> tuple[int, int]:
+    weight = gate.weight
     assert isinstance(weight, Tensor)
     assert weight.dim() == 2
-    top_k = getattr(module, "top_k", None) or config.num_experts_per_tok
+    top_k = getattr(module, "top_k", None) or getattr(config, "num_experts_per_tok", None) or config.top_k_experts
     return weight.shape[0], int(top_k)

@@ -14,16 +14,24 @@ from transformers import PreTrainedConfig
 from roma_ray.errors import ModelError
 
 # One entry a layer: cut out the slice's part.
-_PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers")
+_PER_LAYER = (
+    *("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"),
+    "num_attention_heads_per_layer",
+)
+# How many of the first layers are dense, by the families' names for it.
+_DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
 # Multipliers of the input embeddings: already inside the hidden states that a later slice is fed.
-_EMBEDDING_MULTIPLIERS = ("embedding_multiplier",)
+_EMBEDDING_MULTIPLIERS: dict[str, Any] = {"embedding_multiplier": 1.0, "mup_enabled": False}
 # Rewritten below, or without a bearing on what a layer computes.
 _HANDLED = frozenset(
     (
         *_PER_LAYER,
-        *("num_hidden_layers", "mlp_only_layers", "decoder_sparse_step", "first_k_dense_replace"),
+        *_DENSE_FIRST,
+        *("num_hidden_layers", "mlp_only_layers", "decoder_sparse_step"),
         *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
         *("max_window_layers", "layer_norm_eps", "layernorm_epsilon", "num_nextn_predict_layers", "num_mtp_layers"),
+        # Written out in `layer_types`; the size of a table that is used by layers of another setting alone.
+        *("global_attn_every_n_layers", "vocab_size_per_layer_input"),
     )
 )
 _ABOUT_LAYERS = ("layer", "interval", "sparse_step", "first_k", "period")
@@ -47,13 +55,19 @@ def slice_config(config: PreTrainedConfig, start: int, stop: int) -> PreTrainedC
             changes[name] = list(entries[start:stop])
     changes.update(_sparse_step(config, start, stop))
     changes.update(_ernie_range(config, start, stop))
-    if getattr(config, "first_k_dense_replace", None) is not None:
-        changes["first_k_dense_replace"] = min(max(config.first_k_dense_replace - start, 0), stop - start)
+    for name in _DENSE_FIRST:
+        count = getattr(config, name, None)
+        if count is not None:
+            changes[name] = min(max(count - start, 0), stop - start)
     if start > 0:
-        changes.update({name: 1.0 for name in _EMBEDDING_MULTIPLIERS if hasattr(config, name)})
+        changes.update({name: neutral for name, neutral in _EMBEDDING_MULTIPLIERS.items() if hasattr(config, name)})
     sliced = copy.deepcopy(config)
     for name, value in changes.items():
         setattr(sliced, name, value)
+    if config.is_heterogeneous:
+        # Gemma 4: settings that some layers have of their own, by the layer's index.
+        own = config._heterogeneity_spec.per_layer_overrides
+        sliced.per_layer_config = {layer - start: own[layer] for layer in range(start, stop) if layer in own}
     return sliced
 
 
@@ -87,7 +101,8 @@ def _refuse_unknown(config: PreTrainedConfig) -> None:
     unknown = sorted(
         name
         for name, value in vars(config).items()
-        if value not in (None, [], {})
+        # 0 and False turn a rule off (Gemma 4's layers that share keys, its inputs a layer).
+        if value not in (None, [], {}, 0)
         and not name.startswith("_")
         and name not in _HANDLED
         and any(word in name for word in _ABOUT_LAYERS)

@@ -15,8 +15,12 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
 from roma_ray.errors import ModelError
-from roma_ray.moe.families import refusal
+from roma_ray.moe import deepseek
+from roma_ray.moe.families import refusal, supported_families
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
+
+# Every path that loads a model passes here: transformers' own loaders then know the class too.
+deepseek.register()
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
@@ -56,7 +60,8 @@ class Snapshot:
                 config = AutoConfig.from_pretrained(str(self.folder), trust_remote_code=False)
         except (ModelError, ValueError, OSError, KeyError, json.JSONDecodeError) as error:
             model_type = _model_type(self.folder)
-            why = refusal(model_type) if model_type else f"its config.json cannot be read: {error}"
+            known = model_type in supported_families()
+            why = refusal(model_type) if model_type and not known else f"its config.json cannot be read: {error}"
             raise ModelError(f"{self.path}: {why}") from error
         if getattr(config, "quantization_config", None) is not None:
             raise ModelError(

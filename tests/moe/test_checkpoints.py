@@ -20,7 +20,7 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.merged import save_merged
 from roma_ray.moe.reference import import_reference, read_reference
 from roma_ray.moe.slices import load_slice, slice_hidden, slice_logits
-from tests.tiny import FAMILIES, padded_batch, save_tiny, tiny_moe
+from tests.tiny import EAGER, FAMILIES, padded_batch, save_tiny, tiny_moe
 
 _STOCK = """
 import json, sys
@@ -87,7 +87,7 @@ def test_stock_peft_and_merged_reproduce_the_tuned_logits(tmp_path: Path) -> Non
     torch.save(whole_inputs(ids, mask), tmp_path / "inputs.pt")
     jobs, wanted = [], {}
     for family in FAMILIES:
-        attention = "eager" if family == "gpt_oss" else "sdpa"
+        attention = "eager" if family in EAGER else "sdpa"
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{family}-{str(dtype)[6:]}"
             # A sharded and an unsharded base, in the type of the run.

@@ -170,7 +170,8 @@ def test_gradients_of_every_gate_equal_the_plain_forwards(parts: tuple[Slice, Sl
     assert abs(float(got_loss / want_loss) - 1) <= 1e-5
     for mine, theirs in zip(got, want, strict=True):
         # FlexOlmo norms the outputs of its blocks, small here, which magnifies their rounding.
-        limit = 5e-5 if whole.model.config.model_type == "flex_olmo" else 1e-5
+        # The delta rule's recurrence does so too.
+        limit = 5e-5 if whole.model.config.model_type in ("flex_olmo", "qwen3_next", "qwen3_5_moe_text") else 1e-5
         assert float((mine - theirs).norm() / theirs.norm()) <= limit
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -20,7 +22,26 @@ LAYERS = {
     "glm4_moe": [1, 2, 3, 4, 5],
     "dots1": [2, 3, 4, 5],
     "ernie4_5_moe": [1, 2, 3, 4],
+    "flint": [2, 3, 4, 5],
+    **{
+        name: [1, 2, 3, 4, 5]
+        for name in [
+            "deepseek",
+            "afmoe",
+            "laguna",
+            "glm4_moe_lite",
+            "exaone_moe",
+            "mimo_v2_flash",
+            "hy_v3",
+            "mellum",
+            "axk1",
+        ]
+    },
 }
+
+
+def first(output: Any) -> torch.Tensor:
+    return output if isinstance(output, torch.Tensor) else output[0]
 
 
 @pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
@@ -32,22 +53,23 @@ def test_routers_are_found(name: str) -> None:
     assert routers[0].num_experts == (6 if name == "mixtral" else 8)
     assert routers[0].top_k == (2 if name == "mixtral" else 3)
     modules = dict(model.named_modules())
-    assert all(modules[router.name] is router.module for router in routers)
+    assert all(modules[router.name] is router.gate for router in routers)
 
 
 @pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
 def test_the_family_table_says_what_the_router_does(name: str) -> None:
     """The weights that a router gives its experts are proportional to r, so the scoring in the table is the real one."""
     model = tiny_moe(name)
-    routers, outputs = find_routers(model), []
+    routers, outputs, made = find_routers(model), [], []
     handles = [r.module.register_forward_hook(lambda m, i, o: outputs.append(o)) for r in routers]
+    handles += [r.gate.register_forward_hook(lambda m, i, o: made.append(first(o))) for r in routers]
     ids, mask, _ = padded_batch()
     with torch.no_grad():
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     for handle in handles:
         handle.remove()
     rule = family(model.config)
-    for logits, weights, index in outputs:
+    for logits, (_, weights, index) in zip(made, outputs, strict=True):
         chosen = routing_from_logits(logits, rule).gather(-1, index)
         torch.testing.assert_close(
             weights / weights.sum(-1, keepdim=True), chosen / chosen.sum(-1, keepdim=True), rtol=1e-4, atol=1e-6
@@ -67,7 +89,7 @@ def test_reading_maps_flat_tokens_back_to_rows(name: str, side: str) -> None:
     routers = find_routers(model)
     recorded: dict[int, torch.Tensor] = {}
     handles = [
-        r.module.register_forward_hook(lambda m, i, o, layer=r.layer: recorded.__setitem__(layer, o[0]))
+        r.gate.register_forward_hook(lambda m, i, o, layer=r.layer: recorded.__setitem__(layer, first(o)))
         for r in routers
     ]
     positions = torch.stack([last, last - 1, torch.tensor([-1, 0, 2])], dim=1)
@@ -88,11 +110,11 @@ def test_reading_maps_flat_tokens_back_to_rows(name: str, side: str) -> None:
                     continue
                 scores = (
                     logits[row, position].sigmoid()
-                    if name in ("deepseek_v3", "glm4_moe")
+                    if family(model.config).scoring is Scoring.SIGMOID
                     else logits[row, position].exp()
                 )
                 torch.testing.assert_close(routing[row, slot, column], scores / scores.sum(), rtol=1e-5, atol=1e-7)
-    gradient = torch.autograd.grad(routing[0, 0, -1, 0], routers[-1].module.weight)[0]
+    gradient = torch.autograd.grad(routing[0, 0, -1, 0], routers[-1].gate.weight)[0]
     assert float(gradient.abs().sum()) > 0
 
 
@@ -106,7 +128,7 @@ def test_reading_leaves_no_hooks_and_wants_a_table() -> None:
         pytest.raises(AssertionError, match="after a forward"),
     ):
         _ = tape.routing_BPLE
-    assert not any(router.module._forward_hooks for router in routers)
+    assert not any(router.gate._forward_hooks for router in routers)
 
 
 def test_refusals() -> None:
