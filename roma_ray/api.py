@@ -123,7 +123,7 @@ def run_pipeline(config: Config, *, ray: bool, address: str | None, until: str, 
         setup.store.check()
         observer: Any = NOBODY
         if track if track is not None else ray and config.tracking.enabled:
-            from roma_ray.tracking import tracked
+            from roma_ray.tracking import Tracker
 
-            observer = stack.enter_context(tracked(setup, progress))
+            observer = stack.enter_context(Tracker(setup, progress))
         return pipeline(setup, progress, runners, until, observer)
