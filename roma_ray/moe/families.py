@@ -93,6 +93,17 @@ def supported_families() -> tuple[str, ...]:
     return tuple(sorted(_SCORING))
 
 
+def families_table() -> str:
+    """The supported families by how their routers score, as README's Markdown table."""
+    words = {
+        Scoring.SOFTMAX: "softmax over all experts",
+        Scoring.TOPK_SOFTMAX: "softmax over the top-k logits",
+        Scoring.SIGMOID: "sigmoid of each expert",
+    }
+    rows = [(", ".join(f"`{t}`" for t in sorted(_SCORING) if _SCORING[t] is rule), text) for rule, text in words.items()]
+    return "\n".join(["| `model_type` | router scores |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
+
+
 def family(config: PreTrainedConfig) -> Family:
     """Return the family of a transformers configuration. Raises ModelError for any that cannot be tuned, saying why."""
     model_type = getattr(config, "model_type", "") or "unknown"

@@ -37,8 +37,8 @@ def test_scores_and_losses_are_the_engines(bench: Bench) -> None:
     keep = layout.keep()
     states_TD = bench.data.states.packed(rows, layout)
     out = run_packed(bench.head, layout.packing, states_TD, resume=True, keep=keep)
-    expected = task_losses(out.states, keep, layout, over=loss_kind(bench))
-    mine_Q = task_loss(likelihoods_QC, [p.answer for p in prompts], prompts, loss_kind(bench))
+    expected = task_losses(out.states, keep, layout, over=loss_kind(bench.setup.config))
+    mine_Q = task_loss(likelihoods_QC, [p.answer for p in prompts], prompts, loss_kind(bench.setup.config))
     torch.testing.assert_close(mine_Q.sum(), expected)
 
 
@@ -55,7 +55,7 @@ def test_the_oracle_never_ends_above_its_start_and_mostly_below(bench: Bench) ->
     torch.testing.assert_close(best.routing_QLE.sum(-1), torch.ones(best.routing_QLE.shape[:2]))
     # What is reported was really computed under the routing that is reported.
     run = HeadRun(bench, rows)
-    again = task_loss(run.likelihoods(best.routing_QLE), [p.answer for p in run.prompts], run.prompts, loss_kind(bench))
+    again = task_loss(run.likelihoods(best.routing_QLE), [p.answer for p in run.prompts], run.prompts, loss_kind(bench.setup.config))
     torch.testing.assert_close(again.detach(), best.best_Q, atol=1e-4, rtol=1e-4)
 
 
@@ -141,7 +141,7 @@ def test_c3po_lowers_the_neighbors_loss(letter: Bench) -> None:
         run.likelihoods(own_QLE[:1].expand(len(indices), -1, -1)),
         [p.answer for p in run.prompts],
         run.prompts,
-        loss_kind(letter),
+        loss_kind(letter.setup.config),
     )
     assert float(start_Q[0]) == pytest.approx(float((losses * weights).sum()), rel=1e-4)
 

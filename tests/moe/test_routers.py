@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from roma_ray.errors import ModelError
-from roma_ray.moe.families import Scoring, family, supported_families
+from roma_ray.moe.families import Scoring, families_table, family, supported_families
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.routers import find_routers, routing_from_logits
 from tests.tiny import FAMILIES, MORE_FAMILIES, padded_batch, tiny_moe
@@ -129,6 +130,10 @@ def test_reading_leaves_no_hooks_and_wants_a_table() -> None:
     ):
         _ = tape.routing_BPLE
     assert not any(router.gate._forward_hooks for router in routers)
+
+
+def test_the_readme_lists_the_families_that_there_are() -> None:
+    assert families_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_refusals() -> None:
