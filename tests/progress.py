@@ -13,6 +13,8 @@ class Told:
         self.lines: list[str] = []
         self.meters: dict[str, tuple[float, str, float]] = {}
         self.counted: list[float] = []
+        """Of the meter that was opened last."""
+        self.steps: dict[str, list[float]] = {}
 
     def say(self, text: str) -> None:
         self.lines.append(text)
@@ -20,7 +22,8 @@ class Told:
     @contextmanager
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Told]:
         self.meters[name] = (total, unit, done)
+        self.counted = self.steps[name] = []
         yield self
 
-    def advance(self, amount: float, note: str = "") -> None:
+    def advance(self, amount: float, note: str = "", seconds: float | None = None) -> None:
         self.counted.append(amount)

@@ -57,6 +57,16 @@ class Scores:
         )
 
 
+def plan_scoring(
+    prompts: Sequence[Prompt], rows: Sequence[int], prefix: int, batch_tokens: int
+) -> list[tuple[list[int], int]]:
+    """The batches in which some rows are scored, the longest questions first, each with its tokens."""
+    own = [own_tokens(prompts[row], prefix) for row in rows]
+    return [
+        ([rows[n] for n in batch], prefix + sum(own[n] for n in batch)) for batch in plan_batches(own, batch_tokens)
+    ]
+
+
 @torch.inference_mode()
 def score_rows(
     head: Slice,
@@ -67,29 +77,29 @@ def score_rows(
     tokens: str,
     rule: str,
     batch_tokens: int,
-    advance: Callable[[int], None] = lambda count: None,
+    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Scores:
-    """Score every choice of the questions `rows` (indices into `prompts`) with the head.
+    """Score every choice of the questions `rows` (indices into `prompts`) with the head; `advance` hears of each batch's tokens.
 
     Batches are planned from the rows alone, so base and tuned heads see the same batches. Raises CacheError; GuardError where
     any score is not finite: extraction has set aside what fails in the base model, and to set aside more here would judge
     tuned routers by the questions that they leave.
     """
-    plan = plan_batches([own_tokens(prompts[row], states.prefix) for row in rows], batch_tokens)
-    members = [[rows[n] for n in batch] for batch in plan]
+    plan = plan_scoring(prompts, rows, states.prefix, batch_tokens)
+    members = [batch for batch, _ in plan]
 
     def prepare(chosen: Sequence[int]) -> tuple[Reading, Tensor]:
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
         return Reading.of(layout, (tokens,)), states.packed(chosen, layout)
 
     found: dict[int, tuple[list[float], np.ndarray]] = {}
-    for chosen, (reading, states_TD) in zip(members, prefetched(prepare, members), strict=True):
+    for (chosen, size), (reading, states_TD) in zip(plan, prefetched(prepare, members), strict=True):
         with read_routing(head.model, head.routers, reading.flat_positions) as tape:
             out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
         routing_QLE = reading.routing(tape.routing_BPLE)[tokens]
         scores = choice_scores(out.states, reading.keep, reading.layout)
         found.update({row: (scores[n], routing_QLE[n]) for n, row in enumerate(chosen)})
-        advance(len(chosen))
+        advance(size)
     answers = [found[row][0] for row in rows]
     bad = [row for row, scores in zip(rows, answers, strict=True) if not all(map(math.isfinite, scores))]
     if bad:

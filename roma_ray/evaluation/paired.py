@@ -22,7 +22,7 @@ from roma_ray.engine.identity import answer_rule, prompt_settings
 from roma_ray.engine.neighborhoods import neighbors_stage, read_neighborhoods, usable_rows
 from roma_ray.engine.prepare import TABLE, load_tokenizer, questions_stage
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.scoring import Scores, score_rows
+from roma_ray.engine.scoring import Scores, plan_scoring, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.evaluation import change
@@ -88,11 +88,9 @@ def evaluate(
         note_device(stage.path, device_kind(setup.model.device))
         states = open_states(setup.model, extraction.path, setup.cut)
         kept = base_stage(setup, extraction, arguments)
-        work, done = len(judged) + len(test) + len(trained), len(judged) * kept.complete
-        with (
-            heads.lend(setup.model, setup.cut) as head,
-            progress.meter("evaluate", work, "questions", done) as meter,
-        ):
+        tokens = [_tokens(prompts, rows, states.prefix, arguments["batch_tokens"]) for rows in (judged, test, trained)]
+        meter_of = progress.meter("evaluate", sum(tokens), "tokens", tokens[0] * kept.complete)
+        with heads.lend(setup.model, setup.cut) as head, meter_of as meter:
 
             def score(rows: Sequence[int]) -> Scores:
                 return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
@@ -124,6 +122,11 @@ def evaluate(
             facts={"rows": len(test), "pin": result["pin"], "metric": metric}, seconds=time.monotonic() - started
         )
     return stage
+
+
+def _tokens(prompts: Sequence[Prompt], rows: Sequence[int], prefix: int, batch_tokens: int) -> int:
+    """What scoring some rows is counted by: not questions, for the longest run first."""
+    return sum(size for _, size in plan_scoring(prompts, rows, prefix, batch_tokens))
 
 
 def _scoring(setup: Setup) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, CacheError, ModelError
 from roma_ray.evaluation.subject import Subject
 from roma_ray.evaluation.tree import Path as TokenPath
-from roma_ray.evaluation.tree import plan_paths
+from roma_ray.evaluation.tree import plan_paths, tree_tokens
 
 if TYPE_CHECKING:
     from roma_ray.evaluation.running import Kept
@@ -154,7 +154,6 @@ def _run(
         write_json(plan_file, _plan(kind, requests, subject))
     plan: list[list[int]] = json.loads(plan_file.read_text())
     pending = [n for n in range(len(plan)) if not batch_file(stage.path, n).exists()]
-    done = len(requests) - sum(len(plan[n]) for n in pending)
     states = None
     if kind == "loglikelihood" and subject.keep_states and subject.cut:
         # The tuned gates alone are left out of the identity: every adapter with this first tuned layer shares the states.
@@ -167,10 +166,12 @@ def _run(
         shared.note_makers()
         states = str(shared.path)
     work = RequestWork(str(stage.path), kind, subject, states)
-    unit = "requests" if kind == "loglikelihood" else "generations"
-    with progress.meter("evaluate", len(requests), unit, done) as meter:
+    # Requests differ in length by far, and what they share is computed once; of a generation the length is not known before.
+    unit = "tokens" if kind == "loglikelihood" else "generations"
+    sizes = [tree_tokens([requests[n].path for n in b]) if unit == "tokens" else len(b) for b in plan]
+    with progress.meter("evaluate", sum(sizes), unit, sum(sizes) - sum(sizes[n] for n in pending)) as meter:
         for report in execute(work, pending):
-            meter.advance(report.rows, seconds=report.seconds)
+            meter.advance(sizes[report.batch], seconds=report.seconds)
 
 
 def _plan(kind: str, requests: Sequence[Any], subject: Subject) -> list[list[int]]:

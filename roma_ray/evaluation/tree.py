@@ -103,8 +103,7 @@ def plan_paths(paths: Sequence[Path], batch_tokens: int) -> list[list[int]]:
     previous: Path = ()
     for number in order:
         path = paths[number]
-        shared = common_prefix(previous, path)
-        added = len(path) - (shared if shared >= LEAST_SHARED else 0)
+        added = _added(previous, path)
         if batches and size + added <= batch_tokens:
             batches[-1].append(number)
             size += added
@@ -113,3 +112,15 @@ def plan_paths(paths: Sequence[Path], batch_tokens: int) -> list[list[int]]:
             size = len(path)
         previous = path
     return batches
+
+
+def _added(previous: Path, path: Path) -> int:
+    """What a path adds to a tree that ends with the one before it in dictionary order."""
+    shared = common_prefix(previous, path)
+    return len(path) - (shared if shared >= LEAST_SHARED else 0)
+
+
+def tree_tokens(paths: Sequence[Path]) -> int:
+    """About how many tokens the tree of some paths has, as batches are planned."""
+    ordered = sorted(paths)
+    return sum(_added(previous, path) for previous, path in zip([(), *ordered], ordered, strict=False))

@@ -26,16 +26,40 @@ from roma_ray.evaluation.change import describe_distance
 from roma_ray.evaluation.compare import MACRO, compare_columns, open_columns
 from roma_ray.evaluation.judged import RESULTS
 from roma_ray.evaluation.measures import figure_cells
-from roma_ray.evaluation.paired import by_task, evaluate, evaluation_pin
+from roma_ray.evaluation.paired import by_task, evaluate, evaluation_pin, locate_stages
 from roma_ray.evaluation.summary import result_rows, warnings_of
 from roma_ray.pipeline import Run, run
 from roma_ray.text import with_error
+from tests.progress import Told
 from tests.world import make_world
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(resolve(make_world(tmp_path_factory.mktemp("paired"))), Silence())
+
+
+def test_progress_counts_tokens_for_the_longest_questions_run_first(finished: Run, tmp_path: Path) -> None:
+    """With the base's scores kept from an earlier evaluation, what they took counts as done."""
+    names = ("questions", "extract", "embed", "neighbors", "finetune")
+    storage = Path(str(finished.setup.config.storage))
+    shutil.copytree(storage, tmp_path / "storage")
+    setup = resolve(finished.setup.config.model_copy(update={"storage": str(tmp_path / "storage")}))
+    stages = locate_stages(setup)
+    told = []
+    for again in (("evaluate", "base"), ("evaluate",)):
+        for name in again:
+            shutil.rmtree(tmp_path / "storage" / name)
+        told.append(Told())
+        evaluate(setup, *(stages[name] for name in names), progress=told[-1])
+    first, second = (progress.meters["evaluate"] for progress in told)
+    assert first[:2] == second[:2]
+    assert (first[1], first[2]) == ("tokens", 0)
+    assert sum(told[0].counted) == first[0]
+    assert second[2] > 0
+    assert second[2] + sum(told[1].counted) == second[0]
+    prompts = read_prompts(stages["questions"].path / TABLE)
+    assert first[0] > sum(len(prompt.prompt_ids) for prompt in prompts if prompt.split == "test")
 
 
 def adapter_of(run: Run) -> dict[str, torch.Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_ray.evaluation.tree import common_prefix, grow, plan_paths
+from roma_ray.evaluation.tree import common_prefix, grow, plan_paths, tree_tokens
 
 paths_of = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=14).map(tuple), min_size=1, max_size=25)
 
@@ -40,3 +40,10 @@ def test_a_short_common_start_is_not_shared() -> None:
     paths = [(7, 7, *([n] * 10)) for n in range(4)]
     assert all(segment.parent == -1 for segment in grow(paths).segments)
     assert len(grow([(*range(20), n) for n in range(4)]).segments) == 5
+
+
+def test_a_tree_s_tokens_are_those_that_run() -> None:
+    """What estimates count by: a long common start once, each path's own tokens as often as they are."""
+    start = tuple(range(40))
+    paths = [(*start, 50, 51), (*start, 60), (7, 8, 9), (*start, 70, 52, 53)]
+    assert tree_tokens(paths) == sum(len(segment.ids) for segment in grow(paths).segments) == 40 + 2 + 1 + 3 + 3

@@ -186,7 +186,7 @@ def check_report(sweep: Sweep) -> None:
         "Centre: layers=L2",
     ):
         assert part in page, part
-        assert part in text, part
+        assert part in text.replace("\\", ""), part
     found = result(sweep)
     assert found is not None
     assert len(found.ranking.rows) == 3
