@@ -71,4 +71,4 @@ FORMULAS = ("=1+1", "+1+cmd", "-2+3", "@SUM(A1)", '=HYPERLINK("http://x")', "\uf
 def obeyed(text: str) -> list[str]:
     """The characters of a text on a screen that a terminal would obey, or that no one would see."""
     bad = {c for c in text if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp")}
-    return sorted(bad - {"\n", "\u200c", "\u200d"})
+    return sorted(bad - {"\n", "\t", "\u200c", "\u200d"})

@@ -28,6 +28,7 @@ from roma_ray.evaluation.task_files import LimitedEnvironment, check_task_file, 
 from roma_ray.questions.prompts import PromptBuilder
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import LETTERS, Question
+from roma_ray.text import name_fault, printable, reserved
 
 VERSION = 1
 """Of the tasks made of question files; raise it when their prompts or targets change."""
@@ -116,10 +117,14 @@ def _named(manager: TaskManager, name: str, folder: Path | None) -> list[Task | 
 
 
 def leaves(tasks: Sequence[Task | Group]) -> dict[str, Task]:
-    """The single tasks by name. Raises ConfigError when one is named twice."""
+    """The single tasks by name. Raises ConfigError when one is named twice, or as nothing can be shown."""
     found: dict[str, Task] = {}
     for item in tasks:
         for task in item.get_all_tasks() if isinstance(item, Group) else [item]:
+            fault = name_fault(task.task_name)
+            if fault or reserved(task.task_name):
+                reason = fault or "is kept for the tables' own lines"
+                raise ConfigError(f"the task name {printable(task.task_name)!r} {reason}: name the task otherwise")
             if task.task_name in found:
                 raise ConfigError(f"the task {task.task_name} is asked for twice")
             found[task.task_name] = task

@@ -41,7 +41,9 @@ def render(comparison: Comparison, form: str) -> str:
             f"<table>\n{table}\n</table>\n<p>{escape(_LEGEND)}</p></html>\n"
         )
     assert form == "markdown"
-    cells = [list(map(markdown, header)), ["---"] * len(header), *(list(map(markdown, row)) for row in rows)]
+    # Names are strangers'; figures are ours, and stay as they are read in a terminal.
+    named = [[markdown(row[0]), markdown(row[1]), *row[2:]] for row in rows]
+    cells = [list(map(markdown, header)), ["---"] * len(header), *named]
     return "\n".join(f"| {' | '.join(row)} |" for row in cells) + f"\n\n{markdown(_LEGEND)}\n"
 
 

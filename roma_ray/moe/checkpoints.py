@@ -23,6 +23,7 @@ from roma_ray.moe.folders import MANIFEST, refuse_special_files, refusing_malfor
 from roma_ray.moe.masters import tensor_digest
 from roma_ray.moe.routers import Router
 from roma_ray.moe.slices import Slice
+from roma_ray.text import brief
 
 FORMAT, FORMAT_VERSION = "roma-ray-routers", 1
 WEIGHTS = "adapter_model.safetensors"
@@ -151,10 +152,10 @@ def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not of the format {FORMAT!r}")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise CheckpointError(
-            f"{path} has format version {manifest.get('format_version')}; this roma-ray reads {FORMAT_VERSION}"
+            f"{path} has format version {brief(manifest.get('format_version'))}; this roma-ray reads {FORMAT_VERSION}"
         )
     if manifest.get("kind") != kind:
-        raise CheckpointError(f"{folder} holds a router checkpoint of kind {manifest.get('kind')!r}, not {kind!r}")
+        raise CheckpointError(f"{folder} holds a router checkpoint of kind {brief(manifest.get('kind'))}, not {kind!r}")
     wanted = {"base_model", "revision", "model_type", "layers", "num_experts", "dtype", "fingerprint", "tensors"}
     if not wanted <= manifest.keys() or not isinstance(manifest["tensors"], dict) or not manifest["tensors"]:
         raise CheckpointError(f"{path} is incomplete: it lacks {sorted(wanted - manifest.keys()) or 'tensors'}")
@@ -175,9 +176,9 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
     if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
         return "layers are not a list of numbers"
     if layers != sorted({layer_of(key) for key in known}):
-        return f"it tunes layers {layers}, but its tensors are of others"
+        return f"it tunes layers {brief(layers)}, but its tensors are of others"
     if not isinstance(getattr(torch, str(manifest["dtype"]), None), torch.dtype):
-        return f"{manifest['dtype']!r} is no type of numbers"
+        return f"{brief(manifest['dtype'])} is no type of numbers"
     for key, fact in known.items():
         shape = fact.get("shape") if isinstance(fact, dict) else None
         if not isinstance(shape, list) or shape[:1] != [experts] or type(shape[0]) is not int:

@@ -18,6 +18,7 @@ from roma_ray.config_reading import load_config, parse_config
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import Question
 from tests.fuzzing.artifacts import ARTIFACTS
+from tests.fuzzing.borders import BORDERS
 from tests.fuzzing.checkpoints import CHECKPOINTS
 from tests.fuzzing.damage import VALUES, as_json, damaged, damaged_values
 from tests.fuzzing.runner import Target
@@ -225,4 +226,5 @@ TARGETS = (
     Target("spaces", spaces, 3),
     *CHECKPOINTS,
     *ARTIFACTS,
+    *BORDERS,
 )
