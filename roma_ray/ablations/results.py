@@ -14,9 +14,9 @@ import pyarrow as pa
 
 from roma_ray.ablations.space import Trial
 from roma_ray.ablations.sweep import DONE, State, Sweep
+from roma_ray.engine.objective import is_idle
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.tables import read_table
-from roma_ray.engine.training import is_idle
 from roma_ray.evaluation.judged import Judged, read_judged
 from roma_ray.evaluation.measures import RULES, ByTask, pair_by_task
 from roma_ray.evaluation.paired import read_evaluation

@@ -34,8 +34,9 @@ def ensure_checked(part: Slice, folder: str) -> None:
     if wanted <= known:
         return
     found = check_slice(part)
-    write_json(Path(folder) / f"{part.start}-{part.stop}.json", found.facts())
-    known |= wanted
+    if found is not None:
+        write_json(Path(folder) / f"{part.start}-{part.stop}.json", found.facts())
+        known |= wanted
 
 
 def read_checks(folder: str | Path) -> list[dict[str, Any]]:

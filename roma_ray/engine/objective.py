@@ -5,13 +5,13 @@ Q questions of a micro-batch, T flat tokens, P read positions, D width, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from roma_ray.config import FinetuneConfig
+from roma_ray.config import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
@@ -22,10 +22,20 @@ from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
-from roma_ray.moe.reach import UNREACHED, reach_of, read_weights
+from roma_ray.moe.reach import UNREACHED, is_unreached, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
+
+# Below this part of the task term's gradient the regularizer is idle, and the run says so.
+IDLE_RATIO = 0.01
+
+
+def is_idle(probe: Mapping[str, float], regularizer: RegularizerConfig) -> bool:
+    """Whether a regularizer that was asked for hardly pulls on the gates. A λ of 0 asks for none."""
+    if is_unreached(probe):
+        return False
+    return regularizer.kind != "none" and regularizer.weight != 0 and probe["gradient_ratio"] < IDLE_RATIO
 
 
 @dataclass

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,25 +20,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from roma_ray.config import FinetuneConfig, RegularizerConfig
+from roma_ray.config import FinetuneConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
-from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 
 PROBE_QUESTIONS = 64
-# Below this part of the task term's gradient the regularizer is idle, and the run says so.
-IDLE_RATIO = 0.01
-
-
-def is_idle(probe: Mapping[str, float], regularizer: RegularizerConfig) -> bool:
-    """Whether a regularizer that was asked for hardly pulls on the gates. A λ of 0 asks for none."""
-    if is_unreached(probe):
-        return False
-    return regularizer.kind != "none" and regularizer.weight != 0 and probe["gradient_ratio"] < IDLE_RATIO
 
 
 class World(Protocol):

@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from roma_ray.config import RegularizerConfig
-from roma_ray.engine.training import is_idle
+from roma_ray.engine.objective import is_idle
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant, with_error
 from roma_ray.evaluation.summary import warnings_of
 from roma_ray.moe.reach import is_unreached

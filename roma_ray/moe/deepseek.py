@@ -39,11 +39,10 @@ class DeepseekConfig(DeepseekOcr2TextConfig):
                 f"this DeepSeek model scores its experts otherwise (scoring_func {scoring!r}, norm_topk_prob {normalised}) than "
                 "DeepSeekMoE-16B, whose blocks these are"
             )
-        if self.mlp_layer_types is None:
-            self.mlp_layer_types = [
-                "sparse" if layer >= dense and layer % every == 0 else "dense"
-                for layer in range(self.num_hidden_layers)
-            ]
+        if self.__dict__.get("mlp_layer_types") is None:
+            layers = range(self.num_hidden_layers)
+            kinds = ["sparse" if layer >= dense and layer % every == 0 else "dense" for layer in layers]
+            self.__dict__["mlp_layer_types"] = kinds
         super().__post_init__(**kwargs)
 
 

@@ -100,7 +100,9 @@ def families_table() -> str:
         Scoring.TOPK_SOFTMAX: "softmax over the top-k logits",
         Scoring.SIGMOID: "sigmoid of each expert",
     }
-    rows = [(", ".join(f"`{t}`" for t in sorted(_SCORING) if _SCORING[t] is rule), text) for rule, text in words.items()]
+    rows = [
+        (", ".join(f"`{t}`" for t in sorted(_SCORING) if _SCORING[t] is rule), text) for rule, text in words.items()
+    ]
     return "\n".join(["| `model_type` | router scores |", "| --- | --- |", *(f"| {a} | {b} |" for a, b in rows)])
 
 

@@ -60,8 +60,11 @@ class SelfCheck:
         return asdict(self)
 
 
-def check_slice(part: Slice) -> SelfCheck:
-    """Compare a slice's packed passes with its stock forward, one sequence at a time. Raises ModelError naming the layer."""
+def check_slice(part: Slice) -> SelfCheck | None:
+    """Compare a slice's packed passes with its stock forward, one sequence at a time. Raises ModelError naming the layer.
+
+    None where the stock forward itself gives no numbers: damaged weights, of which the work that follows tells more.
+    """
     generator = torch.Generator().manual_seed(_SEED)
     packing = _tree(part, generator).to(part.device)
     states_TD = None
@@ -71,6 +74,8 @@ def check_slice(part: Slice) -> SelfCheck:
     tolerance, ties = _STATES[part.dtype], _TIES[part.dtype]
     _check_entry(part, packing, states_TD)
     stock = _stock(part, packing, states_TD)
+    if not all(bool(torch.isfinite(states).all()) for states in (*stock.layers, stock.output)):
+        return None
     leaves = sorted({token for leaf in _leaves(packing) for token in _tail(packing, leaf)})
     with torch.no_grad():
         packed = _differences(_packed_layers(part, packing, states_TD), stock.layers)

@@ -55,7 +55,9 @@ def test_the_oracle_never_ends_above_its_start_and_mostly_below(bench: Bench) ->
     torch.testing.assert_close(best.routing_QLE.sum(-1), torch.ones(best.routing_QLE.shape[:2]))
     # What is reported was really computed under the routing that is reported.
     run = HeadRun(bench, rows)
-    again = task_loss(run.likelihoods(best.routing_QLE), [p.answer for p in run.prompts], run.prompts, loss_kind(bench.setup.config))
+    again = task_loss(
+        run.likelihoods(best.routing_QLE), [p.answer for p in run.prompts], run.prompts, loss_kind(bench.setup.config)
+    )
     torch.testing.assert_close(again.detach(), best.best_Q, atol=1e-4, rtol=1e-4)
 
 

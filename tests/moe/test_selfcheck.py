@@ -27,6 +27,7 @@ def loaded(folder: Path, family: str, *, start: int = 0, dtype: torch.dtype = to
 def test_every_listed_family_passes_at_rounding(tmp_path: Path, family: str) -> None:
     for start in (0, 3):
         found = check_slice(loaded(tmp_path / str(start), family, start=start))
+        assert found is not None
         assert max(found.packed, found.resumed, found.trimmed, found.routing) < 5e-5
         assert found.gradient is not None
         assert found.gradient < 1e-4
@@ -91,5 +92,13 @@ def test_routers_that_the_task_loss_cannot_reach_are_measured(
     tmp_path: Path, family: str, layout: dict[str, Any], reached: bool
 ) -> None:
     found = check_slice(loaded(tmp_path, family, **layout))
+    assert found is not None
     assert found.reach is not None
     assert (found.reach > UNREACHED) is reached
+
+
+def test_weights_that_are_no_numbers_are_told_elsewhere(tmp_path: Path) -> None:
+    part = loaded(tmp_path, "olmoe")
+    with torch.no_grad():
+        part.model.base_model.layers[2].self_attn.o_proj.weight[0, 0] = float("nan")
+    assert check_slice(part) is None
