@@ -86,7 +86,8 @@ def test_stock_peft_and_merged_reproduce_the_tuned_logits(tmp_path: Path) -> Non
     ids, mask, last = padded_batch(side="left")
     torch.save(whole_inputs(ids, mask), tmp_path / "inputs.pt")
     jobs, wanted = [], {}
-    for family in FAMILIES:
+    # DeepSeekMoE has no class in a process without roma_ray.
+    for family in (name for name in FAMILIES if name != "deepseek"):
         attention = "eager" if family in EAGER else "sdpa"
         for dtype in (torch.float32, torch.bfloat16):
             name = f"{family}-{str(dtype)[6:]}"
