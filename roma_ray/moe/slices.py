@@ -9,6 +9,7 @@ Shapes: B batch, S sequence, P positions, D width, V vocabulary.
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -273,18 +274,24 @@ def loading_faults(info: Mapping[str, Any], *kinds: str) -> list[str]:
     ]
 
 
+# While it loads, transformers puts other functions in the place of its classes' own (weight tying among them). Two threads
+# that load at once can leave them there for good, and then no later model of the process has its embeddings tied.
+_LOADING = threading.RLock()
+
+
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """No bar for every load in every worker, and no report: what is missing or foreign becomes one error of ours."""
-    shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if shown:
-            transformers_logging.enable_progress_bar()
+    """One load of a process at a time, and without a word: no bar and no report; what is missing becomes one error of ours."""
+    with _LOADING:
+        shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
+        transformers_logging.disable_progress_bar()
+        transformers_logging.set_verbosity_error()
+        try:
+            yield
+        finally:
+            transformers_logging.set_verbosity(verbosity)
+            if shown:
+                transformers_logging.enable_progress_bar()
 
 
 def _stand_ins(

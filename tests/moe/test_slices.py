@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import PreTrainedModel
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.routers import find_routers
@@ -156,6 +158,35 @@ def test_padded_positions_give_zero_rows_and_dtype_is_as_asked(saved) -> None:
     assert part.dtype is torch.bfloat16
     assert not any(p.requires_grad for p in part.model.parameters())
     assert not part.model.training
+
+
+def test_threads_load_one_after_another(saved, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers swaps `tie_weights` for nothing while it loads: two at once can leave it so for the whole process."""
+    _, path = saved("olmoe")
+    own, load, loading = PreTrainedModel.tie_weights, PreTrainedModel.from_pretrained.__func__, threading.Event()
+    met: list[bool] = []
+
+    def watched(cls: type, *args: object, **kwargs: object) -> object:
+        met.append(loading.is_set())
+        loading.set()
+        # Time for the other thread to come in, if it may.
+        threading.Event().wait(0.2)
+        try:
+            return load(cls, *args, **kwargs)
+        finally:
+            loading.clear()
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(watched))
+    threads = [
+        threading.Thread(target=load_slice, args=(path,), kwargs={"dtype": torch.float32, "with_lm_head": True})
+        for _ in range(2)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert met == [False, False]
+    assert PreTrainedModel.tie_weights is own
 
 
 def test_single_file_checkpoint_and_facts(tmp_path: Path) -> None:
