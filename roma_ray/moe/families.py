@@ -94,7 +94,7 @@ def supported_families() -> tuple[str, ...]:
 
 
 def families_table() -> str:
-    """The supported families by how their routers score, as README's Markdown table."""
+    """The supported families by how their routers score, as the Markdown table of docs/models.md."""
     words = {
         Scoring.SOFTMAX: "softmax over all experts",
         Scoring.TOPK_SOFTMAX: "softmax over the top-k logits",

@@ -132,8 +132,8 @@ def test_reading_leaves_no_hooks_and_wants_a_table() -> None:
     assert not any(router.gate._forward_hooks for router in routers)
 
 
-def test_the_readme_lists_the_families_that_there_are() -> None:
-    assert families_table() in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+def test_the_documents_list_the_families_that_there_are() -> None:
+    assert families_table() in (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
 
 
 def test_refusals() -> None:
