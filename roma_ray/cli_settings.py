@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 
 from roma_ray.config import EMBEDDED, Config
 from roma_ray.config_reading import given_settings
+from roma_ray.engine.identity import idle_settings
 
 _ALL = ("name", "seed", "device", "threads", "storage", "reuse")
 _PASS = ("model", "questions", "routing", "extraction")
@@ -69,8 +70,7 @@ def unused(
         for name, differs in given.items()
         if (file and differs) or any(_within(name, part) or _within(part, name) for part in named)
     ]
-    idle = dict(_idle(config))
-    idle = {name: why for name, why in idle.items() if name in said}
+    idle = {name: why for name, why in idle_settings(config).items() if name in said}
     reads, leaves = (*_ALL, *_READS[command]), (*_NOT.get(command, ()), *without)
     unread = sorted(n for n in said if not _any(n, reads) or _any(n, leaves))
     prompt = config.questions.prompt
@@ -89,26 +89,3 @@ def _within(name: str, section: str) -> bool:
 
 def _any(name: str, sections: Iterable[str]) -> bool:
     return any(_within(name, section) for section in sections)
-
-
-def _idle(config: Config) -> Iterator[tuple[str, str]]:
-    """Settings that another one turns off, and which."""
-    near, prompt, term = config.neighbors, config.questions.prompt, config.finetune.regularizer
-    if near.method != "epsilon":
-        yield "neighbors.epsilon", f"neighbors.method is {near.method}"
-    else:
-        yield "neighbors.k", "neighbors.method is epsilon"
-    if near.method != "knn":
-        yield "neighbors.exact_up_to", f"neighbors.method is {near.method}"
-    if prompt.format == "cloze":
-        yield "questions.prompt.instruction", "questions.prompt.format is cloze"
-        yield "finetune.task_loss", "questions.prompt.format is cloze"
-    else:
-        yield "questions.prompt.cloze_score", f"questions.prompt.format is {prompt.format}"
-    if term.kind == "none":
-        for name in ("weight", "gradient_ratio", "warmup_fraction", "refresh"):
-            yield f"finetune.regularizer.{name}", "finetune.regularizer.kind is none"
-    elif term.weight != "auto":
-        yield "finetune.regularizer.gradient_ratio", "finetune.regularizer.weight is a number"
-    if not config.extraction.cache:
-        yield "extraction.activation_dtype", "extraction.cache is false"

@@ -239,6 +239,15 @@ def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
         ),
         (["finetune.regularizer.gradient_ratio=0.5"], "finetune.regularizer.gradient_ratio does nothing here: "),
         (["finetune.regularizer={kind: none, weight: 2}"], "finetune.regularizer.weight does nothing here: "),
+        # What only the identities knew before.
+        (
+            ["neighbors.sigma=0.7", "neighbors.similarity=cosine"],
+            "neighbors.sigma does nothing here: neighbors.similarity is",
+        ),
+        (
+            ["finetune.select=best_validation", "finetune.epochs=1"],
+            "finetune.select does nothing here: finetune.epochs is 1",
+        ),
     ],
 )
 def test_a_setting_that_another_one_turns_off_is_said(overrides: list[str], line: str) -> None:

@@ -29,10 +29,7 @@ def data_seed(config: Config) -> int:
 
 def prompt_settings(prompt: PromptConfig) -> dict[str, Any]:
     """What decides a prompt's tokens. By which score its choices are judged is no part of it."""
-    settings = prompt.model_dump(mode="json", exclude={"cloze_score"})
-    if prompt.format == "cloze":
-        del settings["instruction"]
-    return settings
+    return prompt.model_dump(mode="json", exclude={"cloze_score", *_idle_prompt(prompt)})
 
 
 def neighbors_settings(config: Config) -> dict[str, Any]:
@@ -41,16 +38,8 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
     Random neighbors, the ablation's control, are drawn with the run's own seed: they vary with the training. They are
     weighed by their similarity like all others.
     """
-    chosen: NeighborsConfig = config.neighbors
-    settings: dict[str, Any] = {"method": chosen.method, "similarity": chosen.similarity}
-    if chosen.similarity == "gaussian":
-        settings["sigma"] = chosen.sigma
-    if chosen.method == "epsilon":
-        settings["epsilon"] = chosen.epsilon
-    else:
-        settings["k"] = chosen.k
-    if chosen.method == "knn":
-        settings["exact_up_to"] = chosen.exact_up_to
+    chosen = config.neighbors
+    settings = chosen.model_dump(mode="json", exclude={"backend", *_idle_neighbors(chosen)})
     if chosen.method == "random":
         settings["seed"] = config.seed
     settings["fraction"] = config.questions.fraction
@@ -61,25 +50,56 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
 
 def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
     """What decides the tuned routers and their curves; how often a checkpoint is written does not."""
-    settings = config.model_dump(mode="json", exclude={"checkpoint_steps", "regularizer"})
-    if cloze:
-        del settings["task_loss"]
-    if config.epochs == 1:
-        # The last epoch is the best one.
-        del settings["select"]
-    return {**settings, "regularizer": regularizer_settings(config.regularizer, config.epochs)}
+    term, epochs = config.regularizer, config.epochs
+    outside = {"checkpoint_steps", "regularizer", *_idle_finetune(config, cloze=cloze)}
+    settings = config.model_dump(mode="json", exclude=outside)
+    return {**settings, "regularizer": term.model_dump(mode="json", exclude=set(_idle_regularizer(term, epochs)))}
 
 
-def regularizer_settings(config: RegularizerConfig, epochs: int) -> dict[str, Any]:
-    """What decides the second term of eq. 9."""
-    if config.kind == "none":
-        return {"kind": "none"}
-    settings: dict[str, Any] = {"kind": config.kind, "weight": config.weight}
-    if config.weight == "auto":
-        settings["gradient_ratio"] = config.gradient_ratio
-    if config.weight != 0:
-        settings["warmup_fraction"] = config.warmup_fraction
+def idle_settings(config: Config) -> dict[str, str]:
+    """The settings that another one turns off, by full name, and which one does."""
+    prompt, tuned = config.questions.prompt, config.finetune
+    sections = {
+        "questions.prompt": _idle_prompt(prompt),
+        "extraction": {} if config.extraction.cache else {"activation_dtype": "extraction.cache is false"},
+        "neighbors": _idle_neighbors(config.neighbors),
+        "finetune": _idle_finetune(tuned, cloze=is_cloze(config)),
+        "finetune.regularizer": _idle_regularizer(tuned.regularizer, tuned.epochs),
+    }
+    return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
+
+
+def _idle_prompt(prompt: PromptConfig) -> dict[str, str]:
+    return {"instruction" if prompt.format == "cloze" else "cloze_score": f"questions.prompt.format is {prompt.format}"}
+
+
+def _idle_neighbors(chosen: NeighborsConfig) -> dict[str, str]:
+    idle = ["k"] if chosen.method == "epsilon" else ["epsilon"]
+    idle += ["exact_up_to"] if chosen.method != "knn" else []
+    found = dict.fromkeys(idle, f"neighbors.method is {chosen.method}")
+    return (
+        found if chosen.similarity == "gaussian" else {**found, "sigma": f"neighbors.similarity is {chosen.similarity}"}
+    )
+
+
+def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
+    found = {"task_loss": "questions.prompt.format is cloze"} if cloze else {}
+    # The last epoch is the best one.
+    return found if config.epochs > 1 else {**found, "select": "finetune.epochs is 1"}
+
+
+def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:
+    if term.kind == "none":
+        others = set(RegularizerConfig.model_fields) - {"kind"}
+        return dict.fromkeys(others, "finetune.regularizer.kind is none")
+    found = {}
+    if term.weight != "auto":
+        found["gradient_ratio"] = "finetune.regularizer.weight is a number"
+    if term.weight == 0:
+        found["warmup_fraction"] = "finetune.regularizer.weight is 0"
     # The neighbors' routing is recomputed at the start of each epoch but the first, and only eq. 7 reads it.
-    if config.kind == "manifold" and epochs > 1:
-        settings["refresh"] = config.refresh
-    return settings
+    if term.kind != "manifold":
+        found["refresh"] = f"finetune.regularizer.kind is {term.kind}"
+    elif epochs == 1:
+        found["refresh"] = "finetune.epochs is 1"
+    return found
