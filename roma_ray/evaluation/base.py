@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from roma_ray.artifacts import Stage
+from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import matrix, read_table, table_facts, write_table
@@ -28,9 +29,18 @@ _SCHEMA = pa.schema(
 )
 
 
-def base_stage(setup: Setup, extraction: Stage, settings: dict[str, Any]) -> Stage:
-    """Where the base model's scores live; `settings` are those of the scoring."""
-    numbers = {**setup.numeric_identity(), "cut": setup.cut, **settings}
+def scoring(setup: Setup) -> dict[str, Any]:
+    """How answers are scored."""
+    return {
+        "tokens": setup.config.routing.tokens,
+        "rule": answer_rule(setup.config.questions.prompt),
+        "batch_tokens": setup.config.extraction.batch_tokens,
+    }
+
+
+def base_stage(setup: Setup, extraction: Stage) -> Stage:
+    """Where the base model's scores live."""
+    numbers = {**setup.numeric_identity(), "cut": setup.cut, **scoring(setup)}
     return setup.store.stage("base", numbers, {"extract": extraction.fingerprint}, VERSION)
 
 

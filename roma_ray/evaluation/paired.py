@@ -18,7 +18,7 @@ from roma_ray.engine.embedding import embed_stage, read_embeddings
 from roma_ray.engine.extraction import extract_stage
 from roma_ray.engine.finetuning import ADAPTER, epochs_of, finetune_stage
 from roma_ray.engine.heads import FRESH, Heads
-from roma_ray.engine.identity import answer_rule, prompt_settings
+from roma_ray.engine.identity import prompt_settings
 from roma_ray.engine.neighborhoods import neighbors_stage, read_neighborhoods, usable_rows
 from roma_ray.engine.prepare import TABLE, load_tokenizer, questions_stage
 from roma_ray.engine.progress import Progress
@@ -26,7 +26,7 @@ from roma_ray.engine.scoring import Scores, plan_scoring, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.evaluation import change
-from roma_ray.evaluation.base import base_scores, base_stage
+from roma_ray.evaluation.base import base_scores, base_stage, scoring
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
 from roma_ray.evaluation.judged import RESULTS, read_judged, write_results
 from roma_ray.evaluation.measures import RULES, pair_measures
@@ -84,10 +84,10 @@ def evaluate(
         test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
         near = read_neighborhoods(neighbors, len(prompts))
         trained = change.sampled(near.queried & (near.sizes > 0))
-        prompt, arguments = setup.config.questions.prompt, _scoring(setup)
+        prompt, arguments = setup.config.questions.prompt, scoring(setup)
         note_device(stage.path, device_kind(setup.model.device))
         states = open_states(setup.model, extraction.path, setup.cut)
-        kept = base_stage(setup, extraction, arguments)
+        kept = base_stage(setup, extraction)
         tokens = [_tokens(prompts, rows, states.prefix, arguments["batch_tokens"]) for rows in (judged, test, trained)]
         meter_of = progress.meter("evaluate", sum(tokens), "tokens", tokens[0] * kept.complete)
         with heads.lend(setup.model, setup.cut) as head, meter_of as meter:
@@ -127,15 +127,6 @@ def evaluate(
 def _tokens(prompts: Sequence[Prompt], rows: Sequence[int], prefix: int, batch_tokens: int) -> int:
     """What scoring some rows is counted by: not questions, for the longest run first."""
     return sum(size for _, size in plan_scoring(prompts, rows, prefix, batch_tokens))
-
-
-def _scoring(setup: Setup) -> dict[str, Any]:
-    """How answers are scored."""
-    return {
-        "tokens": setup.config.routing.tokens,
-        "rule": answer_rule(setup.config.questions.prompt),
-        "batch_tokens": setup.config.extraction.batch_tokens,
-    }
 
 
 def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str, list[int]]:

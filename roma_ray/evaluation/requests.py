@@ -35,7 +35,7 @@ VERSION = 1
 REQUESTS, PLAN, ANSWERS = "requests.parquet", "plan.json", "answers.parquet"
 LIKELIHOOD = pa.schema([("context", pa.list_(pa.int32())), ("continuation", pa.list_(pa.int32()))])
 GENERATION = pa.schema([("context", pa.string()), ("arguments", pa.string()), ("repeat", pa.int32())])
-_SCORED = pa.schema(
+SCORED = pa.schema(
     [
         ("request", pa.int64()),
         ("base", pa.float64()),
@@ -260,7 +260,7 @@ class _Scorer:
             "flops": scored.flops,
             "reused": kept is not None,
         }
-        write_table(batch_file(self.work.folder, batch), columns, _SCORED, facts)
+        write_table(batch_file(self.work.folder, batch), columns, SCORED, facts)
         return Report(batch, len(rows), scored.tokens, 0, time.monotonic() - started)
 
 
@@ -331,7 +331,7 @@ def _gather(kind: str, stage: Stage, count: int) -> dict[str, Any]:
     whole = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).sort_by("request")
     if whole.column("request").to_pylist() != list(range(count)):
         raise ArtifactError(f"{stage.path} does not hold each request once; remove it and run again")
-    schema = _SCORED if kind == "loglikelihood" else _WRITTEN
+    schema = SCORED if kind == "loglikelihood" else _WRITTEN
     write_table(stage.path / ANSWERS, whole.to_pydict(), schema)
     facts = [table_facts(t) for t in tables]
     seconds = {part: sum(f["seconds"].get(part, 0.0) for f in facts) for part in ("trunk", "base", "tuned")}
