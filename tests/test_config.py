@@ -82,6 +82,7 @@ def test_there_is_a_configuration_for_each_model() -> None:
         "allenai/OLMoE-1B-7B-0125-Instruct",
         "Qwen/Qwen3-30B-A3B",
         "deepseek-ai/DeepSeek-V2-Lite-Chat",
+        "deepseek-ai/deepseek-moe-16b-chat",
     }
 
 

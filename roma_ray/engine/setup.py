@@ -72,21 +72,23 @@ class ModelSpec:
 
         logging.disable_progress_bar()
         set_threads(self.threads)
-        part = load_slice(
-            self.path,
-            start=start,
-            stop=stop,
-            dtype=getattr(torch, self.dtype),
-            device=self.device,
-            revision=self.revision,
-            experts_backend=self.experts_backend,
-            attention=self.attention,
-            with_lm_head=with_lm_head,
-        )
-        if self.checks:
-            from roma_ray.engine.checks import ensure_checked
+        # Whatever mode the caller is in: the self-check differentiates.
+        with torch.inference_mode(False), torch.enable_grad():
+            part = load_slice(
+                self.path,
+                start=start,
+                stop=stop,
+                dtype=getattr(torch, self.dtype),
+                device=self.device,
+                revision=self.revision,
+                experts_backend=self.experts_backend,
+                attention=self.attention,
+                with_lm_head=with_lm_head,
+            )
+            if self.checks:
+                from roma_ray.engine.checks import ensure_checked
 
-            ensure_checked(part, self.checks)
+                ensure_checked(part, self.checks)
         return part
 
 

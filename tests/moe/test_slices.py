@@ -233,7 +233,7 @@ def test_damaged_and_absent_weights(tmp_path: Path) -> None:
         load_slice(str(path), **arguments)
 
 
-@pytest.mark.parametrize("model_type", ["llama", "deepseek", "llama4_text", "phimoe"])
+@pytest.mark.parametrize("model_type", ["llama", "llama4_text", "phimoe"])
 def test_models_that_cannot_be_tuned_are_refused_by_name(model_type: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type, "num_hidden_layers": 2}))
     with pytest.raises(ModelError, match=rf"'{model_type}' model cannot be tuned: .*Families that can"):
