@@ -27,7 +27,7 @@ def make_work(place: Path, batches: int) -> Any:
     from roma_ray.engine.batches import plan_batches
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
-    from roma_ray.engine.setup import ModelSpec
+    from roma_ray.engine.model_spec import ModelSpec
     from roma_ray.engine.tables import QUESTIONS, write_table
 
     vocabulary = 2_048

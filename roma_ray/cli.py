@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -345,10 +346,15 @@ def inspect(path: str, base: str | None) -> None:
 def doctor(storage: str | None, address: str | None) -> None:
     """Check versions, devices and storage, each with a remedy; exit 1 when something is broken."""
     quiet_libraries()
-    from roma_ray.doctor import examine
+    from roma_ray.doctor.machine import examine_machine, installed
 
+    findings = [examine_machine(storage)]
+    if installed("ray"):
+        from roma_ray.doctor.nodes import examine_cluster
+
+        findings.append(examine_cluster(address, storage))
     broken = False
-    for found in examine(storage, address):
+    for found in chain.from_iterable(findings):
         mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[found.state]
         say(f"{mark}  {found.name}: {found.detail}")
         if found.remedy:

@@ -59,7 +59,6 @@ ONE_ROOM = {
     "cli_settings": "cli",
     "cli_storage": "cli",
     "cli_sweeps": "cli",
-    "cluster_doctor": "doctor",
     "versions": "artifacts",
     "config_section": "config",
     "config_baselines": "config",
@@ -123,8 +122,9 @@ def _modules(node: ast.AST, package: list[str]) -> list[str]:
     if isinstance(node, ast.ImportFrom):
         base = package[: len(package) - node.level + 1] if node.level else []
         origin = ".".join([*base, *([node.module] if node.module else [])])
-        # `from roma_ray import config` names a module by its alias.
-        return [f"{origin}.{alias.name}" if origin == PACKAGE.name else origin for alias in node.names]
+        # `from roma_ray.engine import training` names a module by its alias.
+        named = [f"{origin}.{alias.name}" for alias in node.names]
+        return [name if origin == PACKAGE.name or name in modules() else origin for name in named]
     if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
         name = ast.unparse(node.func).rpartition(".")[2]
         if name in ("import_module", "__import__") and isinstance(node.args[0].value, str):
@@ -137,6 +137,16 @@ def _type_checking(node: ast.AST) -> bool:
 
 
 FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    return {module_of(file): file for file in FILES}
+
+
+def module_of(file: Path) -> str:
+    return ".".join(file.relative_to(PACKAGE.parent).with_suffix("").parts).removesuffix(".__init__")
 
 
 @cache
@@ -181,6 +191,31 @@ def test_the_rules_have_no_circle() -> None:
         assert free, f"a circle among {sorted(left)}"
         order += free
         left = {room: targets for room, targets in left.items() if room not in free}
+
+
+def circle_of(arrows: dict[str, set[str]]) -> list[str]:
+    """Those of a graph that lie on a circle or between two of them; arrows point from who imports to what is imported."""
+    left = {module: set(targets) for module, targets in arrows.items()}
+    while free := [module for module, targets in left.items() if not targets & left.keys()]:
+        left = {module: targets for module, targets in left.items() if module not in free}
+    while unused := left.keys() - set().union(*left.values()):
+        left = {module: targets for module, targets in left.items() if module not in unused}
+    return sorted(left)
+
+
+def test_no_modules_import_one_another() -> None:
+    """Not inside functions either: what is imported there to escape a circle is one."""
+    arrows: dict[str, set[str]] = {module: set() for module in modules()}
+    for found in all_imports():
+        # The package's own names are looked up when somebody asks for them (`__getattr__`).
+        if found.module in arrows and found.module != PACKAGE.name:
+            arrows[module_of(found.file)].add(found.module)
+    assert not (circle := circle_of(arrows)), f"a circle among {circle}: put what both need into a module of its own"
+
+
+def test_a_circle_is_seen() -> None:
+    assert circle_of({"a": {"b"}, "b": {"c"}, "c": {"b", "d"}, "d": set()}) == ["b", "c"]
+    assert circle_of({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
 def test_ray_and_mlflow_stay_out_of_the_method() -> None:

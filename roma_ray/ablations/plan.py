@@ -16,8 +16,9 @@ from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
 from roma_ray.engine.extraction import known_extractions
 from roma_ray.engine.identity import answer_rule
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.prepare import expected_sources, questions_stage, sources_of
-from roma_ray.engine.setup import ModelSpec, Setup, resolve, resolve_path
+from roma_ray.engine.setup import Setup, resolve, resolve_path
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
 from roma_ray.evaluation.paired import locate_stages
 from roma_ray.questions.counts import SourceCount, describe_sources

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 from roma_ray.artifacts import Stage
 from roma_ray.engine.finetuning import Trainer, TrainJob, epochs_of, tune
 from roma_ray.engine.heads import FRESH, Heads, KeptHeads
+from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.neighborhoods import neighbors
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import call_here
-from roma_ray.engine.setup import Setup, set_threads
+from roma_ray.engine.setup import Setup
 from roma_ray.errors import BusyError
 from roma_ray.evaluation.paired import evaluate, read_evaluation
 from roma_ray.stages.cluster import Cluster

@@ -22,8 +22,9 @@ from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.costs import counted, trunk_cost
 from roma_ray.baselines.registry import METHODS
 from roma_ray.engine.answers import ANSWERS, write_answers
+from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import Setup, set_threads
+from roma_ray.engine.setup import Setup
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError
 

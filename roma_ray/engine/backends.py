@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from roma_ray.artifacts import Store, fingerprint, write_json
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import ModelSpec
 from roma_ray.errors import ModelError
 from roma_ray.moe.passes import experts_block
 

@@ -23,7 +23,7 @@ from roma_ray.artifacts import read_manifest
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.extractor import batch_activations
 from roma_ray.engine.forward import Layout, own_tokens
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.tables import read_table, table_facts
 from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed

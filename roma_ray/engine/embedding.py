@@ -18,9 +18,10 @@ from roma_ray.artifacts import Stage, note_device, write_atomically, write_json
 from roma_ray.config import ModelConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.devices import device_kind
+from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import Setup, model_identity, resolve_path, set_threads
+from roma_ray.engine.setup import Setup, model_identity, resolve_path
 from roma_ray.engine.tables import read_table, rows_of, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, EmbeddingError

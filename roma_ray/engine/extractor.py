@@ -21,7 +21,7 @@ from torch import Tensor
 from roma_ray.artifacts import note_device, write_atomically
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.tables import read_prompts, write_table
 from roma_ray.engine.work import Report
 from roma_ray.errors import ArtifactError, ModelError

@@ -17,8 +17,9 @@ import torch
 from roma_ray.artifacts import Stage, write_json
 from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
 from roma_ray.engine.forward import lay_out
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.prepare import TABLE
-from roma_ray.engine.setup import ModelSpec, Setup
+from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.engine.work import Executor, Report

@@ -19,11 +19,12 @@ from roma_ray.engine.cache import States, open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.engine.objective import TrainingData, is_idle
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import ModelSpec, Setup
+from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.training import ALONE, Outcome, World, finetune
 from roma_ray.engine.verification import verify_sample

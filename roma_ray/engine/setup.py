@@ -5,91 +5,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from roma_ray.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
 from roma_ray.config import Config, ModelConfig
+from roma_ray.engine.model_spec import ModelSpec, model_facts_of
 from roma_ray.errors import ModelError
-
-if TYPE_CHECKING:
-    from roma_ray.moe.slices import Slice
 
 # Larger safetensors files are hashed by header, small tensors and samples of large ones.
 _WHOLE_DIGEST_BYTES = 256 << 20
 # Routers are far smaller (OLMoE's: 256 KiB), experts' fused weights far larger.
 _WHOLE_TENSOR_BYTES = 8 << 20
 _SAMPLE = 1 << 16
-
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """Everything a worker needs to load a slice of the model; small and picklable."""
-
-    path: str
-    revision: str | None
-    dtype: str
-    experts_backend: str
-    attention: str
-    device: str
-    threads: int
-    checks: str = ""
-    """Folder of the storage where this model's self-checks lie; nothing is checked on load without one."""
-
-    def first_moe_layer(self) -> int:
-        """Whole-model index of the first layer with a router. Raises ModelError."""
-        return int(_model_facts(self.path, self.revision)["moe_layers"][0])
-
-    def weight_bytes(self) -> int:
-        """What the weights take in memory, from the configuration alone. Raises ModelError."""
-        import torch
-
-        from roma_ray.moe.whole import model_sizes
-
-        sizes = model_sizes(self.path, revision=self.revision)
-        return (sum(sizes.layers) + sizes.embedding + sizes.head) * int(getattr(torch, self.dtype).itemsize)
-
-    def numeric_identity(self) -> dict[str, Any]:
-        """The settings, beside the weights, that decide the bits of a forward pass, for fingerprints."""
-        identity: dict[str, Any] = {
-            "dtype": self.dtype,
-            "experts_backend": self.experts_backend,
-            "attention": self.attention,
-            "device": self.device,
-        }
-        return {**identity, "threads": self.threads} if self.device == "cpu" else identity
-
-    def load(self, start: int, stop: int | None, *, with_lm_head: bool) -> Slice:
-        """Load layers [start, stop) on this process's device, evaluation mode, frozen. Raises ModelError."""
-        import torch
-        from transformers.utils import logging
-
-        from roma_ray.moe.slices import load_slice
-
-        logging.disable_progress_bar()
-        set_threads(self.threads)
-        # Whatever mode the caller is in: the self-check differentiates.
-        with torch.inference_mode(False), torch.enable_grad():
-            part = load_slice(
-                self.path,
-                start=start,
-                stop=stop,
-                dtype=getattr(torch, self.dtype),
-                device=self.device,
-                revision=self.revision,
-                experts_backend=self.experts_backend,
-                attention=self.attention,
-                with_lm_head=with_lm_head,
-            )
-            if self.checks:
-                from roma_ray.engine.checks import ensure_checked
-
-                ensure_checked(part, self.checks)
-        return part
 
 
 @dataclass(frozen=True)
@@ -146,7 +77,7 @@ def resolve(
     token_positions(config.routing.tokens, 1)  # refuses an unknown name before any work
     store = Store(config.storage, config.reuse)
     spec, identity = resolve_model(config, device=device, measure=measure)
-    facts = _model_facts(spec.path, spec.revision)
+    facts = model_facts_of(spec.path, spec.revision)
     layers = select_layers(config.routing.layers, facts["moe_layers"])
     return Setup(
         config,
@@ -220,14 +151,6 @@ def resolve_path(path: str) -> str:
     return str(expanded.absolute()) if expanded.exists() else path
 
 
-def set_threads(threads: int) -> None:
-    """Give this process the configured number of CPU threads: sums depend on it in their last bits."""
-    import torch
-
-    os.environ["OMP_NUM_THREADS"] = str(threads)
-    torch.set_num_threads(threads)
-
-
 def model_identity(model: ModelConfig, path: str) -> str:
     """What tells this model from another: the hub id and revision, or a digest of the local folder's content."""
     folder = Path(path)
@@ -292,10 +215,3 @@ def _stored(path: str, revision: str | None) -> _Stored:
     config = snapshot.config()
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
     return _Stored(snapshot.revision, dtype, config.model_type in supported_families())
-
-
-@lru_cache(maxsize=8)
-def _model_facts(path: str, revision: str | None) -> dict[str, Any]:
-    from roma_ray.moe.slices import model_facts
-
-    return model_facts(path, revision=revision)

@@ -20,7 +20,7 @@ from roma_ray.artifacts import note_device
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extractor import Batches, ExtractWork, Result, batch_table, run_part, write_tensors
 from roma_ray.engine.forward import choice_scores
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
 from roma_ray.moe.snapshot import open_snapshot

@@ -10,7 +10,7 @@ import torch
 from roma_ray.artifacts import MANIFEST, file_digest, write_text
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.forward import lay_out
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.tables import read_prompts
 from roma_ray.errors import CacheError

@@ -19,8 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from roma_ray.artifacts import Stage, Store, write_atomically, write_json
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.tables import read_table, table_facts, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, CacheError, ModelError
@@ -230,12 +230,14 @@ class _Scorer:
     """A loaded model that scores planned batches."""
 
     def __init__(self, work: RequestWork) -> None:
+        from roma_ray.evaluation.running import load_scorer
+
         self.work = work
         self.plan: list[list[int]] = json.loads((Path(work.folder) / PLAN).read_text())
         table = read_table(Path(work.folder) / REQUESTS)
         contexts, continuations = (table.column(name).to_pylist() for name in LIKELIHOOD.names)
         self.requests = [Scorable(tuple(a), tuple(b)) for a, b in zip(contexts, continuations, strict=True)]
-        self.model = work.subject.load_scorer()
+        self.model = load_scorer(work.subject)
 
     def __call__(self, batch: int) -> Report:
         """Score one batch and write its file."""
@@ -306,10 +308,12 @@ class _Writer:
     """A loaded model that continues the prompts of planned batches."""
 
     def __init__(self, work: RequestWork) -> None:
+        from roma_ray.evaluation.running import load_writer
+
         self.work = work
         self.plan: list[list[int]] = json.loads((Path(work.folder) / PLAN).read_text())
         self.rows = read_table(Path(work.folder) / REQUESTS).to_pylist()
-        self.model = work.subject.load_writer()
+        self.model = load_writer(work.subject)
 
     def __call__(self, batch: int) -> Report:
         """Continue one batch's prompts and write its file."""

@@ -13,14 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config
-from roma_ray.engine.setup import ModelSpec, resolve_model, resolve_path, set_threads
+from roma_ray.engine.model_spec import ModelSpec, set_threads
+from roma_ray.engine.setup import resolve_model, resolve_path
 from roma_ray.errors import CheckpointError, ConfigError, ModelError
 from roma_ray.moe.exporting import read_routers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from roma_ray.evaluation.running import Scorer, Writer
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,6 @@ class Subject:
         if kind == "loglikelihood":
             return {"batch_tokens": self.batch_tokens}
         return {"generation_batch": self.generation_batch}
-
-    def load_scorer(self) -> Scorer:
-        """Load what loglikelihood batches need. Raises ModelError, CheckpointError, GuardError."""
-        from roma_ray.evaluation.running import load_scorer
-
-        return load_scorer(self)
-
-    def load_writer(self) -> Writer:
-        """Load what generation batches need. Raises ModelError, CheckpointError, GuardError."""
-        from roma_ray.evaluation.running import load_writer
-
-        return load_writer(self)
 
     def load_whole(self) -> PreTrainedModel:
         """The whole model as stock transformers loads it, in the judged type. Raises ModelError."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from roma_ray.config import check_epsilon
 from roma_ray.errors import ConfigError, NeighborError
+from roma_ray.manifold.quantiles import QUANTILES, quantiles
 from roma_ray.manifold.ranking import QuestionTable
 from roma_ray.manifold.search import BackendName
 from roma_ray.manifold.similarity import (
@@ -24,12 +25,13 @@ from roma_ray.manifold.similarity import (
     check_similarity,
     similarity_of_cosines,
 )
-from roma_ray.manifold.summary import EMPTY_LIMIT, QUANTILES, quantiles
 
 Method = Literal["knn", "epsilon", "random"]
 # Questions whose scores against all successes are held at once.
 BLOCK_ROWS = 2048
 EXACT_UP_TO = 200_000
+# Above this fraction of empty neighborhoods the manifold term trains on next to nothing: an error, not a result.
+EMPTY_LIMIT = 0.9
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-if TYPE_CHECKING:
-    from roma_ray.manifold.neighbors import Neighborhoods
-
-QUANTILES = (0.0, 0.05, 0.25, 0.5, 0.75, 0.95, 1.0)
-# Above this fraction of empty neighborhoods the manifold term trains on next to nothing: an error, not a result.
-EMPTY_LIMIT = 0.9
+from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.manifold.quantiles import QUANTILES, quantiles
 
 
 @dataclass(frozen=True)
@@ -47,17 +38,3 @@ def summarise(neighborhoods: Neighborhoods) -> NeighborSummary:
         similarities=quantiles(neighborhoods.similarities, QUANTILES),
         negative_fraction=float((neighborhoods.similarities < 0).double().mean()) if pairs else 0.0,
     )
-
-
-def quantiles(values_P: Tensor, at: Sequence[float] = QUANTILES) -> dict[str, float]:
-    """Linearly interpolated quantiles in fp64, keyed "q5" for 0.05; {} for no values.
-
-    `torch.quantile` refuses more than 2^24 values, which an epsilon-ball easily holds.
-    """
-    if not len(values_P):
-        return {}
-    sorted_P = values_P.double().sort().values
-    place = torch.tensor(at, dtype=torch.float64) * (len(sorted_P) - 1)
-    low, high = sorted_P[place.floor().long()], sorted_P[place.ceil().long()]
-    marks = low + (high - low) * (place - place.floor())
-    return {f"q{round(100 * q)}": float(mark) for q, mark in zip(at, marks, strict=True)}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from roma_ray.artifacts import unwritable
-from roma_ray.engine.setup import set_threads
+from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import WorkerError
 from roma_ray.stages.cluster import Cluster

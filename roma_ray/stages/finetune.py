@@ -21,7 +21,7 @@ from typing import Any
 from roma_ray.artifacts import note_device, read_manifest
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, Trainer, TrainJob
-from roma_ray.engine.setup import set_threads
+from roma_ray.engine.model_spec import set_threads
 from roma_ray.errors import RomaError
 from roma_ray.stages.cluster import Cluster, on_loopback
 from roma_ray.stages.environment import quiet_libraries

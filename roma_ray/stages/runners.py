@@ -10,9 +10,9 @@ from typing import Any
 from roma_ray.artifacts import Store
 from roma_ray.config import Config
 from roma_ray.engine.backends import measure_backends
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
-from roma_ray.engine.setup import ModelSpec
 from roma_ray.engine.work import Executor, serial
 from roma_ray.stages.baselines import baselines_on_ray
 from roma_ray.stages.batches import ray_executor

@@ -14,7 +14,7 @@ from typing import Any
 
 from roma_ray.config import PlacementConfig
 from roma_ray.engine.finetuning import TrainJob, train_here
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import ModelError
 from roma_ray.stages.cluster import Cluster

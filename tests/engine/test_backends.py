@@ -10,7 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from roma_ray.engine.backends import CANDIDATES, backend_file, kept_backend, measure_backends
-from roma_ray.engine.setup import ModelSpec, resolve
+from roma_ray.engine.model_spec import ModelSpec
+from roma_ray.engine.setup import resolve
 from roma_ray.engine.verification import verify_sample
 from roma_ray.errors import CacheError
 from roma_ray.pipeline import Run

@@ -26,6 +26,7 @@ from roma_ray.errors import ArtifactError, ConfigError, GuardError, QuestionErro
 from roma_ray.evaluation import tasks
 from roma_ray.evaluation.judge import METRICS, RESPONSES, Wanted, configure, judge, read_benchmarks
 from roma_ray.evaluation.requests import batch_file
+from roma_ray.evaluation.running import load_scorer
 from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.evaluation.tasks import leaves, load_tasks
 from roma_ray.moe.checkpoints import read_adapter, write_adapter
@@ -305,7 +306,7 @@ def test_the_reference_s_file_is_judged_as_the_adapter_is(judge_world: JudgeWorl
     one, other = (resolve_subject(judge_world.config, adapter=str(a)) for a in (judge_world.adapter, file))
     assert one.identity() == other.identity()
     assert other.layers
-    scorers = [subject.load_scorer() for subject in (one, other)]
+    scorers = [load_scorer(subject) for subject in (one, other)]
     first, second = (scorer.score([(5, 6, 7, 8)], [(9,)]).answers for scorer in scorers)
     assert first == second
     assert first["base"] != first["tuned"]

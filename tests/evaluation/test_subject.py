@@ -9,6 +9,7 @@ import pytest
 
 from roma_ray.config_reading import parse_config
 from roma_ray.engine import setup as resolution
+from roma_ray.engine.model_spec import model_facts_of
 from roma_ray.engine.setup import resolve
 from roma_ray.evaluation.subject import resolve_subject
 from roma_ray.moe import snapshot
@@ -47,7 +48,7 @@ def test_a_hub_model_is_judged_at_the_commit_that_its_branch_points_to(tmp_path:
         branch.append(commit)
         # Another process, later.
         resolution._stored.cache_clear()
-        resolution._model_facts.cache_clear()
+        model_facts_of.cache_clear()
         subject, trained = resolve_subject(config, adapter=None), resolve(config)
         assert subject.model == trained.model
         assert subject.model_identity == trained.model_identity

@@ -11,8 +11,8 @@ import psutil
 import pytest
 import ray
 
-from roma_ray.cluster_doctor import examine_cluster
 from roma_ray.config import Config
+from roma_ray.doctor.nodes import examine_cluster
 from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.stages import cluster as module
 from roma_ray.stages.cluster import Cluster, find_address

@@ -14,7 +14,7 @@ import pytest
 from roma_ray.artifacts import file_digest
 from roma_ray.config import Config
 from roma_ray.engine.finetuning import ADAPTER, TrainJob, train_job
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Report, Work
 from roma_ray.pipeline import Run
 from roma_ray.stages import finetune as finetune_module

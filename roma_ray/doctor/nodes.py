@@ -12,7 +12,7 @@ from typing import Any
 
 from roma_ray.artifacts import Store
 from roma_ray.config_reading import load_config
-from roma_ray.doctor import Check
+from roma_ray.doctor.check import Check
 from roma_ray.errors import RomaError
 from roma_ray.stages.cluster import Cluster, find_address, token_known
 

@@ -1,4 +1,4 @@
-"""`roma-ray doctor`: what is installed, what the machine has, whether the storage works; each fault with its remedy."""
+"""What `roma-ray doctor` finds out about this machine: versions, devices, the storage."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
-from typing import Literal
 
 from roma_ray.artifacts import Store, default_storage
+from roma_ray.doctor.check import Check
 from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import StorageError
 
@@ -34,28 +33,14 @@ _FAISS = ("faiss-cpu", "faiss-gpu", "faiss-gpu-cuvs")
 _LEAST_FREE_BYTES = 2 << 30
 
 
-@dataclass(frozen=True)
-class Check:
-    """One finding."""
-
-    name: str
-    state: Literal["ok", "note", "broken"]
-    detail: str
-    remedy: str = ""
-
-
-def examine(storage: str | None = None, address: str | None = None) -> Iterator[Check]:
-    """Run all checks of this machine and of the Ray cluster in sight."""
+def examine_machine(storage: str | None = None) -> Iterator[Check]:
+    """Run all checks of this machine."""
     yield _python()
     yield from _versions()
     yield _faiss()
     yield _minilm()
     yield from _devices()
     yield from _storage(storage)
-    if _installed("ray"):
-        from roma_ray.cluster_doctor import examine_cluster
-
-        yield from examine_cluster(address, storage)
 
 
 def _python() -> Check:
@@ -78,7 +63,8 @@ def _versions() -> Iterator[Check]:
         yield Check(package, "ok" if fits else "broken", version, "" if fits else remedy)
 
 
-def _installed(package: str) -> bool:
+def installed(package: str) -> bool:
+    """Whether a package of that name is."""
     try:
         metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -87,7 +73,7 @@ def _installed(package: str) -> bool:
 
 
 def _faiss() -> Check:
-    present = [package for package in _FAISS if _installed(package)]
+    present = [package for package in _FAISS if installed(package)]
     if len(present) > 1:
         return Check(
             "faiss",

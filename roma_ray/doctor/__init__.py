@@ -1,0 +1,1 @@
+"""`roma-ray doctor`: what is installed, what the machines have, whether the storage works; each fault with its remedy."""
