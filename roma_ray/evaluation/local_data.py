@@ -9,17 +9,14 @@ changes. A benchmark is whole or refused: no row is set aside.
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from roma_ray.errors import QuestionError
+from roma_ray.questions.jsonl import EmptyLine, jsonl_rows
+from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import LETTERS, BadRow, answer_index
 from roma_ray.text import printable
 
@@ -88,7 +85,7 @@ def read_splits(
     """Rows of `splits` in the data set's columns; rows of one file without a `split` are of `default`. Raises QuestionError."""
     found: dict[str, list[Row]] = {}
     for name, file in ((name, file) for name, some in files.items() for file in some):
-        for line, row in enumerate(read_rows(file), start=1):
+        for line, row in _rows(file):
             if part is not None and "subject" in row and task.endswith(f"_{part}") and row["subject"] != part:
                 continue
             split = name if name != WHOLE else row.get("split") or default
@@ -104,24 +101,17 @@ def read_splits(
     return found
 
 
-def read_rows(file: Path) -> Iterator[Row]:
-    """The objects of a JSON-lines or Parquet file. Raises QuestionError."""
-    try:
-        if file.name.endswith(".parquet"):
-            for batch in pq.ParquetFile(file).iter_batches():
-                yield from batch.to_pylist()
-            return
-        with (
-            gzip.open(file, "rt", encoding="utf-8") if file.suffix == ".gz" else open(file, encoding="utf-8") as stream
-        ):
-            for line in stream:
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise ValueError(f"a line is not an object: {printable(line, 60)}")
-                    yield row
-    except (OSError, ValueError, EOFError, RecursionError, pa.ArrowException) as error:
-        raise QuestionError(f"{file} cannot be read as rows: {printable(str(error), 200)}") from None
+def _rows(file: Path) -> Iterator[tuple[int, Row]]:
+    """The numbered rows of a JSON-lines or Parquet file, blank lines left out. Raises QuestionError at the first bad one."""
+    name, parquet = str(file), file.name.endswith(".parquet")
+    rows = parquet_rows(file, name=name, questions=False) if parquet else jsonl_rows(file, name=name)
+    for number, take in enumerate(rows, start=1):
+        try:
+            yield number, dict(take())
+        except EmptyLine:
+            continue
+        except BadRow as error:
+            raise QuestionError(f"{file}, row {number}: {error}") from None
 
 
 def to_hub_row(task: str, row: Row) -> Row:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roma_ray.questions.records import BadRow, answer_index
+from roma_ray.questions.shapes import KEY, labelled
 from roma_ray.questions.splits import seeded_key
 
 MAX_WRONG_CHOICES = 7
@@ -45,14 +46,16 @@ def each(convert: Callable[[Row, int], Parts]) -> Converter:
     return converter
 
 
-def commonsense_qa(row: Row, number: int) -> Parts:
-    """tau/commonsense_qa: id, question, choices {label, text}, answerKey."""
-    return _labelled(row, "question")
-
-
-def openbookqa(row: Row, number: int) -> Parts:
-    """allenai/openbookqa: id, question_stem, choices {label, text}, answerKey."""
-    return _labelled(row, "question_stem")
+def answer_key(row: Row, number: int) -> Parts:
+    """tau/commonsense_qa and allenai/openbookqa: id, question or question_stem, choices {label, text}, answerKey."""
+    choices = _cell(row, "choices")
+    if not isinstance(choices, Mapping) or choices.get("label") is None or choices.get("text") is None:
+        raise BadRow("the column `choices` has no label and text")
+    if not str(row.get(KEY) or "").strip():
+        raise BadRow("no answer")
+    found = labelled(row)
+    answer = answer_index(found["answer"], len(found["choices"]))
+    return Parts(found["question"], found["choices"], answer, None, str(row["id"]) if row.get("id") else None)
 
 
 def social_iqa(row: Row, number: int) -> Parts:
@@ -178,20 +181,6 @@ def shuffled(right: object, wrong: Sequence[object], id: str) -> tuple[list[obje
     order = sorted(range(len(wrong) + 1), key=lambda i: seeded_key(0, "choices", f"{id}/{i}"))
     choices = [right, *wrong]
     return [choices[i] for i in order], order.index(0)
-
-
-def _labelled(row: Row, question: str) -> Parts:
-    choices = _cell(row, "choices")
-    if not isinstance(choices, Mapping) or "label" not in choices or "text" not in choices:
-        raise BadRow("the column `choices` has no label and text")
-    labels, texts = choices["label"], choices["text"]
-    if not isinstance(labels, Sequence) or not isinstance(texts, Sequence) or len(labels) != len(texts):
-        raise BadRow("its choices and their labels do not match")
-    key = str(row.get("answerKey") or "").strip()
-    if not key:
-        raise BadRow("no answer")
-    answer = labels.index(key) if key in labels else answer_index(key, len(texts))
-    return Parts(_cell(row, question), texts, answer, None, str(row["id"]) if row.get("id") else None)
 
 
 def _label(row: Row, classes: int) -> int:

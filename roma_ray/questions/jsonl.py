@@ -1,4 +1,4 @@
-"""JSON lines, plain or gzipped, one question an object. A broken line spoils itself only; a broken gzip the file."""
+"""JSON lines, plain or gzipped, one object a line. A broken line spoils itself only; a broken gzip the file."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ import gzip
 import json
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from roma_ray.config import ColumnsConfig
 from roma_ray.documents import first_repeated
 from roma_ray.errors import QuestionError
-from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
-from roma_ray.questions.shapes import shaped
+from roma_ray.questions.records import BadRow
+from roma_ray.questions.shapes import Take
 from roma_ray.text import printable
 
 MAX_LINE_BYTES = 8 * 2**20
@@ -23,41 +23,22 @@ _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
 
 
-def read_jsonl(
-    path: Path,
-    *,
-    name: str,
-    task: str | None,
-    default_task: str,
-    split: str | None,
-    columns: ColumnsConfig | None = None,
-    max_line_bytes: int = MAX_LINE_BYTES,
-) -> Iterator[Question | Rejected]:
-    """Each line of the file as a `Question` or a `Rejected`; `name` stands for the file in both.
+class EmptyLine(BadRow):
+    """A line of nothing but blanks."""
+
+
+def jsonl_rows(path: Path, *, name: str, max_line_bytes: int = MAX_LINE_BYTES) -> Iterator[Take]:
+    """Each line of the file as what makes its row; `name` stands for the file in errors.
 
     Raises:
         QuestionError: the file cannot be opened or read to its end.
     """
     number = 0
-    shown = printable(name)
     try:
         with _opened(path) as stream:
-            for number, line in enumerate(_lines(stream, max_line_bytes), start=1):
-                id = default_id = f"{name}:{number}"
-                try:
-                    row = shaped(_row(line, max_line_bytes), columns)
-                    id = printable(row_id(row) or default_id)
-                    yield question_from_row(
-                        row,
-                        file=shown,
-                        line=number,
-                        default_id=default_id,
-                        task=task,
-                        default_task=default_task,
-                        split=split,
-                    )
-                except BadRow as error:
-                    yield Rejected(shown, number, printable(id), str(error))
+            for line in _lines(stream, max_line_bytes):
+                number += 1
+                yield partial(_row, line, max_line_bytes)
     except (OSError, EOFError, zlib.error) as error:
         raise QuestionError(f"{name} cannot be read after line {number}: {_reason(error)}") from error
 
@@ -98,7 +79,7 @@ def _row(line: bytes, max_line_bytes: int) -> dict[str, Any]:
     except UnicodeDecodeError as error:
         raise BadRow(f"invalid UTF-8 at byte {error.start + 1} of the line") from None
     if not text.strip():
-        raise BadRow("the line is empty")
+        raise EmptyLine("the line is empty")
     try:
         row = json.loads(text, object_pairs_hook=_object)
     except RecursionError:

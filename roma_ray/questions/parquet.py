@@ -1,4 +1,4 @@
-"""Parquet files of questions: the columns are checked against a fixed schema first, then read a batch at a time."""
+"""Rows of Parquet files; of questions the columns are checked against a fixed schema first, then read a batch at a time."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roma_ray.config import ColumnsConfig
+from roma_ray.documents import first_repeated
 from roma_ray.errors import QuestionError
-from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
-from roma_ray.questions.shapes import KEY, KNOWN, shaped, top_columns
+from roma_ray.questions.records import BadRow
+from roma_ray.questions.shapes import KEY, KNOWN, Take, top_columns
 from roma_ray.text import printable
 
 if TYPE_CHECKING:
@@ -32,18 +33,13 @@ COLUMNS = {
 REQUIRED = ("question", "choices", "answer")
 
 
-def read_parquet(
-    path: Path,
-    *,
-    name: str,
-    task: str | None,
-    default_task: str,
-    split: str | None,
-    columns: ColumnsConfig | None = None,
-) -> Iterator[Question | Rejected]:
-    """Each row of the file as a `Question` or a `Rejected`; lines are row numbers from 1; other columns are not read.
+def parquet_rows(
+    path: Path, *, name: str, columns: ColumnsConfig | None = None, questions: bool = True
+) -> Iterator[Take]:
+    """Each row of the file as what makes it; `name` stands for the file in errors.
 
-    Rows of another shape (`columns`, or the known one of `shapes`) are nested: their types are looked at row by row.
+    Of `questions` the columns that no question has are not read; rows of another shape (`columns`, or the known one of
+    `shapes`) are nested: their types are looked at row by row, as those of other files are.
 
     Raises:
         QuestionError: not a Parquet file, a corrupt one, a missing column or one of the wrong type.
@@ -52,29 +48,18 @@ def read_parquet(
     import pyarrow.parquet as pq
 
     number = 0
-    shown = printable(name)
     try:
         with pq.ParquetFile(path, memory_map=False, pre_buffer=False, page_checksum_verification=True) as file:
-            nested = _nested(file.schema_arrow, columns, name)
+            names = file.schema_arrow.names
+            nested = _nested(file.schema_arrow, columns, name) if questions else list(names)
             wanted = nested or _checked(file.schema_arrow, name)
+            twice = first_repeated(column for column in names if column in wanted)
+            if twice is not None:
+                raise QuestionError(f"{name} has the column `{printable(twice, 40)}` twice")
             for batch in file.iter_batches(batch_size=BATCH_ROWS, columns=wanted):
                 for take in _nested_rows(batch) if nested else _rows(batch):
                     number += 1
-                    id = default_id = f"{name}:{number}"
-                    try:
-                        row = shaped(take(), columns)
-                        id = printable(row_id(row) or default_id)
-                        yield question_from_row(
-                            row,
-                            file=shown,
-                            line=number,
-                            default_id=default_id,
-                            task=task,
-                            default_task=default_task,
-                            split=split,
-                        )
-                    except BadRow as error:
-                        yield Rejected(shown, number, printable(id), str(error))
+                    yield take
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         # Arrow decodes the names in a damaged file's schema itself, hence the second.
         raise QuestionError(
@@ -95,7 +80,7 @@ def _nested(schema: pa.Schema, columns: ColumnsConfig | None, name: str) -> list
     return [*needed, *(column for column in optional if column in schema.names)]
 
 
-def _nested_rows(batch: pa.RecordBatch) -> Iterator[Callable[[], dict[str, Any]]]:
+def _nested_rows(batch: pa.RecordBatch) -> Iterator[Take]:
     """The rows as plain values, each made by itself: one bad text must not spoil the others."""
     columns = {name: batch.column(name) for name in batch.schema.names}
 
@@ -131,9 +116,7 @@ def _checked(schema: pa.Schema, name: str) -> list[str]:
         hint = "; open-ended questions cannot be scored by their choices" if "choices" in missing else ""
         raise QuestionError(f"{name} has {lacking} (its columns: {held}){hint}")
     for column in found:
-        if schema.names.count(column) > 1:
-            raise QuestionError(f"{name} has the column `{column}` twice")
-        type_ = schema.field(column).type
+        type_ = schema.field(schema.names.index(column)).type
         if not _KINDS[COLUMNS[column]](type_):
             raise QuestionError(f"{name}: column `{column}` is of type {type_}, not {COLUMNS[column]}")
     return found
@@ -168,7 +151,7 @@ _KINDS: dict[str, Callable[[pa.DataType], bool]] = {
 }
 
 
-def _rows(batch: pa.RecordBatch) -> Iterator[Callable[[], dict[str, Any]]]:
+def _rows(batch: pa.RecordBatch) -> Iterator[Take]:
     """The rows with texts as bytes: Arrow does not check a file's UTF-8, and one bad text must not spoil the others."""
     columns = {name: _as_bytes(batch.column(name)) for name in batch.schema.names}
     for i in range(batch.num_rows):

@@ -12,10 +12,11 @@ from pathlib import Path
 from roma_ray.assets import assets_path
 from roma_ray.config import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
-from roma_ray.questions.jsonl import read_jsonl
-from roma_ray.questions.parquet import read_parquet
+from roma_ray.questions.jsonl import jsonl_rows
+from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.registry import Loader, load_dataset
+from roma_ray.questions.shapes import questions_of
 from roma_ray.text import printable
 
 logger = logging.getLogger(__name__)
@@ -122,8 +123,16 @@ def _open(source: QuestionSource, name: str, seed: int, loader: Loader | None) -
     path = question_file(source.path)
     suffix = _suffix(path)
     stem = path.name[: -len(suffix)] or path.name
-    read = read_parquet if suffix in PARQUET_SUFFIXES else read_jsonl
-    return read(path, name=name, task=source.task, default_task=stem, split=source.split, columns=source.columns)
+    parquet = suffix in PARQUET_SUFFIXES
+    return questions_of(
+        parquet_rows(path, name=name, columns=source.columns) if parquet else jsonl_rows(path, name=name),
+        name=printable(name),
+        ids=f"{name}:",
+        task=source.task,
+        default_task=stem,
+        split=source.split,
+        columns=source.columns,
+    )
 
 
 def question_file(name: str) -> Path:

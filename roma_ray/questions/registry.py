@@ -11,14 +11,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from roma_ray.config import ColumnsConfig
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import hub_schemas as hub
-from roma_ray.questions.records import BadRow, Question, Rejected, make_question, question_from_row, row_id
-from roma_ray.questions.shapes import shaped
+from roma_ray.questions.records import BadRow, Question, Rejected, make_question
+from roma_ray.questions.shapes import questions_of
 from roma_ray.questions.splits import seeded_key
 from roma_ray.text import printable
 
@@ -100,12 +101,12 @@ REGISTRY: dict[str, HubDataset] = {
         HubDataset(
             "commonsense_qa",
             8_000,
-            (HubPart("tau/commonsense_qa", None, "commonsense_qa", hub.each(hub.commonsense_qa)),),
+            (HubPart("tau/commonsense_qa", None, "commonsense_qa", hub.each(hub.answer_key)),),
         ),
         # allenai/social_i_qa itself is a loading script, which the `datasets` library no longer runs.
         HubDataset("social_iqa", 8_000, (HubPart("lighteval/siqa", None, "social_iqa", hub.each(hub.social_iqa)),)),
         HubDataset(
-            "openbookqa", 3_000, (HubPart("allenai/openbookqa", "main", "openbookqa", hub.each(hub.openbookqa)),)
+            "openbookqa", 3_000, (HubPart("allenai/openbookqa", "main", "openbookqa", hub.each(hub.answer_key)),)
         ),
         HubDataset("sciq", 3_000, (HubPart("allenai/sciq", None, "sciq", hub.each(hub.sciq)),)),
         HubDataset("knowref", 3_000, ()),
@@ -180,25 +181,20 @@ def _any_dataset(
     """The rows of any hub data set that were set aside, then a seeded sample of the others."""
     shown = f"{name}/{subset}" if subset else name
     questions: list[Question] = []
-    for number, row in enumerate(rows(name, subset, part), start=1):
-        id = default_id = f"{shown}-{part}-{number}"
-        try:
-            found = shaped(row, columns)
-            id = row_id(found) or default_id
-            questions.append(
-                question_from_row(
-                    found,
-                    file=shown,
-                    line=number,
-                    default_id=default_id,
-                    task=task,
-                    default_task=shown.partition("/")[2],
-                    split=split or "train",
-                )
-            )
-        except BadRow as error:
-            hint = "" if columns else " (`columns` says where a data set keeps them)"
-            yield Rejected(shown, number, printable(id), f"{error}{hint}")
+    for item in questions_of(
+        (partial(dict, row) for row in rows(name, subset, part)),
+        name=shown,
+        ids=f"{shown}-{part}-",
+        task=task,
+        default_task=shown.partition("/")[2],
+        split=split or "train",
+        columns=columns,
+        hint="" if columns else " (`columns` says where a data set keeps them)",
+    ):
+        if isinstance(item, Question):
+            questions.append(item)
+        else:
+            yield item
     yield from _sample(questions, len(questions) if limit is None else limit, seed)
 
 

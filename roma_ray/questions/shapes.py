@@ -9,11 +9,11 @@ An answer that is one of the labels, letter or digit, is the choice of that labe
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from roma_ray.config import ColumnsConfig
-from roma_ray.questions.records import BadRow
+from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
 from roma_ray.text import printable
 
 KEY = "answerKey"
@@ -23,6 +23,35 @@ KNOWN = ("question", "question_stem", "choices", KEY, "id", "task", "split", "co
 _OPTIONAL = ("context", "id", "task", "split")
 
 Row = Mapping[str, Any]
+Take = Callable[[], Row]
+"""Makes one row of a file; raises BadRow where it cannot be read, which spoils that row alone."""
+
+
+def questions_of(
+    rows: Iterable[Take],
+    *,
+    name: str,
+    ids: str,
+    task: str | None,
+    default_task: str,
+    split: str | None,
+    columns: ColumnsConfig | None,
+    hint: str = "",
+) -> Iterator[Question | Rejected]:
+    """Each row as a `Question` or a `Rejected`; `name` stands for their file, `ids` and the row's number for a missing id.
+
+    `hint` is added to each reason.
+    """
+    for number, take in enumerate(rows, start=1):
+        id = default_id = f"{ids}{number}"
+        try:
+            row = shaped(take(), columns)
+            id = row_id(row) or default_id
+            yield question_from_row(
+                row, file=name, line=number, default_id=default_id, task=task, default_task=default_task, split=split
+            )
+        except BadRow as error:
+            yield Rejected(name, number, printable(id), f"{error}{hint}")
 
 
 def shaped(row: Row, columns: ColumnsConfig | None) -> Row:
@@ -33,7 +62,7 @@ def shaped(row: Row, columns: ColumnsConfig | None) -> Row:
     """
     if columns is not None:
         return _mapped(row, columns)
-    return _known(row) if KEY in row and "answer" not in row else row
+    return labelled(row) if KEY in row and "answer" not in row else row
 
 
 def top_columns(columns: ColumnsConfig) -> tuple[list[str], list[str]]:
@@ -70,7 +99,8 @@ def _mapped(row: Row, columns: ColumnsConfig) -> Row:
     return found
 
 
-def _known(row: Row) -> Row:
+def labelled(row: Row) -> dict[str, Any]:
+    """A row of the known shape with the fields of a question. Raises BadRow where labels and choices do not match."""
     asked: Any = row.get("question", row.get("question_stem"))
     choices: Any = row.get("choices")
     if isinstance(asked, Mapping):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.evaluation.local_data import find_files, read_splits
 from roma_ray.evaluation.task_files import check_task_file
 from roma_ray.evaluation.tasks import leaves, load_tasks
+from roma_ray.questions.jsonl import MAX_LINE_BYTES
 from roma_ray.questions.prompts import PromptBuilder
 from roma_ray.templates import Renderer
 from tests.evaluation.conftest import write_rows
@@ -97,11 +99,31 @@ def test_own_columns_pass_unchanged_and_damage_is_named(tmp_path: Path) -> None:
     write_rows(tmp_path / "piqa" / "test.jsonl", [{**OWN, "label": -1}])
     assert read(tmp_path, "piqa") == {"validation": [OWN]}
     (tmp_path / "piqa" / "validation.jsonl").write_text("{broken\n")
-    with pytest.raises(QuestionError, match="cannot be read as rows"):
+    with pytest.raises(QuestionError, match="row 1: invalid JSON"):
         read(tmp_path, "piqa")
     (tmp_path / "piqa" / "validation.jsonl").rename(tmp_path / "piqa" / "validation.parquet")
-    with pytest.raises(QuestionError, match="cannot be read as rows"):
+    with pytest.raises(QuestionError, match="not a whole Parquet file"):
         read(tmp_path, "piqa")
+
+
+def test_rows_are_read_as_question_files_are(tmp_path: Path) -> None:
+    """Blank lines and gzip pass; over-long lines, repeated fields and bad UTF-8 are named with their line."""
+    place = tmp_path / "piqa" / "validation.jsonl"
+    write_rows(place, [OWN])
+    good = place.read_bytes()
+    place.write_bytes(b"\n" + good + b"  \n" + good)
+    assert read(tmp_path, "piqa") == {"validation": [OWN, OWN]}
+    for bad, reason in (
+        (b'{"goal": "' + b"x" * MAX_LINE_BYTES + b'"}', "longer than"),
+        (b'{"goal": 1, "goal": 2}', "`goal` occurs twice"),
+        (b'{"goal": "\xff"}', "invalid UTF-8"),
+    ):
+        place.write_bytes(good + bad)
+        with pytest.raises(QuestionError, match=f"row 2: .*{reason}"):
+            read(tmp_path, "piqa")
+    place.unlink()
+    place.with_suffix(".jsonl.gz").write_bytes(gzip.compress(good))
+    assert read(tmp_path, "piqa") == {"validation": [OWN]}
 
 
 @pytest.mark.parametrize("label", ["2", 2])

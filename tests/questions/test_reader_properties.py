@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from roma_ray.config import QuestionSource
 from roma_ray.errors import QuestionError
-from roma_ray.questions.jsonl import read_jsonl
+from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import Question, Rejected
+from roma_ray.questions.shapes import questions_of
 
 PROPERTY = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -35,7 +36,8 @@ LINES = st.lists(st.binary(max_size=60) | (ROWS | NEARLY_GOOD).map(lambda row: j
 
 
 def check(path: Path, lines_in: int) -> None:
-    rows = list(read_jsonl(path, name=path.name, task=None, default_task="t", split=None))
+    lines = jsonl_rows(path, name=path.name)
+    rows = list(questions_of(lines, name=path.name, ids="", task=None, default_task="t", split=None, columns=None))
     assert [row.line for row in rows] == list(range(1, lines_in + 1))
     for row in rows:
         if isinstance(row, Question):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import jsonl, readers
 from roma_ray.questions.readers import asset, iter_questions, read_questions
 from roma_ray.questions.records import Question, Rejected
+from roma_ray.questions.shapes import Take, questions_of
 
 GOOD: dict[str, Any] = {"id": "q1", "task": "t", "question": "Which?", "choices": ["one", "two"], "answer": "B"}
 
@@ -32,6 +34,10 @@ def write(path: Path, *lines: bytes, end: bytes = b"\n") -> Path:
 
 def read(*paths: Path, **source: Any) -> tuple[list[Question], list[Rejected]]:
     return read_questions([QuestionSource(path=str(path), **source) for path in paths])
+
+
+def made(lines: Iterator[Take]) -> list[Question | Rejected]:
+    return list(questions_of(lines, name="q", ids="q:", task=None, default_task="q", split=None, columns=None))
 
 
 def reason_of(tmp_path: Path, bad: bytes) -> Rejected:
@@ -130,7 +136,7 @@ def test_broken_lines_spoil_only_themselves(tmp_path: Path, bad: bytes, reason: 
 
 def test_over_long_lines_are_not_held_in_memory(tmp_path: Path) -> None:
     path = write(tmp_path / "q.jsonl", line(id="a"), line(context="x" * 5000), line(id="b"), end=b"")
-    rows = list(jsonl.read_jsonl(path, name="q", task=None, default_task="q", split=None, max_line_bytes=1000))
+    rows = made(jsonl.jsonl_rows(path, name="q", max_line_bytes=1000))
     assert [type(row).__name__ for row in rows] == ["Question", "Rejected", "Question"]
     assert isinstance(rows[1], Rejected)
     assert rows[1].reason == "the line is longer than 1000 bytes"
@@ -143,7 +149,7 @@ def test_the_length_limit_is_exact(tmp_path: Path, over: int, bom: bytes, end: b
     text = line()
     path = write(tmp_path / "q.jsonl", bom + text, end=end)
     limit = len(text) - over
-    rows = list(jsonl.read_jsonl(path, name="q", task=None, default_task="q", split=None, max_line_bytes=limit))
+    rows = made(jsonl.jsonl_rows(path, name="q", max_line_bytes=limit))
     assert [type(row).__name__ for row in rows] == ["Question" if over <= 0 else "Rejected"]
 
 
