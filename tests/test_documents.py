@@ -1,11 +1,13 @@
-"""What the documents show must work: their examples, tables and links against the code."""
+"""What the documents show must work: their examples, commands, tables and links against the code."""
 
 from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -15,34 +17,55 @@ from roma_ray.config_reading import load_config
 from roma_ray.questions.readers import read_questions
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = sorted(
+    [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "cluster/README.md", ROOT / "benchmarks/README.md"]
+)
+README = ROOT / "README.md"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+# What the jobs for `ray job submit` are.
+JOBS = {"full_pipeline": "run", "tune": "tune"}
+
+every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+def blocks(path: Path, language: str) -> list[str]:
+    """The code blocks of a document that are marked as of this language, or as of none."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```$", path.read_text(), re.DOTALL | re.MULTILINE)
+    return [text for marked, text in found if marked == language]
 
 
-def test_the_example_questions_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "my-questions.jsonl"
-    path.write_text("\n".join(blocks("json")))
-    questions, rejected = read_questions([QuestionSource(path=str(path))])
+def test_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 160
+
+
+@pytest.mark.parametrize(
+    ("path", "answers", "splits"), [(README, [0, 1], ["train", "test"]), (TUTORIAL, [0, 0, 0], None)]
+)
+def test_the_example_questions_are_read(
+    path: Path, answers: list[int], splits: list[str] | None, tmp_path: Path
+) -> None:
+    (rows,) = blocks(path, "json")
+    file = tmp_path / "my-questions.jsonl"
+    file.write_text(rows)
+    questions, rejected = read_questions([QuestionSource(path=str(file))])
     assert not rejected
-    assert [(q.id, q.answer, q.split) for q in questions] == [("tea-1", 0, "train"), ("tea-2", 1, "test")]
+    assert [question.answer for question in questions] == answers
+    assert [question.split for question in questions] == (splits or ["train", "test", "train"])
 
 
-def test_the_example_configuration_loads(tmp_path: Path) -> None:
-    recipe, example = blocks("yaml")
-    path = tmp_path / "my.yaml"
-    path.write_text(example)
-    assert len(load_config(path).questions.sources) == 2
-    path.write_text(recipe)
-    assert load_config(path).questions.prompt.format == "cloze"
+@pytest.mark.parametrize("path", [README, TUTORIAL])
+def test_the_example_configurations_load(path: Path, tmp_path: Path) -> None:
+    for n, text in enumerate(blocks(path, "yaml")):
+        file = tmp_path / f"{n}.yaml"
+        file.write_text(text)
+        config = load_config(file)
+    assert len(config.questions.sources) == 2
 
 
 def test_the_recipe_of_ones_own_questions_works_first_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """README's file and command, on rows of the shape that stands beside it: far above chance."""
-    recipe, _ = blocks("yaml")
+    """The tutorial's file and command, on rows of the shape that stands beside it: far above chance. What it prints has
+    README's lines."""
+    recipe, _ = blocks(TUTORIAL, "yaml")
     (tmp_path / "mine.yaml").write_text(recipe)
     rows = [json.loads(line) for line in (ROOT / "roma_ray/assets/questions/train.jsonl").read_text().splitlines()]
     known = [row for row in rows if row["task"] in ("home", "job")][:150]
@@ -52,12 +75,24 @@ def test_the_recipe_of_ones_own_questions_works_first_time(tmp_path: Path, monke
             answer = row["answer"] if isinstance(row["answer"], int) else "ABCD".index(row["answer"])
             stream.write(json.dumps({"query": row["question"], "options": options, "right": str(answer + 1)}) + "\n")
     monkeypatch.chdir(tmp_path)
-    done = CliRunner().invoke(main, ["local", "--config", "mine.yaml", "--quiet", "--summary", "summary.json"])
+    (command,) = [line for block in blocks(TUTORIAL, "") for line in commands(block) if "mine.yaml" in line]
+    done = CliRunner().invoke(main, [*command.split()[1:], "--summary", "summary.json"])
     assert done.exit_code == 0, done.output
     assert "chance" not in done.output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rejected"] == 0
     assert summary["splits"]["test"]["all"]["base_accuracy"] > 0.8
+    (terminal,) = blocks(README, "text")
+    shown, printed = terminal.splitlines()[1:], [shape(line) for line in done.output.splitlines()]
+    assert len(shown) in (10, 11, 12)
+    for line in shown:
+        assert any(other.startswith(shape(line.removesuffix("…").rstrip())) for other in printed), line
+
+
+def shape(line: str) -> str:
+    """A line that is printed, without what differs from run to run: figures, widths, names of files and tasks."""
+    line = re.sub(r"^│ \w+ ", "│ task ", line)
+    return re.sub(r" +", " ", re.sub(r"[-+]?\d[\d.,]*", "#", re.sub(r"[\w-]+\.jsonl", "FILE", line)))
 
 
 def test_every_set_in_the_documents_is_a_setting() -> None:
@@ -70,25 +105,92 @@ def _settings(text: str) -> list[str]:
     return re.findall(r"--set ([a-z_.]+=[^\s`.]+(?:\.\d+)?)", text.replace("section.key=value", ""))
 
 
-def test_every_command_in_the_readme_exists() -> None:
-    commands = set(re.findall(r"(?:^|`)roma-ray (\w+)", README, re.MULTILINE))
-    assert commands
-    assert commands <= set(main.commands)
+def commands(block: str) -> list[str]:
+    """The command lines of a block, continued ones joined, comments left out."""
+    return [line.strip() for line in re.sub(r"\s*\\\n\s*", " ", re.sub(r"(?m)(^|\s)#.*$", "", block)).splitlines()]
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.stem)
-def test_targets_and_files_exist(path: Path) -> None:
+def shown_commands(path: Path) -> list[str]:
+    """Every command line that a document shows, in blocks and within sentences."""
     text = path.read_text()
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
-    files = re.findall(r"`((?:roma_ray|configs|tests|\.ci)/[\w./]+)`", text)
-    missing = [name for name in links if not (path.parent / name).exists()]
-    missing += [name for name in files if not (ROOT / name).exists()]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE))
+    return [line for block in blocks(path, "") for line in commands(block)] + spans
+
+
+@every_document
+def test_commands_and_their_options_exist(path: Path) -> None:
+    faults = []
+    for line in shown_commands(path):
+        found = re.search(r"(?:^|-- |\s)(?:roma-ray|python (?:/opt/roma-ray/)?jobs/(\w+)\.py)(?: |$)(.*)", line)
+        if not found or (not found[1] and not re.match(r"(roma-ray|ray job submit) ", line)):
+            continue
+        words = shlex.split(found[2]) if not found[1] else [JOBS.get(found[1], found[1]), *shlex.split(found[2])]
+        if found[1] == "make_demo_assets" or not words or words[0].startswith("-"):
+            continue
+        command = main.commands.get(words[0])
+        options = {} if command is None else {name for option in command.params for name in option.opts}
+        if command is None or any(word.startswith("--") and word not in options for word in words[1:]):
+            faults.append(line)
+    assert not faults
+
+
+def test_every_command_is_described() -> None:
+    table = (ROOT / "docs" / "commands.md").read_text().partition("## Commands")[2].partition("## ")[0]
+    named = {
+        name
+        for row in re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+        for name in re.findall(r"`(?:roma-ray )?(\w+)`", row)
+    }
+    assert named == {name for name, command in main.commands.items() if isinstance(command, click.Command)}
+
+
+def anchors(path: Path) -> set[str]:
+    """The places in a Markdown file that links may name, as GitHub makes them of headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"^```.*?^```", "", path.read_text(), flags=re.DOTALL | re.MULTILINE), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@every_document
+def test_links_files_and_targets_exist(path: Path) -> None:
+    text = path.read_text()
+    for link, _, anchor in (match.partition("#") for match in re.findall(r"\]\(([^)\s]+)\)", text)):
+        if "://" in link:
+            continue
+        target = path.parent / link if link else path
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+    files = re.findall(r"`((?:roma_ray|configs|tests|docs|jobs|examples|cluster|\.ci)/[\w./-]+)`", text)
+    files += re.findall(r"python ((?:jobs|benchmarks|examples|docs)/\w+\.py)", text)
+    missing = [name for name in files if not (ROOT / name).exists()]
     assert not missing
     makefile = (ROOT / "Makefile").read_text()
     targets = set(
         re.findall(r"\bmake ([a-z]+)(?=[\s`])", re.sub(r"[^`]*?(```.*?```|`[^`]*`)", r"\1 ", text, flags=re.DOTALL))
     )
     assert targets <= set(re.findall(r"^(\w+):", makefile, re.MULTILINE)), targets
+
+
+def test_the_map_of_the_house_names_files_that_are_there() -> None:
+    table = (ROOT / "ARCHITECTURE.md").read_text().partition("## Where to look")[2].partition("## ")[0]
+    named = re.findall(r"`([\w./]+\.py)`", table)
+    assert len(named) > 50
+    assert not [name for name in named if not any((place / name).is_file() for place in (ROOT / "roma_ray", ROOT))]
+
+
+def test_the_map_of_the_documentation_names_every_page() -> None:
+    text = (ROOT / "docs" / "README.md").read_text()
+    assert not [
+        page.name for page in ROOT.glob("docs/*.md") if page.name != "README.md" and f"]({page.name})" not in text
+    ]
+
+
+@pytest.mark.parametrize("path", [README, *sorted(ROOT.glob("docs/*.md"))], ids=lambda path: path.name)
+def test_code_fits_the_page(path: Path) -> None:
+    found = re.findall(r"^```\w*\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+    widest = max((len(line) for block in found for line in block.splitlines()), default=0)
+    assert widest <= 100
 
 
 def test_the_constraints_pin_every_dependency_but_torch() -> None:
