@@ -11,16 +11,30 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
 from roma_ray.errors import ArtifactError, BusyError, StorageError
+from roma_ray.store.files import (
+    below,
+    create,
+    drop_empty,
+    exists,
+    listed,
+    read_json,
+    read_text,
+    remove,
+    remove_folder,
+    size,
+)
+from roma_ray.store.files import file_digest as file_digest
+from roma_ray.store.files import unwritable as unwritable
+from roma_ray.store.files import write_atomically as write_atomically
+from roma_ray.store.files import write_json as write_json
+from roma_ray.store.files import write_text as write_text
+from roma_ray.store.locks import Held, locked
 from roma_ray.versions import decisive_among, decisive_versions, differences, library_versions
 
 MANIFEST = "manifest.json"
@@ -49,64 +63,6 @@ def run_identity(planned: Mapping[str, Stage]) -> str:
 def comparison_identity(methods: Mapping[str, Sequence[Stage]]) -> str:
     """What makes two comparisons of methods the same."""
     return fingerprint({name: [stage.fingerprint for stage in stages] for name, stages in methods.items()})
-
-
-def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary)` and put the result at `path` whole: written aside, synced, renamed.
-
-    Raises StorageError when the storage is full, read-only or gone.
-    """
-    target = Path(path)
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        write(aside)
-        with open(aside, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(aside, target)
-        _sync_folder(target.parent)
-    except (OSError, SafetensorError) as error:
-        # safetensors has an error of its own for what the system refuses.
-        raise unwritable(target, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
-
-
-def unwritable(path: str | Path, error: Exception) -> StorageError:
-    """The error for a file that the storage, full, read-only or gone, did not take."""
-    return StorageError(
-        f"cannot write {path}: {getattr(error, 'strerror', None) or error}. Free some space or make it writable, or choose "
-        "another place with --storage (or $ROMA_RAY_STORAGE), and run the same command again: finished work is kept."
-    )
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON (non-finite numbers refused) atomically."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text atomically."""
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def default_storage() -> str:
@@ -145,22 +101,15 @@ class Store:
 
     @contextlib.contextmanager
     def _locked(self, *, shared: bool) -> Iterator[None]:
-        import fcntl
-
-        try:
-            handle = open(self.root / ".in-use", "a+")  # noqa: SIM115 - closed below, after the lock's use
-        except OSError as error:
-            raise unwritable(self.root, error) from error
-        with handle:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(handle, fcntl.LOCK_SH if shared else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                held.enter_context(locked(self.root / ".in-use", shared=shared, wait=shared))
+            except Held:
                 raise BusyError(
                     f"a run is at work in {self.root}: nothing was removed. Wait for it to end, or stop it."
                 ) from None
-            except OSError:
-                # Some network file systems have no locks; that no run is at work is then the user's promise.
-                pass
+            except OSError as error:
+                raise unwritable(self.root, error) from error
             yield
 
     def stage(self, name: str, settings: Mapping[str, Any], inputs: Mapping[str, str], version: int) -> Stage:
@@ -170,15 +119,13 @@ class Store:
 
     def begin(self, identity: str) -> None:
         """Note when the work of this identity (a run, a sweep, a comparison) was first started, where that is not noted yet."""
-        path = self.root / _BEGUN / identity
-        if not path.exists():
-            write_text(path, f"{time.time():.3f}")
+        create(self.root / _BEGUN / identity, f"{time.time():.3f}")
 
     def begun(self, identity: str) -> float | None:
         """When it was, in seconds since 1970; None where nobody noted it. Stages that ended before were not made by it."""
         path = self.root / _BEGUN / identity
         with contextlib.suppress(OSError, ValueError):
-            return float(path.read_text(encoding="utf-8"))
+            return float(read_text(path))
         return None
 
 
@@ -194,7 +141,7 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        return (self.path / MANIFEST).is_file()
+        return exists(self.path / MANIFEST)
 
     @property
     def reusable(self) -> bool:
@@ -212,9 +159,9 @@ class Stage:
 
     def _noted_makers(self) -> list[dict[str, str]]:
         notes = []
-        for path in sorted((self.path / _MAKERS).glob("[!.]*")):
+        for path in listed(self.path / _MAKERS, "[!.]*"):
             with contextlib.suppress(OSError, ValueError):
-                notes.append({str(name): str(version) for name, version in dict(json.loads(path.read_text())).items()})
+                notes.append({str(name): str(version) for name, version in dict(read_json(path)).items()})
         return notes
 
     def other_versions(self) -> str | None:
@@ -235,7 +182,7 @@ class Stage:
         here = decisive_versions(self.name)
         for versions in [here] if of is None else [{**here, **made} for made in of.makers()]:
             note = self.path / _MAKERS / fingerprint(versions)
-            if versions and not note.exists():
+            if versions and not exists(note):
                 write_json(note, versions)
 
     def manifest(self) -> dict[str, Any]:
@@ -245,10 +192,10 @@ class Stage:
     def finish(self, *, facts: Mapping[str, Any], seconds: float) -> None:
         """Write the manifest: this makes the stage complete. `facts` are counts and results worth reading later."""
         files = {}
-        for file in sorted(p for p in self.path.rglob("*") if p.is_file()):
+        for file in below(self.path):
             relative = file.relative_to(self.path).as_posix()
             if not relative.startswith(".") and relative != MANIFEST and "/." not in relative:
-                files[relative] = {"bytes": file.stat().st_size, "sha256": file_digest(file)}
+                files[relative] = {"bytes": size(file), "sha256": file_digest(file)}
         content = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
@@ -271,9 +218,9 @@ class Stage:
         self.check_makers()
         for relative, fact in self.manifest()["files"].items():
             file = self.path / relative
-            if not file.is_file():
+            if not exists(file):
                 raise ArtifactError(f"{file} is missing; remove {self.path} and run again to recompute it")
-            if file.stat().st_size != fact["bytes"] or file_digest(file) != fact["sha256"]:
+            if size(file) != fact["bytes"] or file_digest(file) != fact["sha256"]:
                 raise ArtifactError(
                     f"{file} is not what was written (corrupted or truncated); remove {self.path} and run again"
                 )
@@ -281,33 +228,19 @@ class Stage:
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[None]:
         """Hold the stage's lock. Raises BusyError when another process is writing, StorageError as writes do."""
-        import fcntl
-
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            handle = open(self.path / ".lock", "a+")  # noqa: SIM115 - closed below, after the lock's use
-        except OSError as error:
-            raise StorageError(
-                f"cannot write in {self.path}: {error.strerror or error}. Choose another place with --storage."
-            ) from error
-        with handle:
+        with contextlib.ExitStack() as held:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                handle.seek(0)
-                holder = handle.read().strip() or "unknown"
+                held.enter_context(locked(self.path / ".lock", sign=True))
+            except Held as other:
                 raise BusyError(
-                    f"another run ({holder}) is writing the {self.name} stage {self.fingerprint}. Wait for it to end, or stop it, "
-                    "then run the same command again."
+                    f"another run ({str(other) or 'unknown'}) is writing the {self.name} stage {self.fingerprint}. Wait for it to "
+                    "end, or stop it, then run the same command again."
                 ) from None
-            except OSError:
-                # Some network file systems have no locks; a single driver is then the user's promise.
-                pass
-            # Who holds it is for the message alone; a full storage will be told where it matters.
-            with contextlib.suppress(OSError):
-                handle.truncate(0)
-                os.write(handle.fileno(), f"{os.uname().nodename}, pid {os.getpid()}".encode())
-            if self.identity and not (self.path / IDENTITY).exists():
+            except OSError as error:
+                raise StorageError(
+                    f"cannot write in {self.path}: {error.strerror or error}. Choose another place with --storage."
+                ) from error
+            if self.identity and not exists(self.path / IDENTITY):
                 with contextlib.suppress(StorageError):
                     write_json(self.path / IDENTITY, self.identity)
             try:
@@ -321,14 +254,10 @@ class Stage:
 
     def _leave_nothing(self) -> None:
         """Remove the folder of a stage that ended before it wrote anything."""
-        own = {".lock", IDENTITY, _MAKERS}
         with contextlib.suppress(OSError):
-            if {file.name for file in self.path.iterdir()} <= own:
-                shutil.rmtree(self.path / _MAKERS, ignore_errors=True)
-                for name in own - {_MAKERS}:
-                    (self.path / name).unlink(missing_ok=True)
-                self.path.rmdir()
-                self.path.parent.rmdir()
+            if {file.name for file in listed(self.path)} <= {".lock", IDENTITY, _MAKERS}:
+                remove_folder(self.path)
+                drop_empty(self.path.parent)
 
     def release(self, names: Iterable[str]) -> None:
         """Remove some files of a complete stage to free their space: the manifest says so, and the others stay checked."""
@@ -337,7 +266,7 @@ class Stage:
         content["released"] = {**content.get("released", {}), **gone}
         write_json(self.path / MANIFEST, {**content, "digest": _content_digest(content)})
         for name in names:
-            (self.path / name).unlink(missing_ok=True)
+            remove(self.path / name)
 
     @property
     def released(self) -> bool:
@@ -346,20 +275,18 @@ class Stage:
 
     def discard(self) -> None:
         """Remove the stage's output, the manifest first, so that a crash leaves it incomplete, not wrong."""
-        (self.path / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        remove(self.path / MANIFEST)
+        remove_folder(self.path)
 
 
 def note_device(folder: str | Path, kind: str) -> None:
     """Note in a stage's folder that a device of this kind works on it; kept over kills, so that a resume on another is seen."""
-    path = Path(folder) / _DEVICES / fingerprint(kind)
-    if not path.exists():
-        write_text(path, kind)
+    create(Path(folder) / _DEVICES / fingerprint(kind), kind)
 
 
 def noted_devices(folder: str | Path) -> list[str]:
     """The kinds of devices that have worked on a stage, by name. Results on more than one kind may differ in their last bits."""
-    return sorted(path.read_text(encoding="utf-8") for path in (Path(folder) / _DEVICES).glob("[!.]*"))
+    return sorted(read_text(path) for path in listed(Path(folder) / _DEVICES, "[!.]*"))
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:
@@ -372,7 +299,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check `folder/manifest.json`. Raises ArtifactError."""
     path = Path(folder) / MANIFEST
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError:
         raise ArtifactError(f"{folder} holds no complete stage (no {MANIFEST}); run the stage again") from None
     except (OSError, ValueError, RecursionError) as error:

@@ -13,7 +13,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "roma_ray"
 
-GROUND = {"errors", "addresses", "text", "documents", "templates", "config", "artifacts"}
+GROUND = {"errors", "addresses", "text", "documents", "templates", "config", "store", "artifacts"}
 ROOMS = GROUND | {"questions", "moe", "manifold", "assets"}
 WORK = ROOMS | {"engine"}
 JUDGED = WORK | {"evaluation", "baselines"}
@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "documents": {"text"},
     "templates": {"errors", "text"},
     "config": {"errors", "addresses", "text", "documents"},
-    "artifacts": {"errors", "addresses", "text", "documents", "config"},
+    "store": {"errors"},
+    "artifacts": {"errors", "addresses", "text", "documents", "config", "store"},
     "assets": set(),
     "storage": GROUND,
     "questions": GROUND | {"assets"},
