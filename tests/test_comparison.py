@@ -112,3 +112,33 @@ def test_unknown_methods_are_refused_before_any_work(tmp_path: Path) -> None:
     assert found.exit_code == 2
     assert "did you mean roma?" in found.output
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [("local", "print_result"), ("baselines", "print_comparison"), ("evaluate", "print_benchmarks")],
+)
+def test_results_are_written_before_they_are_shown(
+    world: Path, monkeypatch: pytest.MonkeyPatch, command: str, shown: str
+) -> None:
+    """A terminal that cannot show the table (a full device, a closed pipe) loses no hour of work."""
+
+    def breaks(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    module = "roma_ray.cli_judge" if command == "evaluate" else "roma_ray.cli_results"
+    monkeypatch.setattr(f"{module}.{shown}", breaks)
+    questions = world / "asked.jsonl"
+    questions.write_text('{"question": "One?", "choices": ["a", "b"], "answer": 0}\n')
+    summary = world / f"{command}.json"
+    options = {
+        "local": [],
+        "baselines": ["--local", "--methods", "base"],
+        "evaluate": ["--address", "local", "--base-only", "--tasks", str(questions)],
+    }[command]
+    done = CliRunner().invoke(
+        main, [command, "--quiet", "--config", str(world / "config.yaml"), "--summary", str(summary), *options]
+    )
+    assert done.exit_code == 1, done.output
+    assert isinstance(done.exception, OSError), done.output
+    assert json.loads(summary.read_text())
