@@ -65,7 +65,7 @@ def parse_config(data: Mapping[str, Any], origin: str = "the configuration") -> 
     try:
         return Config.model_validate(data)
     except ValidationError as error:
-        # Alternatives of one setting, and a list that a bad item left empty, each add a fault of their own: one line a place.
+        # pydantic reports each alternative of a union, and a list emptied by a bad item, as faults too: keep one line a place.
         faults: dict[str, Any] = {}
         above: set[str] = set()
         for fault in error.errors(include_url=False):
@@ -132,7 +132,7 @@ def _explain(fault: dict[str, Any], where: str) -> str:
     """One readable line for a pydantic fault, with the nearest valid name for an unknown key."""
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "value_error" and isinstance(fault.get("input"), dict):
-        # The section's own words name the setting; its whole content would only bury them.
+        # The message names the setting already; the section's whole content is left out.
         return f"{where}: {message}" if where else message
     if fault["type"] == "missing" and where in _WANTED:
         return f"{where}: {_WANTED[where]}"
@@ -145,7 +145,7 @@ def _explain(fault: dict[str, Any], where: str) -> str:
 
 
 def meant(key: Sequence[str | int]) -> str:
-    """What a reader is told of a setting that there is not: the one that was probably meant, wherever it stands."""
+    """The message for an unknown setting: it names the nearest valid one of any section."""
     parts = [part for part in key if isinstance(part, str)]
     everywhere = all_settings()
     elsewhere = [name for name in everywhere if name.rpartition(".")[2] == parts[-1]]

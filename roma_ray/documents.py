@@ -13,25 +13,25 @@ import yaml
 from roma_ray.text import printable
 
 MOST_CHARACTERS = 1 << 18
-"""Of a YAML document, its aliases written out. The largest of ours have some thousand."""
+"""Most characters of a YAML document with its aliases expanded; the largest of this project have some thousand."""
 MOST_VALUES = 1 << 16
-"""Keys and values of one, aliases written out."""
+"""Most keys and values of a document with its aliases expanded."""
 MOST_DIGITS = 400
-"""Of a number: one written to base 60, as YAML allows, takes time by the square of its length."""
+"""Most characters of a number: one written to base 60, as YAML allows, takes time by the square of its length."""
 MOST_LEVELS = 64
-"""Of sections within sections. PyYAML looks at every open one again at each token."""
+"""Most sections within sections: PyYAML looks at every open one again at each token."""
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with an end to nesting."""
+    """PyYAML's safe loader with a limit on nesting."""
 
     def fetch_flow_collection_start(self, TokenClass: type[Any]) -> None:
-        """Another { or [."""
+        """Count an opened { or [."""
         super().fetch_flow_collection_start(TokenClass)
         self._check_depth(self.flow_level)
 
     def add_indent(self, column: int) -> bool:
-        """Another column that lines begin in."""
+        """Count an opened level of indentation."""
         added: bool = super().add_indent(column)
         self._check_depth(len(self.indents))
         return added
@@ -132,7 +132,7 @@ def first_repeated(keys: Iterable[str]) -> str | None:
 
 def read_text(path: Path, most_characters: int) -> str:
     """A small text file. Raises OSError; ValueError where it is no regular file, no UTF-8, or longer than it may be."""
-    # Not to wait for ever for one who writes into a pipe.
+    # A pipe may never end.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(handle, encoding="utf-8") as stream:
         if not stat.S_ISREG(os.fstat(handle).st_mode):

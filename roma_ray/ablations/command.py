@@ -40,7 +40,7 @@ def dry_run(space: Space) -> list[str]:
         except ModelError as error:
             if space.centre.device != "cuda" and not isinstance(error, UnmeasuredError):
                 raise
-            # A GPU that is not here or was never measured: what trials share is the same on a CPU.
+            # Without a measured GPU, count for a CPU: what trials share is the same.
             return describe(make_plan(space, "cpu"))
     except (ModelError, QuestionError) as error:
         return without_model(space, error)
@@ -74,10 +74,10 @@ def revisit(space: Space, progress: Progress) -> tuple[Sweep, Path | None]:
 
 
 def _plans(space: Space) -> Sequence[Plan]:
-    """The sweep here, and, as `device: auto` may have meant a cluster's GPUs, on the other kind of device."""
+    """The sweep as this machine resolves it and, for `device: auto`, as a machine with the other kind of device would."""
     found = []
     for device in ("cuda", "cpu") if space.centre.device == "auto" else (None,):
-        # On GPUs that no run ever used there is nothing to look for.
+        # No run of this storage used a GPU: there is no sweep of one to find.
         with suppress(UnmeasuredError) if device == "cuda" else nullcontext():
             found.append(make_plan(space, device))
     return found
@@ -90,7 +90,7 @@ def failures(sweep: Sweep) -> list[str]:
 
 @dataclass(frozen=True)
 class Told:
-    """What a finished trial or more say."""
+    """The findings of the finished trials."""
 
     headline: str
     ranking: Table

@@ -30,7 +30,7 @@ Values = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Value:
-    """A mean with what it may be off by, each kind of error by itself."""
+    """A mean with two standard errors, over questions and over seeds, kept apart."""
 
     mean: float
     questions: float
@@ -140,7 +140,7 @@ class Findings:
 
     @property
     def first(self) -> Finished:
-        """A trial that says what all have in common: the base model, the questions."""
+        """Any trial: for what all of them share, the base model and the questions."""
         return (self.centre or self.results[0]).finished[0]
 
     @property

@@ -40,7 +40,7 @@ class Column:
         """What a trial has of it, as a cell."""
         named = [level for factor, level in trial.factors if factor == self.factor and level != CENTRE]
         if named:
-            # Different words for one run, such as All and L5 of a model with five layers.
+            # Two names of one configuration, such as All and L5 of a model with five layers.
             return " = ".join(dict.fromkeys(named))
         values = self.values(trial.config)
         for level, wanted in self.levels:
@@ -81,7 +81,7 @@ def _changed(centre: Config, keys: Sequence[str], change: dict[str, Any]) -> tup
     data = centre.model_dump(mode="json")
     for key, value in change.items():
         put(data, key, value, "a level")
-    # Values as the configuration has them: a checked 1 is 1.0 where the setting is a fraction.
+    # Compare values as the configuration types them: 1 becomes 1.0 where the setting is a fraction.
     return _values(Config.model_validate(data), keys)
 
 

@@ -44,7 +44,7 @@ MOST_TRIALS = 2000
 CENTRE = "centre"
 # Settings that decide where a run lives and is shown, not what comes out.
 _OUTSIDE = ("name", "storage", "reuse", "tracking", "ray")
-# What trials of a grid or a sample are tagged with, where those of a factor have its name.
+# Tags of trials of a grid or a sample; trials of a factor are tagged with its name.
 _PRODUCT = re.compile(r"grid( \d+)?|sample")
 Values = Mapping[str, Any]
 
@@ -105,7 +105,7 @@ class Range(Section):
         return generator.choice(self.choice)
 
     def ends(self) -> list[Any]:
-        """Values that show whether a setting takes this range: all choices, else both ends."""
+        """Values to check a setting with: all choices, or both ends of the range."""
         return list(self.choice or self.uniform or self.log_uniform or self.integer or ())
 
 
@@ -115,9 +115,9 @@ class Scheduler(Section):
     kind: Literal["fifo", "asha"] = "fifo"
     """`fifo` finishes every trial; `asha` stops the worse ones early."""
     grace_epochs: int = Field(default=1, ge=1)
-    """`asha`: no trial is stopped before."""
+    """`asha`: epochs that every trial gets."""
     reduction_factor: float = Field(default=3, gt=1)
-    """`asha`: one in so many goes on at each rung."""
+    """`asha`: the best one in this many goes on at each rung."""
 
 
 class SpaceFile(Section):

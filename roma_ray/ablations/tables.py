@@ -17,7 +17,7 @@ from roma_ray.evaluation.statistics import Paired, p_value, with_error
 from roma_ray.figures.tables import Table, write_csv
 
 SHIFTED = "†"
-"""Behind a difference that lives in a shift between answers alone."""
+"""Marks a difference that is explained by a shift between answers alone."""
 _Cell = tuple[str, Callable[[Result], str]]
 
 

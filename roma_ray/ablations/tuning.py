@@ -1,4 +1,4 @@
-"""Trials on Ray Tune: which go where and when is Tune's, what they do and where they resume is not.
+"""Trials on Ray Tune, which decides where and when a trial runs; what it does and where it resumes is decided here.
 
 Tune's own experiment state is thrown away: a trial's stages on the storage say what is done, and its checkpoint where it
 goes on. So a killed driver, a killed trial and a lost node all end in the same command finishing what is missing.
@@ -28,7 +28,7 @@ from roma_ray.stages.failures import as_deaths, packed
 METRIC = "validation_accuracy"
 _FAILURE, _COMPLETE = "failure", "complete"
 _RUNS = ".tune"
-# What directs a trial of several workers only waits; the workers take what they need themselves.
+# The process that directs a trial of several workers only waits; its workers ask for CPUs and GPUs themselves.
 _DIRECTOR_CPUS = 0.1
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -36,7 +36,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     # Nothing is resumed from Tune's own state, and writing it costs more than a short trial.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
-    # Its own tables and tracebacks; what they would say is told once, by trial.
+    # No tables and tracebacks of Tune's own: a failed trial is reported once, by its name.
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 
@@ -173,7 +173,7 @@ def _fit(
             run_config=tune.RunConfig(
                 name=uuid.uuid4().hex[:12],
                 storage_path=str(runs),
-                # Of deaths: what a trial raises never reaches Tune.
+                # Retries after deaths of the process only: an exception in a trial never reaches Tune.
                 failure_config=tune.FailureConfig(max_failures=cluster.config.ray.max_failures),
                 callbacks=[_Relay(hear)],
                 stop=_StopAll() if stop_on_failure else None,

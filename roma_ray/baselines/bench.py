@@ -62,7 +62,7 @@ class Bench:
     trunk: Cost | None = None
     """What the trunk costs a question, once it was measured."""
     advance: Callable[..., None] = _ignore
-    """Hears of finished work."""
+    """Receives progress."""
     _heads: dict[str, Slice] = field(default_factory=dict, repr=False)
 
     @property

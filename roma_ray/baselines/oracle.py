@@ -29,7 +29,7 @@ _LEAST = 1e-6
 
 @dataclass(frozen=True)
 class Optimum:
-    """The best routing found for some questions, and what it gives."""
+    """The best routing found for some questions, with its loss and scores."""
 
     routing_QLE: Tensor
     scores: list[list[float]]

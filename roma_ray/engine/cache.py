@@ -118,7 +118,7 @@ def open_states(model: ModelSpec, extraction: str | Path, cut: int) -> States:
 
 
 def _of_gold(own: Tensor, prompt: Prompt, prefix: int) -> list[Tensor]:
-    """The parts of a question's states that its gold continuation alone runs on."""
+    """The states of a question's prompt and gold continuation, without the other choices."""
     base = len(prompt.prompt_ids) - prefix
     start = base + sum(len(ids) - 1 for ids in prompt.choice_ids[: prompt.answer])
     return [own[:base], own[start : start + len(prompt.choice_ids[prompt.answer]) - 1]]
@@ -160,5 +160,5 @@ def prefetched(make: Callable[[Item], Made], items: Iterable[Item], ahead: int =
         for future in waiting:
             yield future.result()
     finally:
-        # A caller that stops does not wait for what nobody will read.
+        # When the caller stops early, items that have not begun are dropped.
         pool.shutdown(cancel_futures=True)

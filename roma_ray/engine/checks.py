@@ -40,7 +40,7 @@ def ensure_checked(part: Slice, folder: str) -> None:
 
 
 def read_checks(folder: str | Path) -> list[dict[str, Any]]:
-    """The self-checks that lie in a folder; a damaged one is as none, and is done again."""
+    """The self-checks kept in a folder; a damaged file counts as missing, so that check is done again."""
     found = []
     for file in sorted(Path(folder).glob("[0-9]*.json")):
         try:

@@ -56,7 +56,7 @@ def refuse(setup: Setup, questions: Stage, stage: Stage, execute: Executor) -> M
     reasons = Counter(failed.values()).most_common()
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons[:_SHOWN])
     more = f"; and {len(reasons) - _SHOWN} other reasons" if len(reasons) > _SHOWN else ""
-    # The same one whatever ran first.
+    # The same question on every run, whatever order the batches ran in.
     first = min((row for row, reason in failed.items() if reason == NOT_FINITE), default=None)
     origin = "" if first is None else f" {_origin(setup, questions, stage, first, execute)}."
     so_far = f" so far (of {total:,} in all)" if seen < total else ""

@@ -28,7 +28,7 @@ from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
 
 VERSION = 2
 TABLE = "questions.parquet"
-# One of them is in every folder that a tokenizer can be loaded from.
+# Every folder that a tokenizer can be loaded from has one of these files.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
@@ -148,7 +148,7 @@ def expected_sources(setup: Setup) -> tuple[SourceCount, ...] | None:
 
 
 def sources_of(stage: Stage) -> tuple[SourceCount, ...]:
-    """What a finished stage's sources gave to each part; empty for a stage of before they were counted."""
+    """How many questions each source of a finished stage gave to each part; empty for stages of older versions, which kept no counts."""
     return tuple(SourceCount.of(facts) for facts in stage.manifest()["facts"].get("sources", ()))
 
 
@@ -163,7 +163,7 @@ def load_tokenizer(path: str, revision: str | None) -> Any:
             "weights come from into the folder"
         )
     try:
-        # Said, for a library that is not told asks at the terminal whether a stranger's code may run.
+        # Say no explicitly: by default the library asks at the terminal whether remote code may run.
         return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, AttributeError) as error:
         raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
@@ -189,7 +189,7 @@ def _sources(sources: Sequence[QuestionSource]) -> list[dict[str, Any]]:
 
 @lru_cache
 def _digest(path: Path, inode: int, size: int, changed: int) -> str:
-    """A sweep asks for the same file's digest hundreds of times; a file that has changed is another one here."""
+    """A file's digest, cached by path, inode, size and time: a sweep asks for it hundreds of times."""
     return file_digest(path)
 
 

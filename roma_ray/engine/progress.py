@@ -1,4 +1,4 @@
-"""What a run tells while it works. Quiet lines here; the command line brings a live view with the same three calls."""
+"""Progress of a run: the interface, and plain lines on stderr. `terminal.py` implements it as live bars."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class Progress(Protocol):
 
 
 class Pace:
-    """How fast units are done, and how long the rest takes. What came before the first of them, starting and loading, is no part
-    of it: the clock starts when the work of the first advance began, where that tells its seconds, else when it was done.
+    """Rate and time left. Starting and loading are not counted: the clock starts when the first unit's work began, where its
+    seconds are known, else when the first unit was done.
     """
 
     def __init__(self, total: float, done: float) -> None:
