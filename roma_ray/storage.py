@@ -38,10 +38,10 @@ KINDS = {
     "base": "base scores",
     "states": "states of benchmarks",
 }
-"""What a stage is called that nothing is built on, by the name of its folder; the largest whole first."""
-# They only speed up what others would compute again, and no stage names them as its input.
+"""What a run is called, by the stage that it ends in; the stages that most runs contain come last."""
+# Shared work that only saves time: no stage names it as its input.
 _HELPERS = ("base", "states")
-# Where a run that was stopped between two stages may end; one that was to end there left its configuration.
+# A run that was stopped between two stages ends in one of these. One that was meant to end there left its configuration.
 _PARTS = ("questions", "extract", "embed", "neighbors", "requests")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
 
@@ -60,7 +60,7 @@ class Item:
     """When it was finished, or last written to: seconds since 1970."""
     bytes: int
     cache_bytes: int
-    """Activations among them: what can be computed again and is needed by new work alone."""
+    """Bytes of activations: they can be computed again, and only new training needs them."""
     users: list[Item] = field(default_factory=list)
     """Stages that are built on it, directly."""
 
@@ -127,7 +127,7 @@ class Storage:
         return list(reversed(found.values()))
 
     def alone(self, *runs: Item) -> list[Item]:
-        """What the runs are built on and no other run is: what goes with them. Helpers of an extraction go with it."""
+        """The stages that only these runs need, and that are removed with them; shared helpers of an extraction go with it."""
         others = [run for run in self.runs() if run not in runs]
         kept = {item.id for item in self.needs(*others)}
         mine = [item for item in self.needs(*runs) if item.id not in kept]
@@ -183,7 +183,7 @@ class Storage:
             for removal in removals:
                 stage = removal.item.stage
                 if stage.path.is_symlink() or stage.path.parent.is_symlink():
-                    continue  # it became one since it was looked at
+                    continue  # it became a link after it was listed
                 with stage.exclusive():
                     if removal.cache_alone:
                         stage.release(_cache_names(stage.path))

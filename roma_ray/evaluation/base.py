@@ -56,7 +56,7 @@ def base_scores(stage: Stage, rows: Sequence[int], score: Callable[[], Scores]) 
                 _write(stage, scores)
                 stage.finish(facts={"rows": len(scores.rows)}, seconds=time.monotonic() - started)
     except BusyError:
-        # Another trial is at it. Waiting would take as long, and more where it dies.
+        # Another trial is computing the same scores. Waiting would take as long, and longer if it dies.
         return score()
     return _read(stage, rows)
 

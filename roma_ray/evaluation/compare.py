@@ -190,7 +190,7 @@ def has_tuned(folder: Path) -> bool:
 
 
 def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = False) -> Comparison:
-    """The comparison with the first column: a row for every benchmark that any run has, so that none is left out unsaid.
+    """Compare all columns with the first: one row for every benchmark that any run has.
 
     Raises GuardError when the first run shares no benchmark with the others, or runs have one with different pins.
     """

@@ -219,7 +219,7 @@ def published(found: Mapping[str, Any], subject: Subject, wanted: Wanted) -> dic
     }
     kept["lm_eval_version"] = __version__
     for config in kept["configs"].values():
-        # A question file's rows are in the table of answers; here they would bury the rest.
+        # A question file's rows are in the table of answers already; they would make this file huge.
         if isinstance(config.get("dataset_kwargs"), dict):
             config["dataset_kwargs"] = {k: v for k, v in config["dataset_kwargs"].items() if k != "rows"}
     cleaned: dict[str, Any] = _finite(json.loads(json.dumps(kept, default=handle_non_serializable)))

@@ -91,7 +91,7 @@ def shift(
 
 
 def lives_in_shift(plain: Paired, corrected: Paired) -> bool:
-    """Whether a difference is nothing but a shift between answers: significant, and then within its error or reversed."""
+    """Whether a difference is only a shift between answers: significant as it is, but within its error or reversed once corrected."""
     gone = abs(corrected.difference) <= corrected.difference_stderr
     reversed_ = corrected.difference * plain.difference < 0
     return significant(plain.p) and (gone or reversed_)

@@ -101,7 +101,7 @@ class Subject:
         return open_snapshot(self.model.path, self.model.revision).config()
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without weights, for what only asks for its configuration."""
+        """The model without weights, for code that only reads its configuration and class."""
         import torch
 
         from roma_ray.moe.slices import model_class_of

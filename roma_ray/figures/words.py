@@ -56,7 +56,7 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
 
 
 def by_task(summary: Mapping[str, Any]) -> str:
-    """How many tasks changed significantly, corrected for their number; empty where there is a single task."""
+    """How many tasks changed significantly after Holm's correction; empty for a single task."""
     tasks = {name: f for name, f in summary["splits"]["test"].items() if name != "all"}
     if len(tasks) < 2:
         return ""

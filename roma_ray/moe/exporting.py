@@ -1,4 +1,4 @@
-"""Tuned routers from whatever file holds them, and out again in every form: an adapter, a whole model, router_ft.pt."""
+"""Reads tuned routers from an adapter or a router_ft.pt and writes them as an adapter, a whole model or a router_ft.pt."""
 
 from __future__ import annotations
 

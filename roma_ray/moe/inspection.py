@@ -98,7 +98,7 @@ def read_merged(folder: Path) -> RouterCheckpoint:
     """Read the tuned routers back out of a merged model, checked against its roma.json. Raises CheckpointError, ModelError."""
     manifest = read_manifest(folder, kind="merged")
     tensors = base_tensors(str(folder), list(manifest["tensors"]))
-    # A merged file may hold a gate in a wider type than it was trained in; that is lossless, so the digest still tells.
+    # A merged file may hold a gate in a wider type than it was trained in. Widening is lossless: casting back gives the digest.
     narrowed = {key: tensor.to(_dtype(str(manifest["tensors"][key].get("dtype")))) for key, tensor in tensors.items()}
     check_digests(narrowed, manifest, folder)
     return checkpoint_of(manifest, narrowed, extras={})
@@ -110,7 +110,7 @@ def relative_changes(tensors: Mapping[str, Tensor], base: Mapping[str, Tensor]) 
     total: dict[int, float] = {}
     for key, tensor in tensors.items():
         layer = layer_of(key)
-        # In the tuned tensor's own type, or every rounded weight would count as moved.
+        # Compare in the tuned tensor's type: otherwise every rounded weight would count as moved.
         original = base[key].to(tensor.dtype).double()
         moved[layer] = moved.get(layer, 0.0) + float((tensor.double() - original).square().sum())
         total[layer] = total.get(layer, 0.0) + float(original.square().sum())

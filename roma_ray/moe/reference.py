@@ -128,7 +128,7 @@ def import_reference(path: str | Path, *, base: str, revision: str | None = None
 def _unpickle(path: Path) -> Any:
     try:
         with warnings.catch_warnings():
-            # torch advises to read such a file without this guard; nobody should.
+            # torch's own message advises loading without `weights_only`; ours must not repeat that.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:

@@ -45,7 +45,7 @@ class RoutingEntry:
 def write_routing_json(path: str | Path, entries: Iterable[RoutingEntry]) -> None:
     """Write entries in the reference's format, one a line, whole or not at all; weights keep all their digits.
 
-    Entries are written as they come: a million questions' need no memory. Raises StorageError.
+    Entries are streamed, so memory does not grow with their number. Raises StorageError.
     """
 
     def write(aside: Path) -> None:

@@ -281,7 +281,7 @@ _LOADING = threading.RLock()
 
 @contextmanager
 def quiet_loading() -> Iterator[None]:
-    """One load of a process at a time, and without a word: no bar and no report; what is missing becomes one error of ours."""
+    """Load one model at a time in a process, without transformers' bars and reports; missing tensors raise one ModelError."""
     with _LOADING:
         shown, verbosity = transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity()
         transformers_logging.disable_progress_bar()

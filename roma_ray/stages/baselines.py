@@ -60,7 +60,7 @@ def run_one(work: MethodsWork, batch: int) -> Report:
 
 
 def _died(work: MethodsWork, batch: int, error: Any) -> Report:
-    """The worker is gone, and with it its own words: the driver writes down that it was."""
+    """Record a dead worker: it could not write its own failure, so the driver does."""
     first_line = str(error).strip().splitlines()[0]
     told = WorkerError(
         f"its worker died or could not start ({first_line}). Most likely memory ran out: lower extraction.batch_tokens or "

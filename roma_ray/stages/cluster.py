@@ -161,7 +161,7 @@ class Cluster:
             request_resources(bundles=[])
 
     def compare(self, stage: str, seconds: float, starting: float, work: float) -> None:
-        """Tell, once, where one process without Ray would have been faster: a stage's time, that of starting workers, its work's."""
+        """Say once that one process without Ray would have been faster, from a stage's time, its start-up and its work."""
         if self.compared or seconds < 2 * work:
             return
         self.compared = True
@@ -193,7 +193,7 @@ class Cluster:
                 f"the Ray cluster at {address} refused this process ({_first_line(error)}). {_AUTH_HELP}"
             ) from None
         except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-            # Ray says nothing of tokens when one is missing: the connection just fails, though the port answers.
+            # Without a token Ray's connection fails with no reason, though the port answers.
             remedy = f"Something answers there. {_AUTH_HELP} {_REACH_HELP}" if _answers(address) else _REACH_HELP
             raise WorkerError(f"cannot use the Ray cluster at {address}: {_first_line(error)}. {remedy}") from None
         self.say(self.describe())

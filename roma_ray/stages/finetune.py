@@ -131,10 +131,10 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
             placement_strategy="PACK",
         ),
         run_config=RunConfig(
-            # A fresh name each time: resuming is the job's own checkpoint's matter.
+            # A fresh name each time: the job resumes from its own checkpoint, not from Ray Train's state.
             name=f"finetune-{Path(job.folder).name}-{token}",
             storage_path=str(Path(job.folder) / RUNS),
-            # Of deaths at work, and of deaths before it, which Ray Train would answer without end.
+            # Bounds deaths during training, and before it, where Ray Train by itself would try without end.
             failure_config=FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
             ),
@@ -174,7 +174,7 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
             def report(record: dict[str, Any]) -> None:
                 if live:
                     live.epoch(record)
-                # Ray's own report is a barrier: no worker enters it when another has failed.
+                # `ray.train.report` waits for all workers, so none may call it after another has failed.
                 world.agree()
                 ray.train.report(record)
 
@@ -184,7 +184,7 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
         except PeerFailed:
             pass
         except RomaError as error:
-            # Expected failures would only repeat themselves, so they are returned: a raise would restart the workers.
+            # Expected failures are returned: raising one would restart the workers, which would fail in the same way.
             failure = packed(error)
             world.fail()
     return [found for found in world.collect(failure) if found]

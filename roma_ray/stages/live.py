@@ -96,7 +96,7 @@ class LiveReader:
             return
         if self.done is not None and line["done"] != self.done:
             self.first = self.first or time.monotonic()
-            # Less than before after a worker's restart: it takes up the last checkpoint.
+            # The count falls after a worker's restart, which goes back to the last checkpoint.
             self.advance(line["done"] - self.done, line["note"])
         self.done = line["done"]
 

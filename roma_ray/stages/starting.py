@@ -1,4 +1,4 @@
-"""What is said while workers start: that they do, and what they wait for, until the first of them has done something."""
+"""Progress lines while workers start: how many are running and what the others wait for, until the first one has done work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WORDS = {
 
 
 class Starting:
-    """Says now and then how far workers are; as a context manager, and until `over` is called."""
+    """Prints how far the workers are every so often, inside a `with` block and until `over` is called."""
 
     def __init__(self, stage: str, stands: Callable[[], str], say: Callable[[str], None]) -> None:
         self.stage, self.stands, self.say = stage, stands, say
@@ -54,7 +54,7 @@ class Roll:
         self.name = uuid.uuid4().hex[:12]
 
     def note(self, state: str) -> None:
-        """This worker is in this state; where the storage takes no such note, the work itself will say what is wrong with it."""
+        """Note this worker's state in the stage's folder. A storage that refuses the note is ignored here: the work will report it."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / self.name).write_text(state)

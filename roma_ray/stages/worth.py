@@ -21,14 +21,14 @@ from roma_ray.stages.cluster import Cluster
 
 # Ray itself; a stage's workers: processes, imports, the model.
 RAY_SECONDS, WORKERS_SECONDS = 6.0, 15.0
-# A larger model is not loaded here for a look at its speed: that alone would take as long as starting workers.
+# A larger model is not timed in the driver: loading it alone takes as long as starting workers.
 _SMALL_BYTES = 1 << 30
 _MINILM_BYTES = 91 << 20
 # The first training steps are slower than the later ones.
 _STEPS_TIMED = 3
 
 ForRest = Callable[[Work, Sequence[int], float | None], Iterator[Report]]
-"""Runs batches on workers; told how many seconds they would take in one process, where that was measured."""
+"""Runs batches on workers, given the seconds that one process would need for them, where that was measured."""
 
 
 def starting(cluster: Cluster) -> float:

@@ -81,7 +81,7 @@ class ComparisonTracker(Delivery):
         return max(run.start, *map(records.finish_time, self.methods[name]))
 
     def _receipt(self, name: str) -> str:
-        """Of a method only with its row of the table, which the others' answers are part of."""
+        """A method is delivered with its row of the table, which exists only when all methods have run."""
         names = self.methods if name == PARENT else [name]
         if self.summary is None or not all(self._whole(n) for n in names):
             return ""

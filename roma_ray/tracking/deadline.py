@@ -9,7 +9,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-# Calls that were given up still wait, each with a thread and a connection.
+# Most abandoned calls: each still holds a thread and a connection.
 MOST_HANGING = 8
 _hanging: list[threading.Thread] = []
 
@@ -30,13 +30,13 @@ def within(seconds: float, call: Callable[[], T], lock: threading.Lock) -> T:
 
     def work() -> None:
         try:
-            # After a Ctrl-C the call before may still be on its way.
+            # After a Ctrl-C the call before this one may still be running.
             with lock:
                 outcome.set_result(call())
         except BaseException as error:  # noqa: BLE001 - raised again where the call was asked for
             outcome.set_exception(error)
 
-    # A daemon: what hangs must not keep the process from ending.
+    # A daemon thread, so that a hanging call does not keep the process from ending.
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     try:
