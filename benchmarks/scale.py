@@ -75,8 +75,8 @@ def on_ray(work: Any, batches: int, nodes: int) -> tuple[float, float, int]:
     from ray.cluster_utils import Cluster as Simulated
 
     from roma_ray.config_reading import load_config
+    from roma_ray.stages.batches import ray_executor
     from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.extract import extract_on_ray
 
     simulated = Simulated(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     for _ in range(nodes - 1):
@@ -84,7 +84,7 @@ def on_ray(work: Any, batches: int, nodes: int) -> tuple[float, float, int]:
     try:
         config = load_config(None, ["device=cpu", f"ray.extract_workers={nodes}", "ray.cpus_per_worker=0.5"])
         with open_cluster(config, simulated.address) as cluster:
-            return timed(extract_on_ray(cluster, "cpu")(work, range(batches)))
+            return timed(ray_executor(cluster, "extract", "cpu")(work, range(batches)))
     finally:
         ray.shutdown()
         simulated.shutdown()

@@ -93,37 +93,30 @@ def run(
     In this process, or with `ray` (or an `address`) as `roma-ray run` does. `track` is by default `tracking.enabled` on Ray
     and off in this process, as in the commands. Raises what the stages raise (RomaError).
     """
-    finished = run_pipeline(
-        config, ray=ray or address is not None, address=address, until=until, quiet=quiet, track=track
-    )
+    on_ray = ray or address is not None
+    place = (address or config.ray.address) if on_ray else "local"
+    kept = track if track is not None else on_ray and config.tracking.enabled
+    finished = run_pipeline(config, place, until, quiet=quiet, track=kept)
     return Finished({name: stage.path for name, stage in finished.stages.items()}, finished.summary)
 
 
-def run_pipeline(config: Config, *, ray: bool, address: str | None, until: str, quiet: bool, track: bool | None) -> Run:
-    """The same for the commands: what the pipeline itself returns."""
+def run_pipeline(config: Config, address: str | None, until: str, *, quiet: bool, track: bool) -> Run:
+    """The same for the commands: in this process where the address is `local`, and what the pipeline itself returns."""
     from contextlib import ExitStack
 
-    from roma_ray.engine.runners import LOCAL
-    from roma_ray.engine.setup import resolve
-    from roma_ray.pipeline import NOBODY
+    from roma_ray.engine.observers import NOBODY
     from roma_ray.pipeline import run as pipeline
     from roma_ray.stages.environment import quiet_libraries
+    from roma_ray.stages.runners import open_place
     from roma_ray.terminal import open_progress
 
     quiet_libraries()
     progress = open_progress(quiet)
     with ExitStack() as stack:
-        if ray:
-            from roma_ray.stages.runners import open_place
-
-            place = stack.enter_context(open_place(config, address, progress))
-            setup, runners = resolve(config, device=place.device, measure=place.measure), place.runners
-        else:
-            setup, runners = resolve(config), LOCAL
-        setup.store.check()
-        observer: Any = NOBODY
-        if track if track is not None else ray and config.tracking.enabled:
+        place = stack.enter_context(open_place(config, address, progress))
+        setup, observer = place.setup(config), NOBODY
+        if track:
             from roma_ray.tracking import Tracker
 
             observer = stack.enter_context(Tracker(setup, progress))
-        return pipeline(setup, progress, runners, until, observer)
+        return pipeline(setup, progress, place.runners, until, observer)

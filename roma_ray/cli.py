@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,22 +38,20 @@ def main() -> None:
 @click.option("--track", is_flag=True, help="Write the report and record the run in MLflow, as `run` does.")
 def local(config: Any, summary_path: str | None, quiet: bool, track: bool) -> None:
     """Run the whole method in this process and print base against tuned routers."""
+    finished = _run(config, "local", summary_path, quiet, "report" if track else "evaluate", track=track)
+    _say_result(finished)
+
+
+def _run(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str, *, track: bool) -> Any:
     check(config, summary_path)
     with said_when_slow(quiet):
-        from roma_ray.engine.setup import resolve
-        from roma_ray.pipeline import run
-        from roma_ray.terminal import open_progress
+        import roma_ray.pipeline
+        import roma_ray.stages.runners  # noqa: F401 - what takes its time
+    from roma_ray.api import run_pipeline
 
-    setup, progress = resolve(config), open_progress(quiet)
-    setup.store.check()
-    with _observer(setup, progress, track) as observer:
-        finished = run(setup, progress, until="report" if track else "evaluate", observer=observer)
+    finished = run_pipeline(config, address, until, quiet=quiet, track=track)
     _write_summary(summary_path, finished)
-    from roma_ray.cli_results import print_result
-
-    print_result(finished.summary)
-    if track:
-        _say_report(finished)
+    return finished
 
 
 def _write_summary(summary_path: str | None, finished: Any) -> None:
@@ -65,19 +62,16 @@ def _write_summary(summary_path: str | None, finished: Any) -> None:
         write_json(summary_path, finished.summary or {name: str(s.path) for name, s in finished.stages.items()})
 
 
-def _observer(setup: Any, progress: Any, on: bool) -> AbstractContextManager[Any]:
-    """What follows a run: MLflow where it is on, else nobody."""
-    from roma_ray.pipeline import NOBODY
+def _say_result(finished: Any) -> None:
+    """Print the result where the run went so far, and where its report or its last stage is."""
+    if finished.summary:
+        from roma_ray.cli_results import print_result
 
-    if not on:
-        return nullcontext(NOBODY)
-    from roma_ray.tracking import Tracker
-
-    return Tracker(setup, progress)
-
-
-def _say_report(finished: Any) -> None:
-    say(f"report: {finished.stages['report'].path / 'report.html'}")
+        print_result(finished.summary)
+    if "report" in finished.stages:
+        say(f"report: {finished.stages['report'].path / 'report.html'}")
+    elif not finished.summary:
+        say(str(list(finished.stages.values())[-1].path))
 
 
 @main.command()
@@ -103,7 +97,7 @@ def report(config: Any, sweep: str | None) -> None:
     from roma_ray.terminal import open_progress
 
     finished = revisit(setup_of_finished(config), open_progress(quiet=False))
-    _say_report(finished)
+    say(f"report: {finished.stages['report'].path / 'report.html'}")
 
 
 @main.command()
@@ -171,29 +165,11 @@ def track(config: Any) -> None:
 @ray_options
 def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
     """Run the whole method, on Ray where that is worth it, and print base against tuned routers."""
-    finished = _on_ray(config, address, summary_path, quiet, "report")
-    from roma_ray.cli_results import print_result
-
-    print_result(finished.summary)
-    _say_report(finished)
+    _say_result(_on_ray(config, address, summary_path, quiet, "report"))
 
 
 def _on_ray(config: Any, address: str | None, summary_path: str | None, quiet: bool, until: str) -> Any:
-    check(config, summary_path)
-    with said_when_slow(quiet):
-        from roma_ray.engine.setup import resolve
-        from roma_ray.pipeline import run as run_pipeline
-        from roma_ray.stages.runners import open_place
-        from roma_ray.terminal import open_progress
-
-    progress = open_progress(quiet)
-    with open_place(config, address, progress) as place:
-        setup = resolve(config, device=place.device, measure=place.measure)
-        setup.store.check()
-        with _observer(setup, progress, config.tracking.enabled) as observer:
-            finished = run_pipeline(setup, progress, place.runners, until, observer)
-    _write_summary(summary_path, finished)
-    return finished
+    return _run(config, address, summary_path, quiet, until, track=config.tracking.enabled)
 
 
 def _until(stage: str, text: str) -> None:
@@ -202,13 +178,7 @@ def _until(stage: str, text: str) -> None:
     @main.command(stage, help=text)
     @ray_options
     def command(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
-        finished = _on_ray(config, address, summary_path, quiet, stage)
-        if finished.summary:
-            from roma_ray.cli_results import print_result
-
-            print_result(finished.summary)
-        else:
-            say(str(finished.stages[stage].path))
+        _say_result(_on_ray(config, address, summary_path, quiet, stage))
 
 
 for _stage, _text in {
@@ -257,9 +227,7 @@ def evaluate(
             raise click.UsageError(
                 "evaluate without --tasks takes no options of tasks; name some, e.g. --tasks arc_easy,piqa"
             )
-        from roma_ray.cli_results import print_result
-
-        print_result(_on_ray(config, address, summary_path, quiet, "evaluate").summary)
+        _say_result(_on_ray(config, address, summary_path, quiet, "evaluate"))
         return
     from roma_ray.cli_checks import check_judged, check_place
 
@@ -316,8 +284,7 @@ def baselines(
     names = chosen_methods(methods)
     check(config, summary_path)
     from roma_ray.artifacts import write_json
-    from roma_ray.cli_methods import compare_methods
-    from roma_ray.cli_results import print_comparison
+    from roma_ray.cli_results import compare_methods, print_comparison
 
     found = compare_methods(config, names, seeds, address, quiet)
     if summary_path:

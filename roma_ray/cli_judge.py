@@ -12,7 +12,7 @@ from roma_ray.config import Config
 from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.setup import resolve, save_config
+from roma_ray.engine.setup import save_config
 from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.compare import compare_columns, open_columns
 from roma_ray.evaluation.guards import chance_notes
@@ -43,8 +43,7 @@ def evaluate_tasks(
         alone = base_only or (adapter is None and not _tunable(on(adapter=None), progress))
         training: Texts | None = None
         if not alone and adapter is None:
-            setup = resolve(config, device=place.device, measure=place.measure)
-            run = run_pipeline(setup, progress, place.runners, "finetune")
+            run = run_pipeline(place.setup(config), progress, place.runners, "finetune")
             adapter = str(run.stages["finetune"].path / ADAPTER)
         if adapter is not None:
             training = training_texts(store, adapter)

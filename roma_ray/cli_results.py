@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
+
+
+def compare_methods(config: Any, names: Sequence[str], seeds: int | None, address: str | None, quiet: bool) -> Any:
+    """Run the named methods, in this process if the address is `local`, else on Ray, and judge them. Raises RomaError."""
+    from contextlib import nullcontext
+
+    from roma_ray.comparison import compare
+    from roma_ray.engine.observers import UNOBSERVED
+    from roma_ray.stages.runners import open_place
+    from roma_ray.terminal import open_progress
+    from roma_ray.tracking import ComparisonTracker
+
+    progress = open_progress(quiet)
+    with open_place(config, address, progress) as place:
+        setup = place.setup(config)
+        with ComparisonTracker(setup, progress) if config.tracking.enabled else nullcontext(UNOBSERVED) as observer:
+            return compare(setup, names, seeds or config.baselines.seeds, progress, place.runners, observer)
 
 
 def print_comparison(summary: Mapping[str, Any]) -> None:

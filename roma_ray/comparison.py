@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from roma_ray.artifacts import Stage, comparison_identity, write_json
 from roma_ray.baselines.contract import budget
 from roma_ray.baselines.registry import METHODS
 from roma_ray.baselines.runs import method_stage, other_versions, read_failure, run_methods, seeds_of
+from roma_ray.engine.observers import UNOBSERVED, ComparisonObserver
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
@@ -31,28 +32,6 @@ class Comparison:
     methods: Mapping[str, Sequence[Stage]]
     summary: dict[str, Any]
     failures: Mapping[str, str]
-
-
-class ComparisonObserver(Protocol):
-    """Hears of a comparison as it goes; what it does with that must not raise and changes no result."""
-
-    def planned(self, methods: Mapping[str, Sequence[Stage]]) -> None:
-        """Before any method runs: where each method's stages live or will live."""
-
-    def method_finished(self, name: str) -> None:
-        """A method is complete, from now or from before, or failed."""
-
-    def finished(self, summary: Mapping[str, Any]) -> None:
-        """All methods were tried."""
-
-
-class _Nobody:
-    def planned(self, methods: Mapping[str, Sequence[Stage]]) -> None: ...
-    def method_finished(self, name: str) -> None: ...
-    def finished(self, summary: Mapping[str, Any]) -> None: ...
-
-
-UNOBSERVED = _Nobody()
 
 
 def compare(

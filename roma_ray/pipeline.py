@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from roma_ray.artifacts import CONFIG, Stage, run_identity
 from roma_ray.baselines.runs import method_stage
@@ -14,6 +14,7 @@ from roma_ray.engine.embedding import embed
 from roma_ray.engine.extraction import bring_back, extract
 from roma_ray.engine.finetuning import tune
 from roma_ray.engine.neighborhoods import describe, neighbors
+from roma_ray.engine.observers import NOBODY, RunObserver
 from roma_ray.engine.prepare import prepare, sources_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
@@ -36,38 +37,6 @@ class Run:
     summary: dict[str, Any]
 
 
-class Observer(Protocol):
-    """Hears of a run as it goes; what it does with that must not raise and changes no result."""
-
-    def started(self, planned: Mapping[str, Stage]) -> None:
-        """Before any work: where every stage of the pipeline lives or will live."""
-
-    def stage_started(self, stage: Stage) -> None:
-        """A stage that is not complete begins or goes on."""
-
-    def epoch(self, stage: Stage) -> None:
-        """Finetuning has written another epoch's record."""
-
-    def stage_finished(self, stage: Stage) -> None:
-        """A stage is complete, from now or from before."""
-
-    def finished(self, run: Run) -> None:
-        """All that was asked for is complete."""
-
-
-class Unobserved:
-    """Tells nobody."""
-
-    def started(self, planned: Mapping[str, Stage]) -> None: ...
-    def stage_started(self, stage: Stage) -> None: ...
-    def epoch(self, stage: Stage) -> None: ...
-    def stage_finished(self, stage: Stage) -> None: ...
-    def finished(self, run: Run) -> None: ...
-
-
-NOBODY = Unobserved()
-
-
 def locate(setup: Setup) -> dict[str, Stage]:
     """Where each stage of this run lives, whether or not it ran yet. Raises QuestionError when a question file is gone."""
     stages = locate_stages(setup)
@@ -87,7 +56,7 @@ def run(
     progress: Progress,
     runners: Runners = LOCAL,
     until: str = "evaluate",
-    observer: Observer = NOBODY,
+    observer: RunObserver = NOBODY,
     *,
     states: bool = False,
 ) -> Run:
@@ -129,9 +98,8 @@ def run(
         observer.stage_finished(stage)
     save_config(stages[until], setup.config)
     summary = summarise_run(setup, stages, time.monotonic() - started) if "evaluate" in stages else {}
-    finished = Run(setup, stages, summary)
-    observer.finished(finished)
-    return finished
+    observer.finished()
+    return Run(setup, stages, summary)
 
 
 def revisit(setup: Setup, progress: Progress) -> Run:
@@ -146,7 +114,7 @@ def revisit(setup: Setup, progress: Progress) -> Run:
     return run(setup, progress, until="report")
 
 
-def replay(setup: Setup, observer: Observer) -> None:
+def replay(setup: Setup, observer: RunObserver) -> None:
     """Tell an observer of the stages that are complete, as if they just were; computes nothing. Raises ArtifactError."""
     planned = locate(setup)
     done = {name: stage for name, stage in planned.items() if stage.complete}
@@ -155,11 +123,8 @@ def replay(setup: Setup, observer: Observer) -> None:
     observer.started(planned)
     for stage in done.values():
         observer.stage_finished(stage)
-    if "evaluate" in done:
-        seconds = sum(stage.manifest()["seconds"] for stage in done.values())
-        observer.finished(Run(setup, done, summarise_run(setup, done, seconds)))
-    elif _ended(planned, list(done)[-1]):
-        observer.finished(Run(setup, done, {}))
+    if "evaluate" in done or _ended(planned, list(done)[-1]):
+        observer.finished()
 
 
 def _ended(planned: Mapping[str, Stage], last: str) -> bool:
@@ -169,7 +134,7 @@ def _ended(planned: Mapping[str, Stage], last: str) -> bool:
 
 
 def _stage(
-    name: str, setup: Setup, done: Mapping[str, Stage], progress: Progress, runners: Runners, observer: Observer
+    name: str, setup: Setup, done: Mapping[str, Stage], progress: Progress, runners: Runners, observer: RunObserver
 ) -> Stage:
     if name == "questions":
         return prepare(setup, progress)

@@ -47,14 +47,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "api": SPREAD | {"pipeline", "tracking", "figures", "terminal"},
     # The names that `import roma_ray` offers.
     "__init__": SPREAD | {"api"},
-    "cli": SPREAD | {"ablations", "pipeline", "figures", "tracking", "terminal", "doctor", "storage"},
+    "cli": SPREAD | {"ablations", "api", "pipeline", "figures", "tracking", "terminal", "doctor", "storage"},
 }
 
 # Files beside one another that are one room.
 ONE_ROOM = {
     "cli_checks": "cli",
     "cli_judge": "cli",
-    "cli_methods": "cli",
     "cli_options": "cli",
     "cli_results": "cli",
     "cli_settings": "cli",

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.ablations import tables
-from roma_ray.ablations.observers import Board, Lines, LiveTable, in_mlflow
+from roma_ray.ablations.observers import Board, Lines, LiveTable
 from roma_ray.ablations.plan import Plan, describe, make_plan, without_model
 from roma_ray.ablations.report import PAGE, write_report
 from roma_ray.ablations.results import read_findings
 from roma_ray.ablations.space import Space
-from roma_ray.ablations.sweep import DONE, FAILED, Observer, Sweep, open_sweep, other_versions, run_sweep
+from roma_ray.ablations.sweep import DONE, FAILED, Sweep, SweepObserver, open_sweep, other_versions, run_sweep
+from roma_ray.ablations.tracker import SweepTracker
 from roma_ray.ablations.words import headline, notes
 from roma_ray.artifacts import Store
 from roma_ray.engine import hub
@@ -22,8 +23,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve_path
 from roma_ray.errors import ModelError, QuestionError, UnmeasuredError
 from roma_ray.figures.tables import Table
-from roma_ray.stages.cluster import open_cluster
-from roma_ray.stages.runners import measure_near
+from roma_ray.stages.runners import open_place
 
 
 def dry_run(space: Space) -> list[str]:
@@ -50,14 +50,15 @@ def run(
     space: Space, progress: Progress, board: Board | None, address: str | None = None, *, stop_on_failure: bool = False
 ) -> Sweep:
     """Run what is missing of a sweep and write its report. Failed trials are in its states. Raises RomaError."""
-    with open_cluster(space.centre, address, progress.say) as cluster, ExitStack() as open_until_the_end:
-        device = cluster.device()
-        plan = make_plan(space, device, measure_near(cluster, device, progress))
+    with open_place(space.centre, address, progress) as place, ExitStack() as open_until_the_end:
+        assert place.cluster is not None, "a sweep's trials run on Ray"
+        assert place.measure is not None
+        plan = make_plan(space, place.device, place.measure)
         Store(space.centre.storage).check()
-        followers: list[Observer] = [LiveTable(board) if board is not None else Lines(progress)]
+        followers: list[SweepObserver] = [LiveTable(board) if board is not None else Lines(progress)]
         if space.centre.tracking.enabled:
-            followers.append(open_until_the_end.enter_context(in_mlflow(plan, progress)))
-        sweep = run_sweep(plan, cluster, progress, followers, stop_on_failure=stop_on_failure)
+            followers.append(open_until_the_end.enter_context(SweepTracker(plan, progress)))
+        sweep = run_sweep(plan, place.cluster, progress, followers, stop_on_failure=stop_on_failure)
         if board is not None:
             board.close()  # the report has a bar of its own
         write_report(sweep, progress)

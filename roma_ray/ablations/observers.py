@@ -1,19 +1,16 @@
-"""Who follows a sweep: MLflow, the live table of a terminal, the lines of a log."""
+"""Who follows a sweep: the live table of a terminal, the lines of a log. (The tracker: `tracker.py`.)"""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
-from roma_ray.ablations.plan import Plan, hours
-from roma_ray.ablations.report import PAGE, progress_line
-from roma_ray.ablations.results import read_findings
-from roma_ray.ablations.sweep import DONE, FAILED, RUNNING, STOPPED, State, Sweep
+from roma_ray.ablations.plan import hours
+from roma_ray.ablations.report import progress_line
+from roma_ray.ablations.sweep import DONE, FAILED, RUNNING, STOPPED, State, Sweep, SweepObserver
 from roma_ray.engine.progress import Progress
-from roma_ray.tracking import SweepTracker, TrialRun
 
 HEADER = ("trial", "state", "epoch", "validation %", "test gain", "time")
 
@@ -28,14 +25,12 @@ class Board(Protocol):
         """Leave what is shown as it is."""
 
 
-class Lines:
+class Lines(SweepObserver):
     """A line for each trial that starts, ends an epoch or ends: for logs."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self._said: dict[str, tuple[str, int]] = {}
-
-    def started(self, sweep: Sweep) -> None: ...
 
     def changed(self, sweep: Sweep, state: State) -> None:
         now = (state.state, state.epoch)
@@ -43,10 +38,8 @@ class Lines:
             self._said[state.trial.id] = now
             self.progress.say(f"[{progress_of(sweep)}] {progress_line(state)}")
 
-    def finished(self, sweep: Sweep) -> None: ...
 
-
-class LiveTable:
+class LiveTable(SweepObserver):
     """The table of trials on a board."""
 
     def __init__(self, board: Board) -> None:
@@ -57,8 +50,6 @@ class LiveTable:
 
     def changed(self, sweep: Sweep, state: State) -> None:
         self.board.show(*table_of(sweep))
-
-    def finished(self, sweep: Sweep) -> None: ...
 
 
 def table_of(sweep: Sweep) -> tuple[str, Sequence[str], list[Sequence[str]]]:
@@ -100,62 +91,3 @@ def seconds_left(sweep: Sweep) -> float | None:
     todo = sum(s.planned.epochs - s.epoch for s in sweep.states.values() if s.state in (RUNNING, "waiting"))
     todo += sweep.missing_samples * max(s.planned.epochs for s in sweep.states.values()) if sweep.missing_samples else 0
     return todo * spent / done / max(1, len(sweep.having(RUNNING))) if todo else None
-
-
-class InMlflow:
-    """Tells the tracker of a sweep."""
-
-    def __init__(self, tracker: SweepTracker) -> None:
-        self.tracker = tracker
-
-    def started(self, sweep: Sweep) -> None:
-        self.tracker.started([_run(state) for state in sweep.states.values()])
-
-    def changed(self, sweep: Sweep, state: State) -> None:
-        self.tracker.changed(_run(state))
-
-    def finished(self, sweep: Sweep) -> None:
-        page = sweep.stage.path / PAGE
-        failed = sweep.having(FAILED)
-        text = (
-            f"{len(failed)} trial(s) failed: {', '.join(state.trial.name for state in failed)}"[:500] if failed else ""
-        )
-        self.tracker.finished(page if page.exists() else None, _facts(sweep), text)
-
-
-def _facts(sweep: Sweep) -> Mapping[str, float]:
-    """The sweep's own figures. Those of an unfinished one would change, and MLflow keeps what it has."""
-    if not sweep.stage.complete:
-        return {}
-    findings = read_findings(sweep)
-    facts = {"trials": float(len(sweep.states)), "trials_stopped": float(len(sweep.having(STOPPED)))}
-    if findings is not None:
-        best = findings.results[0]
-        validation = findings.first.base_validation
-        facts |= {"best/validation_accuracy": best.validation.mean, "best/test_accuracy": best.accuracy.mean}
-        facts |= {"base/test_accuracy": findings.base.mean, "base/validation_accuracy": validation.mean}
-        if findings.centre is not None:
-            facts["centre/test_accuracy"] = findings.centre.accuracy.mean
-    return facts
-
-
-def _run(state: State) -> TrialRun:
-    trial, planned = state.trial, state.planned
-    return TrialRun(
-        trial.id,
-        trial.name,
-        planned.setup,
-        planned.stages,
-        trial.factors,
-        trial.centre,
-        state.state,
-        state.epoch,
-        state.error,
-    )
-
-
-@contextlib.contextmanager
-def in_mlflow(plan: Plan, progress: Progress) -> Iterator[InMlflow]:
-    """A follower that records the sweep, closed at its end, whatever the end is."""
-    with SweepTracker(plan.trials[0].setup, progress, plan.space.file.name, plan.space.identity) as tracker:
-        yield InMlflow(tracker)

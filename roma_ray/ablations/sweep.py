@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from roma_ray.ablations.plan import Plan, Planned, describe
 from roma_ray.ablations.space import Space, Trial
@@ -57,8 +57,8 @@ class State:
         return self.planned.trial
 
 
-class Observer(Protocol):
-    """Hears of a sweep as it goes; what it does with that must not raise and changes no result."""
+class SweepObserver:
+    """Hears of a sweep as it goes; what it does with that must not raise and changes no result. This one tells nobody."""
 
     def started(self, sweep: Sweep) -> None:
         """Before any trial, all shared work done."""
@@ -148,7 +148,7 @@ def run_sweep(
     plan: Plan,
     cluster: Cluster,
     progress: Progress,
-    observers: Sequence[Observer] = (),
+    observers: Sequence[SweepObserver] = (),
     *,
     stop_on_failure: bool = False,
     do: Do | None = None,
@@ -300,7 +300,7 @@ def _work_of(plan: Plan, values: Mapping[str, Any]) -> Work:
     return Work(planned.trial.id, planned.setup, planned.stages)
 
 
-def _listener(sweep: Sweep, observers: Sequence[Observer]) -> Callable[[Event], None]:
+def _listener(sweep: Sweep, observers: Sequence[SweepObserver]) -> Callable[[Event], None]:
     """What keeps the states, the ledger and the observers in step with the trials."""
 
     def hear(event: Event) -> None:

@@ -13,12 +13,11 @@ from roma_ray.engine.backends import measure_backends
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
+from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.work import Executor, serial
 from roma_ray.stages.baselines import baselines_on_ray
 from roma_ray.stages.batches import ray_executor
 from roma_ray.stages.cluster import Cluster, open_cluster
-from roma_ray.stages.embed import embed_on_ray
-from roma_ray.stages.extract import extract_on_ray
 from roma_ray.stages.failures import explained
 from roma_ray.stages.finetune import finetune_on_ray
 
@@ -36,6 +35,14 @@ class Place:
     """What the workers have; None: what this process finds."""
     measure: Callable[[ModelSpec], dict[str, Any]] | None = None
     """Measures the experts backends there, for `resolve`."""
+    cluster: Cluster | None = None
+    """None: this process."""
+
+    def setup(self, config: Config) -> Setup:
+        """The configuration resolved for what runs here, its storage looked at. Raises ModelError, StorageError."""
+        setup = resolve(config, device=self.device, measure=self.measure)
+        setup.store.check()
+        return setup
 
 
 @contextmanager
@@ -51,14 +58,15 @@ def open_place(config: Config, address: str | None, progress: Progress) -> Itera
             ray_executor(cluster, "evaluate", device),
             device,
             measure_near(cluster, device, progress),
+            cluster,
         )
 
 
 def ray_runners(cluster: Cluster, device: str) -> Runners:
     """The cluster's runners for workers on `device`, the one that `Setup` was resolved with."""
     return Runners(
-        extract=extract_on_ray(cluster, device),
-        embed=embed_on_ray(cluster, device),
+        extract=ray_executor(cluster, "extract", device),
+        embed=ray_executor(cluster, "embed", device),
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
         baselines=baselines_on_ray(cluster, device),

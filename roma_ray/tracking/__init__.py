@@ -1,6 +1,6 @@
-"""Runs in MLflow: one parent run a pipeline or sweep, one child run a stage or trial, all written by the driver."""
+"""Runs in MLflow: one parent run a pipeline, sweep or comparison, its children stages, trials or methods; the driver writes all."""
 
-from roma_ray.tracking.sweep import SweepTracker, TrialRun
+from roma_ray.tracking.comparison import ComparisonTracker
 from roma_ray.tracking.tracker import Tracker
 
-__all__ = ["SweepTracker", "Tracker", "TrialRun"]
+__all__ = ["ComparisonTracker", "Tracker"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from roma_ray.artifacts import Stage, comparison_identity, fingerprint
 from roma_ray.engine.answers import ANSWERS, read_answers
+from roma_ray.engine.observers import ComparisonObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.methods import (
@@ -33,7 +34,7 @@ from roma_ray.tracking.delivery import Delivery
 PARENT = "baselines"
 
 
-class ComparisonTracker(Delivery):
+class ComparisonTracker(Delivery, ComparisonObserver):
     """An observer of one comparison. Its methods never raise for MLflow's sake."""
 
     parent, identity_tag, name_tag = PARENT, "roma.run", "roma.stage"

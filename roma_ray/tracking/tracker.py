@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from typing import Any, Protocol
 
 from roma_ray.artifacts import Stage, fingerprint, run_identity
 from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.engine.observers import RunObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.tracking import records
@@ -23,12 +23,7 @@ PIPELINE = "pipeline"
 _MODEL, _REGISTERED = "roma.logged_model", "roma.registered"
 
 
-class _Finished(Protocol):
-    @property
-    def summary(self) -> dict[str, Any]: ...
-
-
-class Tracker(Delivery):
+class Tracker(Delivery, RunObserver):
     """An observer of one pipeline run. Its methods never raise for MLflow's sake."""
 
     parent, identity_tag, name_tag = PIPELINE, "roma.run", "roma.stage"
@@ -60,7 +55,7 @@ class Tracker(Delivery):
         self.status[stage.name] = "FINISHED"
         self._deliver(stage.name)
 
-    def finished(self, run: _Finished) -> None:
+    def finished(self) -> None:
         """All that was asked for is complete."""
         self.status[PIPELINE] = "FINISHED"
         self._waiting[PIPELINE] = None

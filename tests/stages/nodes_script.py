@@ -49,20 +49,20 @@ class WhereWork:
 
 def where(config: Config, folder: Path, batches: int = 24) -> list[dict[str, Any]]:
     """On which kinds of nodes the batches of an extraction ran, and with how many GPUs."""
+    from roma_ray.stages.batches import ray_executor
     from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.extract import extract_on_ray
 
     folder.mkdir()
     with open_cluster(config) as cluster:
-        list(extract_on_ray(cluster, cluster.device())(WhereWork(str(folder)), range(batches)))
+        list(ray_executor(cluster, "extract", cluster.device())(WhereWork(str(folder)), range(batches)))
     notes = [json.loads((folder / f"{n}.json").read_text()) for n in range(batches)]
     return [json.loads(text) for text in sorted({json.dumps(note) for note in notes})]
 
 
 def disturbed(nodes: Nodes, config: Config, folder: Path, batches: int = 24) -> dict[str, Any]:
     """Batches while a node with one of their workers goes away: how often each was reported, and where the last ran."""
+    from roma_ray.stages.batches import ray_executor
     from roma_ray.stages.cluster import open_cluster
-    from roma_ray.stages.extract import extract_on_ray
 
     folder.mkdir()
 
@@ -74,7 +74,7 @@ def disturbed(nodes: Nodes, config: Config, folder: Path, batches: int = 24) -> 
     thread = threading.Thread(target=remove)
     with open_cluster(config) as cluster:
         thread.start()
-        reports = list(extract_on_ray(cluster, cluster.device())(WhereWork(str(folder)), range(batches)))
+        reports = list(ray_executor(cluster, "extract", cluster.device())(WhereWork(str(folder)), range(batches)))
         thread.join()
     return {"reported": sorted(r.batch for r in reports), "written": len(list(folder.glob("*.json")))}
 

@@ -13,11 +13,12 @@ import yaml
 from ray.air.execution._internal import event_manager
 
 from roma_ray.ablations.command import failures, result, revisit, summary
-from roma_ray.ablations.observers import in_mlflow, progress_of, table_of
+from roma_ray.ablations.observers import progress_of, table_of
 from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.report import write_report
 from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, Sweep, open_sweep, run_sweep
+from roma_ray.ablations.tracker import SweepTracker
 from roma_ray.ablations.tuning import make_room
 from roma_ray.artifacts import MANIFEST, file_digest
 from roma_ray.cli_results import setup_of_finished
@@ -55,7 +56,7 @@ def alone(cluster: Cluster, **settings: Any) -> Cluster:
 
 def run(space: Space, cluster: Cluster, **options: Any) -> Sweep:
     plan = make_plan(space, "cpu")
-    with in_mlflow(plan, Silence()) as follower:
+    with SweepTracker(plan, Silence()) as follower:
         sweep = run_sweep(plan, cluster, Silence(), [follower], **options)
         write_report(sweep, Silence())
         follower.finished(sweep)
@@ -119,7 +120,7 @@ def test_a_sweep(
     check_report(sweep)
 
     before = manifests(storage)
-    with in_mlflow(sweep.plan, Silence()) as follower:
+    with SweepTracker(sweep.plan, Silence()) as follower:
         again = open_sweep(sweep.plan)
         follower.started(again)
         follower.finished(sweep)

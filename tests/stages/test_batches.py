@@ -21,9 +21,8 @@ from roma_ray.engine.tables import read_table
 from roma_ray.engine.work import Work
 from roma_ray.errors import ModelError, StorageError, WorkerError
 from roma_ray.pipeline import Run
-from roma_ray.stages.batches import ATTEMPTS, BatchWorker, Marks
+from roma_ray.stages.batches import ATTEMPTS, BatchWorker, Marks, ray_executor
 from roma_ray.stages.cluster import Cluster
-from roma_ray.stages.extract import extract_on_ray
 from roma_ray.stages.failures import packed
 from tests.stages.support import DeadlyWork, FailingWork
 from tests.world import make_world
@@ -58,7 +57,7 @@ def test_a_killed_worker_and_a_poison_row(local_run: Run, cluster: Cluster, tmp_
     poison = plan[1][len(plan[1]) // 2]
     given = fields(local_run, tmp_path / "ray")
     work = DeadlyWork(**given, poison=(poison,), dies_once_at=len(plan) - 2)
-    reports = list(extract_on_ray(cluster, "cpu")(work, range(len(plan))))
+    reports = list(ray_executor(cluster, "extract", "cpu")(work, range(len(plan))))
 
     assert sorted(r.batch for r in reports) == list(range(len(plan)))
     assert (tmp_path / "ray" / ".died").exists()
@@ -89,7 +88,7 @@ def test_failures_are_one_message(
     """What a worker raises reaches the user as that one message, with the traceback in the file that it names."""
     work = FailingWork(**fields(local_run, tmp_path / "ray"), bug=bug)
     with pytest.raises(kind) as caught:
-        list(extract_on_ray(cluster, "cpu")(work, [0, 1]))
+        list(ray_executor(cluster, "extract", "cpu")(work, [0, 1]))
     message, _, place = str(caught.value).partition("\nThe worker's traceback: ")
     assert text in message
     assert "\n" not in message
@@ -153,4 +152,4 @@ def test_a_model_that_drops_most_questions_is_refused_from_the_workers(cluster: 
     with pytest.raises(
         ModelError, match=r"questions failed in extraction.*comes from layer 3 \(self_attn\), whose weights"
     ):
-        extract(setup, prepare(setup, Silence()), extract_on_ray(cluster, "cpu"), Silence())
+        extract(setup, prepare(setup, Silence()), ray_executor(cluster, "extract", "cpu"), Silence())

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-from roma_ray.ablations.observers import in_mlflow
 from roma_ray.ablations.plan import Plan, make_plan
 from roma_ray.ablations.report import PAGE
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import DONE, RUNNING, open_sweep
+from roma_ray.ablations.tracker import SweepTracker
 from roma_ray.engine.finetuning import LIVE
 from roma_ray.engine.progress import Silence
 from roma_ray.tracking.client import Client
@@ -52,7 +52,7 @@ def record_sweep(root: Path, database: str) -> None:
     """Put a sweep of two trials into MLflow as its driver does, epoch for epoch; the epochs are written and not trained."""
     factors = {"layers": {"setting": "routing.layers", "values": ["F2"]}}
     plan = plan_of(root, database, {"one_at_a_time": factors})
-    with in_mlflow(plan, Silence()) as follower:
+    with SweepTracker(plan, Silence()) as follower:
         sweep = open_sweep(plan)
         follower.started(sweep)
         for state in sweep.states.values():
@@ -73,7 +73,7 @@ def test_a_grid_without_figures_ends(database: str, tmp_path: Path) -> None:
     """configs/lambda.yaml is of this form: products alone, which the report has no figure of."""
     root = tmp_path
     plan = plan_of(root, database, {"grid": [{"finetune.learning_rate": [0.01, 0.02]}]})
-    with in_mlflow(plan, Silence()) as follower:
+    with SweepTracker(plan, Silence()) as follower:
         sweep = open_sweep(plan)
         follower.started(sweep)
         (sweep.stage.path / "tables").mkdir(parents=True)
