@@ -22,7 +22,7 @@ DOCUMENTS = sorted(
 )
 README = ROOT / "README.md"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
-# What the jobs for `ray job submit` are.
+# Which command each job for `ray job submit` is.
 JOBS = {"full_pipeline": "run", "tune": "tune"}
 
 every_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

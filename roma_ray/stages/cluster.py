@@ -291,7 +291,9 @@ def _stderr_dropped() -> Iterator[None]:
 
 def find_address(wanted: str | None) -> str | None:
     """The address of the cluster to use, or None to start one here: as given, $RAY_ADDRESS, or one running on this machine."""
-    address = wanted or os.environ.get("RAY_ADDRESS")
+    # `auto` takes $RAY_ADDRESS first, as Ray's own does: in a submitted job it names the job's cluster.
+    named = os.environ.get("RAY_ADDRESS")
+    address = named or wanted if wanted in (None, "auto") else wanted
     if address in ("new", "local"):
         # `local` is Ray's own word for it, in $RAY_ADDRESS; that of the commands means this process, without Ray.
         return None

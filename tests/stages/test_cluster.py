@@ -47,7 +47,7 @@ def test_where_the_address_comes_from(shell: Path, monkeypatch: pytest.MonkeyPat
         assert find_address("local") is None
     assert find_address(None) is None
     monkeypatch.setenv("RAY_ADDRESS", "head:6379")
-    assert find_address(None) == "head:6379"
+    assert find_address(None) == find_address("auto") == "head:6379"
     assert find_address("other:1") == "other:1"
     assert find_address("local") is None
     for wrong in ("http://head:8265", "ray://head:10001"):

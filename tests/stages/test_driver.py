@@ -153,6 +153,8 @@ def submit(shell: dict[str, str], folder: Path, *words: str) -> subprocess.Compl
 def test_submitted_jobs(local_run: Run, world: Config, head: dict[str, str], temporary: Path, tmp_path: Path) -> None:
     """The whole pipeline as a job gives the local bits and exit code 0; a job that fails says why and gives 1.
 
+    So does any command as it is typed, from an uploaded copy of the repository.
+
     The cluster asks for a token: without it nothing runs, and it is in no file and no log that the job leaves.
     """
     stranger = {k: v for k, v in head.items() if k != "RAY_AUTH_TOKEN"} | {"RAY_AUTH_MODE": "disabled"}
@@ -174,7 +176,7 @@ def test_submitted_jobs(local_run: Run, world: Config, head: dict[str, str], tem
     assert not [p for p in (tmp_path / "storage").rglob("*") if p.is_file() and token in p.read_bytes()]
 
     copied = submit(
-        head, REPOSITORY, "--working-dir", ".", "--", "python", "jobs/extract.py", "--config", str(config),
+        head, REPOSITORY, "--working-dir", ".", "--", "roma-ray", "extract", "--address", "auto", "--config", str(config),
         "--set", "extraction.batch_tokens=1024", "--set", "ray.extract_workers=1",
     )  # fmt: skip
     assert copied.returncode == 0, copied.stdout + copied.stderr
