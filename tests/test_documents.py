@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shlex
@@ -11,9 +12,10 @@ import click
 import pytest
 from click.testing import CliRunner
 
+import roma_ray
 from roma_ray.cli import main
 from roma_ray.config import QuestionSource
-from roma_ray.config_reading import load_config
+from roma_ray.config_reading import all_settings, load_config
 from roma_ray.questions.readers import read_questions
 
 ROOT = Path(__file__).parents[1]
@@ -103,6 +105,23 @@ def test_every_set_in_the_documents_is_a_setting() -> None:
 
 def _settings(text: str) -> list[str]:
     return re.findall(r"--set ([a-z_.]+=[^\s`.]+(?:\.\d+)?)", text.replace("section.key=value", ""))
+
+
+@pytest.mark.parametrize("path", [path for path in DOCUMENTS if path.stem != "CHANGELOG"], ids=lambda path: path.name)
+def test_settings_within_sentences_exist(path: Path) -> None:
+    settings = all_settings()
+    sections = {name.rpartition(".")[0] for name in settings} - {""}
+    spans = re.findall(r"`([a-z_]+(?:\.[a-z_]+)+)(?:=[^`]*)?`", path.read_text())
+    named = [name for name in spans if name.partition(".")[0] in sections]
+    assert not [name for name in named if name not in settings and name not in sections]
+
+
+@every_document
+def test_python_that_is_shown_names_what_there_is(path: Path) -> None:
+    for block in blocks(path, "python"):
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "roma_ray":
+                assert node.attr in roma_ray.__all__
 
 
 def commands(block: str) -> list[str]:
