@@ -110,6 +110,8 @@ def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progres
         tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
         if setup.config.extraction.cache or setup.config.extraction.memory_gb:
             _check_room(setup, stage, sum(tokens[n] for n in pending), progress)
+        if pending and (note := setup.model.storage_note()):
+            progress.say(note)
         work = extract_work(setup, questions, stage)
         limit = setup.config.extraction.memory_gb
         chain = make_chain(work, limit) if limit is not None else ()

@@ -38,6 +38,16 @@ class ModelSpec:
         sizes = model_sizes(self.path, revision=self.revision)
         return (sum(sizes.layers) + sizes.embedding + sizes.head) * int(getattr(torch, self.dtype).itemsize)
 
+    def storage_note(self) -> str | None:
+        """What is to be known of the memory of a model that is stored quantized; None for a plain one. Raises ModelError."""
+        from roma_ray.moe.snapshot import open_snapshot
+
+        scheme = open_snapshot(self.path, self.revision).scheme
+        if scheme is None:
+            return None
+        size = f"{self.weight_bytes() / 1e9:.1f} GB of weights in {self.dtype}"
+        return f"{self.path} is stored in {scheme.name} and dequantized as it is loaded: {size}"
+
     def numeric_identity(self) -> dict[str, Any]:
         """The settings, beside the weights, that decide the bits of a forward pass, for fingerprints."""
         identity: dict[str, Any] = {

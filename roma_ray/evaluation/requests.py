@@ -154,6 +154,8 @@ def _run(
         write_json(plan_file, _plan(kind, requests, subject))
     plan: list[list[int]] = json.loads(plan_file.read_text())
     pending = [n for n in range(len(plan)) if not batch_file(stage.path, n).exists()]
+    if pending and (note := subject.model.storage_note()):
+        progress.say(note)
     states = None
     if kind == "loglikelihood" and subject.keep_states and subject.cut:
         # The tuned gates alone are left out of the identity: every adapter with this first tuned layer shares the states.

@@ -69,16 +69,24 @@ class Subject:
         from transformers import AutoModelForCausalLM
 
         from roma_ray.moe.fitting import refuse
-        from roma_ray.moe.slices import loading_faults, quiet_loading
+        from roma_ray.moe.slices import loading_faults, model_class_of, quiet_loading
+        from roma_ray.moe.snapshot import open_snapshot
 
         spec = self.model
+        dtype = getattr(torch, spec.dtype)
         set_threads(spec.threads)
+        snapshot = open_snapshot(spec.path, spec.revision)
+        source: dict[str, Any] = {"pretrained_model_name_or_path": spec.path, "revision": spec.revision}
+        loader: Any = AutoModelForCausalLM
+        if snapshot.scheme is not None:
+            lazy = snapshot.lazy_tensors(snapshot.tensors, dtype)
+            source = {"pretrained_model_name_or_path": None, "config": self.config, "state_dict": lazy}
+            loader = model_class_of(self.config, with_lm_head=True)
         try:
             with quiet_loading():
-                model, info = AutoModelForCausalLM.from_pretrained(
-                    spec.path,
-                    revision=spec.revision,
-                    dtype=getattr(torch, spec.dtype),
+                model, info = loader.from_pretrained(
+                    **source,
+                    dtype=dtype,
                     device_map={"": spec.device},
                     attn_implementation=spec.attention,
                     use_safetensors=True,

@@ -28,7 +28,7 @@ from roma_ray.moe.folders import refusing_malformed
 from roma_ray.moe.packing import ATTENTION
 from roma_ray.moe.routers import Router, find_routers
 from roma_ray.moe.slice_config import slice_config
-from roma_ray.moe.snapshot import LazyTensor, Snapshot, open_snapshot
+from roma_ray.moe.snapshot import Snapshot, open_snapshot
 
 _LAYER_KEY = re.compile(r"^((?:model\.)?layers\.)(\d+)(\..+)$")
 _EMBEDDING_KEY = re.compile(r"^(?:model\.)?embed_tokens\.weight$")
@@ -75,8 +75,9 @@ def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """Return what can be known of a model without its weights, as plain JSON-able values.
 
     Keys: `model_type`, `scoring`, `num_layers`, `moe_layers` (list), `num_experts`, `top_k`, `hidden_size`, `vocab_size`,
-    `parameters` (of the whole model), `dtype` (name of the type that the checkpoint says it is in, else "float32"), `revision`
-    (commit hash or None). Raises ModelError.
+    `parameters` (of the whole model), `dtype` (name of the type that the checkpoint says it is in, else "float32"),
+    `quantization` ("MXFP4", "FP8" or None: how it is stored, before it is loaded), `revision` (commit hash or None). Raises
+    ModelError.
     """
     snapshot = open_snapshot(path, revision)
     with refusing_malformed(snapshot.folder / "config.json", ModelError):
@@ -106,6 +107,7 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "vocab_size": config.vocab_size,
         "parameters": model.num_parameters(),
         "dtype": str(config.dtype or torch.float32).removeprefix("torch."),
+        "quantization": None if snapshot.scheme is None else snapshot.scheme.name,
         "revision": snapshot.revision,
     }
 
@@ -216,7 +218,7 @@ def wanted_keys(
 ) -> dict[str, str]:
     """Map each needed checkpoint key to its key in the slice (layers renumbered from 0)."""
     wanted: dict[str, str] = {}
-    for key in snapshot.weight_map:
+    for key in snapshot.tensors:
         match = _LAYER_KEY.match(key)
         if match is not None:
             if start <= int(match[2]) < stop:
@@ -242,8 +244,8 @@ def _load(
 ) -> PreTrainedModel:
     """Let transformers itself convert and place the tensors; what it would fill at random is an error here."""
     with quiet_loading():
-        state: dict[str, LazyTensor | Tensor] = {**stand_ins}
-        state |= {keys[key]: tensor for key, tensor in snapshot.lazy_tensors(list(keys)).items()}
+        lazy = snapshot.lazy_tensors(keys, placement["dtype"])
+        state = {**stand_ins, **{keys[key]: tensor for key, tensor in lazy.items()}}
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
         check_fit(skeleton_of(model_class, config), shapes, snapshot.path, first_layer=first_layer)
         try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from safetensors import SafetensorError, safe_open
@@ -18,6 +20,7 @@ from roma_ray.errors import ModelError
 from roma_ray.moe import deepseek
 from roma_ray.moe.families import refusal, supported_families
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
+from roma_ray.moe.quantized import Scheme, Stored, Unpacked, scheme_of
 
 # Every path that loads a model passes here: transformers' own loaders then know the class too.
 deepseek.register()
@@ -53,7 +56,10 @@ class Snapshot:
         return _download(self.path, name, self.revision)
 
     def config(self) -> PreTrainedConfig:
-        """Return the model's configuration. Raises ModelError for an unknown model type or a quantized checkpoint."""
+        """Return the model's configuration, as of a plain model: quantized tensors are dequantized when they are loaded.
+
+        Raises ModelError for an unknown model type or a quantization that is not read.
+        """
         _check_sizes(self.folder / "config.json")
         try:
             with refusing_malformed(self.folder / "config.json", ModelError):
@@ -63,11 +69,25 @@ class Snapshot:
             known = model_type in supported_families()
             why = refusal(model_type) if model_type and not known else f"its config.json cannot be read: {error}"
             raise ModelError(f"{self.path}: {why}") from error
-        if getattr(config, "quantization_config", None) is not None:
-            raise ModelError(
-                f"{self.path} is a quantized checkpoint, which cannot be sliced. Use its bfloat16 version, or convert it first."
-            )
+        if self.scheme is not None:
+            for part in (config, config.get_text_config()):
+                if hasattr(part, "quantization_config"):
+                    del part.quantization_config
+                # The type that quantized models are published for; some do not say it.
+                part.dtype = part.dtype or torch.bfloat16
         return config
+
+    @cached_property
+    def scheme(self) -> Scheme | None:
+        """How its tensors are quantized; None for a plain model. Raises ModelError for a quantization that is not read."""
+        return scheme_of(_values(self.folder / "config.json"), self.path)
+
+    @cached_property
+    def tensors(self) -> dict[str, tuple[str, ...]]:
+        """The model's own tensors by key, each with the stored ones that make it. Raises ModelError as `weight_map`."""
+        if self.scheme is None:
+            return {key: (key,) for key in self.weight_map}
+        return self.scheme.tensors(self.weight_map)
 
     @cached_property
     def weight_map(self) -> dict[str, str]:
@@ -75,7 +95,7 @@ class Snapshot:
         try:
             index = self.file(_INDEX)
         except ModelError:
-            return dict.fromkeys(_shapes(self._single_file()), _SINGLE)
+            return dict.fromkeys(_held(self._single_file()), _SINGLE)
         try:
             weight_map = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
         except (KeyError, ValueError, TypeError, RecursionError) as error:
@@ -95,20 +115,29 @@ class Snapshot:
                 f"convert .bin weights first. ({error})"
             ) from error
 
-    def lazy_tensors(self, keys: list[str]) -> dict[str, LazyTensor]:
-        """Tensors that are read when they are indexed. Raises ModelError for a file that is damaged."""
+    def lazy_tensors(self, keys: Iterable[str], dtype: torch.dtype = torch.float32) -> dict[str, Stored | Unpacked]:
+        """Tensors of the model that are read when they are indexed, quantized ones then dequantized to `dtype`.
+
+        Raises ModelError for a file that is damaged.
+        """
         by_file: dict[str, list[str]] = {}
         for key in keys:
-            by_file.setdefault(self.weight_map[key], []).append(key)
-        tensors: dict[str, LazyTensor] = {}
+            for part in self.tensors[key]:
+                by_file.setdefault(self.weight_map[part], []).append(part)
+        stored: dict[str, LazyTensor] = {}
         for name, wanted in by_file.items():
             path = self.file(name)
-            shapes = _shapes(path)
-            missing = set(wanted) - shapes.keys()
+            held = _held(path)
+            missing = set(wanted) - held.keys()
             if missing:
                 raise ModelError(f"{path} is damaged: it lacks {min(missing)}, which the index says it holds")
-            tensors.update({key: LazyTensor(path, key, shapes[key]) for key in wanted})
-        return tensors
+            stored.update({key: LazyTensor(path, key, *held[key]) for key in wanted})
+        if self.scheme is None:
+            return dict(stored)
+        try:
+            return {key: self.scheme.unpacked([stored[part] for part in self.tensors[key]], dtype) for key in keys}
+        except ModelError as error:
+            raise ModelError(f"{self.path}: {error}") from None
 
 
 @dataclass(frozen=True)
@@ -122,6 +151,8 @@ class LazyTensor:
     path: Path
     key: str
     shape: tuple[int, ...]
+    kind: str
+    """How safetensors names its type: BF16, F8_E4M3."""
 
     def __getitem__(self, index: Any) -> Tensor:
         with safe_open(self.path, framework="pt", device="cpu") as handle:
@@ -154,24 +185,29 @@ def _download(repo: str, name: str, revision: str | None) -> Path:
         ) from error
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor of a file, from its header."""
+def _held(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """The shape and type of every tensor of a file, from its header."""
     try:
         with safe_open(path, framework="pt") as handle:
-            return {key: tuple(handle.get_slice(key).get_shape()) for key in handle.keys()}  # noqa: SIM118 - not a dict
+            slices = {key: handle.get_slice(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+            return {key: (tuple(found.get_shape()), found.get_dtype()) for key, found in slices.items()}
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged or not a safetensors file: {error}") from error
 
 
-def _check_sizes(path: Path) -> None:
-    """Refuse a configuration whose layers or experts no model has: building it would not end. Raises ModelError."""
+def _values(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(values, dict):
         raise ModelError(f"{path} is not the configuration of a model")
-    for name, value in values.items():
+    return values
+
+
+def _check_sizes(path: Path) -> None:
+    """Refuse a configuration whose layers or experts no model has: building it would not end. Raises ModelError."""
+    for name, value in _values(path).items():
         if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _MOST.get(name, _LARGEST):
             raise ModelError(f"{path}: {name} is {value:.3g}, which no model has")
 

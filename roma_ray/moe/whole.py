@@ -34,7 +34,7 @@ def checkpoint_keys(snapshot: Snapshot, names: Sequence[str]) -> dict[str, str]:
     They differ where transformers renames on loading (Mixtral's files say `block_sparse_moe.gate`). Raises ModelError
     when a tensor is absent, or stored merged with others so that it cannot be exchanged alone.
     """
-    sources, merged = by_target(_skeleton(snapshot), dict.fromkeys(snapshot.weight_map, ()))
+    sources, merged = by_target(_skeleton(snapshot), dict.fromkeys(snapshot.tensors, ()))
     found = {name: next(iter(sources[name])) for name in names if name in sources and name not in merged}
     missing = sorted(set(names) - found.keys())
     if missing:
@@ -49,7 +49,7 @@ def check_weights(snapshot: Snapshot) -> None:
     skeleton = _skeleton(snapshot)
     layers = skeleton.config.num_hidden_layers
     keys = wanted_keys(snapshot, 0, layers, embeddings=True, norm=True, with_lm_head=True)
-    stored = snapshot.lazy_tensors(list(keys))
+    stored = snapshot.lazy_tensors(keys)
     check_fit(skeleton, {key: tensor.shape for key, tensor in stored.items()}, snapshot.path)
 
 
@@ -57,7 +57,7 @@ def base_tensors(path: str, names: Sequence[str], *, revision: str | None = None
     """Read some tensors of a checkpoint by their whole-model names, in the type they are stored in. Raises ModelError."""
     snapshot = open_snapshot(path, revision)
     keys = checkpoint_keys(snapshot, names)
-    lazy = snapshot.lazy_tensors(list(keys.values()))
+    lazy = snapshot.lazy_tensors(keys.values())
     return {name: lazy[key][...] for name, key in keys.items()}
 
 
