@@ -37,6 +37,13 @@ _DEEPSEEK = {
 RESULTS: Mapping[str, Mapping[str, Mapping[str, float]]] = {"olmoe": _OLMOE, "deepseek": _DEEPSEEK}
 
 
+def model_of(path: str) -> str | None:
+    """The model of the paper that a folder or hub id names; None for another."""
+    name = path.rstrip("/").rpartition("/")[2].lower().replace("-", "").replace("_", "")
+    known = {"olmoe": "olmoe", "deepseekmoe16b": "deepseek"}
+    return next((model for start, model in known.items() if name.startswith(start)), None)
+
+
 def result(model: str | None, factor: str, level: str) -> float | None:
     """The paper's accuracy at a level, in percent; None where it gives no number."""
     return RESULTS[model].get(factor, {}).get(level) if model else None

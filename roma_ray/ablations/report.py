@@ -109,7 +109,7 @@ def draw(sweep: Sweep, findings: Findings, folder: Path) -> Iterator[Picture]:
 
 
 def _factor_picture(sweep: Sweep, findings: Findings, factor: str, name: str, folder: Path) -> Picture:
-    model = sweep.space.file.paper
+    model = sweep.space.paper
     column = next(column for column in columns(sweep.space) if column.factor == factor)
     bars = []
     for level in levels(sweep, factor):
@@ -193,7 +193,7 @@ def _curves(
 
 def title(sweep: Sweep, factor: str) -> str:
     """A factor's heading; the paper's figure is named where the factor is one of its ablations."""
-    model = sweep.space.file.paper or "olmoe"
+    model = sweep.space.paper or "olmoe"
     source = paper.SOURCES[model].get(factor)
     text = _TITLES.get(factor, factor)
     return f"{text} (as the paper's {source})" if source else text

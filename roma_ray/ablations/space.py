@@ -33,6 +33,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from roma_ray.ablations import paper
 from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.artifacts import fingerprint
 from roma_ray.config import Config, Section
@@ -139,8 +140,9 @@ class SpaceFile(Section):
     scheduler: Scheduler = Scheduler()
     max_concurrent: int | None = Field(default=None, ge=1)
     """Trials at a time; default: as many as the cluster has room for."""
-    paper: Literal["olmoe", "deepseek"] | None = None
-    """Which of the paper's results are drawn beside this sweep's: OLMoE's (Figures 6-10) or DeepSeekMoE's (Tables 3-7)."""
+    paper: Literal["auto", "olmoe", "deepseek"] | None = None
+    """Which of the paper's results are drawn beside this sweep's: OLMoE's (Figures 6-10), DeepSeekMoE's (Tables 3-7), or `auto`,
+    those of the model of the base configuration, by its name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -208,6 +210,11 @@ class Space:
         search = self.file.model_dump(mode="json", include={"sample", "samples", "search", "scheduler"})
         members = sorted([trial.id, sorted(trial.factors)] for trial in self.trials)
         return fingerprint({"name": self.file.name, "trials": members, "search": search})
+
+    @property
+    def paper(self) -> str | None:
+        """The model of the paper whose results stand beside this sweep's; None for none."""
+        return paper.model_of(self.centre.model.path) if self.file.paper == "auto" else self.file.paper
 
     def sampled(self, values: Values) -> Trial:
         """The trial of drawn values. Raises ConfigError."""

@@ -75,7 +75,7 @@ def points(compared: Compared) -> str:
 
 def factor_table(sweep: Sweep, findings: Findings, factor: str, levels: Sequence[str]) -> Table:
     """A factor's levels, the base model above them, the paper's figures beside them."""
-    model, first = sweep.space.file.paper, findings.first
+    model, first = sweep.space.paper, findings.first
     shown = _figures(findings)
     known = {"validation %": percent(first.base_validation), "test %": percent(findings.base)}
     header: tuple[str, ...] = (factor, *(name for name, _ in shown))

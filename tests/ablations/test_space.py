@@ -5,13 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
 from roma_ray.ablations import paper
+from roma_ray.ablations.report import title
+from roma_ray.ablations.results import find
 from roma_ray.ablations.space import Space, load_space
+from roma_ray.ablations.tables import factor_table
 from roma_ray.config_reading import load_config
 from roma_ray.errors import ConfigError
+from tests.ablations.made import finished, scores_of, sweep_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +58,39 @@ def test_every_result_of_the_paper_has_a_trial() -> None:
     for results in paper.RESULTS.values():
         for factor, given in results.items():
             assert set(given) <= set(levels(found, factor)), factor
+
+
+@pytest.mark.parametrize(
+    ("model", "figure", "header", "base", "last5"),
+    [
+        (None, "Figure 6", "paper, OLMoE-7B-A1B", "67.6", ("76.2", "+8.6")),
+        ("deepseek-ai/deepseek-moe-16b-chat", "Table 3", "paper, DeepSeekMoE-16B-A3B", "66.6", ("74.7", "+8.1")),
+        ("deepseek-ai/deepseek-moe-16b-base", "Table 3", "paper, DeepSeekMoE-16B-A3B", "66.6", ("74.7", "+8.1")),
+        ("/models/DeepSeekMoE_16B/", "Table 3", "paper, DeepSeekMoE-16B-A3B", "66.6", ("74.7", "+8.1")),
+        ("deepseek-ai/DeepSeek-V2-Lite-Chat", None, None, None, None),
+        ("Qwen/Qwen3-30B-A3B", None, None, None, None),
+    ],
+)
+def test_the_paper_s_results_are_those_of_the_model_in_use(
+    model: str | None, figure: str | None, header: str | None, base: str | None, last5: tuple[str, str] | None
+) -> None:
+    overrides = () if model is None else (f"model.path={model}",)
+    found = load_space(ROOT / "configs" / "ablations.yaml", overrides)
+    sweep = sweep_of(found)
+    count = 40
+    right, gold = np.arange(count) % 2 == 0, np.zeros(count, int)
+    centre = finished(found.trials[0], scores_of(right, gold), base=scores_of(~right, gold), gold=gold)
+    table = factor_table(sweep, find([[centre]]), "layers", levels(found, "layers"))
+    named = [name for name in table.header if name.startswith("paper")]
+    if header is None:
+        assert named == []
+        return
+    assert named == [header]
+    assert title(sweep, "layers").endswith(f"(as the paper's {figure})")
+    assert table.rows[0][-2:] == (base, "")
+    rows = {row[0]: row[-2:] for row in table.rows}
+    assert rows["L5"] == last5
+    assert rows["F5"] == (("72.4", "+5.8") if base == "66.6" else ("", ""))
 
 
 def test_the_shipped_files_expand(tmp_path: Path) -> None:
