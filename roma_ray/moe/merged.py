@@ -7,6 +7,7 @@ tensor's, however large the model, and every other weight is the base's to the b
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Mapping
@@ -25,6 +26,8 @@ from roma_ray.moe.whole import check_weights, checkpoint_keys
 _TYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _NAMES = {dtype: name for name, dtype in _TYPES.items()}
 _BLOCK = 1 << 22
+_CODE = re.compile(r"[A-Za-z_]\w*\.py")
+_IMPORTED = re.compile(r"^\s*from\s+\.(\w+)\s+import\b", re.MULTILINE)
 _COMPANIONS = (
     *("generation_config.json", "chat_template.jinja", "chat_template.json", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model"),
@@ -55,7 +58,8 @@ def save_merged(checkpoint: RouterCheckpoint, folder: str | Path) -> str:
             part = {key: tensor for key, tensor in replaced.items() if snapshot.weight_map[key] == name}
             total += _copy_weights(snapshot.file(name), aside / name, part)
         _copy_companions(snapshot, aside, total)
-        _write_config(snapshot, aside, checkpoint.dtype)
+        code = _copy_code(snapshot, aside)
+        _write_config(snapshot, aside, checkpoint.dtype, code)
         write_manifest(aside, checkpoint, kind="merged")
     return type_name(config.dtype or torch.float32)
 
@@ -118,12 +122,55 @@ def _copy_bytes(old: BinaryIO, new: BinaryIO, begin: int, size: int, path: Path)
         size -= len(block)
 
 
-def _write_config(snapshot: Snapshot, folder: Path, dtype: str) -> None:
-    """The base's configuration with the type in which the figures were made: transformers loads a model in what it names."""
+def _write_config(snapshot: Snapshot, folder: Path, dtype: str, code: set[str]) -> None:
+    """The base's configuration with the type in which the figures were made: transformers loads a model in what it names.
+
+    Classes of remote code stay named where that code was copied along.
+    """
     config = json.loads(snapshot.file("config.json").read_text(encoding="utf-8"))
     # The second is the name that older versions and other tools know.
     config |= {"dtype": dtype, **({"torch_dtype": dtype} if "torch_dtype" in config else {})}
+    named = _code_of(config)
+    if named:
+        config["auto_map"] = {name: target for name, target in config["auto_map"].items() if named[name] <= code}
     (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _code_of(config: Mapping[str, Any]) -> dict[str, set[str]]:
+    """The files beside a config.json that each entry of its `auto_map` names; those of another repository are not its own."""
+    entries = config.get("auto_map")
+    found: dict[str, set[str]] = {}
+    for name, target in entries.items() if isinstance(entries, dict) else ():
+        parts = target if isinstance(target, list) else [target]
+        modules = [part.rpartition(".")[0] for part in parts if isinstance(part, str) and "--" not in part]
+        found[str(name)] = {f"{module}.py" for module in modules}
+    return found
+
+
+def _copy_code(snapshot: Snapshot, folder: Path) -> set[str]:
+    """Copy the published remote code that config.json and the tokenizer's name, and what it imports beside it; never run here."""
+    waiting: set[str] = set()
+    for name in ("config.json", "tokenizer_config.json"):
+        try:
+            stated = json.loads(snapshot.file(name).read_text(encoding="utf-8"))
+        except (ModelError, ValueError):
+            continue
+        waiting |= set().union(*_code_of(stated).values())
+    copied: set[str] = set()
+    while waiting:
+        name = waiting.pop()
+        # A file of this folder and of no other place.
+        if not _CODE.fullmatch(name):
+            continue
+        try:
+            source = snapshot.file(name)
+        except ModelError:
+            continue
+        shutil.copyfile(source, folder / name)
+        copied.add(name)
+        text = source.read_text(encoding="utf-8", errors="replace")
+        waiting |= {f"{module}.py" for module in _IMPORTED.findall(text)} - copied
+    return copied
 
 
 def _copy_companions(snapshot: Snapshot, folder: Path, total: int) -> None:
