@@ -2,6 +2,7 @@
 # make venv   the environment alone     make dev     with the development tools
 # make test   the test suite            make check   ruff and mypy            make clean   remove what these made
 # make chaos  every fault on a simulated cluster of three nodes, as a table
+# make matrix the suite with the lowest and the newest transformers allowed, for a release (TESTS=tests/moe for some)
 # make fuzz   100,000 damaged files through every reader (INPUTS=... for another number)
 #
 # Needs Python 3.11 or newer with its venv module, pip, and nothing else. Settings, all on the command line:
@@ -20,6 +21,9 @@ TEST_WORKERS ?= 2
 TORCH ?= torch==2.13.0
 
 INPUTS ?= 100000
+# Of `make matrix`: which tests, and which versions of transformers (default: the lowest and the newest that are allowed).
+TESTS ?=
+MATRIX ?=
 
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed-$(EXTRAS)
@@ -27,7 +31,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 DEVELOPED := $(VENV)/.installed-$(EXTRAS),dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv dev demo test fuzz chaos check bench format pin clean
+.PHONY: help venv dev demo test matrix fuzz chaos check bench format pin clean
 
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
@@ -53,6 +57,10 @@ demo: venv
 
 test: dev
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+
+# What a release needs beside `make check test`: the versions of transformers at both ends of pyproject.toml's bounds.
+matrix: dev
+	@BASE=$(VENV) TEST_WORKERS=$(TEST_WORKERS) TESTS="$(TESTS)" MATRIX="$(MATRIX)" .ci/matrix
 
 fuzz: dev
 	$(BIN)/python -m tests.fuzzing --inputs $(INPUTS)
@@ -84,5 +92,5 @@ pin: dev
 	@mv constraints.new constraints.txt
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-matrix build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import site
 import subprocess
 import sys
 import tarfile
@@ -18,6 +17,8 @@ import pytest
 import roma_ray
 
 ROOT = Path(__file__).parents[1]
+# Also those of an environment that takes them from another one (`make matrix`).
+LIBRARIES = [place for place in sys.path if Path(place).name in ("site-packages", "dist-packages")]
 PARTS = ("pyproject.toml", "README.md", "LICENSE", "roma_ray")
 
 
@@ -67,7 +68,7 @@ def test_the_wheel_runs_the_embedded_default_in_an_environment_of_its_own(wheel:
     python = place / "bin" / "python"
     packages = Path(run(python, "-c", "import site; print(site.getsitepackages()[0])", folder=tmp_path).strip())
     # The libraries are those that are here: a path and no more, so that no editable install comes with them.
-    (packages / "libraries.pth").write_text("\n".join(site.getsitepackages()) + "\n")
+    (packages / "libraries.pth").write_text("\n".join(LIBRARIES) + "\n")
     run(
         *(sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python),
         *("install", "--quiet", "--no-deps", "--no-index", wheel),
@@ -103,3 +104,14 @@ def test_who_only_runs_it_installs_no_development_tools() -> None:
     }
     for target, commands in told.items():
         assert ",dev]" in commands if target in ("test", "check") else ",dev]" not in commands, target
+
+
+def test_doctor_demands_what_pyproject_demands() -> None:
+    from roma_ray.doctor.machine import _NEEDED
+
+    wanted = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    for package, lowest, too_new, remedy in _NEEDED:
+        (stated,) = [line for line in wanted if line.partition(">=")[0].partition("[")[0] == package]
+        assert f"'{stated}'" in remedy
+        bounds = [".".join(map(str, numbers)) for numbers in (lowest, too_new)]
+        assert f">={bounds[0]},<{bounds[1]}" in stated

@@ -19,7 +19,7 @@ from roma_ray.errors import StorageError
 # (package, lowest, first that is too new, remedy)
 _NEEDED = (
     ("torch", (2, 9), (2, 14), "pip install 'torch>=2.9,<2.14' (CUDA or ROCm builds from pytorch.org first)"),
-    ("transformers", (5, 20), (6,), "pip install 'transformers>=5.20,<6'"),
+    ("transformers", (5, 21), (6,), "pip install 'transformers>=5.21,<6'"),
     ("sentence-transformers", (6,), (7,), "pip install 'sentence-transformers>=6,<7'"),
     ("peft", (0, 21), (0, 22), "pip install 'peft>=0.21,<0.22'"),
     ("pydantic", (2, 9), (3,), "pip install 'pydantic>=2.9,<3'"),
