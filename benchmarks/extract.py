@@ -53,8 +53,9 @@ def ours(
     """The same by the engine; with a folder the states at the cut are written there."""
     import torch
 
-    from roma_ray.engine.extractor import Reading, run_part, write_tensors
+    from roma_ray.engine.extractor import Reading, run_part
     from roma_ray.engine.forward import choice_scores, lay_out
+    from roma_ray.store.tensors import write_tensors
 
     routing, scores = [None] * len(prompts), [None] * len(prompts)
     for number, rows in enumerate(plan):

@@ -6,7 +6,6 @@ The choice decides the last bits of a forward pass, so it is part of the fingerp
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +19,7 @@ from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ModelError
 from roma_ray.moe.passes import experts_block
+from roma_ray.store.files import read_json
 
 # Never batched_mm: it copies every token's expert weights, 20 to 100 times slower at some hundred tokens.
 CANDIDATES = ("grouped_mm", "eager")
@@ -32,7 +32,7 @@ def kept_backend(store: Store, identity: str, spec: ModelSpec, measure: Callable
     path = backend_file(store, identity, spec.dtype)
     known = None
     with contextlib.suppress(OSError, ValueError):
-        known = json.loads(path.read_text(encoding="utf-8"))
+        known = read_json(path)
     if not isinstance(known, dict) or known.get("backend") not in CANDIDATES:
         known = measure(spec)
         write_json(path, known)

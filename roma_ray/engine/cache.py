@@ -8,15 +8,12 @@ T flat tokens of a packing, D width.
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from roma_ray.artifacts import read_manifest
@@ -29,6 +26,7 @@ from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
+from roma_ray.store.tensors import DAMAGED, check_extent, mapped
 
 _REMEDY = "remove the extraction folder and run again to rebuild it"
 
@@ -85,9 +83,8 @@ class ActivationCache:
             path = batch_activations(self.folder, batch, self.cut)
             _check_header(path, self._totals[batch])
             try:
-                handle = safe_open(path, framework="pt")
-                self._shards[batch] = handle.get_slice("hidden")
-            except (OSError, SafetensorError) as error:
+                self._shards[batch] = mapped(path, "hidden")
+            except DAMAGED as error:
                 raise CacheError(f"{path} cannot be read ({error}); {_REMEDY}") from None
         return self._shards[batch]
 
@@ -127,21 +124,14 @@ def _of_gold(own: Tensor, prompt: Prompt, prefix: int) -> list[Tensor]:
 def _check_header(path: Path, tokens: int) -> None:
     """Compare a shard's header with the file's size and the index. Raises CacheError."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < size else None
-        fact = header["hidden"] if isinstance(header, dict) else {"data_offsets": [0, -1], "shape": []}
-        whole = size == 8 + length + fact["data_offsets"][1]
-        fits = len(fact["shape"]) == 2 and fact["shape"][0] == tokens
-    except (OSError, struct.error, ValueError, KeyError, TypeError, IndexError) as error:
+        shape = check_extent(path)["hidden"]["shape"]
+        fits = len(shape) == 2 and shape[0] == tokens
+    except EOFError:
+        raise CacheError(f"{path} is truncated; {_REMEDY}") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise CacheError(f"{path} is not an activation shard ({error}); {_REMEDY}") from None
-    if not whole:
-        raise CacheError(f"{path} is truncated; {_REMEDY}")
     if not fits:
-        raise CacheError(
-            f"{path} holds {fact['shape']} instead of {tokens} tokens: it belongs to another run; {_REMEDY}"
-        )
+        raise CacheError(f"{path} holds {shape} instead of {tokens} tokens: it belongs to another run; {_REMEDY}")
 
 
 Item = TypeVar("Item")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import write_atomically
 from roma_ray.engine.scoring import Scores
 from roma_ray.errors import CheckpointError
 from roma_ray.moe.masters import RouterMasters
+from roma_ray.store.tensors import DAMAGED, read_metadata, read_tensors, write_tensors
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -71,8 +71,6 @@ class LoopState:
 
 def save_checkpoint(path: Path, masters: RouterMasters, optimizer: torch.optim.Optimizer, state: LoopState) -> None:
     """Write gates, optimizer moments and loop state to one file, whole or not at all. Raises StorageError."""
-    from safetensors.torch import save_file
-
     tensors = {f"gate.{key}": value for key, value in masters.state().items()}
     tensors |= {f"best.{key}": value for key, value in state.best_gates.items()}
     tensors |= {f"epoch_start.{key}": value for key, value in state.epoch_start.items()}
@@ -81,17 +79,14 @@ def save_checkpoint(path: Path, masters: RouterMasters, optimizer: torch.optim.O
         tensors |= {f"optimizer.{number}.{name}": moments[name] for name in (*_MOMENTS, "step")}
     plain = {k: v for k, v in asdict(state).items() if k not in {"epoch_start", "best_gates", "steps"}}
     whole = {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-    write_atomically(path, lambda aside: save_file(whole, aside, metadata={"state": json.dumps(plain)}))
+    write_tensors(path, whole, {"state": json.dumps(plain)})
 
 
 def load_checkpoint(path: Path, masters: RouterMasters, optimizer: torch.optim.Optimizer) -> LoopState:
     """Restore gates and optimizer in place and return the loop state. Raises CheckpointError when the file is damaged."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as handle:
-            plain = json.loads(handle.metadata()["state"])
-            tensors = {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
+        tensors, metadata = read_tensors(path)
+        plain = json.loads(metadata["state"])
         masters.load(_part(tensors, "gate."))
         state = optimizer.state_dict()
         numbers = sorted({int(key.split(".")[1]) for key in tensors if key.startswith("optimizer.")})
@@ -103,10 +98,18 @@ def load_checkpoint(path: Path, masters: RouterMasters, optimizer: torch.optim.O
             best_gates=_part(tensors, "best."),
             steps=tensors["steps"].tolist(),
         )
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (*DAMAGED, KeyError, ValueError, TypeError, RuntimeError) as error:
         raise CheckpointError(
             f"the checkpoint {path} cannot be read ({error}); remove it to train from the start"
         ) from None
+
+
+def checkpoint_step(path: Path) -> int:
+    """Steps that a checkpoint has behind it; 0 without one, and for a damaged one: the loop will say what is wrong with it."""
+    try:
+        return int(json.loads(read_metadata(path)["state"])["step"])
+    except (*DAMAGED, KeyError, ValueError, TypeError):
+        return 0
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from roma_ray.artifacts import fingerprint, write_json
 from roma_ray.moe.selfcheck import check_slice
 from roma_ray.moe.slices import Slice
+from roma_ray.store.files import listed, read_json
 
 FOLDER = "checks"
 # What this process has checked itself, by place: workers that cannot write do not check every load again.
@@ -42,9 +42,9 @@ def ensure_checked(part: Slice, folder: str) -> None:
 def read_checks(folder: str | Path) -> list[dict[str, Any]]:
     """The self-checks kept in a folder; a damaged file counts as missing, so that check is done again."""
     found = []
-    for file in sorted(Path(folder).glob("[0-9]*.json")):
+    for file in listed(folder, "[0-9]*.json"):
         try:
-            facts = json.loads(file.read_text(encoding="utf-8"))
+            facts = read_json(file)
             if isinstance(facts["start"], int) and isinstance(facts["stop"], int):
                 found.append(facts)
         except (OSError, ValueError, KeyError, TypeError):

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import note_device, write_atomically
+from roma_ray.artifacts import note_device
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
 from roma_ray.engine.model_spec import ModelSpec
@@ -28,6 +28,7 @@ from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
+from roma_ray.store.tensors import write_tensors
 
 PLAN = "plan.json"
 NOT_FINITE = "the model's scores are not finite"
@@ -253,13 +254,6 @@ class Extractor:
         scores = choice_scores(logits_NV, reading.keep, reading.layout)
         result = Result(list(rows), after_attention, reading.routing(routing_1PLE), scores)
         return result, len(reading.layout.packing)
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write tensors as one safetensors file, whole or not at all. Raises StorageError."""
-    from safetensors.torch import save_file
-
-    write_atomically(path, lambda aside: save_file(tensors, aside))
 
 
 def _schema(tokens: Sequence[str]) -> pa.Schema:

@@ -6,25 +6,25 @@ rounded) and leaves its own; the last one writes the batches' tables. The result
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from roma_ray.artifacts import note_device
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.extractor import Batches, ExtractWork, Result, batch_table, run_part, write_tensors
+from roma_ray.engine.extractor import Batches, ExtractWork, Result, batch_table, run_part
 from roma_ray.engine.forward import choice_scores
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
 from roma_ray.moe.snapshot import open_snapshot
 from roma_ray.moe.whole import check_weights, model_sizes
+from roma_ray.store.files import exists, remove, remove_folder
+from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 STREAM = ".stream"
 
@@ -56,8 +56,8 @@ def stream(
             advance(report.batch, link.share)
         if link.number > 0:
             for batch in pending:
-                link.states(batch, link.number - 1).unlink(missing_ok=True)
-    shutil.rmtree(Path(chain[0].folder) / STREAM, ignore_errors=True)
+                remove(link.states(batch, link.number - 1))
+    remove_folder(Path(chain[0].folder) / STREAM)
 
 
 def plan_chain(model: ModelSpec, memory_gb: float, *, least: bool = False) -> list[tuple[int, int]]:
@@ -117,7 +117,7 @@ class SliceWork:
 
     def done(self, batch: int) -> bool:
         """Whether this slice is through with a batch."""
-        return batch_table(self.folder, batch).exists() if self.last else self.parts(batch, self.number).exists()
+        return exists(batch_table(self.folder, batch)) if self.last else exists(self.parts(batch, self.number))
 
     def open(self) -> Callable[[int], Report]:
         """Load the slice; returns the function that runs it on one batch."""
@@ -173,8 +173,7 @@ class SliceExtractor:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        with safe_open(path, framework="pt") as handle:
-            return {key: handle.get_tensor(key) for key in handle.keys()}  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError) as error:
+        return read_tensors(path)[0]
+    except DAMAGED as error:
         folder = path.parents[1]
         raise CacheError(f"{path} cannot be read ({error}); remove {folder} and run again") from None

@@ -27,6 +27,7 @@ from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.slices import Slice
+from roma_ray.store.files import exists
 
 PROBE_QUESTIONS = 64
 
@@ -112,7 +113,7 @@ def _finetune(
     optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
     objective = Objective(config, head, data, masters)
     probe_rows = epoch_order(data.train, seed, 0)[:PROBE_QUESTIONS]
-    if checkpoint and checkpoint.exists():
+    if checkpoint and exists(checkpoint):
         state = load_checkpoint(checkpoint, masters, optimizer)
     else:
         state = LoopState(probe=objective.probe(probe_rows), epoch_start=pretrained)

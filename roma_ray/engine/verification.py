@@ -15,6 +15,7 @@ from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.tables import read_prompts
 from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed
+from roma_ray.store.files import exists, read_text
 
 _QUESTIONS = 3
 _MEMORY_GB = 2.0
@@ -29,7 +30,7 @@ def verify_sample(model: ModelSpec, extraction: str | Path, questions: str | Pat
     """
     folder = Path(extraction)
     mark, now = folder / f".verified-{cut}", file_digest(folder / MANIFEST)
-    if mark.exists() and mark.read_text() == now:
+    if exists(mark) and read_text(mark) == now:
         return
     cache = ActivationCache(folder, cut)
     usable = [row for row, start in enumerate(cache.offset) if start is not None]

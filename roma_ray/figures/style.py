@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from typing import ParamSpec
 
@@ -14,7 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from roma_ray.artifacts import write_atomically
+from roma_ray.store.files import write_bytes
 
 P = ParamSpec("P")
 
@@ -79,12 +79,8 @@ def save(figure: Figure, folder: Path, name: str) -> bytes:
     """Write `folder/name.svg` and `folder/name.png`; returns the SVG. Raises StorageError."""
     drawn = {form: render(figure, form) for form in ("svg", "png")}
     for form, data in drawn.items():
-        write_atomically(folder / f"{name}.{form}", partial(_write_bytes, data))
+        write_bytes(folder / f"{name}.{form}", data)
     return drawn["svg"]
-
-
-def _write_bytes(data: bytes, path: Path) -> None:
-    path.write_bytes(data)
 
 
 def shorten(text: str, width: int = 22) -> str:

@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import write_atomically
 from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
 from roma_ray.evaluation.statistics import Paired, p_value, with_error
 from roma_ray.figures.escaping import csv_text
 from roma_ray.figures.results import ordered
 from roma_ray.figures.words import points
+from roma_ray.store.files import write_text
 
 _MOST_ANSWERS = 6
 _FIGURES = (
@@ -220,4 +220,4 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write one CSV file. Raises StorageError."""
     text = csv_text([header, *rows])
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8") and None)
+    write_text(path, text)

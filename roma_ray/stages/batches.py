@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import pickle
-import shutil
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,8 @@ from roma_ray.stages.failures import explained, packed, unpacked
 from roma_ray.stages.placement import Need
 from roma_ray.stages.starting import IMPORTS, MODEL, READY, Roll, Starting
 from roma_ray.stages.worth import begun_here, share_of
+from roma_ray.store.files import remove, remove_folder
+from roma_ray.store.logs import append_line, whole_lines
 
 ATTEMPTS = ".attempts"
 _ROLL = "roll"
@@ -53,16 +54,11 @@ class Marks:
 
     def __init__(self, folder: str, token: str, batch: int) -> None:
         self.path = Path(folder) / ATTEMPTS / token / f"{batch:06d}"
-        self.lines = self.path.read_text().split("\n") if self.path.exists() else []
+        self.lines = whole_lines(self.path)[0]
 
     def add(self, line: str) -> None:
         """Note the start or the end of something. Raises StorageError."""
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a") as stream:
-                stream.write(f"{line}\n")
-        except OSError as error:
-            raise unwritable(self.path, error) from error
+        append_line(self.path, line)
         self.lines.append(line)
 
     def unfinished(self, begun: str, ended: str) -> int:
@@ -72,7 +68,7 @@ class Marks:
     def clear(self) -> None:
         """The batch is done. Raises StorageError."""
         try:
-            self.path.unlink(missing_ok=True)
+            remove(self.path)
         except OSError as error:
             raise unwritable(self.path, error) from error
 
@@ -165,7 +161,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
                 busy += report.seconds
                 first = first or time.monotonic() - began - report.seconds
                 yield report
-        shutil.rmtree(Path(work.folder) / ATTEMPTS, ignore_errors=True)
+        remove_folder(Path(work.folder) / ATTEMPTS)
         cluster.compare(stage, time.monotonic() - began, first or 0.0, busy)
 
     return begun_here(cluster, stage, device, execute)

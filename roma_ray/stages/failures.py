@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray import errors
-from roma_ray.errors import RomaError, WorkerError
+from roma_ray.errors import RomaError, StorageError, WorkerError
+from roma_ray.store.files import write_text
 
 FOLDER = ".failures"
 
@@ -20,9 +21,8 @@ def keep_traceback(folder: str | Path, text: str) -> Path | None:
     """Write a worker's traceback into the stage's folder; None where that cannot be written."""
     path = Path(folder) / FOLDER / f"{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    except OSError:
+        write_text(path, text)
+    except StorageError:
         return None
     return path
 

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import unwritable
+from roma_ray.store.logs import append_line, whole_lines
 
 FILE = ".live.jsonl"
 _SECONDS_BETWEEN_LINES = 0.3
@@ -38,20 +38,12 @@ class LiveWriter:
 
     def _write(self, line: dict[str, Any]) -> None:
         self.last = time.monotonic()
-        _append(self.path, {"run": self.token, **line})
+        append_line(self.path, json.dumps({"run": self.token, **line}))
 
     @staticmethod
     def note_up(folder: str | Path, token: str) -> None:
         """The worker's process runs; the model comes next."""
-        _append(Path(folder) / FILE, {"run": token, "up": True})
-
-
-def _append(path: Path, line: dict[str, Any]) -> None:
-    try:
-        with open(path, "a") as stream:
-            stream.write(json.dumps(line) + "\n")
-    except OSError as error:
-        raise unwritable(path, error) from error
+        append_line(Path(folder) / FILE, json.dumps({"run": token, "up": True}))
 
 
 class LiveReader:
@@ -74,16 +66,8 @@ class LiveReader:
 
     def poll(self) -> None:
         """Pass on what is new."""
-        try:
-            with open(self.path, "rb") as stream:
-                stream.seek(self.offset)
-                new = stream.read()
-        except FileNotFoundError:
-            return
-        # A line may be half written; the rest comes with the next poll.
-        whole = new[: new.rfind(b"\n") + 1]
-        self.offset += len(whole)
-        for line in whole.splitlines():
+        lines, self.offset = whole_lines(self.path, self.offset)
+        for line in lines:
             self._take(json.loads(line))
 
     def _take(self, line: dict[str, Any]) -> None:

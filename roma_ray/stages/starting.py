@@ -9,6 +9,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+from roma_ray.errors import StorageError
+from roma_ray.store.files import listed, read_text, write_text
+
 _FIRST_SECONDS, _LONGEST_SECONDS = 10.0, 60.0
 IMPORTS, MODEL, READY = "imports", "model", "ready"
 _WORDS = {
@@ -55,13 +58,12 @@ class Roll:
 
     def note(self, state: str) -> None:
         """Note this worker's state in the stage's folder. A storage that refuses the note is ignored here: the work will report it."""
-        with contextlib.suppress(OSError):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / self.name).write_text(state)
+        with contextlib.suppress(StorageError):
+            write_text(self.folder / self.name, state)
 
     def stands(self, workers: int) -> str:
         """How far `workers` workers are, in words."""
-        found = Counter(path.read_text() for path in self.folder.glob("*"))
+        found = Counter(read_text(path) for path in listed(self.folder, "[!.]*"))
         return in_words(found, workers)
 
 
