@@ -139,6 +139,11 @@ def local(path: str | Path) -> Path:
     return Path(path)
 
 
+def free_bytes(folder: str | Path) -> int:
+    """Room that is left where a folder is. Raises OSError."""
+    return shutil.disk_usage(folder).free
+
+
 def file_digest(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex. Raises OSError."""
     digest = hashlib.sha256()

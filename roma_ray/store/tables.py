@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ def write_table(
     if facts is not None:
         table = table.replace_schema_metadata({"roma": json.dumps(dict(facts))})
     write_atomically(path, lambda aside: pq.write_table(table, aside, **WRITING))
+
+
+def write_parts(path: str | Path, schema: pa.Schema, parts: Iterable[pa.Table]) -> None:
+    """Write tables of one schema, one after another, as one Parquet file, atomically. Raises StorageError."""
+
+    def write(aside: Path) -> None:
+        with pq.ParquetWriter(aside, schema, **WRITING) as writer:
+            for part in parts:
+                writer.write_table(part)
+
+    write_atomically(path, write)
 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
