@@ -165,7 +165,7 @@ def shards(folder: Path, rows: int) -> None:
 def records(folder: Path, rows: int) -> None:
     """A manifest over a file a batch, and what MLflow is told of a stage."""
     from roma_ray.artifacts import Store
-    from roma_ray.tracking.client import Client
+    from roma_ray.tracking.mlflow import Mlflow
     from roma_ray.tracking.records import stage_metrics
 
     stage = Store(folder).stage("embed", {}, {}, 1)
@@ -174,7 +174,7 @@ def records(folder: Path, rows: int) -> None:
         (stage.path / "batches" / f"{number:06d}.parquet").write_bytes(number.to_bytes(4, "big"))
     stage.finish(facts={"rows": rows}, seconds=1.0)
     stage.verify()
-    client = Client(f"sqlite:///{folder}/mlflow.db", "memory", folder / "artifacts")
+    client = Mlflow(f"sqlite:///{folder}/mlflow.db", "memory", folder / "artifacts")
     client.log(client.create("stage", {}, 0), metrics=stage_metrics(stage))
 
 

@@ -14,7 +14,7 @@ from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS
 from roma_ray.engine.progress import Progress
 from roma_ray.evaluation.paired import SUMMARY
 from roma_ray.tracking import records
-from roma_ray.tracking.client import RunState, Value
+from roma_ray.tracking.backend import RunState, Value
 from roma_ray.tracking.delivery import Delivery
 
 SWEEP = "sweep"

@@ -17,7 +17,7 @@ from roma_ray.evaluation.compare import Comparison, plain
 from roma_ray.evaluation.judge import SUMMARY, read_benchmarks
 from roma_ray.figures.comparison import FORMATS, render
 from roma_ray.tracking import records
-from roma_ray.tracking.client import Client, Refused, RunState, Unavailable, Value, one_at_a_time
+from roma_ray.tracking.backend import Refused, RunState, Unavailable, Value, one_at_a_time
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
 
 _STAGE, _RUN = "roma.stage", "roma.run"
@@ -97,9 +97,7 @@ def record_comparison(config: Config, store: Store, comparison: Comparison, prog
         files[0].write_text(json.dumps(content), encoding="utf-8")
         for file, form in zip(files[1:], FORMATS, strict=True):
             file.write_text(render(comparison, form), encoding="utf-8")
-        # By this tag MLflow's UI shows the file as a table that can be filtered and joined with other runs'.
-        logged = json.dumps([{"path": files[0].name, "type": "table"}])
-        tags = {"mlflow.loggedArtifacts": logged}
+        tags = Delivery.backend.shown_as_table(files[0].name)
         title = "comparison: " + ", ".join(comparison.labels)
         _Record(config, store, progress, "comparison", title, identity, tags, {}, files).close()
 
@@ -111,10 +109,10 @@ def fingerprint_of(config: Config, store: Store, run_id: str) -> str | None:
     """
     if len(run_id) != 32 or not run_id.isalnum():
         return None
-    uri = records.tracking_uri(config, store)
+    backend = Delivery.backend
     try:
-        with one_at_a_time(store.root / ".tracking.lock"):
-            client = Client(uri, config.tracking.experiment, store.root / "mlflow-artifacts")
+        with one_at_a_time(store):
+            client = backend.connect(config, store)
         run = client.run(run_id)
         if run.tags.get(_STAGE) in _JUDGED:
             return run.tags.get(FINGERPRINT)
@@ -123,7 +121,7 @@ def fingerprint_of(config: Config, store: Store, run_id: str) -> str | None:
         return None
     except Unavailable as error:
         raise TrackingError(
-            f"MLflow at {mask(uri)} cannot be used ({error}), so nobody knows what its run {run_id} is: name the evaluation by its "
-            "folder or fingerprint, or try again later"
+            f"{backend.title} at {mask(backend.address(config, store))} cannot be used ({error}), so nobody knows what its run "
+            f"{run_id} is: name the evaluation by its folder or fingerprint, or try again later"
         ) from None
     return next((r.tags.get(FINGERPRINT) for r in siblings if r.tags.get(_STAGE) in _JUDGED), None)

@@ -28,7 +28,7 @@ from roma_ray.evaluation.methods import (
 )
 from roma_ray.figures.escaping import markdown
 from roma_ray.tracking import records
-from roma_ray.tracking.client import RunState, Value
+from roma_ray.tracking.backend import NOTE, RunState, Value
 from roma_ray.tracking.delivery import Delivery
 
 PARENT = "baselines"
@@ -123,7 +123,7 @@ class ComparisonTracker(Delivery, ComparisonObserver):
         if summary["oracle"]:
             values += [Value(f"oracle_and_control/{k}", v, 0, records.now()) for k, v in summary["oracle"].items()]
         self._log_metrics(run, values)
-        self._log_tags(run, {"mlflow.note.content": table_text(summary), "pin": summary["pin"]})
+        self._log_tags(run, {NOTE: table_text(summary), "pin": summary["pin"]})
         with TemporaryDirectory() as folder:
             (Path(folder) / "comparison.json").write_text(json.dumps(summary, indent=1))
             (Path(folder) / "comparison.md").write_text(table_text(summary))

@@ -20,7 +20,18 @@ from roma_ray.config import Config
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ArtifactError
 from roma_ray.tracking import records
-from roma_ray.tracking.client import Client, OwnFault, Refused, RunState, Unavailable, one_at_a_time
+from roma_ray.tracking.backend import (
+    NOTE,
+    PARENT,
+    SOURCE,
+    Backend,
+    OwnFault,
+    Refused,
+    RunState,
+    Unavailable,
+    one_at_a_time,
+)
+from roma_ray.tracking.mlflow import Mlflow
 
 # While MLflow is down, a try costs up to a minute; between stages and epochs it is tried no more often than this.
 RETRY_SECONDS = 60.0
@@ -29,11 +40,12 @@ _DELIVERED, _ERROR = "roma.delivered", "roma.error"
 
 
 class Delivery:
-    """A parent run and its children in MLflow, closed at the end of a `with` block, whatever the end is.
+    """A parent run and its children in a tracker, closed at the end of a `with` block, whatever the end is.
 
     No method raises for MLflow's sake.
     """
 
+    backend: type[Backend] = Mlflow
     parent: str
     """The parent's name among the runs."""
     identity_tag: str
@@ -43,11 +55,11 @@ class Delivery:
 
     def __init__(self, config: Config, store: Store, progress: Progress) -> None:
         self.config, self.store, self.progress = config, store, progress
-        self.uri = records.tracking_uri(config, store)
+        self.uri = self.backend.address(config, store)
         self.status: dict[str, str] = {}
         self.failure = ""
         self._identity = ""
-        self._client: Client | None = None
+        self._client: Backend | None = None
         self._runs: dict[str, RunState] = {}
         self._steps: dict[tuple[str, str], set[int]] = {}
         self._waiting: dict[str, None] = {}
@@ -104,6 +116,10 @@ class Delivery:
         """The runs of which MLflow has not got all."""
         return list(self._waiting)
 
+    @property
+    def _where(self) -> str:
+        return f"{self.backend.title} at {mask(self.uri)}"
+
     def failed(self, error: BaseException) -> None:
         """The work ends early; what was at work ends with it."""
         self.failure = f"{type(error).__name__}: {error}"[:500]
@@ -118,15 +134,16 @@ class Delivery:
         """Deliver what is left, stop the monitor, and say where it is, or what could not be delivered."""
         self._unwatch()
         self._deliver(patient=True)
+        title = self.backend.title
         if self._waiting and self._down_since is not None:
             self.progress.say(
-                f"MLflow at {mask(self.uri)} still lacks: {', '.join(self._waiting)}. Nothing is lost: it is delivered by "
-                f"{self.later}, once MLflow is back."
+                f"{self._where} still lacks: {', '.join(self._waiting)}. Nothing is lost: it is delivered by {self.later}, once "
+                f"{title} is back."
             )
         elif self._waiting:
-            self.progress.say(f"MLflow at {mask(self.uri)} still lacks: {', '.join(self._waiting)}.")
+            self.progress.say(f"{self._where} still lacks: {', '.join(self._waiting)}.")
         elif self._client is not None and self.parent in self._runs:
-            self.progress.say(f"MLflow: {self._client.place(self._runs[self.parent])}")
+            self.progress.say(f"{title}: {self._client.place(self._runs[self.parent])}")
 
     def _deliver(self, *names: str, patient: bool = False) -> None:
         """Bring MLflow up to date on these runs and all that wait; while it is down, only now and then."""
@@ -142,7 +159,7 @@ class Delivery:
                 try:
                     whole = self._project(name)
                 except Refused as error:
-                    self._tell(name, f"MLflow at {mask(self.uri)} does not take all of `{name}`: {error}")
+                    self._tell(name, f"{self._where} does not take all of `{name}`: {error}")
                 else:
                     if whole:
                         del self._waiting[name]
@@ -152,14 +169,14 @@ class Delivery:
             self._client, self._runs, self._steps = None, {}, {}
             if not was_down:
                 self.progress.say(
-                    f"MLflow at {mask(self.uri)} cannot be used ({error}). The run goes on; what it records is kept and "
+                    f"{self._where} cannot be used ({error}). The run goes on; what it records is kept and "
                     "delivered later."
                 )
             self._down_since = time.monotonic()
             return
         self._down_since = None
         if was_down:
-            self.progress.say("MLflow is back: what was recorded meanwhile is delivered")
+            self.progress.say(f"{self.backend.title} is back: what was recorded meanwhile is delivered")
 
     def _tell(self, name: str, text: str) -> None:
         """Tell once of a run what is amiss with it; the others go on."""
@@ -170,15 +187,15 @@ class Delivery:
     def _connect(self) -> None:
         if self._client is not None:
             return
-        with one_at_a_time(self.store.root / ".tracking.lock"):
-            self._client = Client(self.uri, self.config.tracking.experiment, self.store.root / "mlflow-artifacts")
+        with one_at_a_time(self.store):
+            self._client = self.backend.connect(self.config, self.store)
             for run in self._client.runs(self.identity_tag, self._identity):
                 # Of duplicates that two drivers made at once, the oldest is kept up to date.
                 self._runs.setdefault(run.tags.get(self.name_tag, self.parent), run)
             self._run_of(self.parent)
 
     @property
-    def client(self) -> Client:
+    def client(self) -> Backend:
         """The connection, within a delivery."""
         assert self._client is not None
         return self._client
@@ -186,9 +203,9 @@ class Delivery:
     def _run_of(self, name: str) -> RunState:
         """The MLflow run of that name, made where there is none. Raises Unavailable."""
         if name not in self._runs:
-            tags = {self.identity_tag: self._identity, self.name_tag: name, "mlflow.source.name": "roma-ray"}
+            tags = {self.identity_tag: self._identity, self.name_tag: name, SOURCE: "roma-ray"}
             if name != self.parent:
-                tags["mlflow.parentRunId"] = self._runs[self.parent].id
+                tags[PARENT] = self._runs[self.parent].id
             tags |= self._tags(name)
             self._runs[name] = self.client.create(self._title(name), tags, self._start(name))
         return self._runs[name]
@@ -206,7 +223,10 @@ class Delivery:
         except (ArtifactError, OSError, json.JSONDecodeError) as error:
             self._absent.append(str(error))
         if self._absent:
-            self._tell(name, f"`{name}` is not whole here, so MLflow does not get all of it: {'; '.join(self._absent)}")
+            self._tell(
+                name,
+                f"`{name}` is not whole here, so {self.backend.title} does not get all of it: {'; '.join(self._absent)}",
+            )
         if wanted not in (None, "RUNNING"):
             self._close_run(name, run, "" if self._absent else receipt)
         return not self._absent
@@ -277,7 +297,7 @@ class Delivery:
         tags = {REUSED: "true"}
         if found:
             link = f"[{found[0].id}]({self.client.page(found[0])})"
-            tags |= {MADE_IN: found[0].id, "mlflow.note.content": f"Reused: made in run {link}."}
+            tags |= {MADE_IN: found[0].id, NOTE: f"Reused: made in run {link}."}
         self.client.log(run, tags=tags)
 
     def _watch_machine(self) -> None:

@@ -1,4 +1,4 @@
-"""What MLflow is told of a run, read from its artifacts: parameters, metrics, inputs, files. Nothing here knows MLflow."""
+"""What a tracker is told of a run, read from its artifacts: parameters, metrics, inputs, files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import contextlib
 import getpass
 import hashlib
 import json
-import os
 import re
 import subprocess
 import time
@@ -15,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import Stage, Store, fingerprint
+from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.config import Config
 from roma_ray.engine.embedding import VECTORS
 from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS, live_epochs
@@ -24,22 +23,11 @@ from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.paired import SUMMARY, read_evaluation
 from roma_ray.evaluation.statistics import p_value, with_error
 from roma_ray.figures.escaping import markdown
-from roma_ray.tracking.client import Input, Value
+from roma_ray.tracking.backend import COMMIT, USER, Input, Value
 
 # Settings that may differ between two runs of one identity: where things are kept and shown.
 _NO_PARAMETERS = {"name", "storage", "tracking"}
 _LONGEST_PARAMETER = 6000
-
-
-def tracking_uri(config: Config, store: Store) -> str:
-    """Where MLflow is: the configuration, else $MLFLOW_TRACKING_URI, else a database in the storage; files made absolute."""
-    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
-    if uri is None:
-        return f"sqlite:///{store.root / 'mlflow.db'}"
-    scheme, separator, path = uri.partition(":///")
-    if separator and scheme.startswith("sqlite") and path:
-        return f"{scheme}:///{Path(path).expanduser().absolute()}"
-    return uri
 
 
 def parameters(config: Config) -> dict[str, str]:
@@ -207,7 +195,7 @@ def tags(setup: Setup, planned: Mapping[str, Stage]) -> dict[str, str]:
         **{f"roma.stage.{name}": stage.fingerprint for name, stage in planned.items()},
     }
     with contextlib.suppress(KeyError, OSError):  # a container's user may have no name
-        found["mlflow.user"] = getpass.getuser()
+        found[USER] = getpass.getuser()
     if planned["evaluate"].complete:
         found["roma.evaluation_pin"] = planned["evaluate"].manifest()["facts"]["pin"]
     return found | git_tags()
@@ -232,7 +220,7 @@ def git_tags() -> dict[str, str]:
     commit, changes = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no", "--", ".")
     if commit is None or changes is None:
         return {}
-    return {"mlflow.source.git.commit": commit, "roma.git_changed": "yes" if changes else "no"}
+    return {COMMIT: commit, "roma.git_changed": "yes" if changes else "no"}
 
 
 def note(report: Stage, evaluation: Stage) -> str:

@@ -16,7 +16,7 @@ from roma_ray.engine.observers import RunObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.tracking import records
-from roma_ray.tracking.client import OwnFault, RunState
+from roma_ray.tracking.backend import NAME, NOTE, OwnFault, RunState
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
 
 PIPELINE = "pipeline"
@@ -102,12 +102,12 @@ class Tracker(Delivery, RunObserver):
     def _write_pipeline(self, run: RunState) -> None:
         client, config = self.client, self.config
         evaluation, report = self.planned["evaluate"], self.planned["report"]
-        if run.tags.get("mlflow.runName") != config.name:
+        if run.tags.get(NAME) != config.name:
             client.rename(run, config.name)
         self._log_params(run, records.parameters(config))
         tags = records.tags(self.setup, self.planned)
         if report.complete and evaluation.complete:
-            tags["mlflow.note.content"] = records.note(report, evaluation)
+            tags[NOTE] = records.note(report, evaluation)
         reused = [name for name, stage in self.planned.items() if self._reused(stage)]
         if reused:
             tags["roma.reused_stages"] = ", ".join(reused)

@@ -28,7 +28,7 @@ from roma_ray.engine.progress import Silence
 from roma_ray.errors import ConfigError
 from roma_ray.pipeline import Run, locate
 from roma_ray.stages.cluster import Cluster
-from roma_ray.tracking.client import Client
+from roma_ray.tracking.mlflow import Mlflow
 from tests.stages.support import DEADLY_RATE, ForMemory, counts_epochs, dies
 
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -138,14 +138,14 @@ def test_a_sweep(
 
 def check_tracking(space: Space, storage: Path, sweep: Sweep) -> None:
     """One parent, one child a trial however often the command runs; parameters differ only where trials do."""
-    client = Client(f"sqlite:///{storage}/mlflow.db", space.centre.tracking.experiment, storage / "mlflow-artifacts")
+    client = Mlflow(f"sqlite:///{storage}/mlflow.db", space.centre.tracking.experiment, storage / "mlflow-artifacts")
     runs = {found.tags["roma.trial"]: found for found in client.runs("roma.sweep", space.identity)}
     assert len(client.runs("roma.sweep", space.identity)) == len(runs)
     parent = runs.pop("sweep")
     assert parent.status == "FAILED"
     assert "3 trial(s) failed" in parent.tags["roma.error"]
-    assert {run.tags["mlflow.parentRunId"] for run in runs.values()} == {parent.id}
-    by_name = {run.tags["mlflow.runName"]: run for run in runs.values()}
+    assert {run.tags["parent"] for run in runs.values()} == {parent.id}
+    by_name = {run.tags["name"]: run for run in runs.values()}
     assert by_name["layers=F2"].tags["factor.layers"] == "F2"
     assert by_name["centre"].tags["roma.centre"] == "yes"
     assert by_name["rate=1e+37"].status == "FAILED"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from roma_ray.tracking.client import Client
+from roma_ray.tracking.mlflow import Mlflow
 from tests.tracking.support import copied
 
 
@@ -14,7 +14,7 @@ from tests.tracking.support import copied
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with MLflow's tables in it: making them takes seconds."""
     root = tmp_path_factory.mktemp("mlflow")
-    Client(f"sqlite:///{root}/empty.db", "other", root / "other")
+    Mlflow(f"sqlite:///{root}/empty.db", "other", root / "other")
     return root / "empty.db"
 
 

@@ -22,7 +22,7 @@ from roma_ray.ablations.sweep import DONE, RUNNING, open_sweep
 from roma_ray.ablations.tracker import SweepTracker
 from roma_ray.engine.finetuning import LIVE
 from roma_ray.engine.progress import Silence
-from roma_ray.tracking.client import Client
+from roma_ray.tracking.mlflow import Mlflow
 from tests.tiny import save_tiny, tiny_moe
 from tests.tracking.support import BROWSERS, browser, free_port, page, starting
 from tests.world import make_questions
@@ -80,7 +80,7 @@ def test_a_grid_without_figures_ends(database: str, tmp_path: Path) -> None:
         for part in (PAGE, "report.md", "tables/trials.csv"):
             (sweep.stage.path / part).write_text("as it is")
         follower.finished(sweep)
-    client = Client(database, "roma-ray", tmp_path / "artifacts")
+    client = Mlflow(database, "roma-ray", tmp_path / "artifacts")
     (parent,) = client.runs("roma.trial", "sweep")
     assert parent.status == "FINISHED"
     kept = {file.path for file in MlflowClient(tracking_uri=database).list_artifacts(parent.id)}
@@ -93,9 +93,9 @@ def test_the_comparison_of_two_trials_shows_their_curves(database: str, tmp_path
     root = f"http://127.0.0.1:{port}/"
     with starting(port, tmp_path, Path(database.removeprefix("sqlite:///"))) as wait:
         record_sweep(tmp_path, database)
-        client = Client(database, "roma-ray", tmp_path / "artifacts")
+        client = Mlflow(database, "roma-ray", tmp_path / "artifacts")
         runs = [run for centre in ("yes", "no") for run in client.runs("roma.centre", centre)]
-        assert [run.tags["mlflow.runName"] for run in runs] == list(CURVES)
+        assert [run.tags["name"] for run in runs] == list(CURVES)
         chosen = f"runs={listed([run.id for run in runs])}&experiments={listed([client.experiment_id])}"
         wait()
         # The link that README gives and a run prints; MLflow itself opens on another page.

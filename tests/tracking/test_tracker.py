@@ -26,7 +26,7 @@ from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError, TrainingError
 from roma_ray.pipeline import STAGES, Run, locate, replay, run
 from roma_ray.tracking import Tracker, delivery, records
-from roma_ray.tracking.client import Client
+from roma_ray.tracking.mlflow import Mlflow
 from tests.tracking.support import Said, copied, free_port, ledger, served
 from tests.world import make_world
 
@@ -179,7 +179,7 @@ def test_a_repeated_run_writes_nothing_twice(finished: Run, database: str) -> No
 def test_an_unchanged_repeat_uploads_nothing(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
     record(tracked_setup(finished, database))
     uploads: list[Path] = []
-    monkeypatch.setattr(Client, "upload", lambda self, run, path, folder=None: uploads.append(path))
+    monkeypatch.setattr(Mlflow, "upload", lambda self, run, path, folder=None: uploads.append(path))
     record(tracked_setup(finished, database))
     assert uploads == []
 
@@ -405,13 +405,13 @@ def test_system_metrics_are_those_of_the_machine(finished: Run, database: str, m
 def test_addresses(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     inside = tracked_setup(finished, "sqlite:///runs.db")
-    assert records.tracking_uri(inside.config, inside.store) == f"sqlite:///{tmp_path}/runs.db"
+    assert Mlflow.address(inside.config, inside.store) == f"sqlite:///{tmp_path}/runs.db"
     default = tracked_setup(finished, "x:")
     default = dataclasses.replace(default, config=default.config.model_copy(update={"tracking": TrackingConfig()}))
-    assert records.tracking_uri(default.config, default.store) == f"sqlite:///{default.store.root}/mlflow.db"
+    assert Mlflow.address(default.config, default.store) == f"sqlite:///{default.store.root}/mlflow.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
-    assert records.tracking_uri(default.config, default.store) == "http://tracker:5000"
-    assert records.tracking_uri(inside.config, inside.store).startswith("sqlite")
+    assert Mlflow.address(default.config, default.store) == "http://tracker:5000"
+    assert Mlflow.address(inside.config, inside.store).startswith("sqlite")
     from roma_ray.config_reading import load_config
 
     for folder in ("./mlruns", "file:///tmp/mlruns"):

@@ -1,9 +1,9 @@
-"""The only file that imports MLflow: what the tracker needs of it, with one exception for everything that can fail."""
+"""MLflow as a backend of the tracker, and the only file that imports it."""
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import json
 import logging
 import os
 import re
@@ -11,13 +11,29 @@ import sqlite3
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from roma_ray.addresses import HIDDEN, hide, mask
+from roma_ray.artifacts import Store
+from roma_ray.config import Config
 from roma_ray.text import printable
+from roma_ray.tracking.backend import (
+    COMMIT,
+    NAME,
+    NOTE,
+    PARENT,
+    SOURCE,
+    USER,
+    Backend,
+    Input,
+    OwnFault,
+    Refused,
+    RunState,
+    Unavailable,
+    Value,
+)
 from roma_ray.tracking.deadline import Late, within
 
 T = TypeVar("T")
@@ -35,58 +51,46 @@ _REFUSALS = {"INVALID_PARAMETER_VALUE", "BAD_REQUEST", "PERMISSION_DENIED", "RES
 _KIND = {"mlflow.experimentKind": "custom_model_development"}
 # What a file that says what a model is must name: who can load it.
 _FLAVOR = {"roma_ray": {"adapter": "adapter_model.safetensors", "loader": "peft"}}
+# Ours -> MLflow's.
+_TAGS = {
+    NAME: "mlflow.runName",
+    PARENT: "mlflow.parentRunId",
+    NOTE: "mlflow.note.content",
+    SOURCE: "mlflow.source.name",
+    COMMIT: "mlflow.source.git.commit",
+    USER: "mlflow.user",
+}
+_OURS = {theirs: ours for ours, theirs in _TAGS.items()}
 _REQUESTS_A_CALL = 3
 _LEAST_BYTES_A_SECOND = 50_000
 _METRICS_A_CALL = 1000
 _PLAIN_A_CALL = 100
 
 
-class Unavailable(Exception):
-    """MLflow could not be reached or refused; the text says why. Never leaves the tracker."""
+class Mlflow(Backend):
+    """A connection to one experiment."""
 
+    title = "MLflow"
 
-class OwnFault(Exception):
-    """What MLflow was to be given is missing or damaged here, which is no fault of MLflow's; the text says what."""
+    @staticmethod
+    def address(config: Config, store: Store) -> str:
+        """The configuration's, else $MLFLOW_TRACKING_URI, else a database in the storage; files made absolute."""
+        uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None:
+            return f"sqlite:///{store.root / 'mlflow.db'}"
+        scheme, separator, path = uri.partition(":///")
+        if separator and scheme.startswith("sqlite") and path:
+            return f"{scheme}:///{Path(path).expanduser().absolute()}"
+        return uri
 
+    @classmethod
+    def connect(cls, config: Config, store: Store) -> Self:
+        return cls(cls.address(config, store), config.tracking.experiment, store.root / "mlflow-artifacts")
 
-class Refused(Unavailable):
-    """MLflow answered, and will not take this; other things it may take."""
-
-
-@dataclass(frozen=True)
-class Value:
-    """One value of a metric; `time` in milliseconds since 1970."""
-
-    key: str
-    value: float
-    step: int
-    time: int
-
-
-@dataclass(frozen=True)
-class Input:
-    """A data set that a run used."""
-
-    name: str
-    digest: str
-    source: str
-    context: str
-
-
-@dataclass
-class RunState:
-    """What MLflow holds of a run; times in milliseconds."""
-
-    id: str
-    start: int
-    status: str
-    tags: dict[str, str]
-    params: set[str]
-    metrics: set[str]
-
-
-class Client:
-    """A connection to one experiment. Every method raises Unavailable and OwnFault and nothing else."""
+    @staticmethod
+    def shown_as_table(file: str) -> Mapping[str, str]:
+        # By this tag MLflow's interface lets it be filtered and joined with other runs'.
+        return {"mlflow.loggedArtifacts": json.dumps([{"path": file, "type": "table"}])}
 
     def __init__(self, uri: str, experiment: str, artifacts: Path) -> None:
         """Connect, making database and experiment where they are missing; `artifacts` is used without a server."""
@@ -143,7 +147,6 @@ class Client:
         return str(found.experiment_id)
 
     def place(self, run: RunState | None = None) -> str:
-        """Where the interface shows a run, or all of them; without a server also the command that starts one."""
         page = self.page(run)
         if self.uri.startswith("http"):
             root = mask(self.uri).replace(f"{HIDDEN}@", "").rstrip("/")
@@ -151,11 +154,9 @@ class Client:
         return f"`mlflow ui --backend-store-uri {mask(self.uri)}`, then http://127.0.0.1:5000/{page}"
 
     def page(self, run: RunState | None = None) -> str:
-        """The place of a run, or of all, within the interface."""
         return f"#/experiments/{self.experiment_id}/runs" + (f"/{run.id}" if run else "")
 
     def runs(self, tag: str, value: str) -> list[RunState]:
-        """The experiment's runs that have this tag, oldest first."""
         found, token = [], None
         while True:
             page = self._ask(
@@ -172,14 +173,12 @@ class Client:
                 return [_state(r) for r in found]
 
     def run(self, id: str) -> RunState:
-        """The run of this id."""
         return _state(self._ask(self._client.get_run, id))
 
     def create(self, name: str, tags: Mapping[str, str], start: int) -> RunState:
-        """A new run."""
         make = self._client.create_run
-        run = self._ask(make, self.experiment_id, start_time=start, tags=dict(tags), run_name=name)
-        return RunState(run.info.run_id, run.info.start_time, run.info.status, dict(run.data.tags), set(), set())
+        theirs = {_TAGS.get(key, key): value for key, value in tags.items()}
+        return _state(self._ask(make, self.experiment_id, start_time=start, tags=theirs, run_name=name))
 
     def log(
         self,
@@ -189,7 +188,6 @@ class Client:
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:
-        """Write metrics, parameters and tags; `run` is kept up to date."""
         from mlflow.entities import Metric, Param, RunTag
 
         write = self._client.log_batch
@@ -200,15 +198,13 @@ class Client:
             self._ask(write, run.id, params=[Param(key, value) for key, value in some])
             run.params |= {key for key, _ in some}
         for some in _blocks(list((tags or {}).items()), _PLAIN_A_CALL):
-            self._ask(write, run.id, tags=[RunTag(key, value) for key, value in some])
+            self._ask(write, run.id, tags=[RunTag(_TAGS.get(key, key), value) for key, value in some])
             run.tags |= dict(some)
 
     def steps(self, run: RunState, key: str) -> set[int]:
-        """The steps at which a metric has a value."""
         return {m.step for m in self._ask(self._client.get_metric_history, run.id, key)}
 
     def add_inputs(self, run: RunState, inputs: Sequence[Input]) -> None:
-        """Name the data sets that a run used; those already named are kept as they are."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         entries = [
@@ -221,12 +217,10 @@ class Client:
         self._ask(self._client.log_inputs, run.id, datasets=entries)
 
     def upload(self, run: RunState, path: Path, folder: str | None = None) -> None:
-        """Store a file, or a folder's content, among the run's artifacts. Raises OwnFault where it is not there."""
         call = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         self._ask(call, run.id, str(path), folder, sent=_sending(path))
 
     def log_model(self, run: RunState, name: str, folder: Path, params: Mapping[str, str]) -> str:
-        """Make the folder a model that the run has put out, by MLflow's book: its own page, its id. Raises OwnFault."""
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.models import Model
 
@@ -248,7 +242,6 @@ class Client:
         return str(model.model_id)
 
     def register(self, run: RunState, model: str, name: str) -> str:
-        """Make a model that was logged a version of a registered one, which is made where it is missing; the version."""
         if not self._ask(self._client.search_registered_models, f"name = '{name}'"):
             self._ask(self._client.create_registered_model, name)
         # Without a server MLflow would look the model up at its process-wide address, which is not this one.
@@ -258,7 +251,6 @@ class Client:
         return str(self._ask(make, name, source, run.id, model_id=model).version)
 
     def set_status(self, run: RunState, status: str, end: int | None = None) -> None:
-        """RUNNING, or FINISHED, FAILED or KILLED with the time of the end."""
         if status == "RUNNING":
             self._ask(self._client.update_run, run.id, status=status)
         else:
@@ -266,16 +258,14 @@ class Client:
         run.status = status
 
     def rename(self, run: RunState, name: str) -> None:
-        """Give a run another name."""
         self._ask(self._client.update_run, run.id, name=name)
+        run.tags[NAME] = name
 
     def remove_tag(self, run: RunState, key: str) -> None:
-        """Take a tag off a run."""
-        self._ask(self._client.delete_tag, run.id, key)
+        self._ask(self._client.delete_tag, run.id, _TAGS.get(key, key))
         del run.tags[key]
 
     def monitor(self, run: RunState) -> Callable[[], None]:
-        """Start recording the machine's load, going on where an earlier process ended; the value stops it (Unavailable)."""
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
         monitor = self._ask(SystemMetricsMonitor, run.id, resume_logging=True, tracking_uri=self.uri)
@@ -285,7 +275,8 @@ class Client:
 
 def _state(run: Any) -> RunState:
     info, data = run.info, run.data
-    return RunState(info.run_id, info.start_time, info.status, dict(data.tags), set(data.params), set(data.metrics))
+    tags = {_OURS.get(key, key): value for key, value in data.tags.items()}
+    return RunState(info.run_id, info.start_time, info.status, tags, set(data.params), set(data.metrics))
 
 
 def _blocks(values: Sequence[T], size: int) -> Iterator[Sequence[T]]:
@@ -331,18 +322,3 @@ def _write_ahead(database: Path) -> None:
     database.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.closing(sqlite3.connect(database, timeout=20)) as connection:
         connection.execute("PRAGMA journal_mode=wal")
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Hold a file lock: two drivers that start together must not both make the database or the same run."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        stream = open(path, "a")  # noqa: SIM115 - closed below
-    except OSError as error:
-        raise Unavailable(f"cannot write {path}: {error.strerror or error}") from error
-    with stream:
-        with contextlib.suppress(OSError):
-            # Some network file systems have no locks; a single driver is then the user's promise.
-            fcntl.flock(stream, fcntl.LOCK_EX)
-        yield
