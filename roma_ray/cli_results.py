@@ -59,11 +59,11 @@ def print_result(summary: Mapping[str, Any]) -> None:
     from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
     from roma_ray.evaluation.summary import result_rows, warnings_of
     from roma_ray.terminal import print_table, say
-    from roma_ray.text import with_error
+    from roma_ray.text import figure
 
     header = ("task", "n", "base %", "RoMA %", "difference", "p")
     title = f"{summary['name']}: accuracy on test questions, standard errors over questions, McNemar's exact p"
-    print_table(title, header, result_rows(summary))
+    print_table(title, header, result_rows(summary["splits"]["test"]))
     print_table("all measures on the same questions", HEADER, measure_rows(summary["measures"]))
     for line in filter(None, (LEGEND, coincidence(summary["measures"]))):
         say(line)
@@ -87,8 +87,7 @@ def print_result(summary: Mapping[str, Any]) -> None:
         say(line)
     valid = summary["validation"]
     say(
-        f"validation: base {with_error(valid['base_accuracy'], valid['base_stderr'])} %, exported epoch "
-        f"{with_error(valid['tuned_accuracy'], valid['tuned_stderr'])} %, {valid['n']:,} questions"
+        f"validation: base {figure(valid, 'base')} %, exported epoch {figure(valid, 'tuned')} %, {valid['n']:,} questions"
     )
     for line in warnings_of(summary):
         say(f"note: {line}")

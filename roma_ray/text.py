@@ -13,9 +13,9 @@ import re
 import reprlib
 import sys
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TextIO
+from typing import Any, TextIO
 
 RESERVED = frozenset({"all", "all tasks", "macro average"})
 """What tables call lines of our own (`all` also in files); no task may be named so."""
@@ -154,3 +154,9 @@ def with_error(
     """The one form of a figure with its error, in percent unless `scale` says otherwise: `61.96 ± 1.68`, `+2.03 ± 0.91`."""
     text = f"{scale * value:{'+' if signed else ''}.{digits}f}"
     return text if error is None else f"{text} ± {scale * error:.{digits}f}"
+
+
+def figure(record: Mapping[str, Any], name: str, *, digits: int = 2) -> str:
+    """A record's share in percent with the error beside it: `NAME` or `NAME_accuracy`, and `NAME_stderr`. Differences are signed."""
+    value = record[name] if name in record else record[f"{name}_accuracy"]
+    return with_error(value, record[f"{name}_stderr"], digits=digits, signed=name == "difference")

@@ -13,8 +13,9 @@ from roma_ray.ablations.settings import Column, columns
 from roma_ray.ablations.space import CENTRE
 from roma_ray.ablations.sweep import DONE, Sweep
 from roma_ray.evaluation.measures import MEASURES, ByTask
-from roma_ray.evaluation.statistics import Paired, p_value, with_error
+from roma_ray.evaluation.statistics import Paired, p_value
 from roma_ray.figures.tables import Table, write_csv
+from roma_ray.text import figure, with_error
 
 SHIFTED = "†"
 """Marks a difference that is explained by a shift between answers alone."""
@@ -70,7 +71,7 @@ def _error(value: float | None) -> str:
 
 def points(compared: Compared) -> str:
     """The judged difference in percentage points with its error over questions."""
-    return with_error(compared.judged.micro.difference, compared.judged.micro.difference_stderr, signed=True)
+    return figure(vars(compared.judged.micro), "difference")
 
 
 def factor_table(sweep: Sweep, findings: Findings, factor: str, levels: Sequence[str]) -> Table:
@@ -135,7 +136,7 @@ def _unit(name: str) -> str:
 
 
 def _difference(name: str, figures: Paired) -> str:
-    return MEASURES[name].text(figures.difference, figures.difference_stderr, signed=True)
+    return MEASURES[name].figure(vars(figures), "difference")
 
 
 def task_tables(sweep: Sweep, findings: Findings) -> Iterator[tuple[str, Table]]:
@@ -156,10 +157,10 @@ def task_tables(sweep: Sweep, findings: Findings) -> Iterator[tuple[str, Table]]
 
 def _task_cells(found: ByTask, tasks: Sequence[str], marked: Mapping[str, str]) -> Iterator[str]:
     for figures in (found.micro, found.macro):
-        yield with_error(figures.difference, figures.difference_stderr, signed=True) if figures else ""
+        yield figure(vars(figures), "difference") if figures else ""
     for task in tasks:
         figures = found.tasks.get(task)
-        text = with_error(figures.difference, figures.difference_stderr, signed=True) if figures else ""
+        text = figure(vars(figures), "difference") if figures else ""
         yield f"{text} {SHIFTED}" if task in marked else text
 
 

@@ -32,7 +32,7 @@ from roma_ray.errors import QuestionError, StorageError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
-from roma_ray.text import with_error
+from roma_ray.text import figure
 
 VERSION = 4
 ADAPTER = "adapter"
@@ -248,7 +248,7 @@ def describe_epoch(epoch: dict[str, Any]) -> str:
     return (
         f"epoch {epoch['epoch'] + 1}: task loss {epoch['task_loss']:.4f}, manifold {epoch['manifold_loss']:.5f}, lambda "
         f"{epoch['lambda']:.3g}, gate gradient {epoch['gradient_norm']:.3g}, entropy {epoch['routing_entropy']:.3f}, "
-        f"validation {with_error(epoch['validation_accuracy'], epoch['validation_stderr'])} %"
+        f"validation {figure(epoch, 'validation')} %"
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from roma_ray.engine.batches import is_letter
 from roma_ray.moe.layers import token_positions
 from roma_ray.moe.packing import Packing, Segment, pack
-from roma_ray.questions.prompts import Prompt
+from roma_ray.questions.prompts import Prompt, rule_scores
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,7 @@ def predict(scores: Sequence[float], prompt: Prompt, rule: str) -> int:
 
     The first of equals, as lm-evaluation-harness's argmax.
     """
-    values = list(scores)
-    if rule == "normalized":
-        values = [s / max(c, 1) for s, c in zip(scores, prompt.choice_chars, strict=True)]
-    return max(range(len(values)), key=lambda c: (values[c], -c))
+    return int(rule_scores(scores, prompt.choice_chars, rule).argmax())
 
 
 def task_losses(

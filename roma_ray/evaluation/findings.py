@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, normalise
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, occurring
 from roma_ray.evaluation.subject import Subject
 
 if TYPE_CHECKING:
@@ -79,40 +79,26 @@ def seen_in_training(
 
     A question occurs when its text does, and it is telling (over 60 characters) or two of its choices, or all, agree.
     """
-    exact, folded = _index(training, str), _index(training, normalise)
+    asked = (
+        ((name, sample["doc_id"]), question_of(sample["doc"], tasks[name]))
+        for name, some in samples.items()
+        for sample in _once(some)
+        if training
+    )
+    hits = occurring(training, asked, _telling)
     found: dict[str, Any] = {}
-    if not training:
-        return found
-    for name, some in samples.items():
-        hits: dict[str, list[int]] = {"exact": [], "normalised": []}
-        for sample in _once(some):
-            text, choices = question_of(sample["doc"], tasks[name])
-            if _occurs(exact, text, set(choices)):
-                hits["exact"].append(sample["doc_id"])
-            if _occurs(folded, normalise(text), set(map(normalise, choices))):
-                hits["normalised"].append(sample["doc_id"])
-        if hits["normalised"] or hits["exact"]:
-            found[name] = {
-                "exact": len(hits["exact"]),
-                "normalised": len(hits["normalised"]),
-                "questions": (hits["normalised"] or hits["exact"])[:_SHOWN],
-            }
+    for name in dict.fromkeys(task for keys in hits.values() for task, _ in keys):
+        exact, normalised = ([doc for task, doc in hits[fold] if task == name] for fold in ("exact", "normalised"))
+        found[name] = {
+            "exact": len(exact),
+            "normalised": len(normalised),
+            "questions": (normalised or exact)[:_SHOWN],
+        }
     return found
 
 
-def _index(training: Sequence[tuple[str, Sequence[str]]], fold: Any) -> dict[str, list[set[str]]]:
-    index: dict[str, list[set[str]]] = {}
-    for text, choices in training:
-        index.setdefault(fold(text), []).append({fold(c) for c in choices})
-    return index
-
-
-def _occurs(index: Mapping[str, Sequence[set[str]]], text: str, choices: set[str]) -> bool:
-    if text not in index or not text:
-        return False
-    if len(text) > _TELLING:
-        return True
-    return any(len(choices & others) >= min(2, len(choices)) for others in index[text])
+def _telling(text: str, choices: set[str], others: set[str]) -> bool:
+    return bool(text) and (len(text) > _TELLING or len(choices & others) >= min(2, len(choices)))
 
 
 def question_of(doc: Any, task: Task) -> tuple[str, list[str]]:

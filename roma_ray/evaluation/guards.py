@@ -5,12 +5,15 @@ from __future__ import annotations
 import math
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from roma_ray.errors import GuardError
 
 TRUNCATED_LIMIT = 0.01
+Text = tuple[str, Sequence[str]]
+"""A question's text and its choices."""
+Key = TypeVar("Key")
 
 
 def check_not_identical(base: Sequence[Sequence[float]], tuned: Sequence[Sequence[float]]) -> None:
@@ -64,11 +67,27 @@ def normalise(text: str) -> str:
     return re.sub(r"[\W_]+", " ", folded).strip()
 
 
-def overlap(train: Sequence[tuple[str, Sequence[str]]], test: Sequence[tuple[str, Sequence[str]]]) -> dict[str, int]:
-    """How many test questions (text, choices) also occur in training: same text and choices as a set, exact and normalised."""
-    exact = {(text, frozenset(choices)) for text, choices in train}
-    folded = {(normalise(text), frozenset(map(normalise, choices))) for text, choices in train}
-    return {
-        "exact": sum((text, frozenset(choices)) in exact for text, choices in test),
-        "normalised": sum((normalise(text), frozenset(map(normalise, choices))) in folded for text, choices in test),
-    }
+def occurring(
+    training: Sequence[Text], asked: Iterable[tuple[Key, Text]], same: Callable[[str, set[str], set[str]], bool]
+) -> dict[str, list[Key]]:
+    """Which of the asked questions (key, text and choices) occur in training: {exact, normalised}, by their keys.
+
+    A question occurs where its text does and `same`, of that text, its choices and the trained ones, says so.
+    """
+    questions, found = list(asked), {}
+    for name, fold in (("exact", str), ("normalised", normalise)):
+        index: dict[str, list[set[str]]] = {}
+        for text, choices in training:
+            index.setdefault(fold(text), []).append(set(map(fold, choices)))
+        found[name] = [
+            key
+            for key, (text, choices) in questions
+            if any(same(fold(text), set(map(fold, choices)), others) for others in index.get(fold(text), ()))
+        ]
+    return found
+
+
+def overlap(train: Sequence[Text], test: Sequence[Text]) -> dict[str, int]:
+    """How many test questions (text, choices) also occur in training, with the same choices as a set."""
+    found = occurring(train, enumerate(test), lambda text, choices, others: choices == others)
+    return {name: len(keys) for name, keys in found.items()}

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from roma_ray.evaluation.statistics import Paired, macro, p_value, pair, with_error
-from roma_ray.questions.prompts import Prompt
+from roma_ray.questions.prompts import Prompt, rule_scores
 
 RULES = {"raw": "acc", "normalized": "acc_norm"}
 """The measure of each rule by which an answer is chosen; lm-evaluation-harness's names."""
@@ -35,6 +35,10 @@ class Measure:
     digits: int
     finer: int
     """Digits of a difference."""
+
+    def figure(self, record: Mapping[str, Any], name: str) -> str:
+        """A record's figure with the error beside it."""
+        return self.text(record[name], record[f"{name}_stderr"], signed=name == "difference")
 
     def text(self, value: float, error: float | None, *, signed: bool = False) -> str:
         """A figure of this measure with its error; a `signed` one is a difference."""
@@ -79,12 +83,6 @@ class Asked:
         """The measures that differ on these questions, in their order."""
         left_out = next(name for rule, name in RULES.items() if rule != self.rule) if self.coincide else None
         return tuple(name for name in MEASURES if name != left_out)
-
-
-def rule_scores(scores: Sequence[float], chars: Sequence[int], rule: str) -> np.ndarray:
-    """What a rule compares: log-likelihoods, `normalized` by characters. Its argmax is `engine.forward.predict`'s."""
-    values = np.asarray(scores, dtype=np.float64)
-    return values / np.maximum(np.asarray(chars), 1) if rule == "normalized" else values
 
 
 def measure(scores: Sequence[Sequence[float]], asked: Asked) -> dict[str, np.ndarray]:
@@ -167,12 +165,8 @@ def figure_cells(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, 
     """Base, tuned, difference and p of one record as text."""
     form = form_of(name)
     p = figures["t_p"] if figures["mcnemar_p"] is None else figures["mcnemar_p"]
-    return (
-        form.text(figures["base"], figures["base_stderr"]),
-        form.text(figures["tuned"], figures["tuned_stderr"]),
-        form.text(figures["difference"], figures["difference_stderr"], signed=True),
-        "" if p is None else p_value(p),
-    )
+    base, tuned, difference = (form.figure(figures, which) for which in ("base", "tuned", "difference"))
+    return base, tuned, difference, "" if p is None else p_value(p)
 
 
 def coincidence(found: Mapping[str, Any]) -> str:

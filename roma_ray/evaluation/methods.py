@@ -35,8 +35,9 @@ from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.identity import answer_rule
 from roma_ray.errors import GuardError
 from roma_ray.evaluation.measures import MEASURES, RULES, Asked, measure, pair_measures
-from roma_ray.evaluation.statistics import changes, mcnemar, p_value, standard_error, with_error
+from roma_ray.evaluation.statistics import changes, mcnemar, p_value, pair, standard_error
 from roma_ray.questions.prompts import Prompt
+from roma_ray.text import figure, with_error
 
 SPLIT = "test"
 _FACTS = (
@@ -102,6 +103,7 @@ def compare_methods(
 def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table, asked: Asked) -> dict[str, Any]:
     right_SN = np.stack([_right(table) for table in tables])
     base_N, mean_N = _right(base), right_SN.mean(0)
+    figures = pair(base_N, mean_N)
     lost, won = changes(base_N, right_SN[0])
     facts = entry.stages[0].manifest()["facts"]
     tasks = np.array(base.column("task").to_pylist())
@@ -112,12 +114,12 @@ def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table, asked: Asked)
         "title": entry.title,
         "sees_labels": entry.sees_labels,
         "seeds": len(tables),
-        "n": len(base_N),
-        "accuracy": float(mean_N.mean()),
-        "stderr": _error(mean_N),
+        "n": figures.n,
+        "accuracy": figures.tuned,
+        "stderr": figures.tuned_stderr,
         "seed_deviation": stdev(map(float, right_SN.mean(1))) if len(tables) > 1 else None,
-        "difference": float((mean_N - base_N).mean()),
-        "difference_stderr": _error(mean_N - base_N),
+        "difference": figures.difference,
+        "difference_stderr": figures.difference_stderr,
         "first_seed": {"lost": lost, "won": won, "mcnemar_p": mcnemar(base_N, right_SN[0])},
         "tasks": {str(task): float(mean_N[tasks == task].mean()) for task in sorted(set(tasks))},
         "measures": {name: found.plain() for name, found in pair_measures(before, after, asked.tasks).items()},
@@ -143,26 +145,23 @@ def oracle_and_control(oracle: pa.Table, controls: Sequence[pa.Table], base: pa.
         "oracle_accuracy": float(right_N.mean()),
         "base_accuracy": float(base_N.mean()),
         "oracle_gain": float(gain_N.mean()),
-        "oracle_gain_stderr": _error(gain_N),
+        "oracle_gain_stderr": standard_error(gain_N),
         "control_reached": float(reached_N.mean()),
         "base_at_aim": float(anyway_N.mean()),
         "control_gain": float(control_N.mean()),
-        "control_gain_stderr": _error(control_N),
+        "control_gain_stderr": standard_error(control_N),
         "difference": float((gain_N - control_N).mean()),
-        "difference_stderr": _error(gain_N - control_N),
+        "difference_stderr": standard_error(gain_N - control_N),
     }
 
 
 def describe_oracle(found: Mapping[str, float]) -> str:
     """The sentence that stands beside every oracle figure."""
-
-    def points(name: str, *, signed: bool = False) -> str:
-        return with_error(found[name], found[f"{name}_stderr"], digits=1, signed=signed)
-
+    raised, control, difference = (figure(found, n, digits=1) for n in ("oracle_gain", "control_gain", "difference"))
     return (
-        f"The oracle raises accuracy by {points('oracle_gain')} points (to {100 * found['oracle_accuracy']:.1f} %); its control, "
-        f"optimized in the same way towards a random wrong choice, gives that choice {points('control_gain')} points more often "
-        f"than the base model. Difference: {points('difference', signed=True)} points. The oracle alone shows that routing "
+        f"The oracle raises accuracy by {raised} points (to {100 * found['oracle_accuracy']:.1f} %); its control, "
+        f"optimized in the same way towards a random wrong choice, gives that choice {control} points more often "
+        f"than the base model. Difference: {difference} points. The oracle alone shows that routing "
         "steers answers; only what it has over its control speaks of accuracy that is to be had."
     )
 
@@ -174,11 +173,6 @@ def _right(table: pa.Table) -> np.ndarray:
 def _reached(table: pa.Table) -> np.ndarray:
     aims, chosen = table.column("aim").to_pylist(), table.column("prediction").to_pylist()
     return np.asarray(np.array(aims) == np.array(chosen), dtype=float)
-
-
-def _error(values: np.ndarray) -> float:
-    """Standard error of a mean over questions."""
-    return standard_error(values)
 
 
 COSTS = ("method", "rate", "trained", "train s", "MFLOPs each", "questions/s")
@@ -219,11 +213,8 @@ def measure_differences(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     for found in summary["methods"]:
         if "failure" in found:
             continue
-        which, signed = ("base", False) if found["name"] == "base" else ("difference", True)
-        cells = (
-            MEASURES[name].text(one["micro"][which], one["micro"][f"{which}_stderr"], signed=signed)
-            for name, one in found["measures"].items()
-        )
+        which = "base" if found["name"] == "base" else "difference"
+        cells = (MEASURES[name].figure(one["micro"], which) for name, one in found["measures"].items())
         rows.append((_named(found), *cells))
     return rows
 
@@ -245,7 +236,7 @@ def result_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
             (
                 _named(found),
                 with_error(found["accuracy"], found["stderr"]),
-                "" if base else with_error(found["difference"], found["difference_stderr"], signed=True),
+                "" if base else figure(found, "difference"),
                 "" if base else p_value(found["first_seed"]["mcnemar_p"]),
                 "" if deviation is None else f"{100 * deviation:.2f} ({found['seeds']})",
             )

@@ -18,9 +18,6 @@ from roma_ray.evaluation.tasks import question_task
 from roma_ray.questions.prompts import PromptBuilder
 from roma_ray.questions.records import Question
 
-METRICS = {"raw": "acc", "normalized": "acc_norm"}
-"""lm-eval's name of each rule by which an answer is chosen."""
-
 
 class Answered(LM):
     """Gives the log-likelihoods of choices that are known already, by question id and choice."""

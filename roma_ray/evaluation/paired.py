@@ -158,7 +158,7 @@ def _by_lm_eval(
     rule: str,
 ) -> str:
     """Have lm-evaluation-harness judge the test questions and write its results; the metric that answers are chosen by."""
-    from roma_ray.evaluation.own import METRICS, lm_eval_results
+    from roma_ray.evaluation.own import lm_eval_results
 
     rows = scored["base"].rows
     table = read_table(questions.path / TABLE, ["question", "choices", "context"]).take(pa.array(rows, pa.int64()))
@@ -172,7 +172,7 @@ def _by_lm_eval(
         name: {prompts[row].id: s for row, s in zip(rows, found.scores, strict=True)} for name, found in scored.items()
     }
     builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), setup.config.questions.prompt)
-    metric = METRICS[rule]
+    metric = RULES[rule]
     for name, judged in lm_eval_results(asked, known, builder).items():
         write_json(stage.path / f"lm_eval_{name}.json", json.loads(json.dumps(judged, default=str)))
         verdicts: dict[str, list[bool]] = {}

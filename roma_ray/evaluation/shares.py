@@ -15,9 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from roma_ray.evaluation.measures import Asked, log_softmax, rule_scores
-from roma_ray.evaluation.statistics import Paired, pair, significant, with_error
+from roma_ray.evaluation.measures import Asked, log_softmax
+from roma_ray.evaluation.statistics import Paired, pair, significant
+from roma_ray.questions.prompts import rule_scores
 from roma_ray.questions.records import LETTERS
+from roma_ray.text import figure
 
 _RECURRING = 0.1
 """A choice's text is a label where it is offered by at least this share of its task's questions, and by two."""
@@ -123,10 +125,7 @@ def shift_notes(shares: Mapping[str, Any], before: str = "the base model", after
             if by["alone"]:
                 shares_of = found["labels"] if by["by"] == "label" else found["positions"]
                 name, moved = max(shares_of.items(), key=lambda item: abs(item[1]["tuned"] - item[1]["base"]))
-                plain, left = (
-                    with_error(by[key]["difference"], by[key]["difference_stderr"], signed=True)
-                    for key in ("plain", "corrected")
-                )
+                plain, left = (figure(by[key], "difference") for key in ("plain", "corrected"))
                 lines.append(
                     f"{task}: the difference of {plain} points lives in a shift between answers alone ({name!r} is "
                     f"{moved['base']:.0%} of the answers of {before}, {moved['tuned']:.0%} of those of {after}, and right for "

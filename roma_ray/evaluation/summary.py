@@ -33,7 +33,8 @@ from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.paired import read_evaluation
 from roma_ray.evaluation.shares import shift_notes
-from roma_ray.evaluation.statistics import p_value, with_error
+from roma_ray.evaluation.statistics import p_value
+from roma_ray.text import figure
 from roma_ray.versions import library_versions
 
 
@@ -84,22 +85,22 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def result_rows(summary: Mapping[str, Any], split: str = "test") -> list[tuple[str, ...]]:
-    """The result table of a split as text: task, n, base, tuned, difference, p. Accuracies in percent with standard errors."""
-    rows = []
-    for task, figures in summary["splits"][split].items():
-        rows.append(
-            (
-                task,
-                str(figures["n"]),
-                with_error(figures["base_accuracy"], figures["base_stderr"]),
-                with_error(figures["tuned_accuracy"], figures["tuned_stderr"]),
-                with_error(figures["difference"], figures["difference_stderr"], signed=True),
-                p_value(figures["mcnemar_p"]),
-            )
+def ordered(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Tasks by name, `all` last."""
+    return [*(name for name in figures if name != "all"), *(name for name in figures if name == "all")]
+
+
+def result_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """One split's comparisons as text: task, n, base, tuned, difference, p. Accuracies in percent with standard errors."""
+    return [
+        (
+            name,
+            str(figures[name]["n"]),
+            *(figure(figures[name], which) for which in ("base", "tuned", "difference")),
+            p_value(figures[name]["mcnemar_p"]),
         )
-    # "all" closes the table.
-    return [r for r in rows if r[0] != "all"] + [r for r in rows if r[0] == "all"]
+        for name in ordered(figures)
+    ]
 
 
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:

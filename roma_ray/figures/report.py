@@ -7,7 +7,6 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +17,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
-from roma_ray.artifacts import CONFIG, Stage, write_atomically
+from roma_ray.artifacts import CONFIG, Stage, write_text
 from roma_ray.engine.answers import ANSWERS, read_answers, read_routing_of
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import STEPS
@@ -31,7 +30,7 @@ from roma_ray.evaluation.change import describe_distance
 from roma_ray.evaluation.judged import RESULTS
 from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
 from roma_ray.evaluation.methods import describe_oracle, oracle_and_control
-from roma_ray.evaluation.summary import summarise_run
+from roma_ray.evaluation.summary import ordered, summarise_run
 from roma_ray.figures import projection, results, routing, tables, training, words
 from roma_ray.figures.escaping import markdown
 from roma_ray.figures.style import save
@@ -241,11 +240,7 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
     }
     for name in (PAGE, MARKDOWN, CARD):
         text = environment().get_template(name).render(values)
-        write_atomically(stage.path / name, partial(_write_text, text))
-
-
-def _write_text(text: str, path: Path) -> None:
-    path.write_text(text, encoding="utf-8")
+        write_text(stage.path / name, text)
 
 
 def environment() -> Environment:
@@ -273,7 +268,7 @@ def card_header(setup: Setup, summary: Mapping[str, Any]) -> str:
     """The model card's YAML header in Hugging Face form, with every test result."""
     test = summary["splits"]["test"]
     entries = []
-    for name in results.ordered(test):
+    for name in ordered(test):
         figures = test[name]
         entries.append(
             {

@@ -9,14 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from roma_ray.evaluation.summary import ordered
 from roma_ray.figures.style import BASE, PALETTE, TUNED, new_figure, shorten, styled
 
 MOST_TASKS = 40
-
-
-def ordered(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tasks by name, `all` last."""
-    return [*(name for name in figures if name != "all"), *(name for name in figures if name == "all")]
 
 
 @styled

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
-from roma_ray.evaluation.statistics import Paired, p_value, with_error
+from roma_ray.evaluation.statistics import Paired
+from roma_ray.evaluation.summary import ordered, result_rows
 from roma_ray.figures.escaping import csv_text
-from roma_ray.figures.results import ordered
-from roma_ray.figures.words import points
 from roma_ray.store.files import write_text
+from roma_ray.text import figure
 
 _MOST_ANSWERS = 6
 _FIGURES = (
@@ -42,16 +42,8 @@ class Table:
 def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
     """One split's comparisons for a reader: percent with standard errors."""
     rows = [
-        (
-            "all tasks" if name == "all" else name,
-            str(f["n"]),
-            with_error(f["base_accuracy"], f["base_stderr"]),
-            with_error(f["tuned_accuracy"], f["tuned_stderr"]),
-            points(f),
-            f"{f['lost']} / {f['won']}",
-            p_value(f["mcnemar_p"]),
-        )
-        for name, f in ((name, figures[name]) for name in ordered(figures))
+        ("all tasks" if name == "all" else name, *middle, f"{figures[name]['lost']} / {figures[name]['won']}", p)
+        for name, *middle, p in result_rows(figures)
     ]
     return Table(("task", "n", "base %", "tuned %", "difference", "lost / won", "McNemar p"), rows)
 
@@ -79,10 +71,7 @@ def share_table(shares: Mapping[str, Any]) -> Table:
         cells = (
             " · ".join(f"{100 * names[name][who]:.0f}" for name in sorted(shown)) for who in ("gold", "base", "tuned")
         )
-        differences = (
-            with_error(by[key]["difference"], by[key]["difference_stderr"], signed=True)
-            for key in ("plain", "corrected")
-        )
+        differences = (figure(by[key], "difference") for key in ("plain", "corrected"))
         rows.append((task, " · ".join(sorted(shown)), *cells, *differences))
     return Table(("task", "answers", "right %", "base %", "tuned %", "difference", "without preference"), rows)
 
@@ -162,7 +151,7 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
             f"{e['lambda']:.3g}",
             f"{e['gradient_norm']:.3g}",
             f"{e['routing_entropy']:.3f}",
-            with_error(e["validation_accuracy"], e["validation_stderr"]),
+            figure(e, "validation"),
         )
         for e in epochs
     ]
@@ -219,5 +208,4 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Write one CSV file. Raises StorageError."""
-    text = csv_text([header, *rows])
-    write_text(path, text)
+    write_text(path, csv_text([header, *rows]))

@@ -9,9 +9,10 @@ from typing import Any
 
 from roma_ray.config import RegularizerConfig
 from roma_ray.engine.objective import is_idle
-from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant, with_error
+from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant
 from roma_ray.evaluation.summary import warnings_of
 from roma_ray.moe.reach import is_unreached
+from roma_ray.text import figure
 
 
 @dataclass(frozen=True)
@@ -28,9 +29,9 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
     figures = summary["splits"]["test"]["all"]
     p = figures["mcnemar_p"]
     detail = (
-        f"On {figures['n']} test questions the base model answers {percent(figures, 'base')} rightly and the tuned one "
-        f"{percent(figures, 'tuned')}: {points(figures)} percentage points (standard errors). Answers won: {figures['won']}, lost: "
-        f"{figures['lost']}; McNemar's exact p is {p_value(p)}."
+        f"On {figures['n']} test questions the base model answers {figure(figures, 'base')} % rightly and the tuned one "
+        f"{figure(figures, 'tuned')} %: {figure(figures, 'difference')} percentage points (standard errors). Answers won: "
+        f"{figures['won']}, lost: {figures['lost']}; McNemar's exact p is {p_value(p)}."
     )
     both, guards = {"base/all", "tuned/all"}, summary["guards"]
     if both <= set(guards["below_chance"]):
@@ -131,13 +132,3 @@ def safety(summary: Mapping[str, Any]) -> str:
         f"at most {max(moved):.3g} nats. Only these questions were measured: other uses of the model (long text, other "
         "languages, safety behaviour) were not."
     )
-
-
-def percent(figures: Mapping[str, Any], who: str) -> str:
-    """An accuracy with its standard error: `61.20 ± 1.10 %`."""
-    return with_error(figures[f"{who}_accuracy"], figures[f"{who}_stderr"]) + " %"
-
-
-def points(figures: Mapping[str, Any]) -> str:
-    """The paired difference in percentage points with its standard error."""
-    return with_error(figures["difference"], figures["difference_stderr"], signed=True)

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 from jinja2 import TemplateError
 
 from roma_ray.config import PromptConfig
@@ -293,3 +294,9 @@ class PromptBuilder:
             return [start for start, _ in encoded["offset_mapping"]]
         count = len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
         return [i * len(context) // count for i in range(count)]
+
+
+def rule_scores(scores: Sequence[float], chars: Sequence[int], rule: str) -> np.ndarray:
+    """What an answer rule compares, fp64: log-likelihoods, `normalized` by the choices' characters. The first highest is chosen."""
+    values = np.asarray(scores, dtype=np.float64)
+    return values / np.maximum(np.asarray(chars), 1) if rule == "normalized" else values

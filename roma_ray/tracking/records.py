@@ -21,7 +21,7 @@ from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS, live_epochs
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_table
 from roma_ray.evaluation.paired import SUMMARY, read_evaluation
-from roma_ray.evaluation.statistics import p_value, with_error
+from roma_ray.evaluation.summary import result_rows
 from roma_ray.figures.escaping import markdown
 from roma_ray.tracking.backend import COMMIT, USER, Input, Value
 
@@ -232,12 +232,7 @@ def note(report: Stage, evaluation: Stage) -> str:
         "| task | n | base | tuned | difference | p |",
     ]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for task, f in figures.items():
-        lines.append(
-            f"| {markdown(task)} | {f['n']} | {with_error(f['base_accuracy'], f['base_stderr'])} | "
-            f"{with_error(f['tuned_accuracy'], f['tuned_stderr'])} | "
-            f"{with_error(f['difference'], f['difference_stderr'], signed=True)} | {p_value(f['mcnemar_p'])} |"
-        )
+    lines += [f"| {' | '.join(map(markdown, row))} |" for row in result_rows(figures)]
     return "\n".join([*lines, "", "Open report.html among the artifacts for figures and limits."])[:7900]
 
 

@@ -175,7 +175,7 @@ def test_splits_and_tasks_add_up(finished: Run) -> None:
     figures = finished.summary["splits"]["test"]["all"]
     assert figures["base_accuracy"] == pytest.approx(sum(r["base_correct"] for r in test) / len(test))
     assert figures["tuned_accuracy"] == pytest.approx(sum(r["tuned_correct"] for r in test) / len(test))
-    table = result_rows(finished.summary)
+    table = result_rows(finished.summary["splits"]["test"])
     assert table[-1][0] == "all"
     assert table[-1][1] == str(len(test))
 
