@@ -18,8 +18,9 @@ from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError
-from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
+from roma_ray.manifold.losses import neighbor_targets
 from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.manifold.regularizers import REGULARIZERS, Regularized
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reach import UNREACHED, is_unreached, reach_of, read_weights
@@ -112,7 +113,7 @@ class Objective:
         task = task_losses(out.states, reading.keep, layout, over=self.over, rows_V=micro.vocabulary_V)
         kind = self.config.regularizer.kind
         targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
-        penalty = regularizer_loss(kind, routing_QLE, targets=targets, parameters=self.masters.parameters())
+        penalty = REGULARIZERS[kind](Regularized(routing_QLE, targets, self.masters.parameters()))
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, penalty, entropy
 

@@ -1,6 +1,6 @@
-"""The manifold term (eq. 7) and the regularizers that the paper compares it with (its Figure 10 and Table 7).
+"""The manifold term, eq. 7, computed without listing neighbors.
 
-Eq. 7 is computed without listing neighbors. The weights of eq. 6 sum to 1 and the stored r_j carry no gradient, so with
+The weights of eq. 6 sum to 1 and the stored r_j carry no gradient, so with
 the mean target m_i = sum_j W_ij r_j,
 
     sum_j W_ij ||r_i - r_j||^2  =  ||r_i - m_i||^2  +  sum_j W_ij ||r_j - m_i||^2
@@ -13,17 +13,14 @@ Shapes: N questions, B a batch of them, L tuned layers, E experts. Losses are SU
 the number of questions of the global batch, so that empty neighborhoods count in the mean as zeros.
 """
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from roma_ray.errors import ConfigError, NeighborError
+from roma_ray.errors import NeighborError
 from roma_ray.manifold.neighbors import Neighborhoods
-
-RegularizerName = Literal["none", "l1", "l2", "entropy", "manifold"]
 
 
 class NeighborTargets(NamedTuple):
@@ -86,52 +83,3 @@ def manifold_loss(routing_BLE: Tensor, targets: NeighborTargets) -> Tensor:
     assert routing_BLE.shape == targets.mean.shape, f"{tuple(routing_BLE.shape)} != {tuple(targets.mean.shape)}"
     distance_B = (routing_BLE - targets.mean).square().sum((1, 2)) + targets.spread
     return torch.where(targets.present, distance_B, 0).sum()
-
-
-def entropy_loss(routing_BLE: Tensor) -> Tensor:
-    """KL(r || uniform) = log E - H(r), summed over tuned layers and the batch: a scalar >= 0, zero for equal routing.
-
-    Its gradient is that of -H: minimising it RAISES the routing entropy, the usual meaning of entropy regularization
-    (a confidence penalty). The paper names neither sign nor source.
-    """
-    # The floor stands for an expert whose probability underflowed to 0, where log r and its gradient are infinite.
-    log_BLE = routing_BLE.clamp_min(torch.finfo(routing_BLE.dtype).tiny).log()
-    layers, experts = routing_BLE.shape[1:]
-    log_experts = torch.tensor(float(experts), dtype=routing_BLE.dtype, device=routing_BLE.device).log()
-    return (routing_BLE * log_BLE).sum() + len(routing_BLE) * layers * log_experts
-
-
-def norm_loss(parameters: Sequence[Tensor], power: Literal[1, 2]) -> Tensor:
-    """Sum of |theta| (power 1) or theta^2 (power 2) over all tuned router parameters: a scalar."""
-    assert parameters, "no router parameter is tuned"
-    return torch.stack([theta.abs().sum() if power == 1 else theta.square().sum() for theta in parameters]).sum()
-
-
-def regularizer_loss(
-    kind: RegularizerName,
-    routing_BLE: Tensor,
-    *,
-    targets: NeighborTargets | None = None,
-    parameters: Sequence[Tensor] = (),
-) -> Tensor:
-    """The term that lambda weighs in eq. 9, summed over the batch: the one function that the training loop calls.
-
-    - `manifold`: eq. 7; needs the batch's `targets`.
-    - `l1`, `l2`: sum of |theta| or theta^2 over the tuned routers' `parameters` (the fp32 masters), once a question, so
-      that the mean over the batch is the plain penalty. The paper speaks of "standard" penalties "applied to the
-      router" and of "generic sparsity" without a formula. The norm of the routing weights themselves cannot be meant by
-      L1: a softmax row sums to 1 whatever the router does. Both pull towards zero, as the textbook's do, not towards
-      the pretrained gates. They are sums over up to millions of parameters: their lambda is far smaller than eq. 7's.
-    - `entropy`: KL(r || uniform) over experts, summed over tuned layers, of the same routing rows that eq. 7 reads.
-    - `none`: a zero without gradient.
-    """
-    if kind == "none":
-        return routing_BLE.new_zeros(())
-    if kind == "manifold":
-        assert targets is not None, "the manifold term needs neighbor targets"
-        return manifold_loss(routing_BLE, targets)
-    if kind == "entropy":
-        return entropy_loss(routing_BLE)
-    if kind in ("l1", "l2"):
-        return len(routing_BLE) * norm_loss(parameters, 1 if kind == "l1" else 2)
-    raise ConfigError(f"regularizer {kind!r} is not one of: {', '.join(get_args(RegularizerName))}")

@@ -17,7 +17,7 @@ from roma_ray.baselines.passes import HeadRun, loss_kind, task_loss
 from roma_ray.baselines.registry import METHODS
 from roma_ray.config_baselines import C3poConfig, OracleConfig
 from roma_ray.engine.forward import lay_out, task_losses
-from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
+from roma_ray.manifold.losses import manifold_loss, neighbor_targets
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.moe.passes import run_packed
 
@@ -94,7 +94,7 @@ def test_oracle_tuning_pulls_to_each_questions_own_optimum(letter: Bench) -> Non
     assert not targets_NLE[mask].any()
     mine_NLE = torch.rand(len(rows), *targets_NLE.shape[1:])
     targets = neighbor_targets(own_neighborhoods(letter), targets_NLE).take(torch.tensor(rows))
-    loss = regularizer_loss("manifold", mine_NLE, targets=targets, parameters=[])
+    loss = manifold_loss(mine_NLE, targets)
     literal = sum(float((mine_NLE[n] - targets_NLE[row]).square().sum()) for n, row in enumerate(rows))
     assert float(loss) == pytest.approx(literal, rel=1e-5)
 

@@ -16,7 +16,7 @@ from roma_ray.manifold.diagnostics import (
     top_k_selection,
     with_random_members,
 )
-from roma_ray.manifold.losses import neighbor_targets, regularizer_loss
+from roma_ray.manifold.losses import manifold_loss, neighbor_targets
 from roma_ray.manifold.neighbors import Neighborhoods
 
 QUESTIONS, LAYERS, EXPERTS, TOP_K = 9, 2, 6, 2
@@ -169,7 +169,7 @@ def test_neighbor_distances_are_eq_7_with_live_and_stored_rows():
         )
         assert float(found[n]) == pytest.approx(literal, rel=1e-6)
     targets = neighbor_targets(near, stored).take(torch.tensor(rows))
-    trained = regularizer_loss("manifold", live[rows], targets=targets, parameters=[])
+    trained = manifold_loss(live[rows], targets)
     assert float(found.sum()) == pytest.approx(float(trained), rel=1e-5)
 
 

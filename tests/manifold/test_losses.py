@@ -1,17 +1,8 @@
-import math
-
 import pytest
 import torch
 
-from roma_ray.errors import ConfigError, NeighborError
-from roma_ray.manifold.losses import (
-    NeighborTargets,
-    entropy_loss,
-    manifold_loss,
-    neighbor_targets,
-    norm_loss,
-    regularizer_loss,
-)
+from roma_ray.errors import NeighborError
+from roma_ray.manifold.losses import manifold_loss, neighbor_targets
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
 from tests.manifold import literal
 
@@ -164,70 +155,3 @@ def test_shapes_that_do_not_fit_are_bugs():
     targets = neighbor_targets(ragged(SIZES), routing(1))
     with pytest.raises(AssertionError):
         manifold_loss(routing(2)[:3], targets)
-
-
-def test_entropy_is_the_literal_kl_to_uniform():
-    live = routing(2).requires_grad_()
-    expected = live.new_zeros(())
-    for i in range(QUESTIONS):
-        for layer in range(LAYERS):
-            for expert in range(EXPERTS):
-                p = live[i, layer, expert]
-                expected = expected + p * (p.log() + math.log(EXPERTS))
-    loss = entropy_loss(live)
-    torch.testing.assert_close(loss, expected)
-    # On the simplex only differences between experts matter; the constant log E per unit of mass is not one.
-    (got,) = torch.autograd.grad(loss, live)
-    (wanted,) = torch.autograd.grad(expected, live)
-    torch.testing.assert_close(got - got.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True))
-    uniform = torch.full((4, LAYERS, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
-    assert entropy_loss(uniform).item() == pytest.approx(0, abs=1e-12)
-
-
-def test_entropy_step_raises_the_entropy_even_from_a_one_hot_row():
-    logits = torch.tensor([[[0.0, -2.0, 1.0, -200.0]]], requires_grad=True)
-    assert (logits.softmax(-1) == 0).any(), "the row should hold an underflow"
-    loss = entropy_loss(logits.softmax(-1))
-    (gradient,) = torch.autograd.grad(loss, logits)
-    assert torch.isfinite(gradient).all()
-    assert entropy_loss((logits - 0.1 * gradient).softmax(-1)) < loss
-
-
-def test_norms_are_literal_sums():
-    generator = torch.Generator().manual_seed(0)
-    parameters = [torch.randn(4, 3, generator=generator), torch.randn(5, generator=generator)]
-    numbers = [value for theta in parameters for value in theta.flatten().tolist()]
-    assert norm_loss(parameters, 1).item() == pytest.approx(sum(abs(x) for x in numbers), rel=1e-6)
-    assert norm_loss(parameters, 2).item() == pytest.approx(sum(x * x for x in numbers), rel=1e-6)
-
-
-def test_the_mean_of_a_norm_over_any_split_of_the_batch_is_the_norm():
-    theta = [torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()]
-    for kind, power in (("l1", 1), ("l2", 2)):
-        parts = [regularizer_loss(kind, routing(2)[rows], parameters=theta) for rows in (slice(0, 5), slice(5, None))]
-        mean = sum(parts) / QUESTIONS
-        torch.testing.assert_close(mean, norm_loss(theta, power))
-        (gradient,) = torch.autograd.grad(mean, theta)
-        torch.testing.assert_close(gradient, theta[0].detach().sign() if power == 1 else 2 * theta[0].detach())
-
-
-def test_one_function_gives_every_regularizer():
-    targets = neighbor_targets(ragged(SIZES), routing(1))
-    live, theta = routing(2).requires_grad_(), [torch.ones(2, 3)]
-    assert regularizer_loss("manifold", live, targets=targets) == manifold_loss(live, targets)
-    assert regularizer_loss("entropy", live) == entropy_loss(live)
-    assert regularizer_loss("l1", live, parameters=theta) == 6 * QUESTIONS
-    none = regularizer_loss("none", live)
-    assert none == 0
-    assert not none.requires_grad
-    with pytest.raises(ConfigError, match="none, l1, l2, entropy, manifold"):
-        regularizer_loss("dropout", live)
-
-
-def test_targets_move_with_their_rows():
-    targets = neighbor_targets(ragged(SIZES), routing(1))
-    rows = torch.tensor([3, 3, 0])
-    part = targets.take(rows, torch.device("cpu"))
-    assert isinstance(part, NeighborTargets)
-    for whole, column in zip(targets, part, strict=True):
-        assert torch.equal(column, whole[rows])

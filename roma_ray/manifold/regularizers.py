@@ -1,0 +1,75 @@
+"""The second term of eq. 9 by name: the manifold term, and those that the paper compares it with (its Figure 10 and Table 7).
+
+Another one is a function and a line of `REGULARIZERS`, and its name in `config.py` (`RegularizerConfig.kind`).
+Shapes: B questions of a batch, L tuned layers, E experts. Each is a SUM over the batch, a scalar.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from roma_ray.manifold.losses import NeighborTargets, manifold_loss
+
+
+@dataclass(frozen=True)
+class Regularized:
+    """What a regularizer may read."""
+
+    routing_BLE: Tensor
+    """The live routing rows of the batch, with gradient."""
+    targets: NeighborTargets | None = None
+    """What eq. 7 needs of the batch's neighbors."""
+    parameters: Sequence[Tensor] = ()
+    """Those of the tuned routers, the fp32 masters."""
+
+
+def manifold(on: Regularized) -> Tensor:
+    """Eq. 7."""
+    assert on.targets is not None, "the manifold term needs neighbor targets"
+    return manifold_loss(on.routing_BLE, on.targets)
+
+
+def entropy(on: Regularized) -> Tensor:
+    """KL(r || uniform) = log E - H(r), summed over tuned layers and the batch: a scalar >= 0, zero for equal routing.
+
+    Its gradient is that of -H: minimising it RAISES the routing entropy, the usual meaning of entropy regularization
+    (a confidence penalty). The paper names neither sign nor source.
+    """
+    routing_BLE = on.routing_BLE
+    # The floor stands for an expert whose probability underflowed to 0, where log r and its gradient are infinite.
+    log_BLE = routing_BLE.clamp_min(torch.finfo(routing_BLE.dtype).tiny).log()
+    layers, experts = routing_BLE.shape[1:]
+    log_experts = torch.tensor(float(experts), dtype=routing_BLE.dtype, device=routing_BLE.device).log()
+    return (routing_BLE * log_BLE).sum() + len(routing_BLE) * layers * log_experts
+
+
+def l1(on: Regularized) -> Tensor:
+    """Sum of |theta| over all tuned router parameters, once a question, so that the batch's mean is the plain penalty.
+
+    The paper speaks of "standard" penalties "applied to the router" and of "generic sparsity" without a formula. The norm of the
+    routing weights themselves cannot be meant: a softmax row sums to 1 whatever the router does. L1 and L2 pull towards zero, as
+    the textbook's do, not towards the pretrained gates. They are sums over up to millions of parameters: their lambda is far
+    smaller than eq. 7's.
+    """
+    return len(on.routing_BLE) * torch.stack([theta.abs().sum() for theta in on.parameters]).sum()
+
+
+def l2(on: Regularized) -> Tensor:
+    """The same of theta^2."""
+    return len(on.routing_BLE) * torch.stack([theta.square().sum() for theta in on.parameters]).sum()
+
+
+def none(on: Regularized) -> Tensor:
+    """A zero without gradient."""
+    return on.routing_BLE.new_zeros(())
+
+
+REGULARIZERS: dict[str, Callable[[Regularized], Tensor]] = {
+    "none": none,
+    "l1": l1,
+    "l2": l2,
+    "entropy": entropy,
+    "manifold": manifold,
+}

@@ -1,0 +1,71 @@
+"""The second term of eq. 9 by name."""
+
+import math
+from typing import get_args
+
+import pytest
+import torch
+
+from roma_ray.config import RegularizerConfig
+from roma_ray.manifold.losses import NeighborTargets, manifold_loss
+from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, entropy, l1, l2
+from tests.manifold.test_losses import EXPERTS, LAYERS, QUESTIONS, routing
+
+
+def test_entropy_is_the_literal_kl_to_uniform():
+    live = routing(2).requires_grad_()
+    expected = live.new_zeros(())
+    for i in range(QUESTIONS):
+        for layer in range(LAYERS):
+            for expert in range(EXPERTS):
+                p = live[i, layer, expert]
+                expected = expected + p * (p.log() + math.log(EXPERTS))
+    loss = entropy(Regularized(live))
+    torch.testing.assert_close(loss, expected)
+    # On the simplex only differences between experts matter; the constant log E per unit of mass is not one.
+    (got,) = torch.autograd.grad(loss, live)
+    (wanted,) = torch.autograd.grad(expected, live)
+    torch.testing.assert_close(got - got.mean(-1, keepdim=True), wanted - wanted.mean(-1, keepdim=True))
+    uniform = torch.full((4, LAYERS, EXPERTS), 1 / EXPERTS, dtype=torch.float64)
+    assert entropy(Regularized(uniform)).item() == pytest.approx(0, abs=1e-12)
+
+
+def test_entropy_step_raises_the_entropy_even_from_a_one_hot_row():
+    logits = torch.tensor([[[0.0, -2.0, 1.0, -200.0]]], requires_grad=True)
+    assert (logits.softmax(-1) == 0).any(), "the row should hold an underflow"
+    loss = entropy(Regularized(logits.softmax(-1)))
+    (gradient,) = torch.autograd.grad(loss, logits)
+    assert torch.isfinite(gradient).all()
+    assert entropy(Regularized((logits - 0.1 * gradient).softmax(-1))) < loss
+
+
+def test_norms_are_literal_sums():
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.randn(4, 3, generator=generator), torch.randn(5, generator=generator)]
+    numbers = [value for theta in parameters for value in theta.flatten().tolist()]
+    one = Regularized(routing(2)[:1], parameters=parameters)
+    assert l1(one).item() == pytest.approx(sum(abs(x) for x in numbers), rel=1e-6)
+    assert l2(one).item() == pytest.approx(sum(x * x for x in numbers), rel=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "slope"), [(l1, torch.sign), (l2, lambda theta: 2 * theta)])
+def test_the_mean_of_a_norm_over_any_split_of_the_batch_is_the_norm(norm, slope):
+    theta = [torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64).requires_grad_()]
+    parts = [norm(Regularized(routing(2)[rows], parameters=theta)) for rows in (slice(0, 5), slice(5, None))]
+    mean = sum(parts) / QUESTIONS
+    torch.testing.assert_close(mean, norm(Regularized(routing(2)[:1], parameters=theta)))
+    (gradient,) = torch.autograd.grad(mean, theta)
+    torch.testing.assert_close(gradient, slope(theta[0].detach()))
+
+
+def test_every_name_of_the_configuration_is_a_regularizer():
+    assert set(REGULARIZERS) == set(get_args(RegularizerConfig.model_fields["kind"].annotation))
+    live = routing(2).requires_grad_()
+    targets = NeighborTargets(routing(1), torch.rand(QUESTIONS, dtype=torch.float64), torch.arange(QUESTIONS) > 0)
+    on = Regularized(live, targets, [torch.ones(2, 3)])
+    assert REGULARIZERS["manifold"](on) == manifold_loss(live, targets)
+    assert REGULARIZERS["entropy"](on) == entropy(on)
+    assert REGULARIZERS["l1"](on) == REGULARIZERS["l2"](on) == 6 * QUESTIONS
+    none = REGULARIZERS["none"](on)
+    assert none == 0
+    assert not none.requires_grad
