@@ -238,7 +238,7 @@ def test_a_run_starts_when_it_was_started_and_names_where_its_stages_were_made(
     week_ms = 7 * 24 * 3600 * 1000
     for stage in locate(old).values():
         aged(stage, week_ms // 1000)
-    (old.store.root / ".begun" / run_identity(locate(old))).write_text(str(time.time() - week_ms / 1000 - 60))
+    (old.store.root / ".begun" / run_identity(locate(old))).write_text(str(time.time() - week_ms / 1000 - 1800))
     record(old)
     before = time.time() * 1000
     finetune = finished.setup.config.finetune.model_copy(update={"learning_rate": 0.02})
