@@ -25,7 +25,7 @@ SUMMARY = "comparison.json"
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MethodComparison:
     """A comparison, with the rows of every method that did not fail."""
 
     stages: Mapping[str, Stage]
@@ -41,7 +41,7 @@ def compare(
     progress: Progress,
     runners: Runners = LOCAL,
     observer: ComparisonObserver = UNOBSERVED,
-) -> Comparison:
+) -> MethodComparison:
     """Run the methods that are not complete and judge all of them. A method that fails leaves the others' rows.
 
     Raises what the stages before raise, and GuardError when the base model itself failed.
@@ -77,7 +77,7 @@ def compare(
     failures = {entry.name: entry.failure for entry in entries if entry.failure}
     if not failures:
         _keep(setup, planned, summary)
-    return Comparison(stages, planned, summary, failures)
+    return MethodComparison(stages, planned, summary, failures)
 
 
 def comparison_stage(setup: Setup, methods: Mapping[str, Sequence[Stage]]) -> Stage:

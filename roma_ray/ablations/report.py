@@ -8,7 +8,7 @@ from pathlib import Path
 
 from roma_ray.ablations import paper, tables
 from roma_ray.ablations.plan import describe_shared, hours
-from roma_ray.ablations.results import Findings, Result, read_findings
+from roma_ray.ablations.results import Findings, SettingResult, read_findings
 from roma_ray.ablations.settings import Column, centre_text, columns
 from roma_ray.ablations.space import CENTRE, grid_tag
 from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
@@ -138,7 +138,7 @@ def _factor_picture(sweep: Sweep, findings: Findings, factor: str, name: str, fo
 
 
 def _grid_picture(
-    members: Sequence[Result], axes: Sequence[Column], findings: Findings, name: str, folder: Path
+    members: Sequence[SettingResult], axes: Sequence[Column], findings: Findings, name: str, folder: Path
 ) -> Picture | None:
     """A grid's figure: a line (or dots) of one setting, maps of two, curves of more."""
     if len(axes) not in (1, 2):
@@ -169,7 +169,7 @@ def _grid_picture(
 
 
 def _curves(
-    members: Sequence[Result], axes: Sequence[Column], findings: Findings, name: str, folder: Path
+    members: Sequence[SettingResult], axes: Sequence[Column], findings: Findings, name: str, folder: Path
 ) -> Picture | None:
     """Validation accuracy over each setting that is a number, the others telling series apart; None where none is."""
     panels = []

@@ -94,7 +94,7 @@ class Compared:
 
 
 @dataclass(frozen=True)
-class Result:
+class SettingResult:
     """One setting, over its seeds."""
 
     name: str
@@ -131,11 +131,11 @@ class Result:
 class Findings:
     """Everything that the report shows; fractions, not percent."""
 
-    results: tuple[Result, ...]
+    results: tuple[SettingResult, ...]
     """By validation accuracy, best first: settings are chosen on validation questions, never on test questions."""
 
     @property
-    def centre(self) -> Result | None:
+    def centre(self) -> SettingResult | None:
         return next((result for result in self.results if result.centre), None)
 
     @property
@@ -158,7 +158,7 @@ class Findings:
         """Whether any setting has more than one."""
         return any(len(result.seeds) > 1 for result in self.results)
 
-    def of(self, factor: str, level: str) -> Result | None:
+    def of(self, factor: str, level: str) -> SettingResult | None:
         """The setting that a factor's level names."""
         return next((result for result in self.results if (factor, level) in result.trial.factors), None)
 
@@ -213,7 +213,7 @@ def _choices(table: Path, rows: tuple[int, ...]) -> Sequence[Sequence[str]]:
     return found
 
 
-def _result(group: Sequence[Finished], centre: Sequence[Finished] | None) -> Result:
+def _result(group: Sequence[Finished], centre: Sequence[Finished] | None) -> SettingResult:
     trial = group[0].trial
     verdicts = [f.tuned[f.measure] for f in group]
     ratios = [f.gradient_ratio for f in group if f.gradient_ratio is not None]
@@ -223,7 +223,7 @@ def _result(group: Sequence[Finished], centre: Sequence[Finished] | None) -> Res
         pairs = [(of_seed[f.trial.seed], f) for f in group if f.trial.seed in of_seed]
         pairs = pairs if all(a.judged.ids == b.judged.ids for a, b in pairs) else []
     name = trial.name.removesuffix(f", seed {trial.seed}")
-    return Result(
+    return SettingResult(
         name=name,
         centre=trial.centre,
         seeds=tuple(f.trial.seed for f in group),
@@ -283,7 +283,7 @@ def _p(figures: Paired) -> float:
     return p
 
 
-def _corrected(results: Sequence[Result]) -> list[Result]:
+def _corrected(results: Sequence[SettingResult]) -> list[SettingResult]:
     """The results with Holm's correction over all that are compared to the centre, measure by measure."""
     near = {r.key: r.to_centre for r in results if r.to_centre}
     names = dict.fromkeys(name for compared in near.values() for name in compared.measures)

@@ -12,7 +12,7 @@ from typing import Any
 
 from roma_ray.ablations.plan import Plan, Planned, describe
 from roma_ray.ablations.space import Space, Trial
-from roma_ray.ablations.trial import Work, closing, here, with_train
+from roma_ray.ablations.trial import TrialWork, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
 from roma_ray.artifacts import CONFIG, MEMBERS, Stage, write_json, write_text
 from roma_ray.engine.embedding import embed
@@ -272,7 +272,7 @@ def _run_trials(
     }
     # Trials of one cut after one another: an actor keeps one head.
     ordered = sorted(waiting, key=lambda state: state.planned.setup.cut)
-    works = {s.trial.id: Work(s.trial.id, s.planned.setup, s.planned.stages) for s in ordered}
+    works = {s.trial.id: TrialWork(s.trial.id, s.planned.setup, s.planned.stages) for s in ordered}
     tune_trials(cluster, works, work, hear, **common)
     if stop_on_failure and sweep.having(FAILED):
         return
@@ -295,9 +295,9 @@ def _run_trials(
     )
 
 
-def _work_of(plan: Plan, values: Mapping[str, Any]) -> Work:
+def _work_of(plan: Plan, values: Mapping[str, Any]) -> TrialWork:
     planned = drawn(plan, values)
-    return Work(planned.trial.id, planned.setup, planned.stages)
+    return TrialWork(planned.trial.id, planned.setup, planned.stages)
 
 
 def _listener(sweep: Sweep, observers: Sequence[SweepObserver]) -> Callable[[Event], None]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.ablations import paper
-from roma_ray.ablations.results import Compared, Findings, Result, Value
+from roma_ray.ablations.results import Compared, Findings, SettingResult, Value
 from roma_ray.ablations.settings import Column, columns
 from roma_ray.ablations.space import CENTRE
 from roma_ray.ablations.sweep import DONE, Sweep
@@ -19,7 +19,7 @@ from roma_ray.text import figure, with_error
 
 SHIFTED = "†"
 """Marks a difference that is explained by a shift between answers alone."""
-_Cell = tuple[str, Callable[[Result], str]]
+_Cell = tuple[str, Callable[[SettingResult], str]]
 
 
 def percent(value: Value) -> str:
@@ -35,7 +35,7 @@ def ranking(sweep: Sweep, findings: Findings) -> Table:
     return Table((*(c.name for c in varied), *(name for name, _ in shown)), rows, names=len(varied))
 
 
-def _settings(varied: Sequence[Column], result: Result) -> tuple[str, ...]:
+def _settings(varied: Sequence[Column], result: SettingResult) -> tuple[str, ...]:
     return tuple(column.level(result.trial) for column in varied)
 
 
@@ -55,13 +55,13 @@ def _figures(findings: Findings) -> list[_Cell]:
     return cells
 
 
-def _near(result: Result) -> str:
+def _near(result: SettingResult) -> str:
     if result.to_centre:
         return points(result.to_centre)
     return "centre" if result.centre else "not paired"
 
 
-def _ratio(result: Result) -> str:
+def _ratio(result: SettingResult) -> str:
     return "" if result.gradient_ratio is None else f"{100 * result.gradient_ratio:.3g}"
 
 
@@ -125,9 +125,9 @@ def measure_tables(sweep: Sweep, findings: Findings) -> Iterator[tuple[str, Tabl
         yield heading, Table(tuple(header), rows, names=len(varied))
 
 
-def _against(findings: Findings) -> list[tuple[str, Callable[[Result], Compared | None]]]:
-    to_base: Callable[[Result], Compared | None] = lambda result: result.gain  # noqa: E731 - one of a pair
-    to_centre: Callable[[Result], Compared | None] = lambda result: result.to_centre  # noqa: E731
+def _against(findings: Findings) -> list[tuple[str, Callable[[SettingResult], Compared | None]]]:
+    to_base: Callable[[SettingResult], Compared | None] = lambda result: result.gain  # noqa: E731 - one of a pair
+    to_centre: Callable[[SettingResult], Compared | None] = lambda result: result.to_centre  # noqa: E731
     return [("difference to the centre", to_centre), ("difference to the base model", to_base)]
 
 
@@ -259,7 +259,7 @@ def write_csv_files(folder: Path, sweep: Sweep, findings: Findings) -> None:
     )  # fmt: skip
 
 
-def _ranking_row(r: Result) -> tuple[Any, ...]:
+def _ranking_row(r: SettingResult) -> tuple[Any, ...]:
     def of(value: Value) -> tuple[Any, ...]:
         return _plain((value.mean, value.questions, value.seeds))
 

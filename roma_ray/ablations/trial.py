@@ -30,7 +30,7 @@ _PATIENCE_SECONDS = 60.0
 
 
 @dataclass(frozen=True)
-class Work:
+class TrialWork:
     """A trial as it travels to the process that does it."""
 
     id: str
@@ -42,12 +42,12 @@ class Work:
 _HEADS = KeptHeads()
 
 
-def here(work: Work, report: Report) -> dict[str, Any]:
+def here(work: TrialWork, report: Report) -> dict[str, Any]:
     """A trial of one worker: this process."""
     return do_trial(work, report, _HEADS)
 
 
-def with_train(work: Work, report: Report) -> dict[str, Any]:
+def with_train(work: TrialWork, report: Report) -> dict[str, Any]:
     """A trial of several workers: this process only directs them; evaluation goes where a device is."""
     cluster = Cluster(work.setup.config)
     device = work.setup.model.device
@@ -55,7 +55,7 @@ def with_train(work: Work, report: Report) -> dict[str, Any]:
 
 
 def do_trial(
-    work: Work,
+    work: TrialWork,
     hear: Report,
     heads: Heads,
     trainer: Trainer | None = None,

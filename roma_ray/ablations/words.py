@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from roma_ray.ablations.results import Findings, Result
+from roma_ray.ablations.results import Findings, SettingResult
 from roma_ray.ablations.sweep import FAILED, STOPPED, Sweep
 from roma_ray.ablations.tables import SHIFTED, percent, points
 from roma_ray.evaluation.measures import coincidence
@@ -53,7 +53,7 @@ def _beside_centre(findings: Findings) -> str:
     return f"Of {len(compared)} settings, {' and '.join(parts)} than the centre on the test questions {rule}."
 
 
-def _named(results: Sequence[Result]) -> str:
+def _named(results: Sequence[SettingResult]) -> str:
     if not results:
         return ""
     more = f" and {len(results) - _MOST_NAMED} more" if len(results) > _MOST_NAMED else ""

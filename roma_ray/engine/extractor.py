@@ -114,7 +114,7 @@ def run_part(
 
 
 @dataclass(frozen=True)
-class Result:
+class Extracted:
     """What a batch gives; lists are in the order of `rows`."""
 
     rows: list[int]
@@ -123,8 +123,8 @@ class Result:
     scores: list[list[float]]
 
     @staticmethod
-    def empty() -> Result:
-        return Result([], {}, {}, [])
+    def empty() -> Extracted:
+        return Extracted([], {}, {}, [])
 
 
 def read_plan(path: Path) -> tuple[int, list[list[int]]]:
@@ -163,7 +163,7 @@ class Batches:
             whole = states_TD.to(getattr(torch, self.work.activation_dtype)).cpu().contiguous()
             write_tensors(batch_activations(self.work.folder, batch, cut), {"hidden": whole})
 
-    def write_rows(self, batch: int, result: Result, errors: dict[int, str]) -> int:
+    def write_rows(self, batch: int, result: Extracted, errors: dict[int, str]) -> int:
         """Write the batch's table, which marks it as done; returns how many rows failed."""
         for row, scores in zip(result.rows, result.scores, strict=True):
             if not all(np.isfinite(scores)):
@@ -224,7 +224,7 @@ class Extractor:
         with contextlib.suppress(*_FAILURES):
             self._forward([row])
 
-    def _survivors(self, rows: Sequence[int], errors: dict[int, str]) -> tuple[Result, int]:
+    def _survivors(self, rows: Sequence[int], errors: dict[int, str]) -> tuple[Extracted, int]:
         """The batch's result without the rows in `errors`, to which rows that fail on their own are added."""
         good = [row for row in rows if row not in errors]
         try:
@@ -245,14 +245,14 @@ class Extractor:
                 ) from failure
 
     @torch.inference_mode()
-    def _forward(self, rows: Sequence[int]) -> tuple[Result, int]:
+    def _forward(self, rows: Sequence[int]) -> tuple[Extracted, int]:
         if not rows:
-            return Result.empty(), 0
+            return Extracted.empty(), 0
         reading = self.batches.reading(rows)
         logits_NV, after_attention, routing_1PLE = run_part(self.model, reading, None, self.work.cuts)
         assert routing_1PLE is not None
         scores = choice_scores(logits_NV, reading.keep, reading.layout)
-        result = Result(list(rows), after_attention, reading.routing(routing_1PLE), scores)
+        result = Extracted(list(rows), after_attention, reading.routing(routing_1PLE), scores)
         return result, len(reading.layout.packing)
 
 

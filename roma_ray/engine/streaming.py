@@ -16,7 +16,7 @@ from torch import Tensor
 
 from roma_ray.artifacts import note_device
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.extractor import Batches, ExtractWork, Result, batch_table, run_part
+from roma_ray.engine.extractor import Batches, Extracted, ExtractWork, batch_table, run_part
 from roma_ray.engine.forward import choice_scores
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report
@@ -142,7 +142,7 @@ class SliceExtractor:
         errors = self.batches.foreign_tokens(rows, self.vocabulary)
         good = [row for row in rows if row not in errors]
         routing: list[Tensor] = []
-        result, tokens = Result.empty(), 0
+        result, tokens = Extracted.empty(), 0
         if good:
             reading = self.batches.reading(good)
             tokens = len(reading.layout.packing)
@@ -160,7 +160,7 @@ class SliceExtractor:
                 earlier = [_read(link.parts(batch, n)).get("routing") for n in range(link.number)]
                 whole = torch.cat([part.to(states.device) for part in [*earlier, *routing] if part is not None], dim=2)
                 scores = choice_scores(states, reading.keep, reading.layout)
-                result = Result(good, after_attention, reading.routing(whole), scores)
+                result = Extracted(good, after_attention, reading.routing(whole), scores)
             else:
                 write_tensors(link.states(batch, link.number), {"hidden": states.cpu().contiguous()})
         if link.last:

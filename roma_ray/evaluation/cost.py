@@ -10,7 +10,7 @@ from roma_ray.evaluation.subject import Subject
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from roma_ray.evaluation.requests import Answers
+    from roma_ray.evaluation.requests import RequestAnswers
 
 
 def flops_per_token(model: PreTrainedModel) -> dict[str, int]:
@@ -32,7 +32,7 @@ def flops_per_token(model: PreTrainedModel) -> dict[str, int]:
     return {"layers": layers, "lm_head": 2 * head.weight.numel()}
 
 
-def cost_of(subject: Subject, answered: Sequence[Answers], questions: int) -> dict[str, Any]:
+def cost_of(subject: Subject, answered: Sequence[RequestAnswers], questions: int) -> dict[str, Any]:
     """Figures of an evaluation: {questions, tokens_per_question, flops_per_token, counted, questions_per_second}.
 
     `tokens_per_question` are those that were run, shared ones once. `counted` are operations of one batch, by torch's counter:

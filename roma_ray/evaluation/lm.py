@@ -18,11 +18,11 @@ from lm_eval.models.utils import normalize_gen_kwargs
 
 from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.errors import ConfigError, ModelError
-from roma_ray.evaluation.requests import Answers, Scorable, Writable
+from roma_ray.evaluation.requests import RequestAnswers, Scorable, Writable
 from roma_ray.evaluation.subject import Subject
 from roma_ray.templates import chat_text
 
-Ask = Callable[[str, Sequence[Scorable] | Sequence[Writable]], Answers]
+Ask = Callable[[str, Sequence[Scorable] | Sequence[Writable]], RequestAnswers]
 """(`loglikelihood` or `generate_until`, requests) -> answers of all judged models."""
 
 
@@ -39,7 +39,7 @@ class JudgeLM(HFLM):
         self.which = "base"
         self.truncated = 0
         """Requests of the current run whose start was cut off to fit the model."""
-        self.answered: list[Answers] = []
+        self.answered: list[RequestAnswers] = []
         self.tokens: dict[tuple[str, str], int] = {}
         """Tokens of each continuation, by (context, continuation)."""
 

@@ -70,7 +70,7 @@ class Writable:
 
 
 @dataclass(frozen=True)
-class Answers:
+class RequestAnswers:
     """What the models answered, by request."""
 
     base: list[Any]
@@ -86,7 +86,7 @@ def answer(
     store: Store,
     execute: Executor,
     progress: Progress,
-) -> Answers:
+) -> RequestAnswers:
     """Answers to the requests, in order: those on the storage, and by `execute` those that are missing.
 
     kind: `loglikelihood` (answers are (log-likelihood in nats, whether greedy)) or `generate_until` (texts). Equal requests are
@@ -109,7 +109,7 @@ def answer(
     place = {request: n for n, request in enumerate(unique)}
     base, tuned = _read(kind, stage)
     rows = [place[request] for request in requests]
-    return Answers(
+    return RequestAnswers(
         [base[n] for n in rows],
         None if subject.adapter is None else [tuned[n] for n in rows],
         stage,

@@ -30,7 +30,7 @@ from roma_ray.moe.slices import Slice
 
 
 @dataclass
-class Result:
+class BatchAnswers:
     """A batch's answers by model (`base`, `tuned`) and what they cost."""
 
     answers: dict[str, list[Any]] = field(default_factory=dict)
@@ -92,7 +92,7 @@ class Scorer(Protocol):
 
     def score(
         self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False, kept: Kept | None = None
-    ) -> Result:
+    ) -> BatchAnswers:
         """(log-likelihood, whether greedy) of each continuation, whose tokens its path's last positions predict.
 
         `count` also counts the floating-point operations, in a pass of its own. `kept` is an earlier result's, of the same paths.
@@ -108,7 +108,7 @@ class SliceScorer:
     @torch.inference_mode()
     def score(
         self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False, kept: Kept | None = None
-    ) -> Result:
+    ) -> BatchAnswers:
         """As `Scorer.score`."""
         tree = grow(paths)
         packing = pack([Segment(s.ids, s.parent) for s in tree.segments])
@@ -118,7 +118,7 @@ class SliceScorer:
         ]
         keep = sorted({place for places in read for place in places})
         column = {place: n for n, place in enumerate(keep)}
-        result = Result(tokens=len(packing))
+        result = BatchAnswers(tokens=len(packing))
         device = self.head.device
         if kept is None:
             states_TD = timed(result, "trunk", device, partial(self._trunk, packing))
@@ -167,10 +167,10 @@ class WholeScorer:
     @torch.inference_mode()
     def score(
         self, paths: Sequence[Path], continuations: Sequence[Path], *, count: bool = False, kept: Kept | None = None
-    ) -> Result:
+    ) -> BatchAnswers:
         """As `Scorer.score`."""
         answers: list[Any] = [None] * len(paths)
-        result = Result(answers={"base": answers}, seconds={"trunk": 0.0})
+        result = BatchAnswers(answers={"base": answers}, seconds={"trunk": 0.0})
         for sheet in lay_out_sheets(paths, continuations, self.subject.batch_tokens):
             result.tokens += int(sheet.mask_BS.sum())
             run = partial(sheet_logits, self.model, sheet)
@@ -206,7 +206,7 @@ def refuse_not_finite(
             )
 
 
-def timed(result: Result, part: str, device: torch.device, run: Callable[[], Any]) -> Any:
+def timed(result: BatchAnswers, part: str, device: torch.device, run: Callable[[], Any]) -> Any:
     """What `run` returns; its time is added to the part's."""
     started = now(device)
     value = run()
@@ -214,7 +214,7 @@ def timed(result: Result, part: str, device: torch.device, run: Callable[[], Any
     return value
 
 
-def count_flops(result: Result, parts: Mapping[str, Callable[[], Any]]) -> None:
+def count_flops(result: BatchAnswers, parts: Mapping[str, Callable[[], Any]]) -> None:
     """Count the floating-point operations of some calls and add them to their parts'."""
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -249,11 +249,11 @@ class Writer:
         self.stock = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=subject.generation_batch)
 
     @torch.inference_mode()
-    def write(self, prompts: Sequence[str], arguments: dict[str, Any], seed: int) -> Result:
+    def write(self, prompts: Sequence[str], arguments: dict[str, Any], seed: int) -> BatchAnswers:
         """The texts after some prompts; `seed` serves arguments that ask for sampling."""
         from lm_eval.api.instance import Instance
 
-        result = Result()
+        result = BatchAnswers()
         device = self.stock.model.device
         for name in self.subject.names:
             if self.routers is not None:

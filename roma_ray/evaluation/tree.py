@@ -14,7 +14,7 @@ Path = tuple[int, ...]
 
 
 @dataclass(frozen=True)
-class Segment:
+class Branch:
     """A run of tokens after an earlier segment (`parent`, -1 for none); `start` is its first token's place in the path."""
 
     ids: Path
@@ -26,7 +26,7 @@ class Segment:
 class Tree:
     """The radix tree of some paths; parents come before their children."""
 
-    segments: tuple[Segment, ...]
+    segments: tuple[Branch, ...]
     leaf: dict[Path, int]
     """The segment in which a path ends."""
 
@@ -56,7 +56,7 @@ def grow(paths: Sequence[Path], least: int = LEAST_SHARED) -> Tree:
     What only `least - 1` tokens or fewer of a segment would share is not shared.
     """
     ordered = sorted(set(paths))
-    segments: list[Segment] = []
+    segments: list[Branch] = []
     leaf: dict[Path, int] = {}
     # Ranges of sorted paths that agree up to `depth`; what they have from `begin` on is in no segment yet.
     waiting = [(0, len(ordered), 0, 0, -1)]
@@ -71,7 +71,7 @@ def grow(paths: Sequence[Path], least: int = LEAST_SHARED) -> Tree:
             split = alone or shared - begin >= least
             if split or ended:
                 leaf_or_inner = len(segments)
-                segments.append(Segment(ordered[first][begin:shared], parent, begin))
+                segments.append(Branch(ordered[first][begin:shared], parent, begin))
                 if ended:
                     leaf[ordered[first]] = leaf_or_inner
             if first + ended < stop:

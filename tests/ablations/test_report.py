@@ -14,7 +14,7 @@ from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.report import write_report
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import Sweep, keep_config, open_sweep, prepare_shared
-from roma_ray.ablations.trial import Work, here
+from roma_ray.ablations.trial import TrialWork, here
 from roma_ray.cli_results import setup_of_finished
 from roma_ray.cli_sweeps import print_sweep
 from roma_ray.config_reading import load_config
@@ -39,7 +39,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
     planned = make_plan(load_space(root / "space.yaml"), "cpu")
     prepare_shared(open_sweep(planned))
     for each in planned.trials:
-        here(Work(each.trial.id, each.setup, each.stages), lambda record: None)
+        here(TrialWork(each.trial.id, each.setup, each.stages), lambda record: None)
     done = open_sweep(planned)
     for state in done.states.values():
         keep_config(state)

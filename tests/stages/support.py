@@ -14,7 +14,7 @@ import psutil
 import ray
 from ray.exceptions import OutOfMemoryError, RayActorError
 
-from roma_ray.ablations.trial import Work, here
+from roma_ray.ablations.trial import TrialWork, here
 from roma_ray.engine.extractor import Extractor, ExtractWork
 from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.training import Outcome, World
@@ -137,7 +137,7 @@ def epochs_in(records: Sequence[dict[str, Any]]) -> list[int]:
 DEADLY_RATE = 0.5
 
 
-def dies(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def dies(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """`dies_once`; the trial with the deadly rate dies whenever it is tried."""
     if work.setup.config.finetune.learning_rate == DEADLY_RATE:
         with open(Path(work.setup.config.storage or "") / ".tries", "a") as stream:
@@ -159,7 +159,7 @@ class ForMemory:
             raise OutOfMemoryError("Task was killed due to the node running low on memory.") from error
 
 
-def dies_once(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def dies_once(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """A trial whose process dies in the middle of training, once: `here`, with a death after its second checkpoint."""
     marker = Path(work.stages["finetune"].path) / ".died"
 
@@ -172,7 +172,7 @@ def dies_once(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str,
     return here(work, hear)
 
 
-def counts_epochs(work: Work, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def counts_epochs(work: TrialWork, report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """A trial without work: its accuracy is its learning rate, four epochs long."""
     rate = work.setup.config.finetune.learning_rate
     for epoch in range(1, 4):

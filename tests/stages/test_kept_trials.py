@@ -10,7 +10,7 @@ import pytest
 
 from roma_ray.ablations.plan import Planned, describe, make_plan
 from roma_ray.ablations.sweep import DONE, FAILED, RUNNING, WAITING, State, _note, drawn, open_sweep, prepare_shared
-from roma_ray.ablations.trial import Work, here
+from roma_ray.ablations.trial import TrialWork, here
 from roma_ray.artifacts import MANIFEST, file_digest
 from roma_ray.config import Config
 from roma_ray.pipeline import Run
@@ -25,7 +25,7 @@ DRAWS = {
 
 
 def train(each: Planned) -> None:
-    here(Work(each.trial.id, each.setup, each.stages), lambda record: None)
+    here(TrialWork(each.trial.id, each.setup, each.stages), lambda record: None)
 
 
 def test_a_level_added_later_leaves_finished_trials_alone(local_run: Run, world: Config, tmp_path: Path) -> None:
