@@ -17,7 +17,13 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import torch
 import transformers
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 import roma_ray.moe.snapshot  # noqa: F401 - registers DeepSeekMoE's class
 
@@ -48,7 +54,7 @@ _MLA: dict[str, Any] = {
     "moe_intermediate_size": 16,
     "n_shared_experts": 1,
 }
-EAGER = {"gpt_oss", "mimo_v2_flash", "flint"}
+EAGER = {"gpt_oss", "mimo_v2_flash", "flint", "granitemoe_swa"}
 _DENSE_FIRST = ["dense", *["sparse"] * 5]
 _ALTERNATING = ["sliding_attention", "full_attention"] * 3
 _HYBRID = [
@@ -243,6 +249,17 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.3,
     },
+    "granitemoe_swa": {
+        "num_local_experts": 8,
+        "num_experts_per_tok": 3,
+        "shared_intermediate_size": 16,
+        "layer_types": _ALTERNATING,
+        "sliding_window": 4,
+        "layer_rope_theta": [1e4, 1e5, 1e4, 1e5, 1e4, 1e5],
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.5,
+        "attention_multiplier": 0.3,
+    },
     "hunyuan_v1_moe": {"num_experts": 8, "moe_topk": 3, "head_dim": 8},
     "afmoe": {
         "num_experts": 8,
@@ -288,6 +305,27 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
         "residual_multiplier": 0.5,
         "attention_multiplier": 0.3,
     },
+    "lfm2_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16,
+        "num_dense_layers": 1,
+        "layer_types": ["conv", "full_attention", "conv", "conv", "full_attention", "conv"],
+        "tie_word_embeddings": True,
+        "routed_scaling_factor": 1.5,
+    },
+    "nemotron_h": {
+        **_SIGMOID,
+        "layers_block_type": ["mlp", "moe", "linear_attention", "moe", "full_attention", "moe"],
+        "head_dim": 8,
+        "moe_shared_expert_intermediate_size": 16,
+        "moe_latent_size": 24,
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "ssm_state_size": 8,
+        "n_groups": 2,
+        "chunk_size": 4,
+    },
     "gemma4_text": {
         "num_experts": 8,
         "top_k_experts": 3,
@@ -304,6 +342,48 @@ _LAYOUTS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Multimodal models: the language model's layout by its own type, and a tower for pictures that no text reaches.
+_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "depth": 1,
+    "num_heads": 2,
+    "out_hidden_size": 32,
+    "patch_size": 4,
+    "image_size": 8,
+    "num_position_embeddings": 4,
+    "deepstack_visual_indexes": [0],
+}
+_GEMMA_TOWER: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "patch_size": 4,
+    "position_embedding_size": 16,
+}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}}
+_LAYOUTS["qwen3_vl_moe_text"] = {
+    **{
+        name: value
+        for name, value in _LAYOUTS["qwen3_moe"].items()
+        if name not in ("norm_topk_prob", "tie_word_embeddings")
+    },
+    **_MROPE,
+}
+_LAYOUTS["glm4v_moe_text"] = {
+    **{name: value for name, value in _LAYOUTS["glm4_moe"].items() if name not in ("use_qk_norm", "head_dim")},
+    "rope_parameters": {**_MROPE["rope_parameters"], "mrope_section": [1, 1, 0]},
+}
+WRAPPERS = {
+    "qwen3_5_moe": ("qwen3_5_moe_text", _TOWER),
+    "qwen3_vl_moe": ("qwen3_vl_moe_text", _TOWER),
+    "glm4v_moe": ("glm4v_moe_text", _TOWER),
+    "gemma4": ("gemma4_text", _GEMMA_TOWER),
+}
+
 FAMILIES = (
     *("olmoe", "qwen2_moe", "qwen3_moe", "mixtral", "deepseek_v2", "deepseek_v3", "gpt_oss", "granitemoe", "glm4_moe"),
     # Other layer rules: parts beside the experts, gates inside a router, heads by layer, recurrent layers.
@@ -316,19 +396,36 @@ FAMILIES = (
         "qwen3_next",
         "granitemoehybrid",
         "gemma4_text",
+        "lfm2_moe",
+        "nemotron_h",
     ),
+    # Language models of multimodal ones.
+    *WRAPPERS,
 )
-"""The families that every contract test of `moe/` runs over."""
+"""The families whose layer rules or kinds of router differ."""
 
 MORE_FAMILIES = (
     *("flex_olmo", "dots1", "ernie4_5_moe", "minimax_m2", "glm4_moe_lite", "exaone_moe", "solar_open", "mimo_v2_flash"),
-    *("hy_v3", "mellum", "flint", "axk1", "aria_text", "qwen3_5_moe_text"),
+    *("hy_v3", "mellum", "flint", "axk1", "aria_text", "qwen3_5_moe_text", "granitemoe_swa"),
 )
-"""Relatives that share a router rule with one of FAMILIES; the cheaper tests run over them too."""
+"""Relatives of them; every contract test of `moe/` runs over both lists."""
+
+
+DELTA_RULE = ("qwen3_next", "qwen3_5_moe", "qwen3_5_moe_text")
+"""Families whose recurrence magnifies the rounding of what enters it, in transformers' own forward pass too."""
 
 
 def tiny_config(family: str, **overrides: Any) -> PreTrainedConfig:
     """Return the tiny configuration of one family (`FAMILIES`, `MORE_FAMILIES` or "phimoe")."""
+    if family in WRAPPERS:
+        text, tower = WRAPPERS[family]
+        layout = {**_COMMON, **_LAYOUTS[text], **overrides}
+        known = CONFIG_MAPPING[family].sub_configs_defaults["vision_config"]
+        fields = getattr(known, "config_class", known).__dataclass_fields__
+        vision = {name: value for name, value in tower.items() if name in fields}
+        return CONFIG_MAPPING[family](
+            text_config=layout, vision_config=vision, tie_word_embeddings=layout["tie_word_embeddings"]
+        )
     values = {**_COMMON, **_LAYOUTS[family], **overrides}
     return CONFIG_MAPPING[family](**values)
 
@@ -342,7 +439,8 @@ def tiny_moe(family: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, 
     config = tiny_config(family, **overrides)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager" if family in EAGER else "sdpa")
+        loader = AutoModelForImageTextToText if family in WRAPPERS else AutoModelForCausalLM
+        model = loader.from_config(config, attn_implementation="eager" if family in EAGER else "sdpa")
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

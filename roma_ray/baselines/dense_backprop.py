@@ -43,7 +43,9 @@ class DefaultVectors:
 
     def __init__(self, model: PreTrainedModel, routers: Sequence[Router], decay: float) -> None:
         self.model, self.routers, self.decay = model, routers, decay
-        width, device = model.config.hidden_size, model.device
+        config, device = model.config.get_text_config(), model.device
+        # Nemotron's experts work in a narrower space than its layers.
+        width = getattr(config, "moe_latent_size", None) or config.hidden_size
         self.vectors_ED = {r.layer: torch.zeros(r.num_experts, width, device=device) for r in routers}
 
     def state(self) -> dict[str, Tensor]:

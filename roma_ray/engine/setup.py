@@ -208,10 +208,10 @@ class _Stored:
 def _stored(path: str, revision: str | None) -> _Stored:
     import torch
 
-    from roma_ray.moe.families import supported_families
+    from roma_ray.moe.families import has_family
     from roma_ray.moe.snapshot import open_snapshot
 
     snapshot = open_snapshot(path, revision)
-    config = snapshot.config()
+    config = snapshot.backbone()
     dtype = str(getattr(config, "dtype", None) or torch.float32).removeprefix("torch.")
-    return _Stored(snapshot.revision, dtype, config.model_type in supported_families())
+    return _Stored(snapshot.revision, dtype, has_family(snapshot.config()))

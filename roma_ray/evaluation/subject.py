@@ -103,16 +103,16 @@ class Subject:
 
     @cached_property
     def config(self) -> Any:
-        """The model's transformers configuration."""
+        """The transformers configuration of the model, or of its language model."""
         from roma_ray.moe.snapshot import open_snapshot
 
-        return open_snapshot(self.model.path, self.model.revision).config()
+        return open_snapshot(self.model.path, self.model.revision).backbone()
 
     def skeleton(self) -> PreTrainedModel:
         """The model without weights, for code that only reads its configuration and class."""
         import torch
 
-        from roma_ray.moe.slices import model_class_of
+        from roma_ray.moe.backbones import model_class_of
 
         with torch.device("meta"):
             return model_class_of(self.config, with_lm_head=True)(self.config)

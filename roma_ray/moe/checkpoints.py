@@ -84,7 +84,7 @@ def save_adapter(
         extras={key: value for router in tuned for key, value in _extras(router).items()},
         base_model=base,
         revision=revision if part.revision is None else part.revision,
-        model_type=part.model.config.model_type,
+        model_type=part.model_type,
         layers=layers,
         num_experts=tuned[0].num_experts,
         dtype=type_name(part.dtype),
@@ -225,7 +225,7 @@ def load_adapter(folder: str | Path, target: Slice) -> RouterCheckpoint:
 
 def put_routers(checkpoint: RouterCheckpoint, target: Slice) -> None:
     """Copy a checkpoint's gates into a slice's routers, in place. Raises CheckpointError when they do not fit."""
-    model_type = target.model.config.model_type
+    model_type = target.model_type
     if checkpoint.model_type != model_type:
         raise CheckpointError(
             f"these routers are of a {checkpoint.model_type} model ({checkpoint.base_model}), not of a {model_type} one"

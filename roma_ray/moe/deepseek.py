@@ -9,18 +9,17 @@ the model's own type, this in fp32, so that near-ties in bf16 may choose another
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
-from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, GenerationMixin
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
-from transformers.modeling_outputs import MoeCausalLMOutputWithPast
-from transformers.modeling_utils import slice_logits_to_keep
 from transformers.models.deepseek_ocr2.configuration_deepseek_ocr2 import DeepseekOcr2TextConfig
 from transformers.models.deepseek_ocr2.modeling_deepseek_ocr2 import (
     DeepseekOcr2TextModel,
     DeepseekOcr2TextPreTrainedModel,
 )
+
+from roma_ray.moe.backbones import LanguageModel
 
 MODEL_TYPE = "deepseek"
 
@@ -52,33 +51,11 @@ class DeepseekModel(DeepseekOcr2TextModel):
     config_class = DeepseekConfig
 
 
-class DeepseekForCausalLM(DeepseekOcr2TextPreTrainedModel, GenerationMixin):
+class DeepseekForCausalLM(LanguageModel, DeepseekOcr2TextPreTrainedModel, GenerationMixin):
     """The decoder with `lm_head`."""
 
     config_class = DeepseekConfig
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
-
-    def __init__(self, config: DeepseekConfig) -> None:
-        super().__init__(config)
-        self.model = DeepseekModel(config)
-        self.vocab_size = config.vocab_size
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
-
-    def forward(
-        self,
-        input_ids: Tensor | None = None,
-        labels: Tensor | None = None,
-        logits_to_keep: int | Tensor = 0,
-        **settings: Any,
-    ) -> MoeCausalLMOutputWithPast:
-        """As the causal language models of transformers; the auxiliary loss is 0."""
-        out = self.model(input_ids=input_ids, **settings)
-        logits = self.lm_head(slice_logits_to_keep(out.last_hidden_state, logits_to_keep))
-        loss = None if labels is None else self.loss_function(logits, labels, self.vocab_size)
-        return MoeCausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states
-        )
+    text_model = DeepseekModel
 
 
 def register() -> None:

@@ -11,6 +11,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from roma_ray.errors import ModelError
+from roma_ray.moe.refused import REASONS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -52,14 +53,19 @@ _SCORING = {
     "hunyuan_v1_moe": Scoring.SOFTMAX,
     "qwen3_next": Scoring.SOFTMAX,
     "qwen3_5_moe_text": Scoring.SOFTMAX,
+    "qwen3_5_moe": Scoring.SOFTMAX,
+    "qwen3_vl_moe": Scoring.SOFTMAX,
     "gemma4_text": Scoring.SOFTMAX,
+    "gemma4": Scoring.SOFTMAX,
     "gpt_oss": Scoring.TOPK_SOFTMAX,
     "granitemoe": Scoring.TOPK_SOFTMAX,
     "granitemoeshared": Scoring.TOPK_SOFTMAX,
+    "granitemoe_swa": Scoring.TOPK_SOFTMAX,
     "granitemoehybrid": Scoring.TOPK_SOFTMAX,
     "aria_text": Scoring.TOPK_SOFTMAX,
     "deepseek_v3": Scoring.SIGMOID,
     "glm4_moe": Scoring.SIGMOID,
+    "glm4v_moe": Scoring.SIGMOID,
     "dots1": Scoring.SIGMOID,
     "minimax_m2": Scoring.SIGMOID,
     "glm4_moe_lite": Scoring.SIGMOID,
@@ -71,21 +77,21 @@ _SCORING = {
     "axk1": Scoring.SIGMOID,
     "laguna": Scoring.SIGMOID,
     "afmoe": Scoring.SIGMOID,
+    "lfm2_moe": Scoring.SIGMOID,
+    "nemotron_h": Scoring.SIGMOID,
 }
 
 # Routers that are more than a gate: where the gate lies in them.
 _GATE = {"hunyuan_v1_moe": "wg", "afmoe": "gate", "gemma4_text": "proj"}
 
-_REFUSED = {
-    "phimoe": "its sparsemixer chooses experts through thresholds that pass no gradient to some routers in evaluation mode",
-    "llama4": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
-    "llama4_text": "its router returns dense scores of all experts, not the (logits, weights, indices) that the others return",
-    "switch_transformers": "it is an encoder-decoder model",
-    "nllb_moe": "it is an encoder-decoder model",
-    "jetmoe": "it also routes inside its attention",
-    "dbrx": "its router is not one gate with a softmax over experts that can be tuned alone",
-    "longcat_flash": "it routes to zero-computation experts, with the choice made outside the gradient",
+# Multimodal models, of which the language model is tuned, by its own type.
+_WRAPPERS = {
+    "qwen3_5_moe": "qwen3_5_moe_text",
+    "qwen3_vl_moe": "qwen3_vl_moe_text",
+    "glm4v_moe": "glm4v_moe_text",
+    "gemma4": "gemma4_text",
 }
+_WRAPPER_OF = {text: wrapper for wrapper, text in _WRAPPERS.items()}
 
 
 def supported_families() -> tuple[str, ...]:
@@ -109,12 +115,35 @@ def families_table() -> str:
 def family(config: PreTrainedConfig) -> Family:
     """Return the family of a transformers configuration. Raises ModelError for any that cannot be tuned, saying why."""
     model_type = getattr(config, "model_type", "") or "unknown"
-    if model_type in _SCORING:
-        return Family(model_type, _SCORING[model_type], model_type == "gpt_oss", _GATE.get(model_type, ""))
-    raise ModelError(refusal(model_type))
+    # Some backbones have no name of their own among the models that are published.
+    known = model_type if model_type in _SCORING else _WRAPPER_OF.get(model_type, model_type)
+    text = config.get_text_config() if known in _WRAPPERS else config
+    if known not in _SCORING or getattr(text, "enable_moe_block", True) is False:
+        raise ModelError(refusal(model_type, text_type=getattr(config.get_text_config(), "model_type", "")))
+    return Family(model_type, _SCORING[known], known == "gpt_oss", _GATE.get(_WRAPPERS.get(known, known), ""))
 
 
-def refusal(model_type: str) -> str:
-    """One sentence that says why models of this type cannot be tuned here, and which can."""
-    reason = _REFUSED.get(model_type, "its routers have not been checked, or it has none (a dense model)")
+def has_family(config: PreTrainedConfig) -> bool:
+    """Whether models of this configuration have routers that can be tuned."""
+    try:
+        family(config)
+    except ModelError:
+        return False
+    return True
+
+
+def is_wrapper(model_type: str) -> bool:
+    """Whether models of this type hold a language model among other parts, which alone is tuned."""
+    return model_type in _WRAPPERS
+
+
+def refusal(model_type: str, *, text_type: str = "") -> str:
+    """One sentence that says why models of this type cannot be tuned here, and which can.
+
+    `text_type` is the type of a multimodal model's language model.
+    """
+    reason = REASONS.get(model_type) or REASONS.get(text_type)
+    if reason is None and model_type not in _SCORING and text_type != model_type and text_type in _SCORING:
+        reason = f"its language model is a {text_type!r}, but this multimodal form of it has not been checked"
+    reason = reason or "its routers have not been checked, or it has none (a dense model)"
     return f"the routers of a {model_type!r} model cannot be tuned: {reason}. Families that can: {', '.join(supported_families())}."

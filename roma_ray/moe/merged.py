@@ -42,8 +42,7 @@ def save_merged(checkpoint: RouterCheckpoint, folder: str | Path) -> str:
     its own and the base file's. Raises CheckpointError, ModelError, StorageError.
     """
     snapshot = open_snapshot(checkpoint.base_model, checkpoint.revision)
-    config = snapshot.config()
-    model_type = config.model_type
+    model_type = snapshot.config().model_type
     if model_type != checkpoint.model_type:
         raise CheckpointError(
             f"these routers are of a {checkpoint.model_type} model, but {snapshot.path} is a {model_type} one"
@@ -61,7 +60,7 @@ def save_merged(checkpoint: RouterCheckpoint, folder: str | Path) -> str:
         code = _copy_code(snapshot, aside)
         _write_config(snapshot, aside, checkpoint.dtype, code)
         write_manifest(aside, checkpoint, kind="merged")
-    return type_name(config.dtype or torch.float32)
+    return type_name(snapshot.backbone().dtype or torch.float32)
 
 
 def _copy_weights(source: Path, target: Path, replaced: Mapping[str, Tensor]) -> int:

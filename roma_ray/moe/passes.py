@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from roma_ray.moe.families import Family, family
 from roma_ray.moe.packing import Attention, Captured, Packing, packed_attention, trimmed_layer
-from roma_ray.moe.parts import feed_forward, recurrent_mixer, without_feed_forward, without_mixer
+from roma_ray.moe.parts import feed_forward, has_mixer, recurrent_mixer, without_feed_forward, without_mixer
 from roma_ray.moe.replacing import replaced
 from roma_ray.moe.slices import Slice
 from roma_ray.moe.tree_mixer import along_the_tree
@@ -121,8 +121,10 @@ def _around(
         assert all(other is None for other in others), "a layer has an input beside the hidden states"
         # What enters is not what the model's embedding multiplied, but the states themselves.
         middle = resume
+        if middle is None and not has_mixer(block):
+            middle = hidden_states
         # A recurrent layer needs all tokens up to its mixer, whatever is kept of what comes after.
-        if middle is None and (report is not None or keep_N is None or recurrent_mixer(block) is not None):
+        elif middle is None and (report is not None or keep_N is None or recurrent_mixer(block) is not None):
             with without_feed_forward(block, pair=rule.experts_return_pair):
                 middle = _first(forward(hidden_states, **settings))
         if report is not None:

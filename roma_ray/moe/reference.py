@@ -18,6 +18,7 @@ from torch import Tensor
 
 from roma_ray.artifacts import write_atomically
 from roma_ray.errors import CheckpointError
+from roma_ray.moe.backbones import plain_key
 from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, layer_of, type_name
 from roma_ray.moe.folders import refuse_special_file, refusing_malformed
 from roma_ray.moe.whole import router_shapes
@@ -39,7 +40,7 @@ def export_reference(checkpoint: RouterCheckpoint, path: str | Path) -> None:
     """Write a checkpoint as the reference's router_ft.pt, whole or not at all. Raises StorageError."""
     content = {
         "target_layers": list(checkpoint.layers),
-        "state_dict": {key.removeprefix("model."): tensor.contiguous() for key, tensor in checkpoint.tensors.items()},
+        "state_dict": {_short(key): tensor.contiguous() for key, tensor in checkpoint.tensors.items()},
         "model_name": checkpoint.base_model,
     }
     write_atomically(path, lambda aside: torch.save(content, aside))
@@ -98,7 +99,7 @@ def import_reference(path: str | Path, *, base: str, revision: str | None = None
     """
     found = read_reference(path)
     facts, shapes = router_shapes(base, revision=revision)
-    by_short = {name.removeprefix("model."): name for name in shapes}
+    by_short = {_short(name): name for name in shapes}
     tensors: dict[str, Tensor] = {}
     for key, tensor in found.tensors.items():
         if key not in by_short:
@@ -123,6 +124,11 @@ def import_reference(path: str | Path, *, base: str, revision: str | None = None
         dtype=type_name(next(iter(tensors.values())).dtype),
         fingerprint="imported",
     )
+
+
+def _short(name: str) -> str:
+    """The reference's name of a tensor: it knows language models alone."""
+    return plain_key(name).removeprefix("model.")
 
 
 def _unpickle(path: Path) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from roma_ray.errors import ModelError
+from roma_ray.moe.backbones import LANGUAGE_MODEL
 from roma_ray.moe.families import Family, Scoring, family
 
 
@@ -34,10 +35,11 @@ class Router:
     top_k: int
 
 
-def find_routers(model: PreTrainedModel, *, first_layer: int = 0) -> list[Router]:
+def find_routers(model: PreTrainedModel, *, first_layer: int = 0, wrapped: bool = False) -> list[Router]:
     """Return the routers of `model` in layer order, found by the class that the model records its router logits from.
 
-    `first_layer` is the whole-model index of this model's layer 0 (a slice starts higher). The list is empty for a
+    `first_layer` is the whole-model index of this model's layer 0 (a slice starts higher), `wrapped` says that the whole
+    model is multimodal and this one its language model, or a part of it. The list is empty for a
     slice whose layers are all dense. Raises ModelError for dense models, families that cannot be tuned here, and
     models that already carry an adapter on their routers.
     """
@@ -57,7 +59,10 @@ def find_routers(model: PreTrainedModel, *, first_layer: int = 0) -> list[Router
             )
         gate, path = (module.get_submodule(rule.gate), f"{name}.{rule.gate}") if rule.gate else (module, name)
         whole_name = prefix + path.replace(f"layers.{index}.", f"layers.{layer}.", 1)
-        routers[layer] = Router(layer, path, whole_name, module, gate, *_expert_counts(module, gate, model.config))
+        if wrapped:
+            whole_name = f"{LANGUAGE_MODEL}{whole_name.removeprefix('model.')}"
+        counts = _expert_counts(module, gate, model.config.get_text_config())
+        routers[layer] = Router(layer, path, whole_name, module, gate, *counts)
     return [routers[layer] for layer in sorted(routers)]
 
 
@@ -86,8 +91,9 @@ def routing_from_logits(logits_TE: Tensor, scoring: Family | Scoring) -> Tensor:
 
 
 def _router_class(model: PreTrainedModel) -> type[nn.Module]:
-    # Some causal language models leave the recording to their base model.
-    records = [getattr(owner, "_can_record_outputs", None) or {} for owner in (model, model.base_model)]
+    # Some causal language models leave the recording to their base model, multimodal ones to their language model.
+    owners = (model, model.base_model, getattr(model.base_model, "language_model", None))
+    records = [getattr(owner, "_can_record_outputs", None) or {} for owner in owners]
     recorded: Any = next((found["router_logits"] for found in records if "router_logits" in found), None)
     target = getattr(recorded, "target_class", None)
     if target is None:

@@ -69,7 +69,7 @@ def check_slice(part: Slice) -> SelfCheck | None:
     packing = _tree(part, generator).to(part.device)
     states_TD = None
     if part.start > 0:
-        width = part.model.config.get_text_config().hidden_size
+        width = part.model.config.hidden_size
         states_TD = torch.randn(len(packing), width, generator=generator).to(part.device, part.dtype)
     tolerance, ties = _STATES[part.dtype], _TIES[part.dtype]
     _check_entry(part, packing, states_TD)
@@ -117,7 +117,7 @@ def _check_entry(part: Slice, packing: Packing, states_TD: Tensor | None) -> Non
     given = states_TD[_tokens(packing, _leaves(packing)[0])]
     if not torch.equal(entered[0][0], given):
         raise ModelError(
-            f"{part.path} ({part.model.config.model_type}) changes the hidden states before its first layer: it cannot be cut "
+            f"{part.path} ({part.model_type}) changes the hidden states before its first layer: it cannot be cut "
             f"at layer {part.start}"
         )
 
@@ -125,7 +125,7 @@ def _check_entry(part: Slice, packing: Packing, states_TD: Tensor | None) -> Non
 def _refuse(part: Slice, layer: int, how: str, difference: float, tolerance: float) -> None:
     if not difference <= tolerance:
         raise ModelError(
-            f"{part.path} ({part.model.config.model_type}) cannot be tuned with this version of transformers: {how}, layer "
+            f"{part.path} ({part.model_type}) cannot be tuned with this version of transformers: {how}, layer "
             f"{layer} differs from transformers' own forward pass by {difference:.2g}, more than rounding ({tolerance:g}). Its "
             "code mixes tokens, or adds to the residual stream, in a way that is not known here."
         )
@@ -146,7 +146,7 @@ class _Stock:
 
 
 def _tree(part: Slice, generator: torch.Generator) -> Packing:
-    vocabulary = part.model.config.get_text_config().vocab_size
+    vocabulary = part.model.config.vocab_size
     segments = []
     for length, parent in _TREE:
         ids = torch.randint(vocabulary, (length,), generator=generator).tolist()

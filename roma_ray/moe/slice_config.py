@@ -16,7 +16,7 @@ from roma_ray.errors import ModelError
 # One entry a layer: cut out the slice's part.
 _PER_LAYER = (
     *("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"),
-    "num_attention_heads_per_layer",
+    *("num_attention_heads_per_layer", "layer_rope_theta"),
 )
 # How many of the first layers are dense, by the families' names for it.
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")
@@ -29,7 +29,15 @@ _HANDLED = frozenset(
         *_DENSE_FIRST,
         *("num_hidden_layers", "mlp_only_layers", "decoder_sparse_step"),
         *("moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"),
-        *("max_window_layers", "layer_norm_eps", "layernorm_epsilon", "num_nextn_predict_layers", "num_mtp_layers"),
+        *(
+            "max_window_layers",
+            "layer_norm_eps",
+            "layernorm_epsilon",
+            "layer_norm_epsilon",
+            "num_nextn_predict_layers",
+            "num_mtp_layers",
+            "mtp_layers_block_type",
+        ),
         # Written out in `layer_types`; the size of a table that is used by layers of another setting alone.
         *("global_attn_every_n_layers", "vocab_size_per_layer_input"),
     )

@@ -18,21 +18,23 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from roma_ray.errors import ModelError
-from roma_ray.moe.families import family, refusal
+from roma_ray.moe.backbones import model_class_of, plain_key
+from roma_ray.moe.families import family, is_wrapper, refusal
 from roma_ray.moe.fitting import check_fit, refuse, skeleton_of
 from roma_ray.moe.folders import refusing_malformed
 from roma_ray.moe.packing import ATTENTION
+from roma_ray.moe.parts import EMBEDDINGS, NORMS, final_norm
 from roma_ray.moe.routers import Router, find_routers
 from roma_ray.moe.slice_config import slice_config
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
 
-_LAYER_KEY = re.compile(r"^((?:model\.)?layers\.)(\d+)(\..+)$")
-_EMBEDDING_KEY = re.compile(r"^(?:model\.)?embed_tokens\.weight$")
-_NORM_KEY = re.compile(r"^(?:model\.)?norm\.\w+$")
+_LAYER_KEY = re.compile(r"^((?:(?:model|backbone)\.)?layers\.)(\d+)(\..+)$")
+_EMBEDDING_KEY = re.compile(rf"^(?:(?:model|backbone)\.)?(?:{'|'.join(EMBEDDINGS)})\.weight$")
+_NORM_KEY = re.compile(rf"^(?:(?:model|backbone)\.)?(?:{'|'.join(NORMS)})\.\w+$")
 _HEAD_KEY = re.compile(r"^lm_head\.\w+$")
 
 
@@ -49,11 +51,18 @@ class Slice:
     path: str
     revision: str | None
     """Commit hash of a hub model; None for a local folder."""
+    wrapper: str | None = None
+    """Type of the multimodal model that these layers are the language model of."""
 
     @cached_property
     def routers(self) -> list[Router]:
         """The slice's routers in layer order, with whole-model layer indices."""
-        return find_routers(self.model, first_layer=self.start)
+        return find_routers(self.model, first_layer=self.start, wrapped=self.wrapper is not None)
+
+    @property
+    def model_type(self) -> str:
+        """The whole model's."""
+        return self.wrapper or str(self.model.config.model_type)
 
     @property
     def has_lm_head(self) -> bool:
@@ -88,8 +97,8 @@ def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
 
 
 def _facts(snapshot: Snapshot) -> dict[str, Any]:
-    config = snapshot.config()
-    rule = family(config)
+    rule = family(snapshot.config())
+    config = snapshot.backbone()
     model = skeleton_of(model_class_of(config, with_lm_head=True), config)
     routers = find_routers(model)
     if not routers:
@@ -132,8 +141,8 @@ def load_slice(
     states. Raises ModelError for a model that cannot be tuned or sliced, and for missing, foreign or damaged weights.
     """
     snapshot = open_snapshot(path, revision)
-    config = snapshot.config()
-    family(config)
+    whole, config = snapshot.config(), snapshot.backbone()
+    family(whole)
     total = config.num_hidden_layers
     end = total if stop is None else stop
     if with_lm_head and end != total:
@@ -162,9 +171,10 @@ def load_slice(
     if start > 0:
         _drop_input_embeddings(base, keep=with_lm_head and tied)
     if end < total:
-        base.norm = nn.Identity()
+        setattr(base, final_norm(base), nn.Identity())
     model.requires_grad_(False)
-    return Slice(model.eval(), start, end, total, path, snapshot.revision)
+    wrapper = whole.model_type if is_wrapper(whole.model_type) else None
+    return Slice(model.eval(), start, end, total, path, snapshot.revision, wrapper)
 
 
 def slice_hidden(part: Slice, inputs: Tensor, attention_mask_BS: Tensor) -> Tensor:
@@ -205,30 +215,23 @@ def _forward_arguments(part: Slice, inputs: Tensor, attention_mask_BS: Tensor) -
     return {**arguments, "inputs_embeds": inputs.to(part.device, part.dtype)}
 
 
-def model_class_of(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
-    """The class that transformers ships for this configuration. Raises ModelError when it ships none."""
-    mapping = (AutoModelForCausalLM if with_lm_head else AutoModel)._model_mapping
-    if type(config) not in mapping:
-        raise ModelError(refusal(config.model_type))
-    return mapping[type(config)]
-
-
 def wanted_keys(
     snapshot: Snapshot, start: int, stop: int, *, embeddings: bool, norm: bool, with_lm_head: bool
 ) -> dict[str, str]:
     """Map each needed checkpoint key to its key in the slice (layers renumbered from 0)."""
     wanted: dict[str, str] = {}
-    for key in snapshot.tensors:
+    for stored in snapshot.tensors:
+        key = plain_key(stored)
         match = _LAYER_KEY.match(key)
         if match is not None:
             if start <= int(match[2]) < stop:
-                wanted[key] = f"{match[1]}{int(match[2]) - start}{match[3]}"
+                wanted[stored] = f"{match[1]}{int(match[2]) - start}{match[3]}"
         elif (
             (_EMBEDDING_KEY.match(key) and embeddings)
             or (_NORM_KEY.match(key) and norm)
             or (_HEAD_KEY.match(key) and with_lm_head)
         ):
-            wanted[key] = key
+            wanted[stored] = key
     return wanted
 
 
@@ -309,13 +312,16 @@ def _stand_ins(
 
     `embeddings` and `norm` say which it uses: those have to be in the checkpoint.
     """
-    prefix = f"{model_class.base_model_prefix}." if any(name.startswith("model.") for name in names) else ""
+    prefixed = any(name.startswith(("model.", "backbone.")) for name in names)
+    prefix = f"{model_class.base_model_prefix}." if prefixed else ""
+    base = skeleton_of(model_class, config).base_model
+    table = next(name for name in EMBEDDINGS if hasattr(base, name))
     unused: dict[str, Tensor] = {}
     if not embeddings:
         shape = (config.vocab_size, config.hidden_size)
-        unused[f"{prefix}embed_tokens.weight"] = torch.zeros((), dtype=dtype).expand(shape)
+        unused[f"{prefix}{table}.weight"] = torch.zeros((), dtype=dtype).expand(shape)
     if not norm:
-        unused[f"{prefix}norm.weight"] = torch.zeros((), dtype=dtype).expand(config.hidden_size)
+        unused[f"{prefix}{final_norm(base)}.weight"] = torch.zeros((), dtype=dtype).expand(config.hidden_size)
     return unused
 
 

@@ -18,6 +18,7 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from roma_ray.errors import ModelError
 from roma_ray.moe import deepseek
+from roma_ray.moe.backbones import backbone_of
 from roma_ray.moe.families import refusal, supported_families
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.moe.quantized import Scheme, Stored, Unpacked, scheme_of
@@ -76,6 +77,10 @@ class Snapshot:
                 # The type that quantized models are published for; some do not say it.
                 part.dtype = part.dtype or torch.bfloat16
         return config
+
+    def backbone(self) -> PreTrainedConfig:
+        """The configuration of the layers: a multimodal model's language model, any other's own. Errors as `config`."""
+        return backbone_of(self.config())
 
     @cached_property
     def scheme(self) -> Scheme | None:

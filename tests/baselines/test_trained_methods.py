@@ -16,7 +16,7 @@ from roma_ray.baselines.whole_model import score_padded, score_whole
 from roma_ray.engine.embedding import embedding_texts
 from roma_ray.moe.masters import frozen_digest
 from roma_ray.moe.routers import find_routers
-from tests.tiny import FAMILIES, VOCABULARY, tiny_moe
+from tests.tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_moe
 
 
 def literal_layer(
@@ -107,7 +107,7 @@ def test_routers_of_inactive_experts_receive_gradient_with_default_vectors_only(
     assert dense_E.all()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_every_family_computes_with_default_vectors_and_as_before_without(family: str) -> None:
     model = tiny_moe(family, seed=1)
     routers = find_routers(model)[-2:]

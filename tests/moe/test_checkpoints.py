@@ -20,7 +20,7 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.merged import save_merged
 from roma_ray.moe.reference import import_reference, read_reference
 from roma_ray.moe.slices import load_slice, slice_hidden, slice_logits
-from tests.tiny import EAGER, FAMILIES, padded_batch, save_tiny, tiny_moe
+from tests.tiny import EAGER, FAMILIES, MORE_FAMILIES, WRAPPERS, padded_batch, save_tiny, tiny_moe
 
 _STOCK = """
 import json, sys
@@ -32,12 +32,13 @@ except ImportError:
 else:
     sys.exit("roma_ray can be imported here")
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 for job in json.load(open(sys.argv[1])):
     dtype = getattr(torch, job["dtype"])
     arguments = {"dtype": dtype, "attn_implementation": job["attention"], "experts_implementation": "eager"}
-    model = AutoModelForCausalLM.from_pretrained(job["base"], **arguments)
+    loader = AutoModelForImageTextToText if job["wrapper"] else AutoModelForCausalLM
+    model = loader.from_pretrained(job["base"], **arguments)
     if job["adapter"]:
         from peft import PeftModel
         model = PeftModel.from_pretrained(model, job["adapter"])
@@ -87,9 +88,10 @@ def test_stock_peft_and_merged_reproduce_the_tuned_logits(tmp_path: Path) -> Non
     torch.save(whole_inputs(ids, mask), tmp_path / "inputs.pt")
     jobs, wanted = [], {}
     # DeepSeekMoE has no class in a process without roma_ray.
-    for family in (name for name in FAMILIES if name != "deepseek"):
+    for family in (name for name in FAMILIES + MORE_FAMILIES if name != "deepseek"):
         attention = "eager" if family in EAGER else "sdpa"
-        for dtype in (torch.float32, torch.bfloat16):
+        # The type that rounds for all, both for some.
+        for dtype in (torch.float32, torch.bfloat16) if family in FAMILIES[:9] else (torch.bfloat16,):
             name = f"{family}-{str(dtype)[6:]}"
             # A sharded and an unsharded base, in the type of the run.
             size = "60KB" if dtype is torch.float32 else "1GB"
@@ -108,6 +110,7 @@ def test_stock_peft_and_merged_reproduce_the_tuned_logits(tmp_path: Path) -> Non
                 "attention": attention,
                 "inputs": str(tmp_path / "inputs.pt"),
                 "unload": False,
+                "wrapper": family in WRAPPERS,
             }
             variants = {
                 "peft": {"base": path, "adapter": str(adapter)},

@@ -11,7 +11,7 @@ from roma_ray.errors import CheckpointError, ModelError
 from roma_ray.moe.checkpoints import load_adapter, save_adapter
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.slices import load_slice, slice_logits
-from tests.tiny import FAMILIES, padded_batch, save_tiny, tiny_moe
+from tests.tiny import FAMILIES, MORE_FAMILIES, padded_batch, save_tiny, tiny_moe
 
 
 def train_a_little(part, masters: RouterMasters, inputs, mask, positions, steps: int = 3) -> None:
@@ -23,7 +23,7 @@ def train_a_little(part, masters: RouterMasters, inputs, mask, positions, steps:
         optimizer.step()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_bf16_model_trains_what_it_exports(family: str, tmp_path: Path) -> None:
     model = tiny_moe(family, dtype=torch.bfloat16)
     part = load_slice(save_tiny(model, tmp_path), dtype=torch.bfloat16, with_lm_head=True)

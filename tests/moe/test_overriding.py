@@ -44,7 +44,9 @@ def test_own_routing_changes_nothing(family: str, dtype: torch.dtype) -> None:
         assert torch.equal(index, new_index)
         assert weights.dtype is new_weights.dtype
     real = mask.bool()
-    torch.testing.assert_close(got[real], want[real], rtol=2e-5 if dtype is torch.float32 else 2e-2, atol=1e-4)
+    # LFM2 scores its experts in the model's own type, so that replaced scores are rounded once more.
+    atol = 0.05 if family == "lfm2_moe" and dtype is torch.bfloat16 else 1e-4
+    torch.testing.assert_close(got[real], want[real], rtol=2e-5 if dtype is torch.float32 else 2e-2, atol=atol)
 
 
 @pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)

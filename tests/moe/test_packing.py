@@ -18,7 +18,7 @@ from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice, load_slice, slice_logits
-from tests.tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_moe
+from tests.tiny import DELTA_RULE, FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_moe
 
 
 def tokens(count: int, generator: torch.Generator) -> tuple[int, ...]:
@@ -66,8 +66,9 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return whole, trunk, load_slice(path, start=cut, dtype=torch.float32, with_lm_head=True)
 
 
-def close(got: Tensor, want: Tensor) -> None:
-    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+def close(part: Slice, got: Tensor, want: Tensor) -> None:
+    rounding = 1e-4 if part.model_type in DELTA_RULE else 1e-5
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=rounding * float(want.abs().max()))
 
 
 def test_packed_equals_one_sequence_at_a_time(parts: tuple[Slice, Slice, Slice]) -> None:
@@ -75,7 +76,7 @@ def test_packed_equals_one_sequence_at_a_time(parts: tuple[Slice, Slice, Slice])
     with torch.no_grad():
         want = plain(whole, packing)
         got = run_packed(whole, packing).states
-    close(got, torch.stack([want[t] for t in range(len(packing))]))
+    close(parts[0], got, torch.stack([want[t] for t in range(len(packing))]))
 
 
 def test_groups_of_many_keys_are_cut_and_change_nothing(
@@ -86,7 +87,7 @@ def test_groups_of_many_keys_are_cut_and_change_nothing(
         monkeypatch.setattr(packing_module, "_KEYS_AT_ONCE", 20)
         packing = tree()
         assert len(packing.queries().groups) > 4
-        close(run_packed(parts[0], packing).states, want)
+        close(parts[0], run_packed(parts[0], packing).states, want)
 
 
 def test_trims_change_nothing(parts: tuple[Slice, Slice, Slice]) -> None:
@@ -105,7 +106,7 @@ def test_trims_change_nothing(parts: tuple[Slice, Slice, Slice]) -> None:
         for states, resume in ((entering, False), (middle, True)):
             with read_routing(head.model, head.routers, positions) as tape:
                 got = run_packed(head, packing, states, resume=resume, keep=keep, vocabulary_rows=rows).states
-            close(got, want[:, rows])
+            close(parts[0], got, want[:, rows])
             torch.testing.assert_close(tape.routing_BPLE, routing, rtol=1e-4, atol=1e-6)
 
 
@@ -120,8 +121,8 @@ def test_the_last_layer_may_be_the_cut(parts: tuple[Slice, Slice, Slice]) -> Non
     with torch.no_grad():
         want = run_packed(whole, packing).states[keep]
         out = run_packed(head, packing, run_packed(trunk, packing).states, after_attention=[last], keep=keep)
-        close(out.states, want)
-        close(run_packed(head, packing, out.after_attention[last], resume=True, keep=keep).states, want)
+        close(parts[0], out.states, want)
+        close(parts[0], run_packed(head, packing, out.after_attention[last], resume=True, keep=keep).states, want)
 
 
 def losses(states: Tensor, rows: int) -> Tensor:
@@ -170,8 +171,8 @@ def test_gradients_of_every_gate_equal_the_plain_forwards(parts: tuple[Slice, Sl
     assert abs(float(got_loss / want_loss) - 1) <= 1e-5
     for mine, theirs in zip(got, want, strict=True):
         # FlexOlmo norms the outputs of its blocks, small here, which magnifies their rounding.
-        # The delta rule's recurrence does so too.
-        limit = 5e-5 if whole.model.config.model_type in ("flex_olmo", "qwen3_next", "qwen3_5_moe_text") else 1e-5
+        loose = {"flex_olmo": 5e-5, **dict.fromkeys(DELTA_RULE, 5e-4)}
+        limit = loose.get(whole.model_type, 1e-5)
         assert float((mine - theirs).norm() / theirs.norm()) <= limit
 
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from roma_ray.errors import ModelError
-from roma_ray.moe.families import Scoring, families_table, family, supported_families
+from roma_ray.moe.families import Scoring, families_table, family, refusal, supported_families
 from roma_ray.moe.reading import read_routing
+from roma_ray.moe.refused import REASONS
 from roma_ray.moe.routers import find_routers, routing_from_logits
-from tests.tiny import FAMILIES, MORE_FAMILIES, padded_batch, tiny_moe
+from tests.tiny import FAMILIES, MORE_FAMILIES, padded_batch, tiny_config, tiny_moe
 
 LAYERS = {
     "qwen2_moe": [1, 3, 5],
@@ -24,6 +27,9 @@ LAYERS = {
     "dots1": [2, 3, 4, 5],
     "ernie4_5_moe": [1, 2, 3, 4],
     "flint": [2, 3, 4, 5],
+    "nemotron_h": [1, 3, 5],
+    "qwen3_vl_moe": [1, 2, 4, 5],
+    "glm4v_moe": [1, 2, 3, 4, 5],
     **{
         name: [1, 2, 3, 4, 5]
         for name in [
@@ -36,6 +42,7 @@ LAYERS = {
             "hy_v3",
             "mellum",
             "axk1",
+            "lfm2_moe",
         ]
     },
 }
@@ -83,7 +90,7 @@ def test_the_family_table_says_what_the_router_does(name: str) -> None:
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", FAMILIES + MORE_FAMILIES)
 def test_reading_maps_flat_tokens_back_to_rows(name: str, side: str) -> None:
     model = tiny_moe(name)
     ids, mask, last = padded_batch(side=side)
@@ -145,6 +152,52 @@ def test_refusals() -> None:
     with pytest.raises(ModelError, match="sparsemixer"):
         find_routers(tiny_moe("phimoe"))
     assert set(FAMILIES + MORE_FAMILIES) == set(supported_families())
+
+
+def test_every_moe_of_transformers_is_listed_or_refused_with_a_reason_of_its_own() -> None:
+    """Whatever configuration of the installed transformers counts experts, and every reason given is of one there is."""
+    root = Path(transformers.__file__).parent / "models"
+    with_experts, known = set(), set()
+    for file in root.glob("*/configuration_*.py"):
+        for block in re.split(r"(?m)^class ", file.read_text(encoding="utf-8"))[1:]:
+            model_type = re.search(r'(?m)^    model_type = "([^"]+)"', block)
+            if model_type is None:
+                continue
+            known.add(model_type[1])
+            if re.search(r"(?m)^    \w*num_(local_)?experts: |^    n_routed_experts: |^    expert_capacity: ", block):
+                with_experts.add(model_type[1])
+    # Language models that are listed by the multimodal models around them.
+    listed = {*supported_families(), "qwen3_vl_moe_text", "glm4v_moe_text"}
+    assert len(with_experts) > 60
+    assert sorted(with_experts - listed - REASONS.keys()) == []
+    assert not listed & REASONS.keys()
+    if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 23):
+        assert sorted(REASONS.keys() - known) == []
+    for model_type in sorted(with_experts - listed):
+        assert REASONS[model_type] in refusal(model_type)
+
+
+def test_a_multimodal_model_is_refused_by_its_language_models_reason() -> None:
+    class Text:
+        model_type = "mixtral"
+
+    class Whole:
+        model_type = "some_vl"
+
+        def get_text_config(self) -> Text:
+            return Text()
+
+    with pytest.raises(ModelError, match="'mixtral', but this multimodal form of it has not been checked"):
+        family(Whole())
+    Text.model_type = "deepseek_v32"
+    with pytest.raises(ModelError, match="an indexer of its own"):
+        family(Whole())
+
+
+def test_a_dense_gemma_4_is_refused() -> None:
+    for name in ("gemma4", "gemma4_text"):
+        with pytest.raises(ModelError, match="it has none"):
+            family(tiny_config(name, enable_moe_block=False))
 
 
 def test_phi_moe_is_refused_because_gradient_does_not_reach_all_its_routers() -> None:
