@@ -310,7 +310,8 @@ def inspect(path: str, base: str | None) -> None:
 @main.command()
 @click.option("--storage", help="The storage to check; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
 @click.option("--address", help="The Ray cluster to check (host:6379); default: the one in sight.")
-def doctor(storage: str | None, address: str | None) -> None:
+@click.option("--model", help="A model's folder or hub id: check its layers against transformers' own pass too.")
+def doctor(storage: str | None, address: str | None, model: str | None) -> None:
     """Check versions, devices and storage, each with a remedy; exit 1 when something is broken."""
     quiet_libraries()
     from roma_ray.doctor.machine import examine_machine, installed
@@ -320,6 +321,10 @@ def doctor(storage: str | None, address: str | None) -> None:
         from roma_ray.doctor.nodes import examine_cluster
 
         findings.append(examine_cluster(address, storage))
+    if model is not None:
+        from roma_ray.doctor.model import examine_model
+
+        findings.append(examine_model(model, storage))
     broken = False
     for found in chain.from_iterable(findings):
         mark = {"ok": "ok  ", "note": "note", "broken": "FAIL"}[found.state]

@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "ablations": SPREAD | {"figures", "tracking"},
     "pipeline": SPREAD | {"ablations", "figures", "tracking"},
     "terminal": GROUND | {"engine"},
-    "doctor": GROUND | {"engine", "stages"},
+    "doctor": GROUND | {"moe", "engine", "stages"},
     "api": SPREAD | {"pipeline", "tracking", "figures", "terminal"},
     # The names that `import roma_ray` offers.
     "__init__": SPREAD | {"api"},

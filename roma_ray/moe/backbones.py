@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -97,12 +97,12 @@ for _base, _causal, _rules in _COMPOSED.values():
 def model_class_of(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
     """The class for a configuration: transformers' own, or one composed of its parts. Raises ModelError for no class."""
     if config.model_type in _COMPOSED:
-        return _COMPOSED[config.model_type][with_lm_head]
+        base, causal, _ = _COMPOSED[config.model_type]
+        return causal if with_lm_head else base
     mapping = (AutoModelForCausalLM if with_lm_head else AutoModel)._model_mapping
     if type(config) not in mapping:
         raise ModelError(refusal(config.model_type))
-    found: type[PreTrainedModel] = mapping[type(config)]
-    return found
+    return cast("type[PreTrainedModel]", mapping[type(config)])
 
 
 def backbone_of(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -206,9 +206,11 @@ def _read_adapter(folder: Path) -> RouterCheckpoint:
     by_key = {_whole_key(key): tensor for key, tensor in stored.items()}
     tensors = {key: by_key.pop(key) for key in manifest["tensors"] if key in by_key}
     check_digests(tensors, manifest, folder)
+    modules = {known.rpartition(".")[0] for known in tensors}
     for key in by_key:
-        module, _, name = key.rpartition(".")
-        if name in ("weight", "bias") or not any(module == known.rpartition(".")[0] for known in tensors):
+        # What a tuned gate has beside its own weight and bias, also in modules of its own (Ernie's statistics).
+        of_gate = any(key.startswith(f"{module}.") for module in modules)
+        if key.removesuffix(".weight").removesuffix(".bias") in modules or not of_gate:
             raise CheckpointError(f"{folder / WEIGHTS} holds {key}, of which {MANIFEST} knows nothing")
     return checkpoint_of(manifest, tensors, extras=by_key)
 

@@ -12,9 +12,11 @@ import torch
 
 from roma_ray.errors import ModelError
 from roma_ray.moe import parts, passes
+from roma_ray.moe.families import supported_families
 from roma_ray.moe.reach import UNREACHED
 from roma_ray.moe.selfcheck import check_slice
 from roma_ray.moe.slices import Slice, load_slice
+from tests.families import row as row_of
 from tests.tiny import DELTA_RULE, FAMILIES, MORE_FAMILIES, save_tiny, tiny_moe
 
 
@@ -102,3 +104,15 @@ def test_weights_that_are_no_numbers_are_told_elsewhere(tmp_path: Path) -> None:
     with torch.no_grad():
         part.model.base_model.layers[2].self_attn.o_proj.weight[0, 0] = float("nan")
     assert check_slice(part) is None
+
+
+def test_the_documents_figures_are_of_every_family() -> None:
+    """Not to the digit, which differs from machine to machine."""
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    _, _, after = text.partition("| `model_type` | packed |")
+    rows = [line.strip("| ").split(" | ") for line in after.splitlines() if line.startswith("| `")]
+    assert [row[0].strip("`") for row in rows[: len(supported_families())]] == list(supported_families())
+    measured = row_of("olmoe").strip("| ").split(" | ")
+    (written,) = [row for row in rows if row[0] == "`olmoe`"]
+    assert measured[-1] == written[-1]
+    assert all(float(a) < 20 * float(b) for a, b in zip(measured[1:-1], written[1:-1], strict=True))
