@@ -68,8 +68,9 @@ class Subject:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from roma_ray.moe.backbones import model_class_of
         from roma_ray.moe.fitting import refuse
-        from roma_ray.moe.slices import loading_faults, model_class_of, quiet_loading
+        from roma_ray.moe.slices import loading_faults, quiet_loading
         from roma_ray.moe.snapshot import open_snapshot
 
         spec = self.model
