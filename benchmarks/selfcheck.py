@@ -48,11 +48,11 @@ def main() -> None:
                     part, packing, states, keep=[LENGTH * n - 1 for n in range(1, QUESTIONS + 1)] if last else None
                 ).states
             check, work = check + checked - started, work + time.process_time() - checked
-    print(
-        f"{size:.2f} GB in {LAYERS} slices, one held at a time: {check:.1f} s of checks, {work / QUESTIONS:.2f} s a question of {LENGTH} tokens"
-    )
+    question = work / QUESTIONS
+    print(f"{size:.2f} GB in {LAYERS} slices, one held at a time")
+    print(f"{check:.1f} s of checks, {question:.2f} s a question of {LENGTH} tokens")
     for count in (500, 1000, 5000):
-        print(f"{count:,} questions: {check / (check + count * work / QUESTIONS):.2%} of the extraction")
+        print(f"{count:,} questions: {check / (check + count * question):.2%} of the extraction")
 
 
 if __name__ == "__main__":
