@@ -56,23 +56,26 @@ def setup_for(folder: Path) -> Any:
 
 def questions(folder: Path, rows: int) -> None:
     """Read, split, encode and write the question table."""
-    from roma_ray.engine.prepare import prepare
+    from roma_ray.engine.prepare import QUESTIONS
     from roma_ray.engine.progress import Silence
+    from roma_ray.engine.runners import LOCAL
+    from roma_ray.engine.steps import complete
 
-    prepare(setup_for(folder), Silence())
+    setup = setup_for(folder)
+    complete(QUESTIONS, QUESTIONS.job(setup, {}), LOCAL, Silence())
 
 
 def extraction(folder: Path, rows: int) -> None:
     """Plan batches from the table of questions, and gather the batches' tables (written here with few layers)."""
     import numpy as np
 
-    from roma_ray.engine.extraction import extract_stage
-    from roma_ray.engine.prepare import questions_stage
+    from roma_ray.engine.extraction import EXTRACT
     from roma_ray.engine.progress import Silence
+    from roma_ray.engine.runners import Runners
+    from roma_ray.engine.steps import complete, locate
     from roma_ray.engine.work import Report
 
     setup = setup_for(folder)
-    written = questions_stage(setup)
 
     def pretend(work: Any, batches: Any) -> Any:
         from roma_ray.engine.extractor import _schema, batch_table
@@ -82,7 +85,7 @@ def extraction(folder: Path, rows: int) -> None:
         schema = _schema(work.tokens)
         experts = 64 * len(setup.moe_layers)
         routing = np.full(experts, 1 / 64, dtype=np.float32)
-        ids = _ids(written.path / "questions.parquet")
+        ids = _ids(work.questions)
         for batch in batches:
             size = len(plan[batch])
             columns: dict[str, Any] = {name: [0] * size for name in schema.names}
@@ -94,10 +97,8 @@ def extraction(folder: Path, rows: int) -> None:
             )
             yield Report(batch, size, 0, 0, 0.0)
 
-    from roma_ray.engine.extraction import extract
-
-    extract(setup, written, pretend, Silence())
-    assert extract_stage(setup, written).complete
+    job = EXTRACT.job(setup, locate(EXTRACT, setup))
+    assert complete(EXTRACT, job, Runners(extract=pretend), Silence()).complete
 
 
 def _ids(path: Path) -> list[str]:

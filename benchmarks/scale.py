@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -23,11 +24,13 @@ from common import Bench, machine, make_prompts, options, save_model, steady_pro
 
 def make_work(place: Path, batches: int) -> Any:
     """An extraction stage of random questions: model, table and plan on disk."""
-    from roma_ray.artifacts import write_json
+    from roma_ray.artifacts import Stage, write_json
+    from roma_ray.config_reading import load_config
     from roma_ray.engine.batches import plan_batches
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
     from roma_ray.engine.model_spec import ModelSpec
+    from roma_ray.engine.setup import resolve
     from roma_ray.engine.tables import QUESTIONS, write_table
 
     vocabulary = 2_048
@@ -54,7 +57,9 @@ def make_work(place: Path, batches: int) -> Any:
     assert len(plan) == batches
     write_json(place / PLAN, {"prefix": prefix, "batches": plan})
     spec = ModelSpec(str(place / "model"), None, "float32", "eager", "sdpa", "cpu", 1)
-    return ExtractWork(str(place), str(place / "questions.parquet"), spec, (5,), ("Last1",), "raw", "float32")
+    settings = [f"model.path={place / 'model'}", f"storage={place}", "questions.prompt.format=letter"]
+    setup = replace(resolve(load_config(None, settings), device="cpu"), model=spec, cuts=(5,))
+    return ExtractWork(setup, {"questions": Stage(place, "questions", {})}, Stage(place, "extract", {}))
 
 
 def timed(reports: Iterator[Any]) -> tuple[float, float, int]:

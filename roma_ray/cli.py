@@ -162,6 +162,30 @@ def track(config: Any) -> None:
 
 
 @main.command()
+@click.argument("run", required=False)
+@run_options
+def explain(config: Any, run: str | None) -> None:
+    """Say of every stage whether it is complete, and of the others what differs from the most alike, and what a run would cost.
+
+    RUN: a run of the storage by name or id, with its own settings in place of --config; --set changes some of them.
+    """
+    given = click.get_current_context().params
+    if run is not None:
+        if given["config_path"]:
+            raise click.UsageError("RUN brings its own configuration: leave --config out")
+        from roma_ray.cli_results import config_of
+
+        config = config_of(run, config.storage, given["overrides"])
+    check(config)
+    from roma_ray.cli_results import setup_of_finished
+    from roma_ray.explaining import described
+    from roma_ray.explaining import explain as look
+
+    for line in described(look(setup_of_finished(config))):
+        say(line)
+
+
+@main.command()
 @ray_options
 def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
     """Run the whole method, on Ray where that is worth it, and print base against tuned routers."""

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from roma_ray.config import Config
 
 
 def compare_methods(config: Any, names: Sequence[str], seeds: int | None, address: str | None, quiet: bool) -> Any:
@@ -92,6 +95,22 @@ def print_result(summary: Mapping[str, Any]) -> None:
     for line in warnings_of(summary):
         say(f"note: {line}")
     say(f"adapter: {summary['paths']['finetune']}/adapter")
+
+
+def config_of(run: str, storage: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a run of the storage, by name or id, with overrides. Raises ArtifactError, ConfigError, StorageError."""
+    from roma_ray.artifacts import CONFIG, Store
+    from roma_ray.config_reading import load_config
+    from roma_ray.errors import ArtifactError
+    from roma_ray.storage import Storage
+
+    found = Storage(Store(storage))
+    item = found.find(run)
+    files = (part.stage.path / CONFIG for part in found.needs(item))
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        raise ArtifactError(f"{item.kind}/{item.id} has no configuration beside it: give the run's own with --config")
+    return load_config(str(file), overrides).model_copy(update={"storage": storage})
 
 
 def setup_of_finished(config: Any) -> Any:

@@ -19,7 +19,7 @@ _WORK = {
 # Command -> the sections and settings that it reads besides `_ALL`.
 _READS: dict[str, tuple[str, ...]] = {
     **{stage: (*sections, "tracking", "ray") for stage, sections in _WORK.items()},
-    **dict.fromkeys(("run", "evaluate", "report", "track", "tune"), (*_WORK["finetune"], "tracking", "ray")),
+    **dict.fromkeys(("run", "evaluate", "report", "track", "tune", "explain"), (*_WORK["finetune"], "tracking", "ray")),
     "local": (*_WORK["finetune"], "tracking"),
     "baselines": (*_WORK["finetune"], "baselines", "tracking", "ray"),
     "evaluate --tasks": (*_WORK["finetune"], "evaluation", "tracking", "ray"),

@@ -113,9 +113,6 @@ def _date(seconds: float) -> str:
 
 
 def _size(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "kB", "MB", "GB"):
-        if size < 1000:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} TB"
+    from roma_ray.text import size_text
+
+    return size_text(count)

@@ -16,6 +16,7 @@ from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, make
 from roma_ray.engine.tables import read_prompts
 from roma_ray.evaluation.methods import Entry, compare_methods
 from roma_ray.pipeline import locate, run
@@ -76,7 +77,7 @@ def compare(
     observer.finished(summary)
     failures = {entry.name: entry.failure for entry in entries if entry.failure}
     if not failures:
-        _keep(setup, planned, summary)
+        _keep(setup, planned, summary, started)
     return MethodComparison(stages, planned, summary, failures)
 
 
@@ -86,11 +87,12 @@ def comparison_stage(setup: Setup, methods: Mapping[str, Sequence[Stage]]) -> St
     return setup.store.stage("comparison", {"name": setup.config.name}, inputs, VERSION)
 
 
-def _keep(setup: Setup, methods: Mapping[str, Sequence[Stage]], summary: Mapping[str, Any]) -> None:
+def _keep(setup: Setup, methods: Mapping[str, Sequence[Stage]], summary: Mapping[str, Any], started: float) -> None:
     """Store a table in which nothing is missing."""
     stage = comparison_stage(setup, methods)
-    if stage.complete:
-        return
-    with stage.exclusive():
+
+    def write() -> Facts:
         write_json(stage.path / SUMMARY, dict(summary))
-        stage.finish(facts={"pin": summary["pin"]}, seconds=summary["seconds"])
+        return {"pin": summary["pin"]}
+
+    make(stage, write, since=started)

@@ -1,31 +1,27 @@
-"""The order of the stages, and nothing else. What runs where is the caller's choice."""
+"""A run walks the graph of steps, and nothing else. What runs where is the caller's choice."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from roma_ray.artifacts import CONFIG, Stage, run_identity
 from roma_ray.baselines.runs import method_stage
+from roma_ray.engine import steps
 from roma_ray.engine.devices import mixed_devices
-from roma_ray.engine.embedding import embed
-from roma_ray.engine.extraction import bring_back, extract
-from roma_ray.engine.finetuning import tune
-from roma_ray.engine.neighborhoods import describe, neighbors
+from roma_ray.engine.extraction import bring_back
+from roma_ray.engine.finetuning import FINETUNE
 from roma_ray.engine.observers import NOBODY, RunObserver
-from roma_ray.engine.prepare import prepare, sources_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, save_config
+from roma_ray.engine.steps import Step, complete, order
 from roma_ray.errors import ArtifactError
-from roma_ray.evaluation.paired import evaluate, locate_stages
+from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.evaluation.summary import summarise_run
-from roma_ray.figures.report import report, report_stage
-from roma_ray.questions.counts import describe_sources
-
-STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate", "report")
+from roma_ray.figures.report import ORACLE, REPORT
 
 
 @dataclass(frozen=True)
@@ -37,18 +33,20 @@ class Run:
     summary: dict[str, Any]
 
 
-def locate(setup: Setup) -> dict[str, Stage]:
-    """Where each stage of this run lives, whether or not it ran yet. Raises QuestionError when a question file is gone."""
-    stages = locate_stages(setup)
-    return {**stages, "report": report_stage(setup, stages["evaluate"], oracle_answers(setup, stages))}
-
-
 def oracle_answers(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
     """The oracle's answers, its control's and the base model's, where `roma-ray baselines` gave them; else none of them."""
-    found = {
-        name: method_stage(setup, stages, name, setup.config.seed) for name in ("base", "oracle", "oracle_control")
-    }
+    found = {name: method_stage(setup, stages, name, setup.config.seed) for name in ORACLE}
     return found if all(stage.complete for stage in found.values()) else {}
+
+
+LAST = replace(REPORT, others=oracle_answers)
+STEPS = {step.name: step for step in order(LAST)}
+"""The steps of a run by name, in their order."""
+
+
+def locate(setup: Setup) -> dict[str, Stage]:
+    """Where each stage of this run lives, whether or not it ran yet. Raises QuestionError when a question file is gone."""
+    return steps.locate(LAST, setup)
 
 
 def run(
@@ -64,37 +62,25 @@ def run(
 
     `states`: whoever follows reads the activations, as training and evaluation do.
     """
-    assert until in STAGES
     started = time.monotonic()
-    planned = locate(setup)
-    wanted = STAGES[: STAGES.index(until) + 1]
-    if states or any(not planned[name].complete for name in ("finetune", "evaluate") if name in wanted):
+    planned, wanted = locate(setup), order(STEPS[until])
+    if states or any(step.reads_states and not planned[step.name].complete for step in wanted):
         bring_back(planned["extract"])
     # A comparison of methods goes up to the neighborhoods, unobserved: that is no start of this run.
-    if observer is not NOBODY or STAGES.index(until) >= STAGES.index("finetune"):
+    if observer is not NOBODY or FINETUNE in wanted:
         setup.store.begin(run_identity(planned))
     observer.started(planned)
+    runners = replace(runners, on_epoch=observer.epoch)
     stages: dict[str, Stage] = {}
-    for name in wanted:
-        skipped = planned[name].complete
-        if skipped:
-            planned[name].verify()
-        else:
-            observer.stage_started(planned[name])
-        stages[name] = stage = _stage(name, setup, stages, progress, runners, observer)
-        progress.say(
-            f"{name}: {'already complete' if skipped else 'done'} ({stage.manifest()['seconds']:.1f} s)  {stage.path}"
-        )
-        mixed = mixed_devices(name, stage.manifest()["devices"])
-        if mixed:
-            progress.say(f"note: {mixed}")
-        if (other := stage.other_versions()) is not None:
-            progress.say(f"note: {other}")
-        if name == "questions":
-            for line in describe_sources(sources_of(stage)):
-                progress.say(line)
-        if name == "neighbors":
-            progress.say(describe(stage.manifest()["facts"]))
+    for step in wanted:
+        stage = planned[step.name]
+        skipped = stage.complete
+        if not skipped:
+            observer.stage_started(stage)
+        complete(step, step.job(setup, planned), runners, progress)
+        stages[step.name] = stage
+        for line in told(step, stage, "already complete" if skipped else "done"):
+            progress.say(line)
         observer.stage_finished(stage)
     save_config(stages[until], setup.config)
     summary = summarise_run(setup, stages, time.monotonic() - started) if "evaluate" in stages else {}
@@ -102,10 +88,21 @@ def run(
     return Run(setup, stages, summary)
 
 
+def told(step: Step, stage: Stage, how: str) -> list[str]:
+    """What a run says of a finished stage."""
+    manifest = stage.manifest()
+    notes = (mixed_devices(step.name, manifest["devices"]), stage.other_versions())
+    return [
+        f"{step.name}: {how} ({manifest['seconds']:.1f} s)  {stage.path}",
+        *(f"note: {note}" for note in notes if note is not None),
+        *step.lines(stage),
+    ]
+
+
 def revisit(setup: Setup, progress: Progress) -> Run:
     """A run whose evaluation is complete, its report written where there is none. Raises ArtifactError."""
     planned = locate(setup)
-    missing = [name for name in STAGES[:-1] if not planned[name].complete]
+    missing = [step.name for step in order(EVALUATE) if not planned[step.name].complete]
     if missing:
         raise ArtifactError(
             f"the run of this configuration is not finished in {setup.store.root} (missing: {', '.join(missing)}). Give the options "
@@ -129,27 +126,6 @@ def replay(setup: Setup, observer: RunObserver) -> None:
 
 def _ended(planned: Mapping[str, Stage], last: str) -> bool:
     """Whether a run was to go up to this stage and did; one that is at work or was killed beyond it is another matter."""
-    later = STAGES[STAGES.index(last) + 1 :]
+    names = list(planned)
+    later = names[names.index(last) + 1 :]
     return (planned[last].path / CONFIG).exists() and not any(planned[name].path.exists() for name in later)
-
-
-def _stage(
-    name: str, setup: Setup, done: Mapping[str, Stage], progress: Progress, runners: Runners, observer: RunObserver
-) -> Stage:
-    if name == "questions":
-        return prepare(setup, progress)
-    questions = done["questions"]
-    if name == "extract":
-        return extract(setup, questions, runners.extract, progress)
-    if name == "embed":
-        return embed(setup, questions, runners.embed, progress)
-    if name == "neighbors":
-        return runners.call(neighbors, setup, questions, done["extract"], done["embed"], progress=progress)
-    if name == "finetune":
-        return tune(
-            setup, questions, done["extract"], done["neighbors"], runners.finetune, progress, on_epoch=observer.epoch
-        )
-    if name == "evaluate":
-        inputs = (done["extract"], done["embed"], done["neighbors"], done["finetune"])
-        return runners.call(evaluate, setup, questions, *inputs, progress=progress)
-    return report(setup, done, progress, oracle_answers(setup, done))

@@ -160,3 +160,20 @@ def figure(record: Mapping[str, Any], name: str, *, digits: int = 2) -> str:
     """A record's share in percent with the error beside it: `NAME` or `NAME_accuracy`, and `NAME_stderr`. Differences are signed."""
     value = record[name] if name in record else record[f"{name}_accuracy"]
     return with_error(value, record[f"{name}_stderr"], digits=digits, signed=name == "difference")
+
+
+def duration_text(seconds: float) -> str:
+    """A duration as a reader takes it in: `12 s`, `3 min`, `1.5 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def size_text(count: int) -> str:
+    """So many bytes as a reader takes them in: `12 B`, `3.4 MB`."""
+    size = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} TB"

@@ -64,6 +64,7 @@ ONE_ROOM = {
     "config_baselines": "config",
     "config_reading": "config",
     "comparison": "pipeline",
+    "explaining": "pipeline",
 }
 
 # Library -> the rooms that may import it; a library that is not here may be used anywhere but at the top of the CLI.

@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Protocol
 
-from roma_ray.ablations.plan import hours
 from roma_ray.ablations.report import progress_line
 from roma_ray.ablations.sweep import DONE, FAILED, RUNNING, STOPPED, State, Sweep, SweepObserver
 from roma_ray.engine.progress import Progress
+from roma_ray.text import duration_text
 
 HEADER = ("trial", "state", "epoch", "validation %", "test gain", "time")
 
@@ -67,7 +67,7 @@ def _row(state: State) -> tuple[str, ...]:
         f"{state.epoch}/{state.planned.epochs}" if state.epoch else "",
         "" if state.validation_accuracy is None else f"{100 * state.validation_accuracy:.2f}",
         "" if state.test_difference is None else f"{100 * state.test_difference:+.2f}",
-        "" if seconds is None else hours(seconds),
+        "" if seconds is None else duration_text(seconds),
     )
 
 
@@ -77,7 +77,7 @@ def progress_of(sweep: Sweep) -> str:
     text = ", ".join(f"{counts[name]} {name}" for name in (DONE, RUNNING, STOPPED, FAILED) if counts[name]) or "0 done"
     total = len(sweep.states) + max(0, sweep.missing_samples - len([s for s in sweep.having(RUNNING) if s.values]))
     left = seconds_left(sweep)
-    return f"{text} of {total} trials" + (f", about {hours(left)} left" if left is not None else "")
+    return f"{text} of {total} trials" + (f", about {duration_text(left)} left" if left is not None else "")
 
 
 def seconds_left(sweep: Sweep) -> float | None:

@@ -14,16 +14,18 @@ from roma_ray.ablations.settings import centre_text
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.artifacts import Stage, Store
 from roma_ray.config import Config
-from roma_ray.engine.extraction import known_extractions
+from roma_ray.engine.extraction import EXTRACT, known_extractions
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.prepare import expected_sources, questions_stage, sources_of
+from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.prepare import QUESTIONS, expected_sources, sources_of
 from roma_ray.engine.setup import Setup, resolve, resolve_path
+from roma_ray.engine.steps import locate, order
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
-from roma_ray.evaluation.paired import locate_stages
+from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.questions.counts import SourceCount, describe_sources
+from roma_ray.text import duration_text
 
-SHARED = ("questions", "extract", "embed", "neighbors")
 # A backward pass through the head costs about two forward passes.
 _TRAINING_PASSES = 3
 
@@ -39,7 +41,7 @@ class Planned:
     @classmethod
     def on(cls, trial: Trial, setup: Setup) -> Planned:
         """The trial with the places that its set-up gives."""
-        return cls(trial, setup, locate_stages(setup))
+        return cls(trial, setup, locate(EVALUATE, setup))
 
     @property
     def complete(self) -> bool:
@@ -155,7 +157,7 @@ def share(setups: Sequence[Setup]) -> list[Setup]:
     many they are moves its last digits. So what it keeps is part of its identity, and a trial stays with the one it has.
     """
     kept = known_extractions(setups[0].store)
-    questions = [questions_stage(setup) for setup in setups]
+    questions = [QUESTIONS.at(setup, {}) for setup in setups]
     found = [_on_finished(*each, kept) for each in zip(setups, questions, strict=True)]
     missing: dict[str, set[tuple[int, str]]] = {}
     keys = [
@@ -176,7 +178,7 @@ def _on_finished(
     setup: Setup, questions: Stage, kept: Sequence[tuple[tuple[int, ...], tuple[str, ...]]]
 ) -> Setup | None:
     """The set-up on the finished extraction where its trial has come furthest, the oldest of equals; None without one."""
-    able = [(each := setup.shared(*place), locate_stages(each, questions)) for place in kept]
+    able = [(each := setup.shared(*place), locate(EVALUATE, each, {QUESTIONS.name: questions})) for place in kept]
 
     def come(found: tuple[Setup, Mapping[str, Stage]]) -> tuple[bool, bool]:
         stages = found[1]
@@ -215,7 +217,7 @@ def count_questions(plan: Plan) -> Counts:
 def cost(plan: Plan, known: Counts) -> Cost:
     """Estimate what the trials and stages that are not complete will take."""
     unfinished = [each.stages["extract"] for each in plan.trials if not each.complete]
-    unfinished += [locate_stages(setup)["extract"] for setup in plan.later]
+    unfinished += [locate(EXTRACT, setup)["extract"] for setup in plan.later]
     extraction = float(len({stage.fingerprint for stage in unfinished if not stage.complete}))
     trials = sum(_passes(planned, known) for planned in plan.trials if not planned.complete)
     seconds = [stage.manifest()["seconds"] for _, stage in plan.stages("extract") if stage.complete]
@@ -261,9 +263,9 @@ def describe_shared(plan: Plan) -> list[str]:
         f"{listed(sorted({setup.config.questions.fraction for setup in setups}))}"
     ]
     counts = []
-    for name in SHARED:
-        stages = [stage for _, stage in plan.stages(name)]
-        counts.append(f"{name} {len(stages)} ({sum(stage.complete for stage in stages)} complete)")
+    for step in order(NEIGHBORS):
+        stages = [stage for _, stage in plan.stages(step.name)]
+        counts.append(f"{step.name} {len(stages)} ({sum(stage.complete for stage in stages)} complete)")
     return [*lines, f"shared stages: {', '.join(counts)}"]
 
 
@@ -279,15 +281,8 @@ def describe_cost(plan: Plan, known: Counts) -> str:
         f"({left.extraction:.0f} to extract, {left.trials:.1f} for the trials' heads; not counted: {listed(uncounted)})"
     )
     if left.seconds is not None:
-        return f"{text}; about {hours(left.seconds)} of one worker at the speed of the finished extraction"
+        return f"{text}; about {duration_text(left.seconds)} of one worker at the speed of the finished extraction"
     return text
-
-
-def hours(seconds: float) -> str:
-    """A duration as a reader takes it in."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def listed(values: Iterable[Any]) -> str:

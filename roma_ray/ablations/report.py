@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from roma_ray.ablations import paper, tables
-from roma_ray.ablations.plan import describe_shared, hours
+from roma_ray.ablations.plan import describe_shared
 from roma_ray.ablations.results import Findings, SettingResult, read_findings
 from roma_ray.ablations.settings import Column, centre_text, columns
 from roma_ray.ablations.space import CENTRE, grid_tag
@@ -15,11 +14,13 @@ from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
 from roma_ray.ablations.words import headline, notes
 from roma_ray.artifacts import write_text
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.steps import Facts, make
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.measures import LEGEND
 from roma_ray.figures import sweep as figures
 from roma_ray.figures.report import MARKDOWN, PAGE, Picture, environment
 from roma_ray.figures.style import save
+from roma_ray.text import duration_text
 from roma_ray.versions import library_versions
 
 FIGURES, TABLES = "figures", "tables"
@@ -44,8 +45,8 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
     findings = read_findings(sweep)
     if findings is None:
         return None
-    started = time.monotonic()
-    with stage.exclusive():
+
+    def write() -> Facts | None:
         count = len(sweep.space.file.one_at_a_time) + len(sweep.space.file.grid) + 1
         with progress.meter("report", count, "figures") as meter:
             pictures = []
@@ -84,10 +85,11 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
         }
         for name, template in _TEMPLATES.items():
             write_text(stage.path / name, environment().get_template(template).render(values))
-        if len(sweep.having(DONE, STOPPED)) == len(sweep.states) and not sweep.missing_samples:
-            facts = {"trials": len(sweep.states), "stopped": len(sweep.having(STOPPED)), "headline": told}
-            stage.finish(facts=facts, seconds=time.monotonic() - started)
-    return stage.path / PAGE
+        if len(sweep.having(DONE, STOPPED)) < len(sweep.states) or sweep.missing_samples:
+            return None
+        return {"trials": len(sweep.states), "stopped": len(sweep.having(STOPPED)), "headline": told}
+
+    return make(stage, write).path / PAGE
 
 
 def draw(sweep: Sweep, findings: Findings, folder: Path) -> Iterator[Picture]:
@@ -240,7 +242,7 @@ def progress_line(state: State) -> str:
     if state.test_difference is not None:
         parts.append(f"test {100 * state.test_difference:+.2f} points")
     if state.seconds is not None:
-        parts.append(hours(state.seconds))
+        parts.append(duration_text(state.seconds))
     if state.error:
         parts.append(state.error.split("\n")[0])
     return ", ".join(parts)

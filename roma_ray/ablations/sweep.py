@@ -15,16 +15,14 @@ from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import TrialWork, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
 from roma_ray.artifacts import CONFIG, MEMBERS, Stage, write_json, write_text
-from roma_ray.engine.embedding import embed
-from roma_ray.engine.extraction import bring_back, extract
-from roma_ray.engine.neighborhoods import describe as describe_neighbors
-from roma_ray.engine.neighborhoods import neighbors
-from roma_ray.engine.prepare import prepare, sources_of
+from roma_ray.engine.extraction import EXTRACT, bring_back
+from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.prepare import QUESTIONS
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import save_config
+from roma_ray.engine.steps import Step, complete, order
 from roma_ray.errors import ArtifactError, RomaError
-from roma_ray.questions.counts import describe_sources
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
 from roma_ray.stages.runners import ray_runners
@@ -199,57 +197,43 @@ def prepare_shared(sweep: Sweep, runners: Runners = LOCAL, progress: Progress | 
     trial = sweep.plan.trials[0].trial
     later = sweep.plan.later if sweep.missing_samples > 0 else ()
     ahead = [State(Planned.on(trial, setup)) for setup in later]
-    for name in ("questions", "extract", "embed", "neighbors"):
+    for step in order(NEIGHBORS):
         done: set[str] = set()
-        needing = [*wanted, *ahead] if name != "neighbors" else wanted
+        needing = [*wanted, *ahead] if step is not NEIGHBORS else wanted
         for state in [state for state in needing if state.state == WAITING]:
-            stage = state.planned.stages[name]
+            planned = state.planned
+            stage = planned.stages[step.name]
             if stage.fingerprint in done:
                 continue
             done.add(stage.fingerprint)
             try:
-                if name == "extract":
+                if step is EXTRACT:
                     bring_back(stage)
                 fresh = not stage.complete
-                if not fresh:
-                    # The trials themselves do not look again.
-                    stage.verify()
-                _shared(name, state.planned, runners, progress)
+                # The trials themselves do not look again at what is complete.
+                complete(step, step.job(planned.setup, planned.stages), runners, progress)
             except RomaError as error:
                 for other in [*wanted, *ahead]:
-                    if other.planned.stages[name].fingerprint == stage.fingerprint:
-                        other.state, other.error = FAILED, f"{name}: {error}"
-                progress.say(f"{name}: {error}")
+                    if other.planned.stages[step.name].fingerprint == stage.fingerprint:
+                        other.state, other.error = FAILED, f"{step.name}: {error}"
+                progress.say(f"{step.name}: {error}")
             else:
-                _say_shared(name, state, fresh, progress)
+                _say_shared(step, state, fresh, progress)
 
 
-def _say_shared(name: str, state: State, fresh: bool, progress: Progress) -> None:
-    stage = state.planned.stages[name]
-    facts = stage.manifest()
+def _say_shared(step: Step, state: State, fresh: bool, progress: Progress) -> None:
+    stage = state.planned.stages[step.name]
     if fresh:
-        progress.say(f"{name}: done ({facts['seconds']:.1f} s)  {stage.path}")
+        progress.say(f"{step.name}: done ({stage.manifest()['seconds']:.1f} s)  {stage.path}")
     if (other := stage.other_versions()) is not None:
         progress.say(f"note: {other}")
-    if name == "questions" and any(s.path is None for s in state.planned.setup.config.questions.sources):
+    if step is QUESTIONS and any(s.path is None for s in state.planned.setup.config.questions.sources):
         # Of files the plan has told them.
-        for line in describe_sources(sources_of(stage)):
+        for line in step.lines(stage):
             progress.say(line)
-    if fresh and name == "neighbors":
-        progress.say(f"{state.trial.name}: {describe_neighbors(facts['facts'])}")
-
-
-def _shared(name: str, planned: Planned, runners: Runners, progress: Progress) -> None:
-    setup, stages = planned.setup, planned.stages
-    if name == "questions":
-        prepare(setup, progress)
-    elif name == "extract":
-        extract(setup, stages["questions"], runners.extract, progress)
-    elif name == "embed":
-        embed(setup, stages["questions"], runners.embed, progress)
-    else:
-        inputs = (stages["questions"], stages["extract"], stages["embed"])
-        runners.call(neighbors, setup, *inputs, progress=progress)
+    if fresh and step is NEIGHBORS:
+        for line in step.lines(stage):
+            progress.say(f"{state.trial.name}: {line}")
 
 
 def _run_trials(

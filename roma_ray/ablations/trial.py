@@ -9,15 +9,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from roma_ray.artifacts import Stage
-from roma_ray.engine.finetuning import Trainer, TrainJob, epochs_of, tune
+from roma_ray.engine.finetuning import TrainJob, epochs_of
 from roma_ray.engine.heads import FRESH, Heads, KeptHeads
 from roma_ray.engine.model_spec import set_threads
-from roma_ray.engine.neighborhoods import neighbors
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.runners import call_here
+from roma_ray.engine.runners import Runners, Trainer, call_here
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import complete, order
 from roma_ray.errors import BusyError
-from roma_ray.evaluation.paired import evaluate, read_evaluation
+from roma_ray.evaluation.paired import EVALUATE, read_evaluation
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.finetune import finetune_on_ray
 from roma_ray.stages.runners import near_device
@@ -66,9 +66,7 @@ def do_trial(
     `trainer` trains, and `call` calls the evaluation, in place of this process.
     """
     set_threads(work.setup.model.threads)
-    setup, stages, silence = work.setup, work.stages, Silence()
-    questions, extraction, embeddings = (stages[name] for name in ("questions", "extract", "embed"))
-    near = patiently(lambda: neighbors(setup, questions, extraction, embeddings, silence))
+    setup, stages = work.setup, work.stages
     train: Trainer = trainer or partial(_train, heads=heads)
 
     def each(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
@@ -80,10 +78,11 @@ def do_trial(
 
         train(job, told, advance)
 
-    tuned = patiently(lambda: tune(setup, questions, extraction, near, each, silence))
-    judge = evaluate if call is not call_here else partial(evaluate, heads=heads)
-    judged = patiently(lambda: call(judge, setup, questions, extraction, embeddings, near, tuned, progress=silence))
-    return closing(tuned, judged)
+    runners = Runners(finetune=each, call=call, heads=heads)
+    for step in order(EVALUATE):
+        # What trials share was compared with its digests before any of them started.
+        patiently(partial(complete, step, step.job(setup, stages), runners, Silence(), verify=False))
+    return closing(stages["finetune"], stages["evaluate"])
 
 
 def _train(
@@ -92,7 +91,7 @@ def _train(
     advance: Callable[[int, str], None],
     heads: Heads,
 ) -> None:
-    with heads.lend(job.model, job.cut) as head:
+    with heads.lend(job.model, job.setup.cut) as head:
         job.run(report=report, advance=advance, head=head)
 
 

@@ -19,7 +19,7 @@ from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.embedding import embedding_texts, read_embeddings
 from roma_ray.engine.extraction import ROWS
-from roma_ray.engine.finetuning import train_job
+from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.neighborhoods import usable_rows
 from roma_ray.engine.objective import TrainingData
@@ -177,7 +177,7 @@ def training_mask(bench: Bench) -> Tensor:
 def open_bench(setup: Setup, stages: dict[str, Stage]) -> Bench:
     """Open the finished stages of a run. Raises ArtifactError, CacheError."""
     scratch = Stage(setup.store.root / "baselines", "baselines", {})
-    data = train_job(setup, scratch, stages["questions"], stages["extract"], stages["neighbors"]).open_data()
+    data = TrainJob(setup, stages, scratch).open_data()
     usable = usable_rows(stages["extract"]).tolist()
     rows = {"train": data.train, "validation": data.validation}
     rows["test"] = [n for n, p in enumerate(data.prompts) if p.split == "test" and usable[n]]

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,15 @@ from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.costs import counted, trunk_cost
 from roma_ray.baselines.registry import METHODS
 from roma_ray.engine.answers import ANSWERS, write_answers
+from roma_ray.engine.embedding import EMBED
+from roma_ray.engine.extraction import EXTRACT
 from roma_ray.engine.model_spec import set_threads
-from roma_ray.engine.progress import Progress
+from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.progress import Progress, Silence
+from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.work import Executor, Report
+from roma_ray.engine.steps import Step, complete, order
+from roma_ray.engine.work import Executor, Job, Report
 from roma_ray.errors import ArtifactError
 
 VERSION = 2
@@ -34,10 +40,27 @@ FAILURE = "failure.json"
 _PREPARED = "prepared.safetensors"
 
 
+def method_step(name: str, seed: int, bench: Bench | None = None) -> Step:
+    """One method with one seed; with an open `bench` it can be run."""
+    return Step(
+        STAGE,
+        VERSION,
+        (EXTRACT, EMBED, NEIGHBORS),
+        partial(_settings, name, seed),
+        partial(_answer, METHODS[name], seed, bench),
+        others=partial(_first, name, seed),
+        reads_states=True,
+    )
+
+
 def method_stage(setup: Setup, stages: Mapping[str, Stage], name: str, seed: int) -> Stage:
     """Where one method's answers with one seed live."""
+    return method_step(name, seed).at(setup, stages)
+
+
+def _settings(name: str, seed: int, setup: Setup) -> dict[str, Any]:
     method = METHODS[name]
-    settings = {
+    return {
         **setup.numeric_identity(),
         "method": name,
         "layers": list(setup.layers),
@@ -46,12 +69,12 @@ def method_stage(setup: Setup, stages: Mapping[str, Stage], name: str, seed: int
         "seed": seed if method.seeded else None,
         **method.configure(setup.config),
     }
-    inputs = {key: stages[key].fingerprint for key in ("extract", "embed", "neighbors")}
+
+
+def _first(name: str, seed: int, setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The first seed's stage, whose choice the learning rate of a further one is."""
     first = setup.config.seed
-    if method.trains and seed != first:
-        # Its learning rate is the first seed's choice.
-        inputs["first"] = method_stage(setup, stages, name, first).fingerprint
-    return setup.store.stage(STAGE, settings, inputs, VERSION)
+    return {"first": method_stage(setup, stages, name, first)} if METHODS[name].trains and seed != first else {}
 
 
 def seeds_of(setup: Setup, name: str, count: int) -> list[int]:
@@ -100,7 +123,7 @@ class MethodsWork:
         for seed in seeds_of(self.setup, name, self.seeds):
             stage = method_stage(self.setup, self.stages, name, seed)
             try:
-                run_method(bench, METHODS[name], seed, stage)
+                run_method(bench, name, seed)
             # Whatever one method's fault is, the others' rows are kept; it is named, and the command ends with 1.
             except Exception as error:  # noqa: BLE001 - the border between methods
                 bench.drop_models()
@@ -125,36 +148,39 @@ def read_failure(stage: Stage) -> dict[str, str] | None:
     return found
 
 
-def run_method(bench: Bench, method: Method, seed: int, stage: Stage) -> None:
+def run_method(bench: Bench, name: str, seed: int) -> Stage:
     """Fit one method with one seed and let it answer the test questions. Raises RomaError."""
-    if stage.reusable:
-        stage.verify()
-        return
-    with stage.exclusive():
-        started = time.monotonic()
-        (stage.path / FAILURE).unlink(missing_ok=True)
-        given = bench if method.sees_labels else bench.blinded()
-        prepared, preparing = _prepared(stage, method, given, seed)
-        if method.trains:
-            fitted, chosen = _choose(bench, given, stage, method, prepared, seed)
-        else:
-            fitted, chosen = method.fit(given, prepared, 0.0, seed), {"fit_seconds": 0.0}
-        # Loaded before the clock starts: reading a model from disk is no part of a question's time.
-        _ = bench.whole if method.runs_whole_model else bench.head
-        clock = time.monotonic()
-        answers = method.predict(given, fitted, bench.rows["test"], seed)
-        predicting = time.monotonic() - clock
-        write_answers(stage.path / ANSWERS, answers, bench.data.prompts, bench.data.rule)
-        facts = {
-            "method": method.name,
-            "seed": seed,
-            "questions": len(answers.rows),
-            "trained_parameters": fitted.trained_parameters,
-            **chosen,
-            "train_seconds": preparing + chosen["fit_seconds"],
-            **_costs(bench, given, method, fitted, seed, predicting / len(answers.rows)),
-        }
-        stage.finish(facts=facts, seconds=time.monotonic() - started)
+    step = method_step(name, seed, bench)
+    return complete(step, step.job(bench.setup, bench.stages), LOCAL, Silence())
+
+
+def _answer(
+    method: Method, seed: int, bench: Bench | None, job: Job, runners: Runners, progress: Progress
+) -> dict[str, Any]:
+    assert bench is not None
+    stage = job.stage
+    (stage.path / FAILURE).unlink(missing_ok=True)
+    given = bench if method.sees_labels else bench.blinded()
+    prepared, preparing = _prepared(stage, method, given, seed)
+    if method.trains:
+        fitted, chosen = _choose(bench, given, job, method, prepared, seed)
+    else:
+        fitted, chosen = method.fit(given, prepared, 0.0, seed), {"fit_seconds": 0.0}
+    # Loaded before the clock starts: reading a model from disk is no part of a question's time.
+    _ = bench.whole if method.runs_whole_model else bench.head
+    clock = time.monotonic()
+    answers = method.predict(given, fitted, bench.rows["test"], seed)
+    predicting = time.monotonic() - clock
+    write_answers(stage.path / ANSWERS, answers, bench.data.prompts, bench.data.rule)
+    return {
+        "method": method.name,
+        "seed": seed,
+        "questions": len(answers.rows),
+        "trained_parameters": fitted.trained_parameters,
+        **chosen,
+        "train_seconds": preparing + chosen["fit_seconds"],
+        **_costs(bench, given, method, fitted, seed, predicting / len(answers.rows)),
+    }
 
 
 def _prepared(stage: Stage, method: Method, bench: Bench, seed: int) -> tuple[dict[str, Tensor], float]:
@@ -171,16 +197,15 @@ def _prepared(stage: Stage, method: Method, bench: Bench, seed: int) -> tuple[di
 
 
 def _choose(
-    bench: Bench, given: Bench, stage: Stage, method: Method, prepared: dict[str, Tensor], seed: int
+    bench: Bench, given: Bench, job: Job, method: Method, prepared: dict[str, Tensor], seed: int
 ) -> tuple[Fitted, dict[str, Any]]:
     """Fit with every rate of the grid (or the one that the first seed chose) and keep the best on validation."""
     grid = sorted(bench.config.learning_rates)
-    if "first" in stage.identity["inputs"]:
-        first = Stage(stage.path.parent / stage.identity["inputs"]["first"], STAGE, {})
-        grid = [float(first.manifest()["facts"]["learning_rate"])]
+    if "first" in job.stages:
+        grid = [float(job.stages["first"].manifest()["facts"]["learning_rate"])]
     trials = []
     for rate in grid:
-        path = stage.path / "trials" / f"{rate:g}.safetensors"
+        path = job.stage.path / "trials" / f"{rate:g}.safetensors"
         if not path.exists():
             clock = time.monotonic()
             fitted = method.fit(given, prepared, rate, seed)
@@ -248,7 +273,7 @@ def run_methods(
 ) -> dict[str, list[Stage]]:
     """Run the methods that are not complete with `execute`; each method's stages, one a seed, complete or failed."""
     planned = {name: [method_stage(setup, stages, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}
-    inputs = {name: stages[name] for name in ("questions", "extract", "embed", "neighbors")}
+    inputs = {step.name: stages[step.name] for step in order(NEIGHBORS)}
     work = MethodsWork(setup, inputs, tuple(methods), seeds)
     pending = [n for n, name in enumerate(methods) if not all(stage.complete for stage in planned[name])]
     for name in methods:

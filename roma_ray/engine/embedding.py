@@ -19,11 +19,13 @@ from roma_ray.config import ModelConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
-from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.prepare import QUESTIONS, TABLE
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup, model_identity, resolve_path
+from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tables import read_table, rows_of, write_table
-from roma_ray.engine.work import Executor, Report
+from roma_ray.engine.work import Job, Report
 from roma_ray.errors import ArtifactError, EmbeddingError
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.questions.prompts import embedding_text
@@ -38,8 +40,8 @@ _SCHEMA = pa.schema([("row", pa.int64()), ("embedding", pa.list_(pa.float32()))]
 _ENCODER_BATCHES = 8
 
 
-def embed_stage(setup: Setup, questions: Stage) -> Stage:
-    """Where the embeddings of these questions live."""
+def embed_settings(setup: Setup) -> dict[str, Any]:
+    """What decides the embeddings of some questions."""
     embedding = setup.config.embedding
     settings: dict[str, Any] = {
         "model": "all-MiniLM-L6-v2" if embedding.model == "minilm" else _identity(embedding.model),
@@ -49,7 +51,7 @@ def embed_stage(setup: Setup, questions: Stage) -> Stage:
     }
     if setup.model.device == "cpu":
         settings["threads"] = setup.model.threads
-    return setup.store.stage("embed", settings, {"questions": questions.fingerprint}, VERSION)
+    return settings
 
 
 def _identity(model: str) -> str:
@@ -79,38 +81,21 @@ def _check_modules(folder: Path) -> None:
         )
 
 
-def embed(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
+def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Embed every question once. Raises EmbeddingError, StorageError."""
-    stage = embed_stage(setup, questions)
-    if stage.reusable:
-        return stage
-    started = time.monotonic()
-    with stage.exclusive():
-        embedding = setup.config.embedding
-        texts = embedding_texts(questions, embedding.context)
-        order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
-        plan = chunks(order, embedding.batch_size * _ENCODER_BATCHES)
-        write_json(stage.path / PLAN, plan)
-        done = [n for n in range(len(plan)) if _part(stage.path, n).exists()]
-        pending = sorted(set(range(len(plan))) - set(done))
-        work = EmbedWork(
-            folder=str(stage.path),
-            questions=str(questions.path),
-            # Absolute: workers start in other directories.
-            model=embedding.model if embedding.model == "minilm" else resolve_path(embedding.model),
-            context=embedding.context,
-            batch_size=embedding.batch_size,
-            device=setup.model.device,
-            threads=setup.model.threads,
-        )
-        # Not by questions: the longest run first.
-        sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
-        with progress.meter("embed", sum(sizes), "characters", sum(sizes[n] for n in done)) as meter:
-            for report in execute(work, pending):
-                meter.advance(sizes[report.batch], seconds=report.seconds)
-        width = _gather(stage, len(plan), len(texts))
-        stage.finish(facts={"rows": len(texts), "width": width}, seconds=time.monotonic() - started)
-    return stage
+    stage, embedding = job.stage, job.setup.config.embedding
+    texts = embedding_texts(job.stages["questions"], embedding.context)
+    order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
+    plan = chunks(order, embedding.batch_size * _ENCODER_BATCHES)
+    write_json(stage.path / PLAN, plan)
+    done = [n for n in range(len(plan)) if _part(stage.path, n).exists()]
+    pending = sorted(set(range(len(plan))) - set(done))
+    # Not by questions: the longest run first.
+    sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
+    with progress.meter("embed", sum(sizes), "characters", sum(sizes[n] for n in done)) as meter:
+        for report in runners.embed(EmbedWork(job.setup, job.stages, stage), pending):
+            meter.advance(sizes[report.batch], seconds=report.seconds)
+    return {"rows": len(texts), "width": _gather(stage, len(plan), len(texts))}
 
 
 def embedding_texts(questions: Stage, context: bool) -> list[str]:
@@ -123,31 +108,28 @@ def embedding_texts(questions: Stage, context: bool) -> list[str]:
 
 
 @dataclass(frozen=True)
-class EmbedWork:
-    """What a worker needs to embed planned batches."""
+class EmbedWork(Job):
+    """The embedding as planned batches."""
 
-    folder: str
-    questions: str
-    model: str
-    context: bool
-    batch_size: int
-    device: str
-    threads: int
-    name: str = "embed"
+    @property
+    def model(self) -> str:
+        """What a worker loads: a name, or a folder, absolute for workers start in other directories."""
+        chosen = self.setup.config.embedding.model
+        return chosen if chosen == "minilm" else resolve_path(chosen)
 
     def open(self) -> Callable[[int], Report]:
         """Load the sentence-embedding model; returns the function that embeds one planned batch."""
-        set_threads(self.threads)
-        note_device(self.folder, device_kind(self.device))
-        encoder = load_encoder(self.model, self.device)
-        questions = Stage(Path(self.questions), "questions", {})
-        texts = embedding_texts(questions, self.context)
-        plan: list[list[int]] = json.loads((Path(self.folder) / PLAN).read_text())
+        settings, spec = self.setup.config.embedding, self.setup.model
+        set_threads(spec.threads)
+        note_device(self.folder, device_kind(spec.device))
+        encoder = load_encoder(self.model, spec.device)
+        texts = embedding_texts(self.stages["questions"], settings.context)
+        plan: list[list[int]] = json.loads((self.stage.path / PLAN).read_text())
 
         def do(batch: int) -> Report:
             started = time.monotonic()
             rows = plan[batch]
-            vectors = encode(encoder, [texts[row] for row in rows], self.batch_size)
+            vectors = encode(encoder, [texts[row] for row in rows], settings.batch_size)
             write_table(_part(self.folder, batch), {"row": rows, "embedding": list(vectors)}, _SCHEMA)
             return Report(batch, len(rows), 0, 0, time.monotonic() - started)
 
@@ -220,3 +202,6 @@ def read_embeddings(stage: Stage) -> torch.Tensor:
         raise ArtifactError(
             f"{stage.path / VECTORS} cannot be read ({error}); remove {stage.path} and run again"
         ) from None
+
+
+EMBED = Step("embed", VERSION, (QUESTIONS,), embed_settings, embed)

@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,16 +23,18 @@ import pyarrow.parquet as pq
 from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable, write_atomically, write_json
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.checks import worst_of
-from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, read_plan
+from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
 from roma_ray.engine.failed import failed_rows, refuse, too_many
 from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.identity import answer_rule
-from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.prepare import QUESTIONS, TABLE
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.streaming import STREAM, make_chain, stream
 from roma_ray.engine.tables import WRITING, matrix, read_prompts, read_table, table_facts
-from roma_ray.engine.work import Executor
+from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ModelError, StorageError
 from roma_ray.questions.prompts import Prompt
 
@@ -43,18 +44,17 @@ ROWS = "rows.parquet"
 _ROWS_AT_ONCE = 16_384
 
 
-def extract_stage(setup: Setup, questions: Stage) -> Stage:
-    """Where the extraction of these questions with this model and these cuts lives."""
+def extract_settings(setup: Setup) -> dict[str, Any]:
+    """What decides the extraction of some questions: the model, and what is kept."""
     extraction = setup.config.extraction
-    settings = {
+    return {
         **setup.numeric_identity(),
         "cuts": list(setup.cuts) if extraction.cache else [],
         "tokens": list(setup.token_rules),
         "batch_tokens": extraction.batch_tokens,
-        "activation_dtype": activation_dtype(setup) if extraction.cache else None,
+        "activation_dtype": cache_dtype(setup) if extraction.cache else None,
         "rule": answer_rule(setup.config.questions.prompt),
     }
-    return setup.store.stage("extract", settings, {"questions": questions.fingerprint}, VERSION)
 
 
 def known_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ...]]]:
@@ -76,12 +76,6 @@ def known_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ..
     return list(dict.fromkeys([*((cuts, rules) for _, cuts, rules in sorted(found)), *sorted(told)]))
 
 
-def activation_dtype(setup: Setup) -> str:
-    """Type of the cached activations; `auto` is the model's own."""
-    chosen = setup.config.extraction.activation_dtype
-    return setup.model.dtype if chosen == "auto" else chosen
-
-
 def bring_back(stage: Stage) -> None:
     """Make an extraction unfinished whose activations were removed: who needs them makes them again, to the same bits."""
     if stage.reusable and stage.released:
@@ -89,76 +83,61 @@ def bring_back(stage: Stage) -> None:
             stage.discard()
 
 
-def extract(setup: Setup, questions: Stage, execute: Executor, progress: Progress) -> Stage:
-    """Run the batches that are not done yet with `execute`, then gather their rows.
+def check_failures(job: Job, runners: Runners) -> None:
+    """Raise ModelError where more questions failed in a complete extraction than `extraction.max_failed` tolerates now."""
+    facts = job.stage.manifest()["facts"]
+    if too_many(job.setup, facts["errors"], facts["rows"]):
+        raise refuse(job, runners.extract)
+
+
+def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Run the batches that are not done yet, then gather their rows.
 
     Raises ModelError, also where more questions fail than `extraction.max_failed` tolerates, and StorageError.
     """
-    stage = extract_stage(setup, questions)
-    if stage.reusable:
-        facts = stage.manifest()["facts"]
-        if too_many(setup, facts["errors"], facts["rows"]):
-            raise refuse(setup, questions, stage, execute)
-        return stage
-    started = time.monotonic()
-    with stage.exclusive():
-        prompts = read_prompts(questions.path / TABLE)
-        prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
-        done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
-        pending = sorted(set(range(len(plan))) - set(done))
-        # Not by questions: the longest run first, and an estimate by them would be ten times too long.
-        tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
-        if setup.config.extraction.cache or setup.config.extraction.memory_gb:
-            _check_room(setup, stage, sum(tokens[n] for n in pending), progress)
-        if pending and (note := setup.model.storage_note()):
-            progress.say(note)
-        work = extract_work(setup, questions, stage)
-        limit = setup.config.extraction.memory_gb
-        chain = make_chain(work, limit) if limit is not None else ()
-        finished: float = sum(tokens[n] for n in done)
-        finished += sum(tokens[n] * sum(link.share for link in chain if link.done(n)) for n in pending)
-        ids = [p.id for p in prompts]
-        # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
-        del prompts
-        failed = len(failed_rows(stage, done))
-        with progress.meter("extract", sum(tokens), "tokens", finished) as meter:
-            if too_many(setup, failed, len(ids)):
-                pending = []
-            if limit is None:
-                for report in execute(work, pending):
-                    meter.advance(tokens[report.batch], seconds=report.seconds)
-                    failed += report.errors
-                    if too_many(setup, failed, len(ids)):
-                        break  # no question that is left can change that
-            elif not too_many(setup, failed, len(ids)):
-                progress.say(f"extraction streams {len(chain)} slices of at most {limit:g} GB of weights")
-                stream(chain, pending, execute, lambda batch, share: meter.advance(tokens[batch] * share))
-                failed = len(failed_rows(stage, range(len(plan))))
+    setup, stage, execute = job.setup, job.stage, runners.extract
+    prompts = read_prompts(job.stages["questions"].path / TABLE)
+    prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
+    done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
+    pending = sorted(set(range(len(plan))) - set(done))
+    # Not by questions: the longest run first, and an estimate by them would be ten times too long.
+    tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
+    if setup.config.extraction.cache or setup.config.extraction.memory_gb:
+        _check_room(setup, stage, sum(tokens[n] for n in pending), progress)
+    if pending and (note := setup.model.storage_note()):
+        progress.say(note)
+    work = ExtractWork(setup, job.stages, stage)
+    limit = setup.config.extraction.memory_gb
+    chain = make_chain(work, limit) if limit is not None else ()
+    finished: float = sum(tokens[n] for n in done)
+    finished += sum(tokens[n] * sum(link.share for link in chain if link.done(n)) for n in pending)
+    ids = [p.id for p in prompts]
+    # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
+    del prompts
+    failed = len(failed_rows(stage, done))
+    with progress.meter("extract", sum(tokens), "tokens", finished) as meter:
         if too_many(setup, failed, len(ids)):
-            raise refuse(setup, questions, stage, execute)
-        # Also what a streamed attempt left that was gone on with unstreamed.
-        shutil.rmtree(stage.path / STREAM, ignore_errors=True)
-        facts = {**gather(stage, len(plan), ids, prefix), "self_check": worst_of(setup.model.checks)}
-        stage.finish(facts=facts, seconds=time.monotonic() - started)
+            pending = []
+        if limit is None:
+            for report in execute(work, pending):
+                meter.advance(tokens[report.batch], seconds=report.seconds)
+                failed += report.errors
+                if too_many(setup, failed, len(ids)):
+                    break  # no question that is left can change that
+        elif not too_many(setup, failed, len(ids)):
+            progress.say(f"extraction streams {len(chain)} slices of at most {limit:g} GB of weights")
+            stream(chain, pending, execute, lambda batch, share: meter.advance(tokens[batch] * share))
+            failed = len(failed_rows(stage, range(len(plan))))
+    if too_many(setup, failed, len(ids)):
+        raise refuse(job, execute)
+    # Also what a streamed attempt left that was gone on with unstreamed.
+    shutil.rmtree(stage.path / STREAM, ignore_errors=True)
+    facts = {**gather(stage, len(plan), ids, prefix), "self_check": worst_of(setup.model.checks)}
     if facts["errors"]:
         progress.say(
             f"{facts['errors']} question(s) failed in extraction and are left out; see `error` in {stage.path / ROWS}"
         )
-    return stage
-
-
-def extract_work(setup: Setup, questions: Stage, stage: Stage) -> ExtractWork:
-    """What a worker needs to extract the stage's planned batches."""
-    caching = setup.config.extraction.cache
-    return ExtractWork(
-        folder=str(stage.path),
-        questions=str(questions.path / TABLE),
-        model=setup.model,
-        cuts=setup.cuts if caching else (),
-        tokens=setup.token_rules,
-        rule=answer_rule(setup.config.questions.prompt),
-        activation_dtype=activation_dtype(setup),
-    )
+    return facts
 
 
 def _plan(stage: Stage, prompts: Sequence[Prompt], batch_tokens: int) -> tuple[int, list[list[int]]]:
@@ -175,7 +154,7 @@ def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress) -> 
     """Tell the cache's size, of so many tokens, before it is written. Raises StorageError when the storage has no room for it."""
     import torch
 
-    dtype = activation_dtype(setup)
+    dtype = cache_dtype(setup)
     caching, streaming = setup.config.extraction.cache, setup.config.extraction.memory_gb is not None
     size = tokens * setup.hidden_size * getattr(torch, dtype).itemsize * len(setup.cuts) * caching
     # Two generations of states lie between a slice and the next.
@@ -281,3 +260,6 @@ class ScatteredRows:
     def close(self) -> None:
         """Remove the file."""
         self.file.close()
+
+
+EXTRACT = Step("extract", VERSION, (QUESTIONS,), extract_settings, extract, accept=check_failures)

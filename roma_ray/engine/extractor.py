@@ -21,9 +21,12 @@ from torch import Tensor
 from roma_ray.artifacts import note_device
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
+from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.model_spec import ModelSpec
+from roma_ray.engine.prepare import TABLE
+from roma_ray.engine.setup import Setup
 from roma_ray.engine.tables import read_prompts, write_table
-from roma_ray.engine.work import Report
+from roma_ray.engine.work import Job, Report
 from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
@@ -45,19 +48,35 @@ def batch_activations(folder: str | Path, batch: int, cut: int) -> Path:
     return Path(folder) / "batches" / f"{batch:06d}.{cut}.safetensors"
 
 
-@dataclass(frozen=True)
-class ExtractWork:
-    """What a worker needs to extract planned batches."""
+def cache_dtype(setup: Setup) -> str:
+    """Type of the cached activations; `auto` is the model's own."""
+    chosen = setup.config.extraction.activation_dtype
+    return setup.model.dtype if chosen == "auto" else chosen
 
-    folder: str
-    questions: str
-    model: ModelSpec
-    cuts: tuple[int, ...]
-    """Layers after whose attention the states are kept; empty without a cache."""
-    tokens: tuple[str, ...]
-    rule: str
-    activation_dtype: str
-    name: str = "extract"
+
+@dataclass(frozen=True)
+class ExtractWork(Job):
+    """The extraction as planned batches."""
+
+    @property
+    def questions(self) -> Path:
+        """The table of encoded questions."""
+        return self.stages["questions"].path / TABLE
+
+    @property
+    def model(self) -> ModelSpec:
+        """What a worker loads."""
+        return self.setup.model
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """Layers after whose attention the states are kept; empty without a cache."""
+        return self.setup.cuts if self.setup.config.extraction.cache else ()
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """Token rules whose routing is kept."""
+        return self.setup.token_rules
 
     def open(self) -> Callable[[int], Report]:
         """Load the model; returns the function that extracts one planned batch."""
@@ -143,6 +162,7 @@ class Batches:
         self.work = work
         self.prefix, self.batches = read_plan(Path(work.folder) / PLAN)
         self.prompts = read_prompts(work.questions)
+        self.rule = answer_rule(work.setup.config.questions.prompt)
 
     def reading(self, rows: Sequence[int]) -> Reading:
         """The layout of some rows and what is read of it."""
@@ -160,7 +180,7 @@ class Batches:
     def write_activations(self, batch: int, after_attention: dict[int, Tensor]) -> None:
         """Write the states at each cut."""
         for cut, states_TD in after_attention.items():
-            whole = states_TD.to(getattr(torch, self.work.activation_dtype)).cpu().contiguous()
+            whole = states_TD.to(getattr(torch, cache_dtype(self.work.setup))).cpu().contiguous()
             write_tensors(batch_activations(self.work.folder, batch, cut), {"hidden": whole})
 
     def write_rows(self, batch: int, result: Extracted, errors: dict[int, str]) -> int:
@@ -175,7 +195,7 @@ class Batches:
         for row in self.batches[batch]:
             prompt, at = self.prompts[row], None if row in errors else place[row]
             found = None if at is None else result.scores[at]
-            answer = None if found is None else predict(found, prompt, self.work.rule)
+            answer = None if found is None else predict(found, prompt, self.rule)
             columns["row"].append(row)
             columns["id"].append(prompt.id)
             columns["batch"].append(batch)

@@ -17,12 +17,11 @@ import torch
 from roma_ray.artifacts import Stage, write_json
 from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
 from roma_ray.engine.forward import lay_out
-from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.tables import read_prompts, read_table
-from roma_ray.engine.work import Executor, Report
+from roma_ray.engine.work import Executor, Job, Report
 from roma_ray.errors import ModelError, RomaError
 from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.packing import Packing
@@ -47,8 +46,9 @@ def too_many(setup: Setup, failed: int, questions: int) -> bool:
     return failed > setup.config.extraction.max_failed * questions
 
 
-def refuse(setup: Setup, questions: Stage, stage: Stage, execute: Executor) -> ModelError:
+def refuse(job: Job, execute: Executor) -> ModelError:
     """The error for an extraction in which too many questions failed: how many, why, and where it begins."""
+    setup, stage = job.setup, job.stage
     plan = read_plan(stage.path / PLAN)[1]
     done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
     failed = failed_rows(stage, done)
@@ -58,7 +58,7 @@ def refuse(setup: Setup, questions: Stage, stage: Stage, execute: Executor) -> M
     more = f"; and {len(reasons) - _SHOWN} other reasons" if len(reasons) > _SHOWN else ""
     # The same question on every run, whatever order the batches ran in.
     first = min((row for row, reason in failed.items() if reason == NOT_FINITE), default=None)
-    origin = "" if first is None else f" {_origin(setup, questions, stage, first, execute)}."
+    origin = "" if first is None else f" {_origin(job, first, execute)}."
     so_far = f" so far (of {total:,} in all)" if seen < total else ""
     return ModelError(
         f"{len(failed):,} of {seen:,} questions failed in extraction{so_far}, more than the "
@@ -67,9 +67,10 @@ def refuse(setup: Setup, questions: Stage, stage: Stage, execute: Executor) -> M
     )
 
 
-def _origin(setup: Setup, questions: Stage, stage: Stage, row: int, execute: Executor) -> str:
+def _origin(job: Job, row: int, execute: Executor) -> str:
     """Where one question's values first stop being finite, in a sentence without its stop."""
-    work = OriginWork(str(stage.path), str(questions.path / TABLE), setup.model, row)
+    stage = job.stage
+    work = OriginWork(job.setup, job.stages, stage, row)
     (stage.path / ORIGIN).unlink(missing_ok=True)
     try:
         for _ in execute(work, [0]):
@@ -82,14 +83,10 @@ def _origin(setup: Setup, questions: Stage, stage: Stage, row: int, execute: Exe
 
 
 @dataclass(frozen=True)
-class OriginWork:
+class OriginWork(Job):
     """One question alone through the model, a layer at a time: no more than one layer's weights are held."""
 
-    folder: str
-    questions: str
-    model: ModelSpec
     row: int
-    name: str = "extract"
 
     def open(self) -> Callable[[int], Report]:
         """Nothing is held; returns the function that writes what it finds into the stage's folder."""
@@ -98,9 +95,9 @@ class OriginWork:
     @torch.inference_mode()
     def _find(self, batch: int) -> Report:
         started = time.monotonic()
-        packing = lay_out(read_prompts(self.questions, [self.row])).packing
+        packing = lay_out(read_prompts(self.stages["questions"].path / TABLE, [self.row])).packing
         # With a limit that holds nothing every layer is a slice of its own.
-        chain = plan_chain(self.model, 0.0, least=True)
+        chain = plan_chain(self.setup.model, 0.0, least=True)
         states, origin = None, None
         for start, stop in chain:
             states, origin = self._layer(start, None if stop == chain[-1][1] else stop, packing, states)
@@ -112,7 +109,7 @@ class OriginWork:
     def _layer(
         self, start: int, stop: int | None, packing: Packing, states_TD: torch.Tensor | None
     ) -> tuple[torch.Tensor, str | None]:
-        part = self.model.load(start, stop, with_lm_head=stop is None)
+        part = self.setup.model.load(start, stop, with_lm_head=stop is None)
         with watching(part.model, start) as seen:
             states_TD = run_packed(part, packing, states_TD).states
         return states_TD, seen.origin

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import pyarrow as pa
 import torch
@@ -17,17 +17,20 @@ from roma_ray.artifacts import Stage, note_device, write_json, write_text
 from roma_ray.config import FinetuneConfig
 from roma_ray.engine.cache import States, open_states
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.extraction import ROWS
+from roma_ray.engine.extraction import EXTRACT, ROWS
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
+from roma_ray.engine.neighborhoods import NEIGHBORS, read_neighborhoods, usable_rows
 from roma_ray.engine.objective import TrainingData, is_idle
 from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners, Trainer
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.training import ALONE, Outcome, World, finetune
 from roma_ray.engine.verification import verify_sample
+from roma_ray.engine.work import Job
 from roma_ray.errors import QuestionError, StorageError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.reach import is_unreached
@@ -51,44 +54,38 @@ _STEPS = pa.schema(
 
 
 @dataclass(frozen=True)
-class TrainJob:
-    """A picklable description of one finetuning run; every worker opens the same one."""
+class TrainJob(Job):
+    """One finetuning run; every worker opens the same one."""
 
-    folder: str
-    questions: str
-    extraction: str
-    neighbors: str
-    model: ModelSpec
-    cut: int
-    layers: tuple[int, ...]
-    columns: tuple[int, ...]
-    tokens: str
-    rule: str
-    cloze: bool
-    batch_tokens: int
-    seed: int
-    finetune: FinetuneConfig
-    cached: bool = True
-    """Whether the extraction kept the activations."""
+    @property
+    def model(self) -> ModelSpec:
+        """What a worker loads the head of."""
+        return self.setup.model
+
+    @property
+    def settings(self) -> FinetuneConfig:
+        """How it trains."""
+        return self.setup.config.finetune
 
     def load_head(self) -> Slice:
         """The layers from the cut up, with `lm_head`."""
-        return self.model.load(self.cut, None, with_lm_head=True)
+        return self.model.load(self.setup.cut, None, with_lm_head=True)
 
     def open_states(self) -> States:
         """The head's input: the cache, or without one the frozen layers. Raises CacheError, ModelError."""
-        return open_states(self.model, self.extraction, self.cut)
+        return open_states(self.model, self.stages["extract"].path, self.setup.cut)
 
     def open_data(self) -> TrainingData:
         """Open cache, prompts and neighborhoods. Raises ArtifactError, CacheError."""
-        prompts = read_prompts(self.questions)
-        neighborhoods = read_neighborhoods(Stage(Path(self.neighbors), "neighbors", {}), len(prompts))
-        usable = usable_rows(Stage(Path(self.extraction), "extract", {})).tolist()
+        config, extraction = self.setup.config, self.stages["extract"]
+        prompts = read_prompts(self.stages["questions"].path / TABLE)
+        neighborhoods = read_neighborhoods(self.stages["neighbors"], len(prompts))
+        usable = usable_rows(extraction).tolist()
         validation = [n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]]
         if not validation:
             raise QuestionError(
                 "no validation question came through extraction, so no epoch can be judged; see `error` in "
-                f"{Path(self.extraction) / ROWS}, and give more rows or a larger questions.validation_fraction"
+                f"{extraction.path / ROWS}, and give more rows or a larger questions.validation_fraction"
             )
         return TrainingData(
             prompts=prompts,
@@ -96,11 +93,11 @@ class TrainJob:
             train=neighborhoods.queried.nonzero()[:, 0].tolist(),
             validation=validation,
             neighborhoods=neighborhoods,
-            routing_NLE=read_routing_rows(self.extraction, self.tokens)[:, list(self.columns)],
-            tokens=self.tokens,
-            rule=self.rule,
-            cloze=self.cloze,
-            batch_tokens=self.batch_tokens,
+            routing_NLE=read_routing_rows(extraction.path, config.routing.tokens)[:, self.setup.layer_columns],
+            tokens=config.routing.tokens,
+            rule=answer_rule(config.questions.prompt),
+            cloze=is_cloze(config),
+            batch_tokens=config.extraction.batch_tokens,
         )
 
     def run(
@@ -114,17 +111,18 @@ class TrainJob:
 
         `head` is `load_head()` of this or another run of the same model and cut; it is left as it was.
         """
-        if world.rank == 0 and self.cached:
-            verify_sample(self.model, self.extraction, self.questions, self.cut)
+        setup, stages = self.setup, self.stages
+        if world.rank == 0 and setup.config.extraction.cache:
+            verify_sample(setup.model, stages["extract"].path, stages["questions"].path / TABLE, setup.cut)
         head = self.load_head() if head is None else head
         outcome = finetune(
             head,
             self.open_data(),
-            self.finetune,
-            layers=self.layers,
-            seed=self.seed,
+            self.settings,
+            layers=setup.layers,
+            seed=setup.config.seed,
             world=world,
-            checkpoint=Path(self.folder) / CHECKPOINT,
+            checkpoint=self.stage.path / CHECKPOINT,
             report=report,
             advance=advance,
         )
@@ -134,14 +132,14 @@ class TrainJob:
 
     def _export(self, head: Slice, outcome: Outcome) -> None:
         """Write the adapter, the curves and the outcome's facts; the last of them marks that training is done."""
-        folder = Path(self.folder)
+        folder = self.stage.path
         save_adapter(
             folder / ADAPTER,
             head,
             outcome.gates,
             base=self.model.path,
             revision=self.model.revision,
-            fingerprint=folder.name,
+            fingerprint=self.stage.fingerprint,
         )
         names = _STEPS.names[1:]
         columns = {name: outcome.step_table[:, n].tolist() for n, name in enumerate(names)}
@@ -152,95 +150,48 @@ class TrainJob:
         write_json(folder / OUTCOME, facts)
 
 
-class Trainer(Protocol):
-    """Runs a job's workers somewhere, passing on each epoch's record and each step's progress."""
-
-    def __call__(
-        self, job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]
-    ) -> None: ...
-
-
 def train_here(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
     """Train in this process, alone."""
     note_device(job.folder, device_kind(job.model.device))
     job.run(ALONE, report, advance)
 
 
-def finetune_stage(setup: Setup, extraction: Stage, neighbors: Stage) -> Stage:
-    """Where the tuned routers of these settings live."""
+def finetune_identity(setup: Setup) -> dict[str, Any]:
+    """What decides the tuned routers, beside what they are trained on."""
     config = setup.config
-    settings = {
+    return {
         **setup.numeric_identity(),
         "layers": list(setup.layers),
         "tokens": config.routing.tokens,
         "seed": config.seed,
         **finetune_settings(config.finetune, cloze=is_cloze(config)),
     }
-    return setup.store.stage(
-        "finetune", settings, {"extract": extraction.fingerprint, "neighbors": neighbors.fingerprint}, VERSION
-    )
 
 
-def train_job(setup: Setup, stage: Stage, questions: Stage, extraction: Stage, neighbors: Stage) -> TrainJob:
-    """The job that fills the finetune stage."""
-    config = setup.config
-    return TrainJob(
-        folder=str(stage.path),
-        questions=str(questions.path / TABLE),
-        extraction=str(extraction.path),
-        neighbors=str(neighbors.path),
-        model=setup.model,
-        cut=setup.cut,
-        layers=setup.layers,
-        columns=tuple(setup.layer_columns),
-        tokens=config.routing.tokens,
-        rule=answer_rule(config.questions.prompt),
-        cloze=is_cloze(config),
-        batch_tokens=config.extraction.batch_tokens,
-        seed=config.seed,
-        finetune=config.finetune,
-        cached=config.extraction.cache,
-    )
-
-
-def tune(
-    setup: Setup,
-    questions: Stage,
-    extraction: Stage,
-    neighbors: Stage,
-    train: Trainer,
-    progress: Progress,
-    on_epoch: Callable[[Stage], None] = lambda stage: None,
-) -> Stage:
-    """Finetune the routers with `train` and export them; `on_epoch` hears of each epoch once its record is on disk.
+def tune(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Finetune the routers and export them; the runners' `on_epoch` hears of each epoch once its record is on disk.
 
     Raises TrainingError, CacheError, StorageError.
     """
-    stage = finetune_stage(setup, extraction, neighbors)
-    if stage.reusable:
-        return stage
-    started = time.monotonic()
-    with stage.exclusive():
-        job = train_job(setup, stage, questions, extraction, neighbors)
-        rows = neighbors.manifest()["facts"]["training"]
-        total = rows * setup.config.finetune.epochs
+    setup, stage = job.setup, job.stage
+    total = job.stages["neighbors"].manifest()["facts"]["training"] * setup.config.finetune.epochs
 
-        def tell(epoch: dict[str, Any]) -> None:
-            progress.say(describe_epoch(epoch))
-            _append(stage.path / LIVE, {**epoch, "time": round(time.time(), 3)})
-            on_epoch(stage)
+    def tell(epoch: dict[str, Any]) -> None:
+        progress.say(describe_epoch(epoch))
+        _append(stage.path / LIVE, {**epoch, "time": round(time.time(), 3)})
+        runners.on_epoch(stage)
 
-        if not (stage.path / OUTCOME).exists():
-            with progress.meter("finetune", total, "questions") as meter:
-                train(job, tell, meter.advance)
-        facts = json.loads((stage.path / OUTCOME).read_text())
-        # Where a sweep finds this run again, though the extraction may have been removed to free its space.
-        facts["extraction"] = {"cuts": list(setup.cuts), "tokens": list(setup.token_rules)}
-        facts["trained_parameters"] = sum(_shapes(stage.path / ADAPTER))
-        (stage.path / CHECKPOINT).unlink(missing_ok=True)
-        stage.finish(facts=facts, seconds=time.monotonic() - started)
+    if not (stage.path / OUTCOME).exists():
+        with progress.meter("finetune", total, "questions") as meter:
+            train: Trainer = runners.finetune or train_here
+            train(TrainJob(setup, job.stages, stage), tell, meter.advance)
+    facts: Facts = json.loads((stage.path / OUTCOME).read_text())
+    # Where a sweep finds this run again, though the extraction may have been removed to free its space.
+    facts["extraction"] = {"cuts": list(setup.cuts), "tokens": list(setup.token_rules)}
+    facts["trained_parameters"] = sum(_shapes(stage.path / ADAPTER))
+    (stage.path / CHECKPOINT).unlink(missing_ok=True)
     _tell_ratio(facts["probe"], setup.config.finetune, progress)
-    return stage
+    return facts
 
 
 def describe_epoch(epoch: dict[str, Any]) -> str:
@@ -322,3 +273,14 @@ def live_epochs(stage: Stage) -> list[dict[str, Any]]:
             with contextlib.suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
     return records
+
+
+FINETUNE = Step(
+    "finetune",
+    VERSION,
+    (EXTRACT, NEIGHBORS),
+    finetune_identity,
+    tune,
+    reads_states=True,
+    shown=((ADAPTER, "adapter"), (EPOCHS, None), (STEPS, None)),
+)

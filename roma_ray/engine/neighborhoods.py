@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -11,15 +10,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from roma_ray.artifacts import Stage, note_device
-from roma_ray.engine.devices import device_kind
-from roma_ray.engine.embedding import embedding_texts, read_embeddings
-from roma_ray.engine.extraction import ROWS
+from roma_ray.artifacts import Stage
+from roma_ray.engine.embedding import EMBED, embedding_texts, read_embeddings
+from roma_ray.engine.extraction import EXTRACT, ROWS
 from roma_ray.engine.identity import data_seed, neighbors_settings
 from roma_ray.engine.prepare import TABLE, training_rows
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tables import read_table, write_table
+from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, NeighborError
 from roma_ray.manifold.inverted import SHARD_ROWS
 from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
@@ -27,7 +28,7 @@ from roma_ray.manifold.search import TILE_SCORES
 from roma_ray.manifold.summary import NeighborSummary, summarise
 
 VERSION = 2
-NEIGHBORS = "neighbors.parquet"
+PAIRS = "neighbors.parquet"
 # The offsets of a Parquet list are 32-bit numbers.
 _MOST_PAIRS = 2**31 - 1
 _SCHEMA = pa.schema(
@@ -40,36 +41,27 @@ _SCHEMA = pa.schema(
 )
 
 
-def neighbors_stage(setup: Setup, extraction: Stage, embeddings: Stage) -> Stage:
-    """Where the neighborhoods for these settings live."""
-    inputs = {"extract": extraction.fingerprint, "embed": embeddings.fingerprint}
-    return setup.store.stage("neighbors", neighbors_settings(setup.config), inputs, VERSION)
-
-
-def neighbors(setup: Setup, questions: Stage, extraction: Stage, embeddings: Stage, progress: Progress) -> Stage:
+def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Find every training question's successful neighbors. Raises NeighborError, ArtifactError."""
-    stage = neighbors_stage(setup, extraction, embeddings)
-    if stage.reusable:
-        return stage
-    started = time.monotonic()
-    with stage.exclusive():
-        config = setup.config
-        table = read_table(questions.path / TABLE, ["id", "split"])
-        training_N = torch.zeros(len(table), dtype=torch.bool)
-        training_N[training_rows(table, config.questions.fraction, data_seed(config))] = True
-        training_N &= usable_rows(extraction)
-        correct_N = answered_rightly(extraction)
-        embeddings_NC = read_embeddings(embeddings)
-        successful_N = successful_set(correct_N, training_N)
-        progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
-        found = search(setup, questions, embeddings, successful_N, training_N)
-        _write(stage, found)
-        note_device(stage.path, device_kind("cpu"))  # where the ranking is decided, whatever searched
-        summary = summarise(found)
-        successful = int((correct_N & training_N).sum())
-        facts = {**asdict(summary), "successful": successful, "training": int(training_N.sum()), "recall": found.recall}
-        stage.finish(facts=facts, seconds=time.monotonic() - started)
-    return stage
+    setup, config = job.setup, job.setup.config
+    questions, extraction, embeddings = (job.stages[name] for name in ("questions", "extract", "embed"))
+    table = read_table(questions.path / TABLE, ["id", "split"])
+    training_N = torch.zeros(len(table), dtype=torch.bool)
+    training_N[training_rows(table, config.questions.fraction, data_seed(config))] = True
+    training_N &= usable_rows(extraction)
+    correct_N = answered_rightly(extraction)
+    embeddings_NC = read_embeddings(embeddings)
+    successful_N = successful_set(correct_N, training_N)
+    progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
+    found = search(setup, questions, embeddings, successful_N, training_N)
+    _write(job.stage, found)
+    successful = int((correct_N & training_N).sum())
+    return {
+        **asdict(summarise(found)),
+        "successful": successful,
+        "training": int(training_N.sum()),
+        "recall": found.recall,
+    }
 
 
 def search(
@@ -142,17 +134,15 @@ def _write(stage: Stage, found: Neighborhoods) -> None:
     offsets = pa.array(torch.cat([found.offsets[rows], found.offsets[-1:]]).numpy().astype("int32"))
     flat = {"neighbors": found.indices, "similarities": found.similarities, "weights": found.weights}
     columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values.numpy())) for name, values in flat.items()}
-    write_table(stage.path / NEIGHBORS, {"row": rows.numpy(), **columns}, _SCHEMA, {"questions": len(found.queried)})
+    write_table(stage.path / PAIRS, {"row": rows.numpy(), **columns}, _SCHEMA, {"questions": len(found.queried)})
 
 
 def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
     """The neighborhoods over all `questions` rows of the question table. Raises ArtifactError."""
-    table = read_table(stage.path / NEIGHBORS, _SCHEMA.names)
+    table = read_table(stage.path / PAIRS, _SCHEMA.names)
     rows: list[int] = table.column("row").to_pylist()
     if rows != sorted(set(rows)) or (rows and rows[-1] >= questions):
-        raise ArtifactError(
-            f"{stage.path / NEIGHBORS} does not belong to these questions; remove its folder and run again"
-        )
+        raise ArtifactError(f"{stage.path / PAIRS} does not belong to these questions; remove its folder and run again")
     sizes = torch.zeros(questions, dtype=torch.int64)
     sizes[rows] = torch.tensor(pc.list_value_length(table.column("neighbors")).to_numpy(), dtype=torch.int64)
     queried = torch.zeros(questions, dtype=torch.bool)
@@ -169,3 +159,14 @@ def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
 def _flat(table: pa.Table, column: str, dtype: torch.dtype) -> torch.Tensor:
     values: Sequence[Any] = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
     return torch.tensor(values, dtype=dtype)
+
+
+NEIGHBORS = Step(
+    "neighbors",
+    VERSION,
+    (EXTRACT, EMBED),
+    lambda setup: neighbors_settings(setup.config),
+    neighbors,
+    device="cpu",  # where the ranking is decided, whatever searched
+    lines=lambda stage: [describe(stage.manifest()["facts"])],
+)

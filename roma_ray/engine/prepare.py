@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -17,30 +16,34 @@ from roma_ray.artifacts import MANIFEST, Stage, Store, file_digest, fingerprint,
 from roma_ray.config import QuestionsConfig, QuestionSource
 from roma_ray.engine.identity import data_seed, prompt_settings
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.tables import QUESTIONS, REJECTED, write_table
+from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.tables import QUESTIONS as COLUMNS
+from roma_ray.engine.tables import REJECTED, write_table
+from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ConfigError, QuestionError
-from roma_ray.questions.counts import SourceCount, count_sources
+from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
 from roma_ray.questions.readers import declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
 
 VERSION = 2
-TABLE = "questions.parquet"
+TABLE, FAULTS = "questions.parquet", "rejected.parquet"
 # Every folder that a tokenizer can be loaded from has one of these files.
 _TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
-def questions_stage(setup: Setup) -> Stage:
-    """Where the encoded questions live. Files count by content, so an edited file is another stage.
+def questions_settings(setup: Setup) -> dict[str, Any]:
+    """What decides the encoded questions. Files count by content, so an edited file is another stage.
 
     Which parts are drawn by seed must be known: of new files this takes reading them. Raises QuestionError.
     """
     chosen = setup.config.questions
     sources = _sources(chosen.sources)
     drawn = drawn_from(setup.store, chosen.sources, sources)
-    settings = {
+    return {
         "sources": sources,
         "prompt": prompt_settings(chosen.prompt),
         "validation_fraction": chosen.validation_fraction if drawn.validation else None,
@@ -50,7 +53,6 @@ def questions_stage(setup: Setup) -> Stage:
         else None,
         "tokenizer": setup.model_identity,
     }
-    return setup.store.stage("questions", settings, {}, VERSION)
 
 
 def drawn_from(store: Store, sources: Sequence[QuestionSource], identities: Sequence[dict[str, Any]]) -> Drawn:
@@ -69,43 +71,33 @@ def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str) -> 
     return drawn_parts(declared_parts(sources))
 
 
-def prepare(setup: Setup, progress: Progress) -> Stage:
+def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Read and encode all questions, once. Raises QuestionError, ConfigError, ModelError."""
-    stage = questions_stage(setup)
-    if stage.reusable:
-        return stage
-    started = time.monotonic()
-    with stage.exclusive():
-        config = setup.config
-        read, rejected = read_sources(config.questions, data_seed(config))
-        questions = split_questions(config.questions, read, data_seed(config))
-        builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
-        prompts, too_long = build_prompts(questions, builder)
-        rejected = [*rejected, *too_long]
-        if not prompts:
-            reasons = "; ".join(sorted({r.reason for r in rejected})[:3])
-            raise QuestionError(f"no question can be used: {reasons}")
-        _check_splits(prompts)
-        _write(stage, questions, prompts, rejected)
-        counts = {"questions": len(prompts), "rejected": len(rejected), "truncated": sum(p.truncated for p in prompts)}
-        splits = Counter(p.split for p in prompts)
-        stage.finish(
-            facts={
-                **counts,
-                "splits": dict(splits),
-                "tasks": sorted({p.task for p in prompts}),
-                "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
-                "drawn": asdict(
-                    drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"])
-                ),
-            },
-            seconds=time.monotonic() - started,
-        )
+    setup, stage = job.setup, job.stage
+    config = setup.config
+    read, rejected = read_sources(config.questions, data_seed(config))
+    questions = split_questions(config.questions, read, data_seed(config))
+    builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
+    prompts, too_long = build_prompts(questions, builder)
+    rejected = [*rejected, *too_long]
+    if not prompts:
+        reasons = "; ".join(sorted({r.reason for r in rejected})[:3])
+        raise QuestionError(f"no question can be used: {reasons}")
+    _check_splits(prompts)
+    _write(stage, questions, prompts, rejected)
     if rejected:
         common = Counter(r.reason for r in rejected).most_common(3)
         shown = ", ".join(f"{count} x {reason}" for reason, count in common)
-        progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / 'rejected.parquet'}")
-    return stage
+        progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / FAULTS}")
+    return {
+        "questions": len(prompts),
+        "rejected": len(rejected),
+        "truncated": sum(p.truncated for p in prompts),
+        "splits": dict(Counter(p.split for p in prompts)),
+        "tasks": sorted({p.task for p in prompts}),
+        "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
+        "drawn": asdict(drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"])),
+    }
 
 
 def read_sources(config: QuestionsConfig, seed: int) -> tuple[list[tuple[str, list[Question]]], list[Rejected]]:
@@ -227,9 +219,9 @@ def _write(
         "choice_chars": [p.choice_chars for p in prompts],
         "truncated": [p.truncated for p in prompts],
     }
-    write_table(stage.path / TABLE, columns, QUESTIONS)
+    write_table(stage.path / TABLE, columns, COLUMNS)
     faults = {name: [getattr(r, name) for r in rejected] for name in REJECTED.names}
-    write_table(stage.path / "rejected.parquet", faults, REJECTED)
+    write_table(stage.path / FAULTS, faults, REJECTED)
 
 
 def training_rows(table: pa.Table, fraction: float, seed: int) -> list[int]:
@@ -240,3 +232,14 @@ def training_rows(table: pa.Table, fraction: float, seed: int) -> list[int]:
     splits = table.column("split").to_pylist()
     row_of = {ids[row]: row for row in range(len(ids)) if splits[row] == "train"}
     return sorted(row_of[key] for key in nested_fraction(list(row_of), fraction, seed))
+
+
+QUESTIONS = Step(
+    "questions",
+    VERSION,
+    (),
+    questions_settings,
+    prepare,
+    lines=lambda stage: describe_sources(sources_of(stage)),
+    shown=((FAULTS, None),),
+)

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from roma_ray.engine.finetuning import Trainer, train_here
+from roma_ray.artifacts import Stage
+from roma_ray.engine.heads import FRESH, Heads
 from roma_ray.engine.work import Executor, serial
 
+Trainer = Callable[[Any, Callable[[dict[str, Any]], None], Callable[[int, str], None]], None]
+"""Runs a `TrainJob`'s workers somewhere, passing on each epoch's record and each step's progress (questions, a note)."""
 
-def call_here(stage: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
-    """Call a stage's function in this process."""
-    return stage(*arguments, progress=progress)
+
+def call_here(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
+    """Call a function in this process."""
+    return function(*arguments, progress=progress)
+
+
+def unheard(stage: Stage) -> None:
+    """Tell nobody."""
 
 
 @dataclass(frozen=True)
@@ -21,10 +29,20 @@ class Runners:
 
     extract: Executor = serial
     embed: Executor = serial
-    finetune: Trainer = train_here
+    finetune: Trainer | None = None
+    """None: in this process."""
     call: Callable[..., Any] = call_here
-    """Calls `stage(*arguments, progress=...)` for the stages of one process: neighbors, evaluate."""
+    """Calls `function(*arguments, progress=...)`, known by a name, for the stages of one process: neighbors, evaluate."""
     baselines: Executor = serial
+    heads: Heads = FRESH
+    """Where the stages of this process get their head from."""
+    on_epoch: Callable[[Stage], None] = unheard
+    """Hears of finetuning's epochs once their record is on disk."""
+
+    @property
+    def alone(self) -> Runners:
+        """What a stage of one process is handed, there: nobody else."""
+        return replace(LOCAL, heads=self.heads)
 
 
 LOCAL = Runners()

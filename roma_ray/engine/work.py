@@ -6,9 +6,12 @@ batches that have none, and who does which batch changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
+
+from roma_ray.artifacts import Stage
+from roma_ray.engine.setup import Setup
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,26 @@ class Report:
     tokens: int
     errors: int
     seconds: float
+
+
+@dataclass(frozen=True)
+class Job:
+    """A stage that is to be filled: what its function is handed, and every worker of it. Picklable."""
+
+    setup: Setup
+    stages: Mapping[str, Stage]
+    """All that the stage is made of, by name."""
+    stage: Stage
+
+    @property
+    def name(self) -> str:
+        """Shown in progress and errors."""
+        return self.stage.name
+
+    @property
+    def folder(self) -> str:
+        """The stage's folder, on storage that every worker sees."""
+        return str(self.stage.path)
 
 
 class Work(Protocol):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +12,7 @@ from roma_ray.artifacts import Stage
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, make
 from roma_ray.engine.tables import matrix, read_table, table_facts, write_table
 from roma_ray.errors import BusyError
 
@@ -46,19 +46,17 @@ def base_stage(setup: Setup, extraction: Stage) -> Stage:
 
 def base_scores(stage: Stage, rows: Sequence[int], score: Callable[[], Scores]) -> Scores:
     """The scores of `rows` as `score` gives them, kept for the next time. Raises what `score` raises, ArtifactError."""
-    if stage.reusable:
-        return _read(stage, rows)
-    started = time.monotonic()
+
+    def keep() -> Facts:
+        scores = score()
+        _write(stage, scores)
+        return {"rows": len(scores.rows)}
+
     try:
-        with stage.exclusive():
-            if not stage.complete:
-                scores = score()
-                _write(stage, scores)
-                stage.finish(facts={"rows": len(scores.rows)}, seconds=time.monotonic() - started)
+        return _read(make(stage, keep), rows)
     except BusyError:
         # Another trial is computing the same scores. Waiting would take as long, and longer if it dies.
         return score()
-    return _read(stage, rows)
 
 
 def _write(stage: Stage, scores: Scores) -> None:

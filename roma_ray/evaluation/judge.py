@@ -24,6 +24,7 @@ from roma_ray.artifacts import Stage, Store, fingerprint, read_manifest, write_j
 from roma_ray.config import Config
 from roma_ray.engine.prepare import load_tokenizer
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.steps import Facts, make
 from roma_ray.engine.tables import write_table
 from roma_ray.engine.work import Executor
 from roma_ray.errors import ArtifactError, ConfigError
@@ -121,24 +122,15 @@ def judge(
     settings = {"pins": pins, "limit": wanted.limit, "training": known}
     inputs = {f"requests{n}": a.stage.fingerprint for n, a in enumerate(lm.answered)}
     stage = store.stage("benchmarks", settings, inputs, VERSION)
-    if stage.reusable:
-        stage.verify()
-        return stage
-    with stage.exclusive():
+
+    def write() -> Facts:
         for name, found in results.items():
             write_json(stage.path / f"lm_eval_{name}.json", published(found, subject, wanted))
         rows = metric_rows(results, single, lm.tokens)
         write_table(stage.path / METRICS, rows, _METRICS)
         write_table(stage.path / RESPONSES, response_rows(results), _RESPONSES)
         summary = {
-            "model": {
-                "path": config.model.path,
-                "identity": subject.model_identity,
-                "dtype": subject.model.dtype,
-                "adapter": subject.adapter,
-                "adapter_identity": subject.adapter_identity,
-                "layers": list(subject.layers),
-            },
+            "model": model_facts(config, subject),
             "tasks": task_figures(rows, single, pins, results),
             "groups": group_figures(rows, members_of(tasks), pins, paired="tuned" in results),
             "guards": findings(subject, single, results, lm.truncated, training),
@@ -146,8 +138,21 @@ def judge(
             "versions": library_versions(),
         }
         write_json(stage.path / SUMMARY, summary)
-        stage.finish(facts={"tasks": sorted(single), "pins": pins}, seconds=time.monotonic() - started)
-    return stage
+        return {"tasks": sorted(single), "pins": pins}
+
+    return make(stage, write, verify=True, since=started)
+
+
+def model_facts(config: Config, subject: Subject) -> dict[str, Any]:
+    """Which model was judged."""
+    return {
+        "path": config.model.path,
+        "identity": subject.model_identity,
+        "dtype": subject.model.dtype,
+        "adapter": subject.adapter,
+        "adapter_identity": subject.adapter_identity,
+        "layers": list(subject.layers),
+    }
 
 
 def configure(tasks: Mapping[str, Task], wanted: Wanted) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,20 +10,20 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from roma_ray.artifacts import Stage, fingerprint, note_device, write_json
+from roma_ray.artifacts import Stage, fingerprint, write_json
 from roma_ray.engine.cache import open_states
-from roma_ray.engine.devices import device_kind
-from roma_ray.engine.embedding import embed_stage, read_embeddings
-from roma_ray.engine.extraction import extract_stage
-from roma_ray.engine.finetuning import ADAPTER, epochs_of, finetune_stage
-from roma_ray.engine.heads import FRESH, Heads
+from roma_ray.engine.embedding import read_embeddings
+from roma_ray.engine.finetuning import ADAPTER, FINETUNE, epochs_of
 from roma_ray.engine.identity import prompt_settings
-from roma_ray.engine.neighborhoods import neighbors_stage, read_neighborhoods, usable_rows
-from roma_ray.engine.prepare import TABLE, load_tokenizer, questions_stage
+from roma_ray.engine.neighborhoods import read_neighborhoods, usable_rows
+from roma_ray.engine.prepare import TABLE, load_tokenizer
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.scoring import Scores, plan_scoring, score_rows
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tables import read_prompts, read_table
+from roma_ray.engine.work import Job
 from roma_ray.evaluation import change
 from roma_ray.evaluation.base import base_scores, base_stage, scoring
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
@@ -40,88 +39,66 @@ VERSION = 7
 SUMMARY = "evaluation.json"
 
 
-def evaluate_stage(setup: Setup, tuned: Stage) -> Stage:
-    """Where the paired evaluation of this tuned model lives."""
-    return setup.store.stage("evaluate", {}, {"finetune": tuned.fingerprint}, VERSION)
-
-
-def locate_stages(setup: Setup, questions: Stage | None = None) -> dict[str, Stage]:
-    """Where each stage up to the evaluation lives, by name in their order; `questions` where its place is known.
-
-    Raises QuestionError when a question file is gone.
-    """
-    questions = questions or questions_stage(setup)
-    extraction = extract_stage(setup, questions)
-    embeddings = embed_stage(setup, questions)
-    nearby = neighbors_stage(setup, extraction, embeddings)
-    tuned = finetune_stage(setup, extraction, nearby)
-    stages = (questions, extraction, embeddings, nearby, tuned, evaluate_stage(setup, tuned))
-    return {stage.name: stage for stage in stages}
-
-
-def evaluate(
-    setup: Setup,
-    questions: Stage,
-    extraction: Stage,
-    embeddings: Stage,
-    neighbors: Stage,
-    tuned: Stage,
-    progress: Progress,
-    heads: Heads = FRESH,
-) -> Stage:
+def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Judge base and exported tuned routers on the test questions. Raises GuardError, CacheError, CheckpointError.
 
     Only what is read is scored: with the tuned routers the test questions and a sample of the trained ones, whose routing
     `diagnostics` measures; with the base's the test and validation questions, once for all that start from it.
     """
-    stage = evaluate_stage(setup, tuned)
-    if stage.reusable:
-        return stage
-    started = time.monotonic()
-    with stage.exclusive():
-        prompts = read_prompts(questions.path / TABLE)
-        of_split = _judged_rows(prompts, usable_rows(extraction).tolist())
-        test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
-        near = read_neighborhoods(neighbors, len(prompts))
-        trained = change.sampled(near.queried & (near.sizes > 0))
-        prompt, arguments = setup.config.questions.prompt, scoring(setup)
-        note_device(stage.path, device_kind(setup.model.device))
-        states = open_states(setup.model, extraction.path, setup.cut)
-        kept = base_stage(setup, extraction)
-        tokens = [_tokens(prompts, rows, states.prefix, arguments["batch_tokens"]) for rows in (judged, test, trained)]
-        meter_of = progress.meter("evaluate", sum(tokens), "tokens", tokens[0] * kept.complete)
-        with heads.lend(setup.model, setup.cut) as head, meter_of as meter:
+    setup, stage, stages = job.setup, job.stage, job.stages
+    questions, extraction, tuned = (stages[name] for name in ("questions", "extract", "finetune"))
+    prompts = read_prompts(questions.path / TABLE)
+    of_split = _judged_rows(prompts, usable_rows(extraction).tolist())
+    test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
+    near = read_neighborhoods(stages["neighbors"], len(prompts))
+    trained = change.sampled(near.queried & (near.sizes > 0))
+    prompt, arguments = setup.config.questions.prompt, scoring(setup)
+    states = open_states(setup.model, extraction.path, setup.cut)
+    kept = base_stage(setup, extraction)
+    tokens = [_tokens(prompts, rows, states.prefix, arguments["batch_tokens"]) for rows in (judged, test, trained)]
+    meter_of = progress.meter("evaluate", sum(tokens), "tokens", tokens[0] * kept.complete)
+    with runners.heads.lend(setup.model, setup.cut) as head, meter_of as meter:
 
-            def score(rows: Sequence[int]) -> Scores:
-                return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
+        def score(rows: Sequence[int]) -> Scores:
+            return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
 
-            all_base = base_scores(kept, judged, lambda: score(judged))
-            stage.note_makers(of=kept)
-            load_adapter(tuned.path / ADAPTER, head)
-            after, live = score(test), score(trained) if trained else None
-        base, validation = all_base.of(test), all_base.of(of_split["validation"])
-        check_not_identical(base.scores, after.scores)
-        metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
-        columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
-        letter = prompt.format == "letter"
-        write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
-        tasks = [prompts[row].task for row in test]
-        changed = change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
-        lived = {"train": live, "test": after}
-        distance = change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
-        result = {
-            "splits": {"test": by_task(tasks, base.correct, after.correct)},
-            "validation": _validation(validation, tuned),
-            **_test_figures(stage, questions),
-            "guards": _guards(questions, prompts, test, base, after),
-            "diagnostics": {**changed, "manifold_distance": distance},
-            "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
-        }
-        write_json(stage.path / SUMMARY, result)
-        stage.finish(
-            facts={"rows": len(test), "pin": result["pin"], "metric": metric}, seconds=time.monotonic() - started
-        )
-    return stage
+        all_base = base_scores(kept, judged, lambda: score(judged))
+        stage.note_makers(of=kept)
+        load_adapter(tuned.path / ADAPTER, head)
+        after, live = score(test), score(trained) if trained else None
+    base, validation = all_base.of(test), all_base.of(of_split["validation"])
+    check_not_identical(base.scores, after.scores)
+    metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
+    columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
+    letter = prompt.format == "letter"
+    write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
+    tasks = [prompts[row].task for row in test]
+    embeddings = stages["embed"]
+    changed = change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
+    lived = {"train": live, "test": after}
+    distance = change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
+    result = {
+        "splits": {"test": by_task(tasks, base.correct, after.correct)},
+        "validation": _validation(validation, tuned),
+        **_test_figures(stage, questions),
+        "guards": _guards(questions, prompts, test, base, after),
+        "diagnostics": {**changed, "manifold_distance": distance},
+        "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
+    }
+    write_json(stage.path / SUMMARY, result)
+    return {"rows": len(test), "pin": result["pin"], "metric": metric}
+
+
+EVALUATE = Step(
+    "evaluate",
+    VERSION,
+    (FINETUNE,),
+    lambda setup: {},
+    evaluate,
+    device="model",
+    reads_states=True,
+    shown=((SUMMARY, None),),
+)
 
 
 def _tokens(prompts: Sequence[Prompt], rows: Sequence[int], prefix: int, batch_tokens: int) -> int:

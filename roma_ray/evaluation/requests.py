@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 from roma_ray.artifacts import Stage, Store, write_atomically, write_json
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.steps import Facts, make
 from roma_ray.engine.tables import read_table, table_facts, write_table
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, CacheError, ModelError
@@ -96,16 +97,14 @@ def answer(
     table = _table(kind, unique)
     settings = {**subject.identity(), "kind": kind, "requests": _digest(table), "plan": subject.plan_settings(kind)}
     stage = store.stage("requests", settings, {}, VERSION)
-    if stage.reusable:
-        stage.verify()
-        if (other := stage.other_versions()) is not None:
-            progress.say(f"note: {other}")
-    else:
-        started = time.monotonic()
-        with stage.exclusive():
-            _run(kind, unique, table, subject, store, stage, execute, progress)
-            facts = _gather(kind, stage, len(unique))
-            stage.finish(facts=facts, seconds=time.monotonic() - started)
+    if stage.reusable and (other := stage.other_versions()) is not None:
+        progress.say(f"note: {other}")
+
+    def run() -> Facts:
+        _run(kind, unique, table, subject, store, stage, execute, progress)
+        return _gather(kind, stage, len(unique))
+
+    make(stage, run, verify=True)
     place = {request: n for n, request in enumerate(unique)}
     base, tuned = _read(kind, stage)
     rows = [place[request] for request in requests]

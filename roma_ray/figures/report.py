@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import re
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +21,18 @@ from roma_ray.engine.answers import ANSWERS, read_answers, read_routing_of
 from roma_ray.engine.embedding import read_embeddings
 from roma_ray.engine.finetuning import STEPS
 from roma_ray.engine.identity import data_seed
-from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.neighborhoods import PAIRS
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tables import matrix, read_table, table_facts
+from roma_ray.engine.work import Job
 from roma_ray.evaluation.change import describe_distance
 from roma_ray.evaluation.judged import RESULTS
 from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
 from roma_ray.evaluation.methods import describe_oracle, oracle_and_control
+from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.evaluation.summary import ordered, summarise_run
 from roma_ray.figures import projection, results, routing, tables, training, words
 from roma_ray.figures.escaping import markdown
@@ -39,6 +42,8 @@ from roma_ray.manifold.diagnostics import silhouette
 VERSION = 4
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
 FIGURES, TABLES = "figures", "tables"
+ORACLE = ("base", "oracle", "oracle_control")
+"""The methods whose routing the maps show where `roma-ray baselines` has run them."""
 
 
 @dataclass(frozen=True)
@@ -57,39 +62,36 @@ class Picture:
         return "data:image/svg+xml;base64," + base64.b64encode(self.svg).decode()
 
 
-def report_stage(setup: Setup, evaluation: Stage, oracle: Mapping[str, Stage]) -> Stage:
-    """Where the report of this evaluation lives. The run's name is printed in it, hence part of its identity.
-
-    `oracle`: the answers of `base`, `oracle` and `oracle_control` where they were run (`roma-ray baselines`), else empty.
+def report(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Write the report of finished stages, with the oracle's routing where its identity names that. Raises ArtifactError,
+    StorageError.
     """
-    inputs = {"evaluate": evaluation.fingerprint, **{name: found.fingerprint for name, found in oracle.items()}}
-    return setup.store.stage("report", {"name": setup.config.name}, inputs, VERSION)
+    setup, stage, stages = job.setup, job.stage, job.stages
+    oracle = {name: stages[name] for name in ORACLE if name in stage.identity["inputs"]}
+    inputs = {name: done for name, done in stages.items() if name not in ORACLE}
+    summary = summarise_run(setup, inputs, sum(done.manifest()["seconds"] for done in inputs.values()))
+    with progress.meter("report", len(_CAPTIONS), "figures") as meter:
+        pictures = draw(setup, inputs, summary, stage.path / FIGURES, meter.advance, oracle)
+    tables.write_csv_files(stage.path / TABLES, summary)
+    _write_texts(setup, stage, summary, pictures)
+    verdict = words.verdict(summary)
+    return {
+        "figures": len(pictures),
+        "verdict": verdict.kind,
+        "headline": verdict.headline,
+        "detail": verdict.detail,
+    }
 
 
-def report(
-    setup: Setup, stages: Mapping[str, Stage], progress: Progress, oracle: Mapping[str, Stage] = MappingProxyType({})
-) -> Stage:
-    """Write the report of finished stages, with the oracle's routing where there is one. Raises ArtifactError, StorageError."""
-    stage = report_stage(setup, stages["evaluate"], oracle)
-    if stage.complete:
-        return stage
-    started = time.monotonic()
-    inputs = {name: done for name, done in stages.items() if name != "report"}
-    with stage.exclusive():
-        summary = summarise_run(setup, inputs, sum(done.manifest()["seconds"] for done in inputs.values()))
-        with progress.meter("report", len(_CAPTIONS), "figures") as meter:
-            pictures = draw(setup, inputs, summary, stage.path / FIGURES, meter.advance, oracle)
-        tables.write_csv_files(stage.path / TABLES, summary)
-        _write_texts(setup, stage, summary, pictures)
-        verdict = words.verdict(summary)
-        facts = {
-            "figures": len(pictures),
-            "verdict": verdict.kind,
-            "headline": verdict.headline,
-            "detail": verdict.detail,
-        }
-        stage.finish(facts=facts, seconds=time.monotonic() - started)
-    return stage
+REPORT = Step(
+    "report",
+    VERSION,
+    (EVALUATE,),
+    # The run's name is printed in it.
+    lambda setup: {"name": setup.config.name},
+    report,
+    shown=((PAGE, None), (CARD, None)),
+)
 
 
 def draw(
@@ -104,7 +106,7 @@ def draw(
     test, found, epochs = summary["splits"]["test"], summary["diagnostics"], summary["epochs"]
     base = summary["validation"]
     steps = read_table(stages["finetune"].path / STEPS).to_pydict()
-    near = read_table(stages["neighbors"].path / NEIGHBORS, ["neighbors", "similarities"])
+    near = read_table(stages["neighbors"].path / PAIRS, ["neighbors", "similarities"])
     sizes = np.array([len(n) for n in near.column("neighbors").to_pylist()])
     similarities = near.column("similarities").combine_chunks().flatten().to_numpy(zero_copy_only=False)
     figures: dict[str, Callable[[], Figure]] = {

@@ -18,10 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import note_device, read_manifest
+from roma_ray.artifacts import Stage, note_device
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, Trainer, TrainJob
+from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, TrainJob
 from roma_ray.engine.model_spec import set_threads
+from roma_ray.engine.runners import Trainer
 from roma_ray.errors import RomaError
 from roma_ray.stages.cluster import Cluster, on_loopback
 from roma_ray.stages.environment import quiet_libraries
@@ -41,11 +42,11 @@ def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
     """A trainer that runs the job's workers on the cluster. It raises RomaError."""
 
     def train(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
-        folder, token = Path(job.folder), uuid.uuid4().hex[:12]
+        folder, token = job.stage.path, uuid.uuid4().hex[:12]
         if not (folder / CHECKPOINT).exists():
             (folder / FILE).unlink(missing_ok=True)
         live = LiveReader(folder, token, report, advance)
-        done, questions = questions_before(job), questions_of(job) * job.finetune.epochs
+        done, questions = questions_before(job), questions_of(job) * job.settings.epochs
         ended, left = trained_here(cluster, job, device, live.tell, advance, done=done, questions=questions)
         if not ended:
             _on_workers(cluster, job, device, live, left)
@@ -61,7 +62,7 @@ def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, 
     cluster.connect()
     began, wanted = time.monotonic(), cluster.config.ray.finetune_workers
     workers, need = cluster.place("finetune", wanted, most_workers(job, wanted, left), device)
-    folder = Path(job.folder)
+    folder = job.stage.path
     cluster.say(f"finetune: {workers} worker(s), {device}")
     failures = _follow(lambda: _fit(cluster, job, workers, live.token, need), live, folder, cluster.say)
     shutil.rmtree(folder / RUNS, ignore_errors=True)
@@ -76,10 +77,10 @@ def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, 
 
 def most_workers(job: TrainJob, wanted: int | None, left: float | None) -> int:
     """How many workers have something to do: as many as a step has micro-batches, and each more than to start."""
-    micro = math.ceil(job.finetune.batch_size / job.finetune.micro_batch_size)
+    micro = math.ceil(job.settings.batch_size / job.settings.micro_batch_size)
     if wanted is not None:
         return micro
-    steps = math.ceil(questions_of(job) / job.finetune.batch_size) * job.finetune.epochs
+    steps = math.ceil(questions_of(job) / job.settings.batch_size) * job.settings.epochs
     return max(1, min(micro, share_of(left) or steps * micro // _MICRO_BATCHES_OF_A_WORKER))
 
 
@@ -132,8 +133,8 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
         ),
         run_config=RunConfig(
             # A fresh name each time: the job resumes from its own checkpoint, not from Ray Train's state.
-            name=f"finetune-{Path(job.folder).name}-{token}",
-            storage_path=str(Path(job.folder) / RUNS),
+            name=f"finetune-{job.stage.path.name}-{token}",
+            storage_path=str(job.stage.path / RUNS),
             # Bounds deaths during training, and before it, where Ray Train by itself would try without end.
             failure_config=FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=settings.max_failures
@@ -192,25 +193,25 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
 
 def share_checkpoint(job: TrainJob, world: Any, scratch: str) -> TrainJob:
     """The job with the first worker's checkpoint in sight: file systems may show another worker an older state of it."""
-    path = Path(job.folder) / CHECKPOINT
+    path = job.stage.path / CHECKPOINT
     content: bytes | None = world.from_first(path.read_bytes() if world.rank == 0 and path.exists() else None)
     if world.rank == 0:
         return job
     if content is not None:
         (Path(scratch) / CHECKPOINT).write_bytes(content)
-    return dataclasses.replace(job, folder=scratch)
+    return dataclasses.replace(job, stage=Stage(Path(scratch), job.name, {}))
 
 
 def questions_of(job: TrainJob) -> int:
     """Questions of an epoch."""
-    return int(read_manifest(job.neighbors)["facts"]["training"])
+    return int(job.stages["neighbors"].manifest()["facts"]["training"])
 
 
 def questions_before(job: TrainJob) -> int:
     """Questions that the checkpoint's steps have trained on; 0 without one."""
     from safetensors import SafetensorError, safe_open
 
-    path = Path(job.folder) / CHECKPOINT
+    path = job.stage.path / CHECKPOINT
     if not path.exists():
         return 0
     try:
@@ -219,5 +220,5 @@ def questions_before(job: TrainJob) -> int:
     except (OSError, SafetensorError, KeyError, ValueError, TypeError):
         return 0  # The loop itself will say what is wrong with the file.
     rows = questions_of(job)
-    epochs, steps = divmod(step, math.ceil(rows / job.finetune.batch_size))
-    return epochs * rows + min(rows, steps * job.finetune.batch_size)
+    epochs, steps = divmod(step, math.ceil(rows / job.settings.batch_size))
+    return epochs * rows + min(rows, steps * job.settings.batch_size)

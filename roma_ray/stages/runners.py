@@ -77,32 +77,34 @@ def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[
     """Measures the experts backends where the workers run, for `resolve`."""
 
     def measure(spec: ModelSpec) -> dict[str, Any]:
-        found: dict[str, Any] = near_device(cluster, device)(measure_backends, spec, progress=progress)
+        found: dict[str, Any] = near_device(cluster, device)(
+            "measure_backends", measure_backends, spec, progress=progress
+        )
         return found
 
     return measure
 
 
 def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
-    """Calls a stage's function here when this machine has the device, else in a task of the cluster that has it."""
+    """Calls a function here when this machine has the device, else in a task of the cluster that has it."""
 
-    def call(stage: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
+    def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
         import torch
 
         if device == "cpu" or torch.cuda.is_available():
-            return stage(*arguments, progress=progress)
+            return function(*arguments, progress=progress)
         import ray
 
         cluster.connect()
         _, need = cluster.place("evaluate", None, 1, device)
-        progress.say(f"{stage.__name__} runs on a GPU of the cluster")
-        options = {name: value for name, value in need.options().items() if value is not None}
-        task = ray.remote(**options)(_stage_task)
-        with explained(stage.__name__, Store(cluster.config.storage).root):
-            return ray.get(task.remote(stage, arguments))
+        progress.say(f"{name} runs on a GPU of the cluster")
+        options = {key: value for key, value in need.options().items() if value is not None}
+        task = ray.remote(**options)(_task)
+        with explained(name, Store(cluster.config.storage).root):
+            return ray.get(task.remote(function, arguments))
 
     return call
 
 
-def _stage_task(stage: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    return stage(*arguments, progress=Silence())
+def _task(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments, progress=Silence())

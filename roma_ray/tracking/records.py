@@ -17,17 +17,20 @@ from typing import Any
 from roma_ray.artifacts import Stage, fingerprint
 from roma_ray.config import Config
 from roma_ray.engine.embedding import VECTORS
-from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS, live_epochs
+from roma_ray.engine.finetuning import EPOCHS, STEPS, live_epochs
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import order
 from roma_ray.engine.tables import read_table
-from roma_ray.evaluation.paired import SUMMARY, read_evaluation
+from roma_ray.evaluation.paired import read_evaluation
 from roma_ray.evaluation.summary import result_rows
 from roma_ray.figures.escaping import markdown
+from roma_ray.figures.report import REPORT
 from roma_ray.tracking.backend import COMMIT, USER, Input, Value
 
 # Settings that may differ between two runs of one identity: where things are kept and shown.
 _NO_PARAMETERS = {"name", "storage", "tracking"}
 _LONGEST_PARAMETER = 6000
+_STEPS = {step.name: step for step in order(REPORT)}
 
 
 def parameters(config: Config) -> dict[str, str]:
@@ -175,13 +178,8 @@ def inputs(setup: Setup, planned: Mapping[str, Stage], name: str) -> list[Input]
 
 def files(stage: Stage) -> list[tuple[Path, str | None]]:
     """What of a complete stage is stored in MLflow (path, folder there): small files, the adapter; no activations, no model."""
-    chosen: dict[str, list[tuple[str, str | None]]] = {
-        "questions": [("rejected.parquet", None)],
-        "finetune": [(ADAPTER, "adapter"), (EPOCHS, None), (STEPS, None)],
-        "evaluate": [(SUMMARY, None)],
-        "report": [("report.html", None), ("model_card.md", None)],
-    }
-    names = [*chosen.get(stage.name, []), ("manifest.json", None)]
+    step = _STEPS.get(stage.name)
+    names = [*(step.shown if step else ()), ("manifest.json", None)]
     return [(stage.path / name, folder) for name, folder in names]
 
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from roma_ray.artifacts import MANIFEST, Stage
 from roma_ray.cli import main
 from roma_ray.config import Config
-from roma_ray.pipeline import STAGES, Run
+from roma_ray.pipeline import STEPS, Run
 from tests.chaos.simulated import PATIENCE, Driver, Nodes
 
 # What is there as soon as a stage has begun to do what a fault may interrupt.
@@ -38,7 +38,7 @@ class Scene:
         """A fresh storage; with the undisturbed run's stages before `until` in it, to save their time."""
         self.count += 1
         storage = self.folder / f"storage-{self.count}"
-        for name in STAGES[: STAGES.index(until)] if until else ():
+        for name in STEPS[: STEPS.index(until)] if until else ():
             stage = self.reference.stages[name]
             shutil.copytree(stage.path, storage / name / stage.fingerprint)
         return storage
@@ -86,7 +86,7 @@ class Scene:
 
     def same(self, storage: Path, until: str) -> None:
         """Every file of the undisturbed run up to a stage is here to the bit, so its rows once each, and no other file."""
-        for name in STAGES[: STAGES.index(until) + 1]:
+        for name in STEPS[: STEPS.index(until) + 1]:
             expected = self.reference.stages[name]
             got = Stage(self.place(storage, name), name, expected.identity)
             got.verify()

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 
 from roma_ray.engine import embedding
-from roma_ray.engine.embedding import embed, embedding_texts
-from roma_ray.engine.prepare import prepare
-from roma_ray.engine.progress import Silence
+from roma_ray.engine.embedding import EMBED, embedding_texts
+from roma_ray.engine.prepare import QUESTIONS
 from roma_ray.engine.setup import resolve
-from roma_ray.engine.work import serial
+from tests.making import made
 from tests.progress import Told
 from tests.world import make_world
 
@@ -23,8 +22,8 @@ def test_progress_counts_characters_for_the_longest_texts_run_first(
     config = make_world(tmp_path, count=20)
     small = config.embedding.model_copy(update={"batch_size": 8})
     setup = resolve(config.model_copy(update={"embedding": small}))
-    questions, told = prepare(setup, Silence()), Told()
-    embed(setup, questions, serial, told)
+    questions, told = made(QUESTIONS, setup), Told()
+    made(EMBED, setup, progress=told)
     sizes = sorted(map(len, embedding_texts(questions, context=False)), reverse=True)
     assert told.meters["embed"] == (sum(sizes), "characters", 0)
     assert told.counted == [sum(sizes[:8]), sum(sizes[8:16]), sum(sizes[16:])]

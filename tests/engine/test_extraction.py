@@ -13,16 +13,18 @@ from transformers import AutoModelForCausalLM
 
 from roma_ray.artifacts import Stage
 from roma_ray.engine.cache import ActivationCache
-from roma_ray.engine.extraction import ROWS, extract, extract_stage, extract_work, gather
-from roma_ray.engine.extractor import PLAN, Extractor, batch_table, read_plan
+from roma_ray.engine.extraction import EXTRACT, ROWS, gather
+from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table, read_plan
 from roma_ray.engine.finetuning import read_routing_rows
 from roma_ray.engine.forward import own_tokens
-from roma_ray.engine.prepare import TABLE, prepare
-from roma_ray.engine.progress import Silence
+from roma_ray.engine.prepare import QUESTIONS, TABLE
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import resolve
+from roma_ray.engine.steps import locate
 from roma_ray.engine.tables import read_prompts, read_table
 from roma_ray.engine.work import serial
 from roma_ray.pipeline import Run
+from tests.making import made
 from tests.progress import Told
 from tests.world import make_world
 
@@ -88,8 +90,8 @@ def test_batch_composition_changes_nothing(letter_run: Run, tmp_path: Path) -> N
         config = letter_run.setup.config
         extraction = config.extraction.model_copy(update={"batch_tokens": budget})
         setup = resolve(config.model_copy(update={"extraction": extraction, "storage": str(tmp_path / str(budget))}))
-        questions = prepare(setup, Silence())
-        stage = extract(setup, questions, serial, Silence())
+        made(QUESTIONS, setup)
+        stage = made(EXTRACT, setup)
         results.append((stage.manifest()["facts"]["batches"], read_routing_rows(stage.path, "Last1")))
     assert results[0][0] > results[1][0] == 1
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
@@ -98,13 +100,13 @@ def test_batch_composition_changes_nothing(letter_run: Run, tmp_path: Path) -> N
 @pytest.fixture
 def fresh(tmp_path: Path) -> tuple[Any, Stage]:
     setup = resolve(make_world(tmp_path, count=20))
-    return setup, prepare(setup, Silence())
+    return setup, made(QUESTIONS, setup)
 
 
 def test_a_row_that_fails_alone_is_set_aside_and_the_others_are_whole(
     fresh: tuple[Any, Stage], monkeypatch: Any
 ) -> None:
-    setup, questions = fresh
+    setup, _ = fresh
     original = Extractor._forward
 
     def faulty(self: Extractor, rows: Any) -> Any:
@@ -113,7 +115,7 @@ def test_a_row_that_fails_alone_is_set_aside_and_the_others_are_whole(
         return original(self, rows)
 
     monkeypatch.setattr(Extractor, "_forward", faulty)
-    stage = extract(setup, questions, serial, Silence())
+    stage = made(EXTRACT, setup)
     table = read_table(stage.path / ROWS).to_pylist()
     assert stage.manifest()["facts"]["errors"] == 1
     assert table[3]["error"] == "RuntimeError: broken row"
@@ -122,11 +124,12 @@ def test_a_row_that_fails_alone_is_set_aside_and_the_others_are_whole(
 
 
 def test_rows_beyond_the_vocabulary_and_excluded_rows_are_set_aside(fresh: tuple[Any, Stage]) -> None:
-    setup, questions = fresh
-    stage = extract_stage(setup, questions)
+    setup, _ = fresh
+    job = EXTRACT.job(setup, locate(EXTRACT, setup))
+    stage = job.stage
     stage.path.mkdir(parents=True)
     (stage.path / PLAN).write_text(json.dumps({"prefix": 0, "batches": [[0, 1, 2]]}))
-    extractor = Extractor(extract_work(setup, questions, stage))
+    extractor = Extractor(ExtractWork(job.setup, job.stages, stage))
     extractor.vocabulary = max(max(p.prompt_ids) for p in extractor.batches.prompts[:1])
     report = extractor(0, frozenset({2}))
     rows = read_table(batch_table(stage.path, 0)).to_pylist()
@@ -136,7 +139,7 @@ def test_rows_beyond_the_vocabulary_and_excluded_rows_are_set_aside(fresh: tuple
 
 
 def test_a_resume_does_only_the_batches_that_lack(fresh: tuple[Any, Stage]) -> None:
-    setup, questions = fresh
+    setup, _ = fresh
     done: list[int] = []
 
     def stopping(work: Any, batches: Any) -> Any:
@@ -146,13 +149,13 @@ def test_a_resume_does_only_the_batches_that_lack(fresh: tuple[Any, Stage]) -> N
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        extract(setup, questions, stopping, Silence())
+        made(EXTRACT, setup, Runners(extract=stopping))
 
     def counting(work: Any, batches: Any) -> Any:
         done.extend(batches)
         return serial(work, batches)
 
-    stage = extract(setup, questions, counting, Silence())
+    stage = made(EXTRACT, setup, Runners(extract=counting))
     assert sorted(done) == list(range(stage.manifest()["facts"]["batches"]))
     assert len(done) == len(set(done))
 
@@ -176,8 +179,8 @@ def test_progress_counts_tokens_for_the_longest_batches_run_first(fresh: tuple[A
 
     first, second = Told(), Told()
     with pytest.raises(KeyboardInterrupt):
-        extract(setup, questions, stopping, first)
-    stage = extract(setup, questions, serial, second)
+        made(EXTRACT, setup, Runners(extract=stopping), first)
+    stage = made(EXTRACT, setup, progress=second)
     prompts = read_prompts(questions.path / TABLE)
     prefix, plan = read_plan(stage.path / PLAN)
     tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]

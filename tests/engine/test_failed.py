@@ -11,20 +11,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+from roma_ray.artifacts import Stage
 from roma_ray.config import Config
 from roma_ray.engine.cache import open_states
-from roma_ray.engine.extraction import extract, extract_stage
+from roma_ray.engine.extraction import EXTRACT
 from roma_ray.engine.failed import OriginWork
-from roma_ray.engine.prepare import TABLE, prepare
+from roma_ray.engine.prepare import QUESTIONS, TABLE
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.scoring import score_rows
 from roma_ray.engine.setup import Setup, resolve
+from roma_ray.engine.steps import locate
 from roma_ray.engine.tables import read_prompts
 from roma_ray.engine.work import serial
 from roma_ray.errors import GuardError, ModelError
 from roma_ray.evaluation import paired
 from roma_ray.pipeline import Run, run
 from tests.engine.test_streaming import max_layer_gb
+from tests.making import made
 from tests.world import make_world
 
 
@@ -66,7 +70,7 @@ def test_the_error_names_the_first_layer_and_its_damaged_weight(damaged_layer: C
     text = str(caught.value)
     assert "comes from layer 2 (mlp), whose weights are not finite themselves (layers.2.mlp.experts.down_proj" in text
     assert "the model's scores are not finite" in text
-    assert not extract_stage(setup, prepare(setup, Silence())).complete
+    assert not locate(EXTRACT, setup)["extract"].complete
 
 
 def test_more_failures_than_are_tolerated_are_refused_as_early_as_they_are_known(damaged_word: Config) -> None:
@@ -78,29 +82,28 @@ def test_more_failures_than_are_tolerated_are_refused_as_early_as_they_are_known
             yield report
 
     setup = with_extraction(damaged_word, batch_tokens=128)
-    questions = prepare(setup, Silence())
+    made(QUESTIONS, setup)
     with pytest.raises(ModelError, match=r"so far \(of 60 in all\).*comes from embed_tokens"):
-        extract(setup, questions, counting, Silence())
+        made(EXTRACT, setup, Runners(extract=counting))
     assert given[-1] == (OriginWork.__name__, 0)
     plan = given[:-1]
     assert len(plan) > 1
     given.clear()
     # Again: what is known already is enough.
     with pytest.raises(ModelError, match="so far"):
-        extract(setup, questions, counting, Silence())
+        made(EXTRACT, setup, Runners(extract=counting))
     assert given == [(OriginWork.__name__, 0)]
     # Who wants it may have it, of the same batches; a stricter run is refused on what is finished then.
     given.clear()
     tolerant = with_extraction(damaged_word, batch_tokens=128, max_failed=1)
-    stage = extract(tolerant, questions, counting, Silence())
+    stage = made(EXTRACT, tolerant, Runners(extract=counting))
     assert not {place for place in given if place in plan}
     errors = stage.manifest()["facts"]["errors"]
     assert 3 < errors < 60
     with pytest.raises(ModelError, match=f"{errors} of 60 questions failed in extraction, more than the 5.0%"):
-        extract(setup, questions, counting, Silence())
-    assert extract(
-        with_extraction(damaged_word, batch_tokens=128, max_failed=errors / 60), questions, counting, Silence()
-    )
+        made(EXTRACT, setup, Runners(extract=counting))
+    enough = with_extraction(damaged_word, batch_tokens=128, max_failed=errors / 60)
+    assert made(EXTRACT, enough, Runners(extract=counting))
 
 
 def test_tuned_routers_whose_scores_are_not_finite_are_refused(
@@ -123,8 +126,6 @@ def test_tuned_routers_whose_scores_are_not_finite_are_refused(
 
     monkeypatch.setattr(paired, "load_adapter", load_broken)
     stages = letter_run.stages
-    evaluation = paired.evaluate_stage(setup, stages["finetune"])
-    monkeypatch.setattr(type(evaluation), "complete", property(lambda stage: stage.name != "evaluate"))
-    inputs = [stages[name] for name in ("questions", "extract", "embed", "neighbors", "finetune")]
+    monkeypatch.setattr(Stage, "complete", property(lambda stage: stage.name != "evaluate"))
     with pytest.raises(GuardError, match=rf"layer {broken} \(mlp\)"):
-        paired.evaluate(setup, *inputs, Silence())
+        paired.evaluate(paired.EVALUATE.job(setup, stages), LOCAL, Silence())

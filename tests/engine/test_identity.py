@@ -16,13 +16,14 @@ from safetensors.torch import load_file
 from roma_ray.config import Config
 from roma_ray.config_reading import apply_override, parse_config
 from roma_ray.engine.finetuning import ADAPTER, epochs_of
-from roma_ray.engine.neighborhoods import NEIGHBORS
+from roma_ray.engine.neighborhoods import PAIRS
 from roma_ray.engine.prepare import TABLE, training_rows
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
+from roma_ray.engine.steps import locate
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import RomaError
-from roma_ray.evaluation.paired import locate_stages
+from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.pipeline import run
 from roma_ray.questions.records import Question
 from roma_ray.questions.splits import assign_splits, drawn_parts
@@ -127,7 +128,7 @@ def with_settings(config: Config, overrides: Sequence[str]) -> Config:
 def changed(config: Config, context: Sequence[str], setting: str) -> list[str]:
     """The stages that the setting moves to another place."""
     usual = with_settings(config, context)
-    before, after = (locate_stages(resolve(c)) for c in (usual, with_settings(usual, [setting])))
+    before, after = (locate(EVALUATE, resolve(c)) for c in (usual, with_settings(usual, [setting])))
     return [name for name in before if before[name].fingerprint != after[name].fingerprint]
 
 
@@ -183,7 +184,7 @@ def test_a_finished_stage_tells_what_is_drawn_from_its_files(
         raise AssertionError("the files were read")
 
     monkeypatch.setattr(module, "declared_parts", unread)
-    assert locate_stages(resolve(config))["questions"].fingerprint == made.fingerprint
+    assert locate(EVALUATE, resolve(config))["questions"].fingerprint == made.fingerprint
     module._drawn.cache_clear()
 
 
@@ -251,7 +252,7 @@ def test_with_a_seed_for_the_data_the_run_s_own_varies_the_training_alone(world:
     for seed in (0, 1):
         settings = with_settings(world, [*common, "neighbors.method=random", f"seed={seed}"])
         stages = run(resolve(settings), Silence(), until="neighbors").stages
-        drawn[seed] = read_table(stages["neighbors"].path / NEIGHBORS, ["row", "neighbors"]).to_pydict()
+        drawn[seed] = read_table(stages["neighbors"].path / PAIRS, ["row", "neighbors"]).to_pydict()
         table = read_table(stages["questions"].path / TABLE, ["id", "split"])
         assert drawn[seed]["row"] == training_rows(table, 0.5, 0) != training_rows(table, 0.5, 1)
     assert drawn[0]["neighbors"] != drawn[1]["neighbors"]

@@ -11,10 +11,10 @@ import pytest
 from roma_ray.artifacts import file_digest
 from roma_ray.config import QuestionSource
 from roma_ray.engine import prepare
-from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts
 from roma_ray.questions.counts import describe_sources
+from tests.making import made
 from tests.world import make_world
 
 
@@ -30,15 +30,15 @@ def test_an_edited_file_is_another_stage_and_one_file_is_read_once(
     monkeypatch.setattr(prepare, "file_digest", counted)
     config = make_world(tmp_path, count=30)
     setup = resolve(config)
-    first = prepare.questions_stage(setup)
-    assert prepare.questions_stage(setup).fingerprint == first.fingerprint
+    first = prepare.QUESTIONS.at(setup, {})
+    assert prepare.QUESTIONS.at(setup, {}).fingerprint == first.fingerprint
     assert len(read) == len(config.questions.sources)
     path = config.questions.sources[0].path
     assert path is not None
     lines = Path(path).read_text().splitlines(keepends=True)
     # As long as before.
     Path(path).write_text("".join(reversed(lines)))
-    assert prepare.questions_stage(setup).fingerprint != first.fingerprint
+    assert prepare.QUESTIONS.at(setup, {}).fingerprint != first.fingerprint
 
 
 def test_what_each_source_gives_is_counted_and_told(tmp_path: Path) -> None:
@@ -50,7 +50,7 @@ def test_what_each_source_gives_is_counted_and_told(tmp_path: Path) -> None:
     sources = (*config.questions.sources, QuestionSource(path=str(tmp_path / "held.jsonl")))
     setup = resolve(config.model_copy(update={"questions": config.questions.model_copy(update={"sources": sources})}))
     expected = prepare.expected_sources(setup)
-    stage = prepare.prepare(setup, Silence())
+    stage = made(prepare.QUESTIONS, setup)
     assert prepare.sources_of(stage) == expected
     assert expected is not None
     splits = Counter(prompt.split for prompt in read_prompts(stage.path / prepare.TABLE))

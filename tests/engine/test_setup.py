@@ -12,12 +12,12 @@ from safetensors.torch import save_file
 from roma_ray.config import ModelConfig
 from roma_ray.engine import setup as resolution
 from roma_ray.engine.embedding import load_encoder
-from roma_ray.engine.prepare import load_tokenizer, prepare
-from roma_ray.engine.progress import Silence
+from roma_ray.engine.prepare import QUESTIONS, load_tokenizer
 from roma_ray.engine.setup import model_identity, resolve
 from roma_ray.errors import ConfigError, EmbeddingError, ModelError
 from roma_ray.moe.snapshot import open_snapshot
 from roma_ray.pipeline import locate
+from tests.making import made
 from tests.world import make_world
 
 
@@ -93,7 +93,7 @@ def test_a_model_without_tokenizer_is_told_so(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"model has no tokenizer \(none of tokenizer.json.*copy the tokenizer's files"
     ):
-        prepare(setup, Silence())
+        made(QUESTIONS, setup)
 
 
 @pytest.mark.parametrize("modules", ['{"a": 1}', "[1, 2]", '[{"type": 3, "path": ""}]', "null", '"text"', "[[]]"])

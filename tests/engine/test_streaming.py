@@ -8,14 +8,15 @@ from typing import Any
 import pytest
 
 from roma_ray.artifacts import file_digest
-from roma_ray.engine.extraction import extract
-from roma_ray.engine.prepare import prepare
-from roma_ray.engine.progress import Silence
+from roma_ray.engine.extraction import EXTRACT
+from roma_ray.engine.prepare import QUESTIONS
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.streaming import STREAM, plan_chain
 from roma_ray.engine.work import serial
 from roma_ray.errors import ModelError, StorageError
 from roma_ray.pipeline import Run
+from tests.making import made
 from tests.moe.test_fitting import edit
 from tests.progress import Told
 from tests.world import make_world
@@ -35,7 +36,7 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
     # The first layer counts with the embeddings, so it is the one that a limit must hold.
     limit = layers_at_once * max_layer_gb(run.setup.model.path)
     setup = limited(run, tmp_path, memory_gb=limit)
-    questions = prepare(setup, Silence())
+    made(QUESTIONS, setup)
     chain = plan_chain(setup.model, limit)
     assert len(chain) == (6 if layers_at_once == 1 else 2)
     assert [start for start, _ in chain[1:]] == [stop for _, stop in chain[:-1]]
@@ -50,7 +51,7 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
 
     first, second = Told(), Told()
     with pytest.raises(KeyboardInterrupt):
-        extract(setup, questions, stopping, first)
+        made(EXTRACT, setup, Runners(extract=stopping), first)
     opened.clear()
     left: list[int] = []
 
@@ -59,7 +60,7 @@ def test_a_chain_of_slices_gives_the_whole_models_files(
         left.append(len(batches))
         yield from serial(work, batches)
 
-    stage = extract(setup, questions, counting, second)
+    stage = made(EXTRACT, setup, Runners(extract=counting), second)
     # Each slice counts by its layers, also those that the first attempt had done.
     tokens, _, begun = second.meters["extract"]
     assert begun == pytest.approx(sum(first.counted))
@@ -86,9 +87,9 @@ def test_a_limit_that_holds_no_layer_and_a_storage_without_room_are_refused(
     letter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     setup = limited(letter_run, tmp_path / "a", memory_gb=1e-6)
-    questions = prepare(setup, Silence())
+    made(QUESTIONS, setup)
     with pytest.raises(ModelError, match="holds no single layer"):
-        extract(setup, questions, serial, Silence())
+        made(EXTRACT, setup)
 
     class Full:
         free = 1000
@@ -97,11 +98,11 @@ def test_a_limit_that_holds_no_layer_and_a_storage_without_room_are_refused(
 
     monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Full)
     setup = limited(letter_run, tmp_path / "b")
-    questions = prepare(setup, Silence())
+    made(QUESTIONS, setup)
     with pytest.raises(StorageError, match=r"extraction\.cache=false"):
-        extract(setup, questions, serial, Silence())
+        made(EXTRACT, setup)
     without = limited(letter_run, tmp_path / "b", cache=False)
-    stage = extract(without, questions, serial, Silence())
+    stage = made(EXTRACT, without)
     assert not list((stage.path / "batches").glob("*.safetensors"))
 
 
@@ -112,5 +113,6 @@ def test_a_tensor_of_the_last_layers_is_missed_before_the_first_slice_works(tmp_
     def working(work: Any, batches: Any) -> Any:
         raise AssertionError("a slice was loaded")
 
+    made(QUESTIONS, setup)
     with pytest.raises(ModelError, match=r"model.norm.weight is missing"):
-        extract(setup, prepare(setup, Silence()), working, Silence())
+        made(EXTRACT, setup, Runners(extract=working))

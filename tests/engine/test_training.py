@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from roma_ray.config import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.cache import FrozenLayers
-from roma_ray.engine.finetuning import TrainJob, train_job
+from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.training import Outcome, finetune
@@ -24,16 +24,13 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.routers import find_routers
 from roma_ray.pipeline import Run
-
-
-def job_of(run: Run, **changes: Any) -> TrainJob:
-    stages = run.stages
-    job = train_job(run.setup, stages["finetune"], stages["questions"], stages["extract"], stages["neighbors"])
-    return dataclasses.replace(job, finetune=job.finetune.model_copy(update=changes))
+from tests.making import train_job
 
 
 def train(job: TrainJob, **arguments: Any) -> Outcome:
-    return finetune(job.load_head(), job.open_data(), job.finetune, layers=job.layers, seed=job.seed, **arguments)
+    return finetune(
+        job.load_head(), job.open_data(), job.settings, layers=job.setup.layers, seed=job.setup.config.seed, **arguments
+    )
 
 
 def assert_same(a: Outcome, b: Outcome) -> None:
@@ -50,12 +47,12 @@ def literal_router_tuning(job: TrainJob, *, packed: bool) -> dict[int, torch.Ten
 
     `packed`: a packing of the micro-batch through the slice; else one question at a time through the whole stock model.
     """
-    config = job.finetune
+    config = job.settings
     head, data = job.load_head(), job.open_data()
     model = AutoModelForCausalLM.from_pretrained(job.model.path, dtype=torch.float32, experts_implementation="eager")
     whole = model.eval().requires_grad_(False)
     modules = head.routers if packed else find_routers(whole)
-    gates = {router.layer: router.module.weight for router in modules if router.layer in job.layers}
+    gates = {router.layer: router.module.weight for router in modules if router.layer in job.setup.layers}
     for gate in gates.values():
         gate.requires_grad_(True)
     parameters = list(gates.values())
@@ -63,7 +60,7 @@ def literal_router_tuning(job: TrainJob, *, packed: bool) -> dict[int, torch.Ten
     steps = math.ceil(len(data.train) / config.batch_size) * config.epochs
     step = 0
     for epoch in range(config.epochs):
-        for rows in chunks(epoch_order(data.train, job.seed, epoch), config.batch_size):
+        for rows in chunks(epoch_order(data.train, job.setup.config.seed, epoch), config.batch_size):
             optimizer.zero_grad()
             for part in chunks(rows, config.micro_batch_size):
                 prompts = [data.prompts[row] for row in part]
@@ -98,7 +95,7 @@ def literal_router_tuning(job: TrainJob, *, packed: bool) -> dict[int, torch.Ten
 
 @pytest.mark.parametrize("regularizer", [{"kind": "none"}, {"kind": "manifold", "weight": 0.0}])
 def test_lambda_zero_equals_a_literal_torch_loop_bit_for_bit(letter_run: Run, regularizer: dict[str, Any]) -> None:
-    job = job_of(letter_run, regularizer=RegularizerConfig(**regularizer))
+    job = train_job(letter_run, regularizer=RegularizerConfig(**regularizer))
     expected = literal_router_tuning(job, packed=True)
     outcome = train(job)
     assert outcome.epochs[-1]["lambda"] == 0
@@ -108,23 +105,23 @@ def test_lambda_zero_equals_a_literal_torch_loop_bit_for_bit(letter_run: Run, re
 
 def test_lambda_zero_equals_tuning_the_whole_stock_model(letter_run: Run) -> None:
     """Packing, cache, trims and masters together change nothing: the same gates to rounding after every step of a run."""
-    job = job_of(letter_run, regularizer=RegularizerConfig(kind="none"))
+    job = train_job(letter_run, regularizer=RegularizerConfig(kind="none"))
     expected, outcome = literal_router_tuning(job, packed=False), train(job)
     for layer, gate in expected.items():
         torch.testing.assert_close(outcome.gates[f"layers.{layer}.weight"], gate, rtol=1e-3, atol=1e-4)
 
 
 def test_without_a_cache_the_frozen_layers_run_again_to_the_same_gates(letter_run: Run) -> None:
-    job = job_of(letter_run)
+    job = train_job(letter_run)
     data, head = job.open_data(), job.load_head()
-    trunk = job.model.load(0, job.cut + 1, with_lm_head=False)
-    without = dataclasses.replace(data, states=FrozenLayers(trunk, job.cut, data.states.prefix))
-    cached = finetune(head, data, job.finetune, layers=job.layers, seed=job.seed)
+    trunk = job.model.load(0, job.setup.cut + 1, with_lm_head=False)
+    without = dataclasses.replace(data, states=FrozenLayers(trunk, job.setup.cut, data.states.prefix))
+    cached = finetune(head, data, job.settings, layers=job.setup.layers, seed=job.setup.config.seed)
     # The same loaded head again: a run leaves it as it was.
-    again = finetune(head, without, job.finetune, layers=job.layers, seed=job.seed)
+    again = finetune(head, without, job.settings, layers=job.setup.layers, seed=job.setup.config.seed)
     for key, gate in cached.gates.items():
         torch.testing.assert_close(again.gates[key], gate, rtol=1e-3, atol=1e-4)
-    assert_same(cached, finetune(head, data, job.finetune, layers=job.layers, seed=job.seed))
+    assert_same(cached, finetune(head, data, job.settings, layers=job.setup.layers, seed=job.setup.config.seed))
 
 
 class Circle:
@@ -160,7 +157,7 @@ def train_on(workers: int, job: TrainJob, **arguments: Any) -> list[Any]:
 
 @pytest.mark.parametrize("workers", [2, 3, 5])
 def test_any_number_of_workers_gives_the_same_bits(letter_run: Run, workers: int) -> None:
-    job = job_of(letter_run)
+    job = train_job(letter_run)
     alone = train(job)
     for outcome in train_on(workers, job):
         assert_same(alone, outcome)
@@ -173,7 +170,7 @@ class Stop(Exception):
 @pytest.mark.parametrize("refresh", [False, True])
 def test_a_run_stopped_after_any_step_ends_with_the_same_bits(letter_run: Run, tmp_path: Path, refresh: bool) -> None:
     regularizer = RegularizerConfig(weight=30.0, refresh=refresh)
-    job = job_of(letter_run, checkpoint_steps=1, regularizer=regularizer, select="best_validation")
+    job = train_job(letter_run, checkpoint_steps=1, regularizer=regularizer, select="best_validation")
     straight = train(job)
     total = len(straight.step_table)
     assert total >= 6
@@ -196,7 +193,7 @@ def test_a_run_stopped_after_any_step_ends_with_the_same_bits(letter_run: Run, t
 
 
 def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bits(letter_run: Run, tmp_path: Path) -> None:
-    job = job_of(letter_run, checkpoint_steps=1)
+    job = train_job(letter_run, checkpoint_steps=1)
     straight = train(job)
     checkpoint = tmp_path / "elastic.safetensors"
     left = [3]
@@ -213,7 +210,7 @@ def test_a_run_goes_on_with_another_number_of_workers_to_the_same_bits(letter_ru
 
 
 def test_a_damaged_checkpoint_is_a_named_error(letter_run: Run, tmp_path: Path) -> None:
-    job = job_of(letter_run)
+    job = train_job(letter_run)
     checkpoint = tmp_path / "checkpoint.safetensors"
     train(job, checkpoint=checkpoint)
     whole = checkpoint.read_bytes()
@@ -224,10 +221,10 @@ def test_a_damaged_checkpoint_is_a_named_error(letter_run: Run, tmp_path: Path) 
 
 
 def gradients_of(run: Run, kind: str) -> tuple[Objective, RouterMasters, Any, Any]:
-    job = job_of(run, regularizer=RegularizerConfig(kind=kind, weight=1.0))
+    job = train_job(run, regularizer=RegularizerConfig(kind=kind, weight=1.0))
     head, data = job.load_head(), job.open_data()
-    masters = RouterMasters(head, job.layers)
-    return Objective(job.finetune, head, data, masters), masters, head, data
+    masters = RouterMasters(head, job.setup.layers)
+    return Objective(job.settings, head, data, masters), masters, head, data
 
 
 @pytest.mark.parametrize("kind", ["manifold", "l1", "l2", "entropy"])
@@ -264,40 +261,40 @@ def test_the_manifold_term_equals_the_double_loop_over_neighbors(letter_run: Run
 
 
 def test_training_lowers_the_regularizer_when_lambda_is_large(letter_run: Run) -> None:
-    strong = train(job_of(letter_run, epochs=4, regularizer=RegularizerConfig(weight=100.0)))
+    strong = train(train_job(letter_run, epochs=4, regularizer=RegularizerConfig(weight=100.0)))
     assert strong.epochs[-1]["manifold_loss"] < strong.epochs[0]["manifold_loss"]
     assert strong.probe["final_regularizer_gradient"] != strong.probe["regularizer_gradient"]
 
 
 def test_auto_weight_meets_the_gradient_ratio(letter_run: Run) -> None:
-    outcome = train(job_of(letter_run, regularizer=RegularizerConfig(weight="auto", gradient_ratio=0.25)))
+    outcome = train(train_job(letter_run, regularizer=RegularizerConfig(weight="auto", gradient_ratio=0.25)))
     assert outcome.probe["gradient_ratio"] == pytest.approx(0.25, rel=1e-6)
     assert outcome.epochs[-1]["lambda"] == pytest.approx(outcome.probe["weight"])
 
 
 def test_schedules_reach_their_targets_within_the_run(letter_run: Run) -> None:
-    job = job_of(letter_run, warmup_fraction=0.5)
+    job = train_job(letter_run, warmup_fraction=0.5)
     outcome = train(job)
     rates = outcome.step_table[:, 3].tolist()
-    assert rates[0] == pytest.approx(job.finetune.learning_rate / round(0.5 * len(rates)))
-    assert rates[-1] == pytest.approx(job.finetune.learning_rate)
+    assert rates[0] == pytest.approx(job.settings.learning_rate / round(0.5 * len(rates)))
+    assert rates[-1] == pytest.approx(job.settings.learning_rate)
     assert outcome.step_table[-1, 2] == pytest.approx(outcome.probe["weight"])
 
 
 def test_best_validation_exports_its_epoch(letter_run: Run) -> None:
-    outcome = train(job_of(letter_run, epochs=3, select="best_validation"))
+    outcome = train(train_job(letter_run, epochs=3, select="best_validation"))
     accuracies = [epoch["validation_accuracy"] for epoch in outcome.epochs]
     assert outcome.selected_epoch == accuracies.index(max(accuracies))
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_gates_move(letter_run: Run) -> None:
     with pytest.raises(TrainingError, match="learning_rate"):
-        train(job_of(letter_run, learning_rate=1e30, epochs=3, regularizer=RegularizerConfig(weight=1e30)))
+        train(train_job(letter_run, learning_rate=1e30, epochs=3, regularizer=RegularizerConfig(weight=1e30)))
 
 
 def test_cloze_trains_on_the_gold_continuation(cloze_run: Run) -> None:
-    job = job_of(cloze_run, epochs=4)
-    assert job.cloze
+    job = train_job(cloze_run, epochs=4)
+    assert job.open_data().cloze
     outcome = train(job)
     assert outcome.epochs[-1]["task_loss"] < outcome.epochs[0]["task_loss"]
 

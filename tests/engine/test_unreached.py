@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roma_ray.config import Config
-from roma_ray.engine.finetuning import TrainJob, train_job
+from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
@@ -33,7 +33,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> TrainJob:
     setup = resolve(config)
     run(setup, Silence(), until="neighbors")
     stages = locate(setup)
-    return train_job(setup, stages["finetune"], stages["questions"], stages["extract"], stages["neighbors"])
+    return TrainJob(setup, stages, stages["finetune"])
 
 
 def tiny_vocabulary(root: Path) -> int:
@@ -43,9 +43,9 @@ def tiny_vocabulary(root: Path) -> int:
 
 
 def tuned(job: TrainJob, weight: float | str) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    regularizer = job.finetune.regularizer.model_copy(update={"weight": weight})
-    config = job.finetune.model_copy(update={"regularizer": regularizer})
-    outcome = finetune(job.load_head(), job.open_data(), config, layers=job.layers, seed=job.seed)
+    regularizer = job.settings.regularizer.model_copy(update={"weight": weight})
+    config = job.settings.model_copy(update={"regularizer": regularizer})
+    outcome = finetune(job.load_head(), job.open_data(), config, layers=job.setup.layers, seed=job.setup.config.seed)
     return outcome.gates, outcome.probe
 
 
@@ -59,8 +59,8 @@ def test_the_manifold_term_alone_moves_them(job: TrainJob) -> None:
     assert probe["reach"] < UNREACHED
     assert probe["regularizer_gradient"] > 1e-4
     head = job.load_head()
-    masters = RouterMasters(head, job.layers)
-    objective = Objective(job.finetune, head, job.open_data(), masters)
+    masters = RouterMasters(head, job.setup.layers)
+    objective = Objective(job.settings, head, job.open_data(), masters)
     objective.settle(probe)
     micro = next(objective.feed([objective.data.train[:4]]))
     _, penalty, _ = objective.losses(micro)

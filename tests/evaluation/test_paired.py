@@ -17,19 +17,23 @@ from roma_ray.artifacts import Stage
 from roma_ray.config import QuestionSource
 from roma_ray.engine.finetuning import ADAPTER, read_routing_rows
 from roma_ray.engine.neighborhoods import read_neighborhoods
-from roma_ray.engine.prepare import TABLE, prepare
+from roma_ray.engine.prepare import QUESTIONS, TABLE
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.runners import LOCAL
 from roma_ray.engine.setup import resolve
+from roma_ray.engine.steps import complete
 from roma_ray.engine.tables import read_prompts, read_table
+from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.change import describe_distance
 from roma_ray.evaluation.compare import MACRO, compare_columns, open_columns
 from roma_ray.evaluation.judged import RESULTS
 from roma_ray.evaluation.measures import figure_cells
-from roma_ray.evaluation.paired import by_task, evaluate, evaluation_pin, locate_stages
+from roma_ray.evaluation.paired import EVALUATE, by_task, evaluation_pin
 from roma_ray.evaluation.summary import result_rows, warnings_of
 from roma_ray.pipeline import Run, run
 from roma_ray.text import with_error
+from tests.making import made
 from tests.progress import Told
 from tests.world import make_world
 
@@ -41,24 +45,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def test_progress_counts_tokens_for_the_longest_questions_run_first(finished: Run, tmp_path: Path) -> None:
     """With the base's scores kept from an earlier evaluation, what they took counts as done."""
-    names = ("questions", "extract", "embed", "neighbors", "finetune")
     storage = Path(str(finished.setup.config.storage))
     shutil.copytree(storage, tmp_path / "storage")
     setup = resolve(finished.setup.config.model_copy(update={"storage": str(tmp_path / "storage")}))
-    stages = locate_stages(setup)
     told = []
     for again in (("evaluate", "base"), ("evaluate",)):
         for name in again:
             shutil.rmtree(tmp_path / "storage" / name)
         told.append(Told())
-        evaluate(setup, *(stages[name] for name in names), progress=told[-1])
+        made(EVALUATE, setup, progress=told[-1])
     first, second = (progress.meters["evaluate"] for progress in told)
     assert first[:2] == second[:2]
     assert (first[1], first[2]) == ("tokens", 0)
     assert sum(told[0].counted) == first[0]
     assert second[2] > 0
     assert second[2] + sum(told[1].counted) == second[0]
-    prompts = read_prompts(stages["questions"].path / TABLE)
+    prompts = read_prompts(finished.stages["questions"].path / TABLE)
     assert first[0] > sum(len(prompt.prompt_ids) for prompt in prompts if prompt.split == "test")
 
 
@@ -162,9 +164,10 @@ def copy_with_adapter(finished: Run, target: Path, scale: float) -> Stage:
 def test_a_tampered_adapter_is_refused(finished: Run, tmp_path: Path) -> None:
     tampered = copy_with_adapter(finished, tmp_path / "finetune", 0.0)
     setup = resolve(finished.setup.config.model_copy(update={"storage": str(tmp_path / "storage")}))
-    parts = [finished.stages[n] for n in ("questions", "extract", "embed", "neighbors")]
+    stages = {**finished.stages, "finetune": tampered}
+    job = Job(setup, stages, EVALUATE.at(setup, stages))
     with pytest.raises(Exception, match=r"was changed|equal the base"):
-        evaluate(setup, *parts, tampered, Silence())
+        complete(EVALUATE, job, LOCAL, Silence())
 
 
 def test_splits_and_tasks_add_up(finished: Run) -> None:
@@ -301,7 +304,7 @@ def test_the_pin_follows_the_split(finished: Run, tmp_path: Path) -> None:
         config = finished.setup.config.model_copy(
             update={"questions": questions, "seed": seed, "storage": str(tmp_path / "s")}
         )
-        pins.append(evaluation_pin(prepare(resolve(config), Silence()), {}, range(len(rows))))
+        pins.append(evaluation_pin(made(QUESTIONS, resolve(config)), {}, range(len(rows))))
     assert pins[0] != pins[1]
 
 

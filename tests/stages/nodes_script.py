@@ -101,7 +101,7 @@ def called(config: Config, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     torch.cuda.is_available = lambda: False
     with open_cluster(config) as cluster:
-        found: dict[str, Any] = near_device(cluster, "cuda")(dies_once, folder, progress=Silence())
+        found: dict[str, Any] = near_device(cluster, "cuda")("dies_once", dies_once, folder, progress=Silence())
     return found
 
 

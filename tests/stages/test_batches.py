@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from roma_ray.artifacts import file_digest
-from roma_ray.engine.extraction import activation_dtype, extract
+from roma_ray.artifacts import Stage, file_digest
+from roma_ray.engine.extraction import EXTRACT
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
-from roma_ray.engine.prepare import TABLE, prepare
-from roma_ray.engine.progress import Silence
+from roma_ray.engine.prepare import QUESTIONS
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.engine.work import Work
@@ -24,6 +24,7 @@ from roma_ray.pipeline import Run
 from roma_ray.stages.batches import ATTEMPTS, BatchWorker, Marks, ray_executor
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import packed
+from tests.making import made
 from tests.stages.support import DeadlyWork, FailingWork
 from tests.world import make_world
 
@@ -32,16 +33,7 @@ def fields(run: Run, folder: Path) -> dict[str, Any]:
     """The extraction of a finished run, with an empty folder to do it again in."""
     folder.mkdir()
     shutil.copy(run.stages["extract"].path / PLAN, folder / PLAN)
-    setup = run.setup
-    return {
-        "folder": str(folder),
-        "questions": str(run.stages["questions"].path / TABLE),
-        "model": setup.model,
-        "cuts": setup.cuts,
-        "tokens": (setup.config.routing.tokens,),
-        "rule": "raw",
-        "activation_dtype": activation_dtype(setup),
-    }
+    return {"setup": run.setup, "stages": run.stages, "stage": Stage(folder, "extract", {})}
 
 
 def same_files(folder: Path, other: Path) -> None:
@@ -149,7 +141,8 @@ def test_a_model_that_drops_most_questions_is_refused_from_the_workers(cluster: 
     tensors["model.layers.3.self_attn.v_proj.weight"][0, 0] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
     setup = resolve(config, device="cpu")
+    made(QUESTIONS, setup)
     with pytest.raises(
         ModelError, match=r"questions failed in extraction.*comes from layer 3 \(self_attn\), whose weights"
     ):
-        extract(setup, prepare(setup, Silence()), ray_executor(cluster, "extract", "cpu"), Silence())
+        made(EXTRACT, setup, Runners(extract=ray_executor(cluster, "extract", "cpu")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,13 @@ import pytest
 import torch
 
 from roma_ray.artifacts import file_digest
-from roma_ray.engine.finetuning import ADAPTER, CHECKPOINT, train_job
+from roma_ray.engine.finetuning import ADAPTER, CHECKPOINT
 from roma_ray.errors import TrainingError
 from roma_ray.pipeline import Run
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.finetune import RUNS, finetune_on_ray, questions_before
 from roma_ray.stages.live import FILE, LiveReader, LiveWriter
+from tests.making import train_job
 from tests.stages.support import DeadlyJob, epochs_in, loopback, started
 
 WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
@@ -23,14 +23,10 @@ WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
 
 def deadly_job(run: Run, folder: Path, **settings: Any) -> DeadlyJob:
     """The finetuning of a finished run, in an empty folder, with a worker that dies or fails."""
-    stages = run.stages
-    job = train_job(run.setup, stages["finetune"], stages["questions"], stages["extract"], stages["neighbors"])
     notes = folder / "notes"
-    target = folder / stages["finetune"].fingerprint
-    for made in (notes, target):
-        made.mkdir()
-    fields = {f.name: getattr(job, f.name) for f in dataclasses.fields(job)}
-    return DeadlyJob(**{**fields, "folder": str(target)}, notes=str(notes), **settings)
+    notes.mkdir()
+    job = train_job(run, folder)
+    return DeadlyJob(job.setup, job.stages, job.stage, notes=str(notes), **settings)
 
 
 def test_three_workers_one_killed(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
@@ -65,7 +61,7 @@ def test_a_failing_worker_stops_all_with_its_message(local_run: Run, cluster: Cl
     assert "TrainingError" in Path(place).read_text()
     # The checkpoint stays: the next run goes on from it.
     assert (Path(job.folder) / CHECKPOINT).exists()
-    assert questions_before(job) == 2 * job.finetune.batch_size
+    assert questions_before(job) == 2 * job.settings.batch_size
 
 
 def test_progress_lines(tmp_path: Path) -> None:

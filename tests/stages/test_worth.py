@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import pytest
 
 from roma_ray.artifacts import file_digest
 from roma_ray.config import Config
-from roma_ray.engine.finetuning import ADAPTER, TrainJob, train_job
+from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Report, Work
 from roma_ray.pipeline import Run
@@ -22,6 +21,7 @@ from roma_ray.stages import worth
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.finetune import finetune_on_ray, most_workers
 from roma_ray.stages.worth import begun_here, share_of
+from tests.making import train_job
 
 
 class Unstarted(Cluster):
@@ -108,18 +108,9 @@ def test_clusters_large_models_and_streaming_get_workers(
     assert shared_out(Unstarted(world), Slow(0.0, spec), 2)[1] == [0, 1]
 
 
-def job_in(run: Run, folder: Path) -> TrainJob:
-    """A finished run's finetuning in an empty folder."""
-    stages = run.stages
-    target = folder / stages["finetune"].fingerprint
-    target.mkdir(parents=True)
-    job = train_job(run.setup, stages["finetune"], stages["questions"], stages["extract"], stages["neighbors"])
-    return dataclasses.replace(job, folder=str(target))
-
-
 def test_short_training_starts_no_ray(local_run: Run, world: Config, tmp_path: Path) -> None:
     """In the driver, each epoch told once, with the bits of a local run."""
-    job = job_in(local_run, tmp_path)
+    job = train_job(local_run, tmp_path)
     told: list[int] = []
     counts: list[int] = []
     finetune_on_ray(Unstarted(world), "cpu")(job, lambda e: told.append(e["epoch"]), lambda n, _: counts.append(n))
@@ -137,7 +128,7 @@ def test_long_training_is_handed_over(
     monkeypatch.setattr(worth.time, "monotonic", lambda: float(next(clock)))
     seen: list[float | None] = []
     monkeypatch.setattr(finetune_module, "_on_workers", lambda *arguments: seen.append(arguments[-1]))
-    job = job_in(local_run, tmp_path)
+    job = train_job(local_run, tmp_path)
     (Path(job.folder) / "epochs.jsonl").touch()
     counts: list[int] = []
     finetune_on_ray(Unstarted(world), "cpu")(job, lambda epoch: None, lambda n, _: counts.append(n))
@@ -147,14 +138,13 @@ def test_long_training_is_handed_over(
     assert sum(counts) == 0
 
 
-def test_training_workers_by_work(local_run: Run, tmp_path: Path) -> None:
+def test_training_workers_by_work(local_run: Run) -> None:
     """Seven steps are one worker's; as many as were asked for where a step has micro-batches for them."""
-    job = job_in(local_run, tmp_path)
     rows = local_run.stages["neighbors"].manifest()["facts"]["training"]
 
     def most(epochs: int, wanted: int | None = None, left: float | None = None) -> int:
-        settings = job.finetune.model_copy(update={"epochs": epochs, "batch_size": 8, "micro_batch_size": 2})
-        return most_workers(dataclasses.replace(job, finetune=settings), wanted, left)
+        job = train_job(local_run, epochs=epochs, batch_size=8, micro_batch_size=2)
+        return most_workers(job, wanted, left)
 
     steps = -(-rows // 8)
     assert most(1) == 1

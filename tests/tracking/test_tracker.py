@@ -18,15 +18,16 @@ import pytest
 from roma_ray.artifacts import MANIFEST, Stage, _content_digest, run_identity, write_json
 from roma_ray.cli_results import setup_of_finished
 from roma_ray.config import TrackingConfig
-from roma_ray.engine.prepare import prepare
+from roma_ray.engine.prepare import QUESTIONS
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import LOCAL
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError, TrainingError
-from roma_ray.pipeline import STAGES, Run, locate, replay, run
+from roma_ray.pipeline import STEPS, Run, locate, replay, run
 from roma_ray.tracking import Tracker, delivery, records
 from roma_ray.tracking.mlflow import Mlflow
+from tests.making import made
 from tests.tracking.support import Said, copied, free_port, ledger, served
 from tests.world import make_world
 
@@ -67,9 +68,9 @@ def artifacts(uri: str, run_id: str, folder: str | None = None) -> set[str]:
 def test_a_parent_and_a_child_for_each_stage(finished: Run, database: str, capfd: pytest.CaptureFixture[str]) -> None:
     said = record(tracked_setup(finished, database))
     runs = ledger(database)
-    assert set(runs) == {"pipeline", *STAGES}
+    assert set(runs) == {"pipeline", *list(STEPS)}
     parent, figures = runs["pipeline"]
-    for name in STAGES:
+    for name in list(STEPS):
         child, _ = runs[name]
         assert child.data.tags["mlflow.parentRunId"] == parent.info.run_id
         assert child.data.tags["roma.fingerprint"] == finished.stages[name].fingerprint
@@ -444,7 +445,7 @@ def test_a_part_run_on_gpus_is_found_from_a_machine_without(tmp_path: Path) -> N
     config = make_world(tmp_path, count=24).model_copy(update={"device": "auto"})
     config = config.model_copy(update={"model": config.model.model_copy(update={"experts_backend": "eager"})})
     there = resolve(config, device="cuda")
-    prepare(there, Silence())
+    made(QUESTIONS, there)
     stage = locate(there)["extract"]
     with stage.exclusive():
         stage.finish(facts={}, seconds=1.0)
