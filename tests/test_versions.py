@@ -15,7 +15,7 @@ from roma_ray import versions
 from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, WAITING, open_sweep, other_versions, prepare_shared
-from roma_ray.ablations.trial import Work, do_trial
+from roma_ray.ablations.trial import TrialWork, do_trial
 from roma_ray.artifacts import Stage, Store
 from roma_ray.baselines.runs import run_methods
 from roma_ray.config import Config
@@ -174,7 +174,7 @@ def test_a_sweep_says_it_of_finished_trials_and_of_what_trials_share(
     assert "extract: made by torch" in waiting.error
     planned = waiting.planned
     with pytest.raises(ArtifactError, match="same_versions"):
-        do_trial(Work(planned.trial.id, planned.setup, planned.stages), lambda record: None, FRESH)
+        do_trial(TrialWork(planned.trial.id, planned.setup, planned.stages), lambda record: None, FRESH)
 
 
 def methods(setup: Setup, finished: Run, told: Told) -> None:
