@@ -320,6 +320,24 @@ def test_reference_file_out_and_in(adapter, tmp_path: Path) -> None:
         export_routers(folder, file, form="gguf")
 
 
+def test_a_multimodal_models_routers_keep_their_whole_names_through_every_form(tmp_path: Path) -> None:
+    path = save_tiny(tiny_moe("gemma4"), tmp_path / "base")
+    _, checkpoint = tuned_adapter(path, tmp_path / "adapter", torch.float32, 4)
+    names = [f"model.language_model.layers.{layer}.router.proj.weight" for layer in (4, 5)]
+    assert (checkpoint.model_type, list(checkpoint.tensors)) == ("gemma4", names)
+    export_routers(tmp_path / "adapter", tmp_path / "router_ft.pt", form="reference")
+    # The reference knows language models alone.
+    short = [f"layers.{layer}.router.proj.weight" for layer in (4, 5)]
+    assert list(torch.load(tmp_path / "router_ft.pt", weights_only=True)["state_dict"]) == short
+    back = import_reference(tmp_path / "router_ft.pt", base=path)
+    assert list(back.tensors) == names
+    export_routers(tmp_path / "router_ft.pt", tmp_path / "merged", form="merged", base=path)
+    assert list(read_merged(tmp_path / "merged").tensors) == names
+    text = save_tiny(tiny_moe("gemma4_text"), tmp_path / "text")
+    with pytest.raises(CheckpointError, match=r"of a gemma4 model .*, not of a gemma4_text one"):
+        load_adapter(tmp_path / "adapter", load_slice(text, start=4, dtype=torch.float32, with_lm_head=True))
+
+
 class _Bomb:
     def __reduce__(self):
         return os.system, ("touch bombed",)
