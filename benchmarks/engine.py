@@ -112,7 +112,7 @@ def plain(world: World) -> Any:
 
 def last_logits(world: World) -> Any:
     from roma_ray.moe.reading import read_routing
-    from roma_ray.moe.slices import slice_logits
+    from tests.padded import slice_logits
 
     tuned = [r for r in world.whole.routers if r.layer in world.layers]
     with read_routing(world.whole.model, tuned, world.last) as tape:
@@ -122,7 +122,7 @@ def last_logits(world: World) -> Any:
 
 def cached(world: World) -> Any:
     from roma_ray.moe.reading import read_routing
-    from roma_ray.moe.slices import slice_logits
+    from tests.padded import slice_logits
 
     with read_routing(world.head.model, world.head.routers, world.last) as tape:
         logits = slice_logits(world.head, world.entering, world.mask, world.last)

@@ -19,7 +19,8 @@ from roma_ray.moe.inspection import describe, inspect, read_merged
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.merged import save_merged
 from roma_ray.moe.reference import import_reference, read_reference
-from roma_ray.moe.slices import load_slice, slice_hidden, slice_logits
+from roma_ray.moe.slices import load_slice
+from tests.padded import slice_hidden, slice_logits
 from tests.tiny import EAGER, FAMILIES, MORE_FAMILIES, WRAPPERS, padded_batch, save_tiny, tiny_moe
 
 _STOCK = """

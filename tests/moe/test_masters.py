@@ -10,7 +10,8 @@ import torch
 from roma_ray.errors import CheckpointError, ModelError
 from roma_ray.moe.checkpoints import load_adapter, save_adapter
 from roma_ray.moe.masters import RouterMasters, frozen_digest
-from roma_ray.moe.slices import load_slice, slice_logits
+from roma_ray.moe.slices import load_slice
+from tests.padded import slice_logits
 from tests.tiny import FAMILIES, MORE_FAMILIES, padded_batch, save_tiny, tiny_moe
 
 

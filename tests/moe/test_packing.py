@@ -17,7 +17,8 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
-from roma_ray.moe.slices import Slice, load_slice, slice_logits
+from roma_ray.moe.slices import Slice, load_slice
+from tests.padded import slice_logits
 from tests.tiny import DELTA_RULE, FAMILIES, MORE_FAMILIES, VOCABULARY, save_tiny, tiny_moe
 
 

@@ -11,7 +11,8 @@ import torch
 
 from roma_ray.errors import ModelError
 from roma_ray.moe import snapshot
-from roma_ray.moe.slices import load_slice, model_facts, slice_logits
+from roma_ray.moe.slices import load_slice, model_facts
+from tests.padded import slice_logits
 from tests.tiny import padded_batch, save_tiny, tiny_moe
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
