@@ -35,4 +35,4 @@ def whole_lines(path: str | Path, offset: int = 0) -> tuple[list[str], int]:
     except FileNotFoundError:
         return [], offset
     whole = new[: new.rfind(b"\n") + 1]
-    return whole.decode(errors="replace").splitlines(), offset + len(whole)
+    return whole.decode(errors="replace").split("\n")[:-1], offset + len(whole)
