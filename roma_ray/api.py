@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from roma_ray.config import Config
+from roma_ray.store.files import listed
 
 if TYPE_CHECKING:
     import pandas
@@ -66,7 +67,7 @@ class Finished:
         """The report's figures by name. Raises KeyError."""
         from roma_ray.figures.report import FIGURES
 
-        return {path.stem: path for path in sorted((self.stages["report"] / FIGURES).glob("*.svg"))}
+        return {path.stem: path for path in listed(self.stages["report"] / FIGURES, "*.svg")}
 
 
 def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -> Config:

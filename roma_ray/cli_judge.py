@@ -22,6 +22,7 @@ from roma_ray.evaluation.subject import Subject, resolve_subject
 from roma_ray.figures.comparison import FORMATS, render
 from roma_ray.pipeline import run as run_pipeline
 from roma_ray.stages.runners import open_place
+from roma_ray.store.files import exists
 from roma_ray.terminal import open_progress, print_table, say
 from roma_ray.tracking import benchmarks as tracking
 
@@ -65,15 +66,15 @@ def _tunable(subject: Subject, progress: Progress) -> bool:
 def training_texts(store: Store, adapter: str) -> Texts | None:
     """Questions that an adapter was trained on, where this storage has its run; None where that is not known."""
     manifest = Path(adapter).resolve().parent / MANIFEST
-    if not Path(adapter).is_dir() or not manifest.is_file():
+    if not Path(adapter).is_dir() or not exists(manifest):
         return None
     # Finetuning depends on extraction, which depends on the questions.
     extraction = read_manifest(manifest.parent)["identity"]["inputs"].get("extract", "")
     folder = store.root / "extract" / extraction
-    if not extraction or not (folder / MANIFEST).is_file():
+    if not extraction or not exists(folder / MANIFEST):
         return None
     questions = store.root / "questions" / read_manifest(folder)["identity"]["inputs"]["questions"]
-    if not (questions / MANIFEST).is_file():
+    if not exists(questions / MANIFEST):
         return None
     table = read_table(questions / TABLE, ["question", "choices", "split"]).to_pylist()
     return [(row["question"], row["choices"]) for row in table if row["split"] == "train"]

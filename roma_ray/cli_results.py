@@ -103,11 +103,12 @@ def config_of(run: str, storage: str | None, overrides: Sequence[str] = ()) -> C
     from roma_ray.config_reading import load_config
     from roma_ray.errors import ArtifactError
     from roma_ray.storage import Storage
+    from roma_ray.store.files import exists
 
     found = Storage(Store(storage))
     item = found.find(run)
     files = (part.stage.path / CONFIG for part in found.needs(item))
-    file = next((file for file in files if file.is_file()), None)
+    file = next(filter(exists, files), None)
     if file is None:
         raise ArtifactError(f"{item.kind}/{item.id} has no configuration beside it: give the run's own with --config")
     return load_config(str(file), overrides).model_copy(update={"storage": storage})

@@ -11,6 +11,7 @@ from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.artifacts import write_json
 from roma_ray.evaluation.measures import LEGEND
+from roma_ray.store.files import exists
 from roma_ray.terminal import LiveBoard, LiveProgress, open_progress, print_table, say
 
 
@@ -27,7 +28,7 @@ def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: 
     if summary_path:
         write_json(summary_path, command.summary(sweep))
     print_sweep(sweep)
-    if (sweep.stage.path / PAGE).exists():
+    if exists(sweep.stage.path / PAGE):
         say(f"report: {sweep.stage.path / PAGE}")
     return 1 if command.failures(sweep) else 0
 

@@ -15,6 +15,7 @@ from roma_ray.artifacts import MANIFEST, Stage, read_manifest
 from roma_ray.engine.setup import Setup
 from roma_ray.errors import ArtifactError
 from roma_ray.pipeline import STEPS, locate
+from roma_ray.store.files import exists, listed
 from roma_ray.text import duration_text, printable, size_text
 
 COMPLETE, ABSENT, BEGUN, RELEASED, DAMAGED = "complete", "to do", "to do, begun", "to do, cache removed", "damaged"
@@ -68,7 +69,7 @@ def explain(setup: Setup) -> list[Told]:
 
 def _look(stage: Stage) -> Told:
     if not stage.complete:
-        state = BEGUN if stage.path.exists() else ABSENT
+        state = BEGUN if exists(stage.path) else ABSENT
         return _compared(stage, state, list(manifests(stage)))
     try:
         manifest = stage.manifest()
@@ -85,7 +86,7 @@ def _complete(stage: Stage) -> Told:
 
 def manifests(stage: Stage) -> Iterator[dict[str, Any]]:
     """Those of the complete stages of the same kind in the storage; damaged ones are left out."""
-    for path in sorted(stage.path.parent.glob(f"*/{MANIFEST}")):
+    for path in listed(stage.path.parent, f"*/{MANIFEST}"):
         with contextlib.suppress(ArtifactError):
             yield read_manifest(path.parent)
 

@@ -22,6 +22,7 @@ from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.evaluation.summary import summarise_run
 from roma_ray.figures.report import ORACLE, REPORT
+from roma_ray.store.files import exists
 
 
 @dataclass(frozen=True)
@@ -128,4 +129,4 @@ def _ended(planned: Mapping[str, Stage], last: str) -> bool:
     """Whether a run was to go up to this stage and did; one that is at work or was killed beyond it is another matter."""
     names = list(planned)
     later = names[names.index(last) + 1 :]
-    return (planned[last].path / CONFIG).exists() and not any(planned[name].path.exists() for name in later)
+    return exists(planned[last].path / CONFIG) and not any(exists(planned[name].path) for name in later)

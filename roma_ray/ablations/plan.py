@@ -24,6 +24,7 @@ from roma_ray.engine.steps import locate, order
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
 from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.questions.counts import SourceCount, describe_sources
+from roma_ray.store.files import exists
 from roma_ray.text import duration_text
 
 # A backward pass through the head costs about two forward passes.
@@ -183,7 +184,7 @@ def _on_finished(
     def come(found: tuple[Setup, Mapping[str, Stage]]) -> tuple[bool, bool]:
         stages = found[1]
         # What is trained and judged stays so without the extraction, which is large and may be removed.
-        return stages["finetune"].complete and stages["evaluate"].complete, stages["finetune"].path.exists()
+        return stages["finetune"].complete and stages["evaluate"].complete, exists(stages["finetune"].path)
 
     able = [found for found in able if found[1]["extract"].complete or come(found)[0]]
     return max(able, key=come)[0] if able else None

@@ -26,6 +26,8 @@ from roma_ray.errors import ArtifactError, RomaError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.failures import unpacked
 from roma_ray.stages.runners import ray_runners
+from roma_ray.store.files import exists
+from roma_ray.store.logs import append_line, whole_lines
 
 VERSION = 2
 SPACE = "space.yaml"
@@ -326,7 +328,7 @@ def _advance(state: State, event: Event) -> None:
 def keep_config(state: State) -> None:
     """A finished trial's configuration beside its evaluation, as a run keeps its own; one that is there stays."""
     evaluation = state.planned.stages["evaluate"]
-    if not (evaluation.path / CONFIG).exists() and evaluation.complete:
+    if not exists(evaluation.path / CONFIG) and evaluation.complete:
         config = state.planned.setup.config
         save_config(evaluation, config.model_copy(update={"name": f"{config.name}: {state.trial.name}"}))
 
@@ -343,10 +345,7 @@ def _close(state: State, record: Mapping[str, Any]) -> None:
 
 
 def _ledger(stage: Stage) -> Iterable[dict[str, Any]]:
-    path = stage.path / LEDGER
-    if not path.exists():
-        return
-    for line in path.read_text(errors="replace").splitlines():
+    for line in whole_lines(stage.path / LEDGER)[0]:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
@@ -354,7 +353,7 @@ def _ledger(stage: Stage) -> Iterable[dict[str, Any]]:
 
 
 def _note(stage: Stage, state: State) -> None:
-    """Add a line to the ledger; a line of its own also after half a one."""
+    """Add a line to the ledger. Raises StorageError."""
     line = {
         "trial": state.trial.id,
         "state": state.state,
@@ -364,8 +363,7 @@ def _note(stage: Stage, state: State) -> None:
         "values": state.values,
         "place": [state.planned.setup.cuts, state.planned.setup.token_rules],
     }
-    with open(stage.path / LEDGER, "a") as stream:
-        stream.write("\n" + json.dumps(line) + "\n")
+    append_line(stage.path / LEDGER, json.dumps(line))
 
 
 def _resolved(space: Space) -> str:

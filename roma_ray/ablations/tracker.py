@@ -13,6 +13,7 @@ from roma_ray.artifacts import Stage
 from roma_ray.engine.finetuning import ADAPTER, EPOCHS, STEPS
 from roma_ray.engine.progress import Progress
 from roma_ray.evaluation.paired import SUMMARY
+from roma_ray.store.files import exists
 from roma_ray.tracking import records
 from roma_ray.tracking.backend import RunState, Value
 from roma_ray.tracking.delivery import Delivery
@@ -96,12 +97,12 @@ class SweepTracker(Delivery, SweepObserver):
             return
         at, folder = records.now(), self.sweep.stage.path
         self._log_metrics(run, [Value(key, value, 0, at) for key, value in _facts(self.sweep).items()])
-        if (folder / PAGE).exists() and self.status.get(SWEEP) != "RUNNING":
+        if exists(folder / PAGE) and self.status.get(SWEEP) != "RUNNING":
             for part in ("report.html", "report.md"):
                 self._upload(run, folder / part)
             for part in ("figures", "tables"):
                 # Not every space has something to draw.
-                if (folder / part).exists():
+                if exists(folder / part):
                     self._upload(run, folder / part, part)
 
     def _write_trial(self, run: RunState, state: State) -> None:

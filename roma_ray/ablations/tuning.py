@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +23,7 @@ from roma_ray.errors import ConfigError
 from roma_ray.stages.cluster import Cluster
 from roma_ray.stages.environment import quiet_libraries
 from roma_ray.stages.failures import as_deaths, packed
+from roma_ray.store.files import remove_folder
 
 METRIC = "validation_accuracy"
 _FAILURE, _COMPLETE = "failure", "complete"
@@ -181,7 +181,7 @@ def _fit(
             ),
         ).fit()
     finally:
-        shutil.rmtree(runs, ignore_errors=True)
+        remove_folder(runs)
 
 
 def _scheduler(settings: Scheduler, epochs: int, metric: str = METRIC) -> Any:

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import Tensor
 
-from roma_ray.artifacts import Stage, fingerprint, write_atomically, write_json
+from roma_ray.artifacts import Stage, fingerprint, write_json
 from roma_ray.baselines.bench import Bench, Cost, open_bench
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.costs import counted, trunk_cost
@@ -33,6 +33,8 @@ from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Step, complete, order
 from roma_ray.engine.work import Executor, Job, Report
 from roma_ray.errors import ArtifactError
+from roma_ray.store.files import exists, read_json, remove
+from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 VERSION = 2
 STAGE = "baselines"
@@ -142,9 +144,9 @@ def note_failure(stage: Stage, error: BaseException) -> None:
 def read_failure(stage: Stage) -> dict[str, str] | None:
     """What went wrong in the last attempt at an incomplete stage."""
     path = stage.path / FAILURE
-    if stage.complete or not path.exists():
+    if stage.complete or not exists(path):
         return None
-    found: dict[str, str] = json.loads(path.read_text())
+    found: dict[str, str] = read_json(path)
     return found
 
 
@@ -159,7 +161,7 @@ def _answer(
 ) -> dict[str, Any]:
     assert bench is not None
     stage = job.stage
-    (stage.path / FAILURE).unlink(missing_ok=True)
+    remove(stage.path / FAILURE)
     given = bench if method.sees_labels else bench.blinded()
     prepared, preparing = _prepared(stage, method, given, seed)
     if method.trains:
@@ -186,7 +188,7 @@ def _answer(
 def _prepared(stage: Stage, method: Method, bench: Bench, seed: int) -> tuple[dict[str, Tensor], float]:
     """What all trials share, from an earlier attempt where there was one, and the seconds that it took."""
     path = stage.path / _PREPARED
-    if not path.exists():
+    if not exists(path):
         clock = time.monotonic()
         made = method.prepare(bench, seed)
         if not made:
@@ -206,7 +208,7 @@ def _choose(
     trials = []
     for rate in grid:
         path = job.stage.path / "trials" / f"{rate:g}.safetensors"
-        if not path.exists():
+        if not exists(path):
             clock = time.monotonic()
             fitted = method.fit(given, prepared, rate, seed)
             seconds = time.monotonic() - clock
@@ -240,20 +242,15 @@ def _trunk(bench: Bench) -> Cost:
 
 
 def _save(path: Path, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    write_atomically(path, lambda aside: save_file(whole, aside, metadata={"facts": json.dumps(facts)}))
+    write_tensors(path, whole, {"facts": json.dumps(facts)})
 
 
 def _load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as handle:
-            facts = json.loads(handle.metadata()["facts"])
-            return {key: handle.get_tensor(key) for key in handle.keys()}, facts  # noqa: SIM118 - not a dict
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError) as error:
+        tensors, metadata = read_tensors(path)
+        return tensors, json.loads(metadata["facts"])
+    except (*DAMAGED, KeyError, ValueError, TypeError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); remove it and run again") from None
 
 

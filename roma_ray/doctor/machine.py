@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
@@ -15,6 +14,7 @@ from roma_ray.artifacts import Store, default_storage
 from roma_ray.doctor.check import Check
 from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import StorageError
+from roma_ray.store.files import free_bytes, listed, remove, write_bytes
 
 # (package, lowest, first that is too new, remedy)
 _NEEDED = (
@@ -125,17 +125,15 @@ def _storage(storage: str | None) -> Iterator[Check]:
     remedy = "choose another with --storage or $ROMA_RAY_STORAGE"
     try:
         root = Store(storage).root
-        root.mkdir(parents=True, exist_ok=True)
+        probe = root / f".doctor-{uuid.uuid4().hex[:8]}"
         started = time.monotonic()
-        with tempfile.NamedTemporaryFile(dir=root) as probe:
-            probe.write(os.urandom(1 << 20))
-            probe.flush()
-            os.fsync(probe.fileno())
+        write_bytes(probe, os.urandom(1 << 20))
         speed = time.monotonic() - started
+        remove(probe)
     except (OSError, StorageError) as error:
         yield Check("storage", "broken", f"{place}: {error}", remedy)
         return
-    free = shutil.disk_usage(root).free
+    free = free_bytes(root)
     detail = f"{root}: writable (1 MiB synced in {1000 * speed:.0f} ms), {free / 2**30:.1f} GiB free"
     yield Check(
         "storage", "ok" if free >= _LEAST_FREE_BYTES else "note", detail, "" if free >= _LEAST_FREE_BYTES else remedy
@@ -144,7 +142,7 @@ def _storage(storage: str | None) -> Iterator[Check]:
 
 
 def _file_system(root: Path) -> Iterator[Check]:
-    leftovers = list(root.glob("*/*/.*.tmp"))
+    leftovers = listed(root, "*/*/.*.tmp")
     if leftovers:
         yield Check(
             "storage",

@@ -13,8 +13,9 @@ from typing import Any
 from roma_ray.artifacts import Store
 from roma_ray.config_reading import load_config
 from roma_ray.doctor.check import Check
-from roma_ray.errors import RomaError
+from roma_ray.errors import RomaError, StorageError
 from roma_ray.stages.cluster import Cluster, find_address, token_known
+from roma_ray.store.files import exists, read_text, remove_folder, write_text
 
 _NODE_SECONDS = 60
 _COMPARED = ("ray", "torch", "transformers", "roma-ray")
@@ -67,9 +68,8 @@ def _nodes(storage: str | None) -> Iterator[Check]:
     root = Store(storage).root
     probe = root / f".doctor-{uuid.uuid4().hex[:8]}"
     try:
-        probe.mkdir(parents=True)
-        (probe / "driver").write_text(probe.name)
-    except OSError as error:
+        write_text(probe / "driver", probe.name)
+    except StorageError as error:
         yield Check("storage", "broken", f"{root}: {error}", "choose another with --storage")
         return
     here = versions()
@@ -82,9 +82,7 @@ def _nodes(storage: str | None) -> Iterator[Check]:
     ray.wait(pending, num_returns=len(pending), timeout=_NODE_SECONDS)
     for node, reference in zip(nodes, pending, strict=True):
         yield from _judge(node, reference, probe, here)
-    for file in probe.iterdir():
-        file.unlink()
-    probe.rmdir()
+    remove_folder(probe)
 
 
 def _judge(node: dict[str, Any], reference: Any, probe: Path, here: dict[str, str]) -> Iterator[Check]:
@@ -104,7 +102,7 @@ def _judge(node: dict[str, Any], reference: Any, probe: Path, here: dict[str, st
     differ = [f"{k} {found['versions'].get(k)} (here {v})" for k, v in here.items() if found["versions"].get(k) != v]
     if differ:
         yield Check(name, "broken", f"other versions: {', '.join(differ)}", "install the same versions on every node")
-    written = (probe / found["wrote"]).is_file() if found["wrote"] else False
+    written = exists(probe / found["wrote"]) if found["wrote"] else False
     if found["read"] != probe.name or not written:
         yield Check(
             name,
@@ -131,10 +129,12 @@ def probe_node(folder: str) -> dict[str, Any]:
     """Runs on a node: read the driver's probe, write one back."""
     result: dict[str, Any] = {"versions": versions(), "read": "", "wrote": "", "error": ""}
     try:
-        result["read"] = (Path(folder) / "driver").read_text()
+        result["read"] = read_text(Path(folder) / "driver")
         name = uuid.uuid4().hex[:8]
-        (Path(folder) / name).write_text("seen")
+        write_text(Path(folder) / name, "seen")
         result["wrote"] = name
     except OSError as error:
         result["error"] = f"{error.strerror}: {error.filename}"
+    except StorageError as error:
+        result["error"] = str(error)
     return result

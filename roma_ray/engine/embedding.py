@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from roma_ray.artifacts import Stage, note_device, write_atomically, write_json
+from roma_ray.artifacts import Stage, note_device, write_json
 from roma_ray.config import ModelConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.devices import device_kind
@@ -30,6 +30,8 @@ from roma_ray.errors import ArtifactError, EmbeddingError
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.questions.prompts import embedding_text
 from roma_ray.questions.records import Question
+from roma_ray.store.files import exists, read_json
+from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 VERSION = 1
 VECTORS = "embeddings.safetensors"
@@ -88,7 +90,7 @@ def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     plan = chunks(order, embedding.batch_size * _ENCODER_BATCHES)
     write_json(stage.path / PLAN, plan)
-    done = [n for n in range(len(plan)) if _part(stage.path, n).exists()]
+    done = [n for n in range(len(plan)) if exists(_part(stage.path, n))]
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first.
     sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
@@ -124,7 +126,7 @@ class EmbedWork(Job):
         note_device(self.folder, device_kind(spec.device))
         encoder = load_encoder(self.model, spec.device)
         texts = embedding_texts(self.stages["questions"], settings.context)
-        plan: list[list[int]] = json.loads((self.stage.path / PLAN).read_text())
+        plan: list[list[int]] = read_json(self.stage.path / PLAN)
 
         def do(batch: int) -> Report:
             started = time.monotonic()
@@ -179,26 +181,21 @@ def _part(folder: str | Path, batch: int) -> Path:
 
 
 def _gather(stage: Stage, batches: int, rows: int) -> int:
-    from safetensors.torch import save_file
-
     table = pa.concat_tables([read_table(_part(stage.path, n)) for n in range(batches)]).sort_by("row")
     if table.column("row").to_pylist() != list(range(rows)):
         raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
     width = len(table.column("embedding")[0])
     values = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(rows, width)
     vectors_NC = torch.from_numpy(values.copy())
-    write_atomically(stage.path / VECTORS, lambda aside: save_file({"embeddings": vectors_NC}, aside))
+    write_tensors(stage.path / VECTORS, {"embeddings": vectors_NC})
     return width
 
 
 def read_embeddings(stage: Stage) -> torch.Tensor:
     """All embeddings [N, C], fp32, in row order. Raises ArtifactError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
-        return load_file(stage.path / VECTORS)["embeddings"]
-    except (OSError, SafetensorError, KeyError) as error:
+        return read_tensors(stage.path / VECTORS)[0]["embeddings"]
+    except (*DAMAGED, KeyError) as error:
         raise ArtifactError(
             f"{stage.path / VECTORS} cannot be read ({error}); remove {stage.path} and run again"
         ) from None

@@ -8,19 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, unwritable, write_atomically, write_json
+from roma_ray.artifacts import MANIFEST, Stage, Store, read_manifest, write_json
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.checks import worst_of
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
@@ -33,10 +29,13 @@ from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.streaming import STREAM, make_chain, stream
-from roma_ray.engine.tables import WRITING, matrix, read_prompts, read_table, table_facts
+from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ModelError, StorageError
 from roma_ray.questions.prompts import Prompt
+from roma_ray.store.files import exists, free_bytes, listed, remove_folder
+from roma_ray.store.scratch import ScratchArray
+from roma_ray.store.tables import write_parts
 
 VERSION = 2
 ROWS = "rows.parquet"
@@ -62,13 +61,13 @@ def known_extractions(store: Store) -> list[tuple[tuple[int, ...], tuple[str, ..
     trainings still tell of; damaged and outdated ones are left out.
     """
     found, told = [], set()
-    for manifest in store.root.glob(f"extract/*/{MANIFEST}"):
+    for manifest in listed(store.root, f"extract/*/{MANIFEST}"):
         with contextlib.suppress(ArtifactError):
             content = read_manifest(manifest.parent)
             if content["stage"] == "extract" and content["identity"].get("version") == VERSION:
                 settings, key = content["identity"]["settings"], (content["finished"], manifest.parent.name)
                 found.append((key, tuple(settings["cuts"]), tuple(settings["tokens"])))
-    for manifest in store.root.glob(f"finetune/*/{MANIFEST}"):
+    for manifest in listed(store.root, f"finetune/*/{MANIFEST}"):
         with contextlib.suppress(ArtifactError):
             place = read_manifest(manifest.parent)["facts"].get("extraction")
             if place:
@@ -98,7 +97,7 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     setup, stage, execute = job.setup, job.stage, runners.extract
     prompts = read_prompts(job.stages["questions"].path / TABLE)
     prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
-    done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
+    done = [n for n in range(len(plan)) if exists(batch_table(stage.path, n))]
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first, and an estimate by them would be ten times too long.
     tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
@@ -131,7 +130,7 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     if too_many(setup, failed, len(ids)):
         raise refuse(job, execute)
     # Also what a streamed attempt left that was gone on with unstreamed.
-    shutil.rmtree(stage.path / STREAM, ignore_errors=True)
+    remove_folder(stage.path / STREAM)
     facts = {**gather(stage, len(plan), ids, prefix), "self_check": worst_of(setup.model.checks)}
     if facts["errors"]:
         progress.say(
@@ -143,7 +142,7 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
 def _plan(stage: Stage, prompts: Sequence[Prompt], batch_tokens: int) -> tuple[int, list[list[int]]]:
     """Tokens of the shared prefix, and the planned batches, as saved by the first attempt or made now."""
     path = stage.path / PLAN
-    if not path.exists():
+    if not exists(path):
         prefix = shared_prefix(prompts)
         batches = plan_batches([own_tokens(p, prefix) for p in prompts], batch_tokens)
         write_json(path, {"prefix": prefix, "batches": batches})
@@ -159,7 +158,7 @@ def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress) -> 
     size = tokens * setup.hidden_size * getattr(torch, dtype).itemsize * len(setup.cuts) * caching
     # Two generations of states lie between a slice and the next.
     passing = 2 * tokens * setup.hidden_size * getattr(torch, setup.model.dtype).itemsize * streaming
-    free = shutil.disk_usage(stage.path).free
+    free = free_bytes(stage.path)
     at = ", ".join(map(str, setup.cuts))
     if caching:
         progress.say(
@@ -208,15 +207,14 @@ def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[
             raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
         ordered = schema.with_metadata({"roma": json.dumps(facts)})
 
-        def write(aside: Path) -> None:
-            with pq.ParquetWriter(aside, ordered, **WRITING) as writer:
-                for start in range(0, len(table), _ROWS_AT_ONCE):
-                    part = table.slice(start, _ROWS_AT_ONCE)
-                    columns = {name: rows.column(start, part) for name, rows in routing.items()}
-                    columns |= {name: part.column(name) for name in part.column_names}
-                    writer.write_table(pa.table([columns[name] for name in ordered.names], schema=ordered))
+        def parts() -> Iterator[pa.Table]:
+            for start in range(0, len(table), _ROWS_AT_ONCE):
+                part = table.slice(start, _ROWS_AT_ONCE)
+                columns = {name: rows.column(start, part) for name, rows in routing.items()}
+                columns |= {name: part.column(name) for name in part.column_names}
+                yield pa.table([columns[name] for name in ordered.names], schema=ordered)
 
-        write_atomically(stage.path / ROWS, write)
+        write_parts(stage.path / ROWS, ordered, parts())
     finally:
         for rows in routing.values():
             rows.close()
@@ -230,13 +228,8 @@ class ScatteredRows:
     """Rows of equal width, put down in any order and read in theirs: a file in the stage's folder that goes when it is closed."""
 
     def __init__(self, folder: Path, rows: int, width: int) -> None:
-        try:
-            self.file = tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-", suffix=".tmp")  # noqa: SIM115 - see close
-            # A mapped file that finds no room while it is written to ends the process without a word.
-            os.posix_fallocate(self.file.fileno(), 0, rows * width * 4)
-        except OSError as error:
-            raise unwritable(folder, error) from error
-        self.values = np.memmap(self.file, dtype=np.float32, mode="w+", shape=(rows, width))
+        self.scratch = ScratchArray(folder, rows, width)
+        self.values = self.scratch.values
 
     def put(self, table: pa.Table, name: str) -> None:
         """The rows of a batch's table; those of failed questions are null there and stay zero here."""
@@ -259,7 +252,7 @@ class ScatteredRows:
 
     def close(self) -> None:
         """Remove the file."""
-        self.file.close()
+        self.scratch.close()
 
 
 EXTRACT = Step("extract", VERSION, (QUESTIONS,), extract_settings, extract, accept=check_failures)

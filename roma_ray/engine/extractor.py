@@ -6,7 +6,6 @@ T flat tokens, D width, N kept tokens, P routing positions, L layers, E experts,
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,6 +30,7 @@ from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
+from roma_ray.store.files import read_json
 from roma_ray.store.tensors import write_tensors
 
 PLAN = "plan.json"
@@ -149,7 +149,7 @@ class Extracted:
 def read_plan(path: Path) -> tuple[int, list[list[int]]]:
     """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
     try:
-        plan = json.loads(path.read_text(encoding="utf-8"))
+        plan = read_json(path)
         return int(plan["prefix"]), [[int(row) for row in batch] for batch in plan["batches"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ArtifactError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from None

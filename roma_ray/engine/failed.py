@@ -5,7 +5,6 @@ A model that drops most questions gives no result: what is left is not the suite
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -26,6 +25,7 @@ from roma_ray.errors import ModelError, RomaError
 from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.packing import Packing
 from roma_ray.moe.passes import run_packed
+from roma_ray.store.files import exists, read_json, remove
 
 ORIGIN = ".not-finite.json"
 _SHOWN = 3
@@ -50,7 +50,7 @@ def refuse(job: Job, execute: Executor) -> ModelError:
     """The error for an extraction in which too many questions failed: how many, why, and where it begins."""
     setup, stage = job.setup, job.stage
     plan = read_plan(stage.path / PLAN)[1]
-    done = [n for n in range(len(plan)) if batch_table(stage.path, n).exists()]
+    done = [n for n in range(len(plan)) if exists(batch_table(stage.path, n))]
     failed = failed_rows(stage, done)
     seen, total = sum(len(plan[n]) for n in done), sum(map(len, plan))
     reasons = Counter(failed.values()).most_common()
@@ -71,14 +71,14 @@ def _origin(job: Job, row: int, execute: Executor) -> str:
     """Where one question's values first stop being finite, in a sentence without its stop."""
     stage = job.stage
     work = OriginWork(job.setup, job.stages, stage, row)
-    (stage.path / ORIGIN).unlink(missing_ok=True)
+    remove(stage.path / ORIGIN)
     try:
         for _ in execute(work, [0]):
             pass
     except RomaError as error:
         return f"Where values first stop being finite could not be found out: {error}"
-    found: str | None = json.loads((stage.path / ORIGIN).read_text())["origin"]
-    (stage.path / ORIGIN).unlink()
+    found: str | None = read_json(stage.path / ORIGIN)["origin"]
+    remove(stage.path / ORIGIN)
     return f"Of the first of them, {begins(found)}"
 
 

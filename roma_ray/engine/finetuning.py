@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,10 +32,13 @@ from roma_ray.engine.tables import matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.training import ALONE, Outcome, World, finetune
 from roma_ray.engine.verification import verify_sample
 from roma_ray.engine.work import Job
-from roma_ray.errors import QuestionError, StorageError
+from roma_ray.errors import QuestionError
 from roma_ray.moe.checkpoints import save_adapter
 from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
+from roma_ray.store.files import exists, read_json, remove
+from roma_ray.store.logs import append_line, whole_lines
+from roma_ray.store.tensors import shapes
 from roma_ray.text import figure
 
 VERSION = 4
@@ -178,18 +182,20 @@ def tune(job: Job, runners: Runners, progress: Progress) -> Facts:
 
     def tell(epoch: dict[str, Any]) -> None:
         progress.say(describe_epoch(epoch))
-        _append(stage.path / LIVE, {**epoch, "time": round(time.time(), 3)})
+        append_line(stage.path / LIVE, json.dumps({**epoch, "time": round(time.time(), 3)}))
         runners.on_epoch(stage)
 
-    if not (stage.path / OUTCOME).exists():
+    if not exists(stage.path / OUTCOME):
         with progress.meter("finetune", total, "questions") as meter:
             train: Trainer = runners.finetune or train_here
             train(TrainJob(setup, job.stages, stage), tell, meter.advance)
-    facts: Facts = json.loads((stage.path / OUTCOME).read_text())
+    facts: Facts = read_json(stage.path / OUTCOME)
     # Where a sweep finds this run again, though the extraction may have been removed to free its space.
     facts["extraction"] = {"cuts": list(setup.cuts), "tokens": list(setup.token_rules)}
-    facts["trained_parameters"] = sum(_shapes(stage.path / ADAPTER))
-    (stage.path / CHECKPOINT).unlink(missing_ok=True)
+    facts["trained_parameters"] = sum(
+        map(math.prod, shapes(stage.path / ADAPTER / "adapter_model.safetensors").values())
+    )
+    remove(stage.path / CHECKPOINT)
     _tell_ratio(facts["probe"], setup.config.finetune, progress)
     return facts
 
@@ -223,17 +229,6 @@ def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progr
         )
 
 
-def _shapes(adapter: Path) -> Iterator[int]:
-    from safetensors import safe_open
-
-    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as handle:
-        for key in handle.keys():  # noqa: SIM118 - not a dict
-            size = 1
-            for extent in handle.get_slice(key).get_shape():
-                size *= extent
-            yield size
-
-
 def read_routing_rows(extraction: str | Path, tokens: str) -> torch.Tensor:
     """The extracted routing rows r [N, L_moe, E] of every question, fp32; rows of failed questions are zero."""
     column = f"routing_{tokens}"
@@ -247,19 +242,9 @@ def read_routing_rows(extraction: str | Path, tokens: str) -> torch.Tensor:
     return routing
 
 
-def _append(path: Path, record: dict[str, Any]) -> None:
-    """Add a line to a file that a killed run may have left with half a line. Raises StorageError."""
-    try:
-        with open(path, "a+b") as stream:
-            torn = stream.tell() and path.read_bytes()[-1:] != b"\n"
-            stream.write((b"\n" if torn else b"") + json.dumps(record).encode() + b"\n")
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; the last checkpoint is kept") from error
-
-
 def epochs_of(stage: Stage) -> list[dict[str, Any]]:
     """The epoch records of a finished finetuning."""
-    return [json.loads(line) for line in (stage.path / EPOCHS).read_text().splitlines()]
+    return [json.loads(line) for line in whole_lines(stage.path / EPOCHS)[0]]
 
 
 def live_epochs(stage: Stage) -> list[dict[str, Any]]:
@@ -268,10 +253,9 @@ def live_epochs(stage: Stage) -> list[dict[str, Any]]:
     Half-written lines are left out.
     """
     records = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in (stage.path / LIVE).read_text(errors="replace").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+    for line in whole_lines(stage.path / LIVE)[0]:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
     return records
 
 

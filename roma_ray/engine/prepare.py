@@ -12,7 +12,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from roma_ray.artifacts import MANIFEST, Stage, Store, file_digest, fingerprint, read_manifest
+from roma_ray.artifacts import MANIFEST, Stage, Store, fingerprint, read_manifest
 from roma_ray.config import QuestionsConfig, QuestionSource
 from roma_ray.engine.identity import data_seed, prompt_settings
 from roma_ray.engine.progress import Progress
@@ -25,9 +25,10 @@ from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ConfigError, QuestionError
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
-from roma_ray.questions.readers import declared_parts, display_names, iter_sources, question_file
+from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
+from roma_ray.store.files import listed
 
 VERSION = 2
 TABLE, FAULTS = "questions.parquet", "rejected.parquet"
@@ -62,7 +63,7 @@ def drawn_from(store: Store, sources: Sequence[QuestionSource], identities: Sequ
 
 @lru_cache
 def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str) -> Drawn:
-    for manifest in storage.glob(f"questions/*/{MANIFEST}"):
+    for manifest in listed(storage, f"questions/*/{MANIFEST}"):
         with contextlib.suppress(ArtifactError, KeyError, TypeError):
             known = read_manifest(manifest.parent)
             identity = known["identity"]
@@ -172,17 +173,9 @@ def _sources(sources: Sequence[QuestionSource]) -> list[dict[str, Any]]:
         newer |= {"subset", "part"} if source.path or "/" not in str(source.dataset) else set()
         facts = source.model_dump(mode="json", exclude=newer)
         if source.path is not None:
-            path = Path(source.path)
-            status = path.stat()
-            facts["path"] = [name, _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)]
+            facts["path"] = [name, content_digest(Path(source.path))]
         identities.append(facts)
     return identities
-
-
-@lru_cache
-def _digest(path: Path, inode: int, size: int, changed: int) -> str:
-    """A file's digest, cached by path, inode, size and time: a sweep asks for it hundreds of times."""
-    return file_digest(path)
 
 
 def _resolved(source: QuestionSource) -> QuestionSource:

@@ -15,6 +15,7 @@ from roma_ray.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, w
 from roma_ray.config import Config, ModelConfig
 from roma_ray.engine.model_spec import ModelSpec, model_facts_of
 from roma_ray.errors import ModelError
+from roma_ray.store.files import exists, read_text
 
 # Larger safetensors files are hashed by header, small tensors and samples of large ones.
 _WHOLE_DIGEST_BYTES = 256 << 20
@@ -127,7 +128,7 @@ def resolve_model(
 def save_config(stage: Stage, config: Config) -> None:
     """Keep the resolved configuration beside a run's last stage, for commands that take --config. Raises StorageError."""
     path, resolved = stage.path / CONFIG, config.to_yaml()
-    if not path.exists() or path.read_text(encoding="utf-8") != resolved:
+    if not exists(path) or read_text(path) != resolved:
         write_text(path, resolved)
 
 

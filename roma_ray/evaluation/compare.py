@@ -22,6 +22,7 @@ from roma_ray.errors import ArtifactError, ConfigError, GuardError
 from roma_ray.evaluation.judge import METRICS, read_benchmarks
 from roma_ray.evaluation.judged import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
+from roma_ray.store.files import exists, listed, written_at
 from roma_ray.text import printable
 
 MACRO = "macro average"
@@ -91,7 +92,7 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
     found: list[Path] = []
     for prefix in filter(None, (name, look_up(name))):
         if len(prefix) >= _LEAST_PREFIX and prefix.isalnum():
-            found += [p for stage in _STAGES for p in sorted((store.root / stage).glob(f"{prefix}*"))]
+            found += [p for stage in _STAGES for p in listed(store.root / stage, f"{prefix}*")]
         if found:
             break
     if len(found) != 1:
@@ -170,11 +171,11 @@ def _named(columns: Sequence[Column], folders: Sequence[Path]) -> list[Column]:
 def run_name(folder: Path) -> str | None:
     """The name of the run that an evaluation is part of: the newest of the configurations kept with it or with its report."""
     kept = [folder / CONFIG]
-    for report in (folder.absolute().parents[1] / "report").glob("*"):
+    for report in listed(folder.absolute().parents[1] / "report", "*"):
         with suppress(ArtifactError):
             if read_manifest(report)["identity"]["inputs"].get("evaluate") == folder.name:
                 kept.append(report / CONFIG)
-    for path in sorted(filter(Path.is_file, kept), key=lambda file: file.stat().st_mtime, reverse=True):
+    for path in sorted(filter(exists, kept), key=written_at, reverse=True):
         with suppress(ConfigError):
             name = read_settings(path).get("name")
             if isinstance(name, str) and name.strip():

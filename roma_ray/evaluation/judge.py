@@ -35,6 +35,7 @@ from roma_ray.evaluation.requests import answer
 from roma_ray.evaluation.statistics import pair, summarise_values
 from roma_ray.evaluation.subject import Subject
 from roma_ray.questions.prompts import PromptBuilder
+from roma_ray.store.files import read_json
 from roma_ray.versions import library_versions
 
 if TYPE_CHECKING:
@@ -374,7 +375,7 @@ def read_benchmarks(folder: str | Path) -> dict[str, Any]:
     """
     path = Path(folder) / SUMMARY
     try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        value: dict[str, Any] = read_json(path)
     except (OSError, ValueError) as error:
         raise ArtifactError(f"{path} cannot be read: {error}; remove the folder and evaluate again") from None
     return {**value, "other_versions": _other_versions(path.parent)}

@@ -34,6 +34,7 @@ from roma_ray.evaluation.statistics import compare
 from roma_ray.moe.checkpoints import load_adapter
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
+from roma_ray.store.files import read_json
 
 VERSION = 7
 SUMMARY = "evaluation.json"
@@ -218,5 +219,5 @@ def _guards(
 
 def read_evaluation(stage: Stage) -> dict[str, Any]:
     """The figures of a finished evaluation."""
-    value: dict[str, Any] = json.loads(Path(stage.path / SUMMARY).read_text())
+    value: dict[str, Any] = read_json(Path(stage.path / SUMMARY))
     return value

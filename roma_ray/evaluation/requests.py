@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roma_ray.artifacts import Stage, Store, write_atomically, write_json
+from roma_ray.artifacts import Stage, Store, write_json
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.steps import Facts, make
@@ -28,6 +28,8 @@ from roma_ray.errors import ArtifactError, CacheError, ModelError
 from roma_ray.evaluation.subject import Subject
 from roma_ray.evaluation.tree import Path as TokenPath
 from roma_ray.evaluation.tree import plan_paths, tree_tokens
+from roma_ray.store.files import exists, read_json
+from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from roma_ray.evaluation.running import Kept
@@ -148,11 +150,11 @@ def _run(
     progress: Progress,
 ) -> None:
     plan_file = stage.path / PLAN
-    if not plan_file.exists():
+    if not exists(plan_file):
         write_table(stage.path / REQUESTS, table.to_pydict(), table.schema)
         write_json(plan_file, _plan(kind, requests, subject))
-    plan: list[list[int]] = json.loads(plan_file.read_text())
-    pending = [n for n in range(len(plan)) if not batch_file(stage.path, n).exists()]
+    plan: list[list[int]] = read_json(plan_file)
+    pending = [n for n in range(len(plan)) if not exists(batch_file(stage.path, n))]
     if pending and (note := subject.model.storage_note()):
         progress.say(note)
     states = None
@@ -234,7 +236,7 @@ class _Scorer:
         from roma_ray.evaluation.running import load_scorer
 
         self.work = work
-        self.plan: list[list[int]] = json.loads((Path(work.folder) / PLAN).read_text())
+        self.plan: list[list[int]] = read_json(Path(work.folder) / PLAN)
         table = read_table(Path(work.folder) / REQUESTS)
         contexts, continuations = (table.column(name).to_pylist() for name in LIKELIHOOD.names)
         self.requests = [Scorable(tuple(a), tuple(b)) for a, b in zip(contexts, continuations, strict=True)]
@@ -274,31 +276,27 @@ def _kept_file(folder: str, batch: int) -> Path:
 def write_kept(folder: str, batch: int, kept: Kept) -> None:
     """Keep a batch's states and base answers, atomically. Raises StorageError."""
     import torch
-    from safetensors.torch import save_file
 
     tensors = {
         "states": kept.states_TD.cpu().contiguous(),
         "base": torch.tensor([value for value, _ in kept.base], dtype=torch.float64),
         "greedy": torch.tensor([greedy for _, greedy in kept.base]),
     }
-    write_atomically(_kept_file(folder, batch), lambda aside: save_file(tensors, aside))
+    write_tensors(_kept_file(folder, batch), tensors)
 
 
 def read_kept(folder: str | None, batch: int, count: int) -> Kept | None:
     """What an earlier evaluation kept of a batch of `count` requests; None where there is nothing. Raises CacheError."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     from roma_ray.evaluation.running import Kept
 
-    if folder is None or not _kept_file(folder, batch).exists():
+    if folder is None or not exists(_kept_file(folder, batch)):
         return None
     path = _kept_file(folder, batch)
     try:
-        tensors = load_file(path)
+        tensors = read_tensors(path)[0]
         base = list(zip(tensors["base"].tolist(), tensors["greedy"].tolist(), strict=True))
         kept = Kept(tensors["states"], base)
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
+    except (*DAMAGED, KeyError, ValueError) as error:
         raise CacheError(f"{path} cannot be read ({error}); remove {folder} to compute it again") from None
     if len(base) != count:
         raise CacheError(f"{path} holds {len(base)} answers instead of {count}; remove {folder} to compute it again")
@@ -312,7 +310,7 @@ class _Writer:
         from roma_ray.evaluation.running import load_writer
 
         self.work = work
-        self.plan: list[list[int]] = json.loads((Path(work.folder) / PLAN).read_text())
+        self.plan: list[list[int]] = read_json(Path(work.folder) / PLAN)
         self.rows = read_table(Path(work.folder) / REQUESTS).to_pylist()
         self.model = load_writer(work.subject)
 
@@ -331,7 +329,7 @@ class _Writer:
 
 def _gather(kind: str, stage: Stage, count: int) -> dict[str, Any]:
     """Gather the batches' answers, in request order, into one table; returns counts and times. Raises ArtifactError."""
-    plan: list[list[int]] = json.loads((stage.path / PLAN).read_text())
+    plan: list[list[int]] = read_json(stage.path / PLAN)
     tables = [read_table(batch_file(stage.path, n)) for n in range(len(plan))]
     whole = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).sort_by("request")
     if whole.column("request").to_pylist() != list(range(count)):

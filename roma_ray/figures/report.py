@@ -38,6 +38,7 @@ from roma_ray.figures import projection, results, routing, tables, training, wor
 from roma_ray.figures.escaping import markdown
 from roma_ray.figures.style import save
 from roma_ray.manifold.diagnostics import silhouette
+from roma_ray.store.files import write_text
 
 VERSION = 4
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"

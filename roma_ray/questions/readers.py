@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from roma_ray.assets import assets_path
@@ -17,6 +18,7 @@ from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.registry import Loader, load_dataset
 from roma_ray.questions.shapes import questions_of
+from roma_ray.store.files import file_digest
 from roma_ray.text import printable
 
 logger = logging.getLogger(__name__)
@@ -246,3 +248,15 @@ def display_names(paths: Sequence[str | None]) -> list[str]:
             length += 1
         names.append("/".join(own[-length:]).replace("//", "/") if own else "")
     return names
+
+
+def content_digest(path: Path) -> str:
+    """The digest of a question file's bytes. Raises OSError."""
+    status = path.stat()
+    return _digest(path, status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@lru_cache
+def _digest(path: Path, inode: int, size: int, changed: int) -> str:
+    """Cached by path, inode, size and time: a sweep asks for it hundreds of times."""
+    return file_digest(path)

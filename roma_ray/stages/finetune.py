@@ -9,8 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
-import tempfile
 import threading
 import time
 import uuid
@@ -19,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.artifacts import Stage, note_device
+from roma_ray.engine.checkpoint import checkpoint_step
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.finetuning import CHECKPOINT, EPOCHS, TrainJob
 from roma_ray.engine.model_spec import set_threads
@@ -31,6 +30,9 @@ from roma_ray.stages.live import FILE, LiveReader, LiveWriter
 from roma_ray.stages.placement import Need
 from roma_ray.stages.starting import Starting
 from roma_ray.stages.worth import share_of, trained_here
+from roma_ray.store.files import exists, read_bytes, remove, remove_folder, write_bytes
+from roma_ray.store.logs import whole_lines
+from roma_ray.store.scratch import scratch_folder
 
 RUNS = ".train"
 _POLL_SECONDS = 0.2
@@ -43,16 +45,16 @@ def finetune_on_ray(cluster: Cluster, device: str) -> Trainer:
 
     def train(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
         folder, token = job.stage.path, uuid.uuid4().hex[:12]
-        if not (folder / CHECKPOINT).exists():
-            (folder / FILE).unlink(missing_ok=True)
+        if not exists(folder / CHECKPOINT):
+            remove(folder / FILE)
         live = LiveReader(folder, token, report, advance)
         done, questions = questions_before(job), questions_of(job) * job.settings.epochs
         ended, left = trained_here(cluster, job, device, live.tell, advance, done=done, questions=questions)
         if not ended:
             _on_workers(cluster, job, device, live, left)
-        for line in (folder / EPOCHS).read_text().splitlines():
+        for line in whole_lines(folder / EPOCHS)[0]:
             live.tell(json.loads(line))
-        (folder / FILE).unlink(missing_ok=True)
+        remove(folder / FILE)
 
     return train
 
@@ -65,7 +67,7 @@ def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, 
     folder = job.stage.path
     cluster.say(f"finetune: {workers} worker(s), {device}")
     failures = _follow(lambda: _fit(cluster, job, workers, live.token, need), live, folder, cluster.say)
-    shutil.rmtree(folder / RUNS, ignore_errors=True)
+    remove_folder(folder / RUNS)
     if failures:
         raise unpacked(failures, "finetune", folder)
     if live.first is not None:
@@ -167,7 +169,7 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
     world = TorchWorld(device)
     first = world.rank == 0
     failure: dict[str, str] | None = None
-    with tempfile.TemporaryDirectory(prefix="roma-ray-") as scratch:
+    with scratch_folder() as scratch:
         try:
             mine = share_checkpoint(job, world, scratch)
             live = LiveWriter(job.folder, settings["token"], questions_before(job)) if first else None
@@ -191,15 +193,15 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
     return [found for found in world.collect(failure) if found]
 
 
-def share_checkpoint(job: TrainJob, world: Any, scratch: str) -> TrainJob:
+def share_checkpoint(job: TrainJob, world: Any, scratch: Path) -> TrainJob:
     """The job with the first worker's checkpoint in sight: file systems may show another worker an older state of it."""
     path = job.stage.path / CHECKPOINT
-    content: bytes | None = world.from_first(path.read_bytes() if world.rank == 0 and path.exists() else None)
+    content: bytes | None = world.from_first(read_bytes(path) if world.rank == 0 and exists(path) else None)
     if world.rank == 0:
         return job
     if content is not None:
-        (Path(scratch) / CHECKPOINT).write_bytes(content)
-    return dataclasses.replace(job, stage=Stage(Path(scratch), job.name, {}))
+        write_bytes(scratch / CHECKPOINT, content)
+    return dataclasses.replace(job, stage=Stage(scratch, job.name, {}))
 
 
 def questions_of(job: TrainJob) -> int:
@@ -209,16 +211,7 @@ def questions_of(job: TrainJob) -> int:
 
 def questions_before(job: TrainJob) -> int:
     """Questions that the checkpoint's steps have trained on; 0 without one."""
-    from safetensors import SafetensorError, safe_open
-
-    path = job.stage.path / CHECKPOINT
-    if not path.exists():
-        return 0
-    try:
-        with safe_open(path, framework="pt") as handle:
-            step = int(json.loads(handle.metadata()["state"])["step"])
-    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
-        return 0  # The loop itself will say what is wrong with the file.
+    step = checkpoint_step(job.stage.path / CHECKPOINT)
     rows = questions_of(job)
     epochs, steps = divmod(step, math.ceil(rows / job.settings.batch_size))
     return epochs * rows + min(rows, steps * job.settings.batch_size)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from roma_ray.errors import TrackingError
 from roma_ray.evaluation.compare import Comparison, plain
 from roma_ray.evaluation.judge import SUMMARY, read_benchmarks
 from roma_ray.figures.comparison import FORMATS, render
+from roma_ray.store.files import listed, write_text
+from roma_ray.store.scratch import scratch_folder
 from roma_ray.tracking import records
 from roma_ray.tracking.backend import Refused, RunState, Unavailable, Value, one_at_a_time
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
@@ -82,7 +83,7 @@ def record(config: Config, store: Store, stage: Stage, progress: Progress) -> No
         if isinstance(figure, int | float)
     }
     values |= {f"questions_per_second/{name}": figure for name, figure in found["cost"]["questions_per_second"].items()}
-    files = [stage.path / SUMMARY, *sorted(stage.path.glob("lm_eval_*.json"))]
+    files = [stage.path / SUMMARY, *listed(stage.path, "lm_eval_*.json")]
     title, identity = f"{config.name}: benchmarks", stage.fingerprint
     _Record(config, store, progress, "benchmarks", title, identity, tags, values, files).close()
 
@@ -92,11 +93,11 @@ def record_comparison(config: Config, store: Store, comparison: Comparison, prog
     table = plain(comparison)
     content = {"columns": list(table), "data": [list(row) for row in zip(*table.values(), strict=True)]}
     identity = fingerprint(content)
-    with tempfile.TemporaryDirectory() as folder:
-        files = [Path(folder) / f"comparison.{suffix}" for suffix in ("json", *FORMATS.values())]
-        files[0].write_text(json.dumps(content), encoding="utf-8")
+    with scratch_folder() as folder:
+        files = [folder / f"comparison.{suffix}" for suffix in ("json", *FORMATS.values())]
+        write_text(files[0], json.dumps(content))
         for file, form in zip(files[1:], FORMATS, strict=True):
-            file.write_text(render(comparison, form), encoding="utf-8")
+            write_text(file, render(comparison, form))
         tags = Delivery.backend.shown_as_table(files[0].name)
         title = "comparison: " + ", ".join(comparison.labels)
         _Record(config, store, progress, "comparison", title, identity, tags, {}, files).close()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from roma_ray.artifacts import Stage, comparison_identity, fingerprint
@@ -27,6 +25,8 @@ from roma_ray.evaluation.methods import (
     result_rows,
 )
 from roma_ray.figures.escaping import markdown
+from roma_ray.store.files import write_text
+from roma_ray.store.scratch import scratch_folder
 from roma_ray.tracking import records
 from roma_ray.tracking.backend import NOTE, RunState, Value
 from roma_ray.tracking.delivery import Delivery
@@ -124,10 +124,10 @@ class ComparisonTracker(Delivery, ComparisonObserver):
             values += [Value(f"oracle_and_control/{k}", v, 0, records.now()) for k, v in summary["oracle"].items()]
         self._log_metrics(run, values)
         self._log_tags(run, {NOTE: table_text(summary), "pin": summary["pin"]})
-        with TemporaryDirectory() as folder:
-            (Path(folder) / "comparison.json").write_text(json.dumps(summary, indent=1))
-            (Path(folder) / "comparison.md").write_text(table_text(summary))
-            self._upload(run, Path(folder))
+        with scratch_folder() as folder:
+            write_text(folder / "comparison.json", json.dumps(summary, indent=1))
+            write_text(folder / "comparison.md", table_text(summary))
+            self._upload(run, folder)
 
 
 def table_text(summary: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from roma_ray.evaluation.paired import read_evaluation
 from roma_ray.evaluation.summary import result_rows
 from roma_ray.figures.escaping import markdown
 from roma_ray.figures.report import REPORT
+from roma_ray.store.logs import whole_lines
 from roma_ray.tracking.backend import COMMIT, USER, Input, Value
 
 # Settings that may differ between two runs of one identity: where things are kept and shown.
@@ -110,10 +111,9 @@ def headline(evaluation: Stage) -> list[Value]:
 def _epoch_metrics(stage: Stage, at: int) -> list[Value]:
     """The epochs so far, numbered from 1, at the time when each was reported."""
     records = {record["epoch"]: record for record in live_epochs(stage)}
-    if (stage.path / EPOCHS).exists():
-        for line in (stage.path / EPOCHS).read_text().splitlines():
-            record = json.loads(line)
-            records[record["epoch"]] = {**records.get(record["epoch"], {}), **record}
+    for line in whole_lines(stage.path / EPOCHS)[0]:
+        record = json.loads(line)
+        records[record["epoch"]] = {**records.get(record["epoch"], {}), **record}
     return [
         Value(f"epoch/{key}", float(value), number + 1, round(1000 * record["time"]) if "time" in record else at)
         for number, record in sorted(records.items())

@@ -7,7 +7,6 @@ end of the run, the next run, or `roma-ray track`.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
 
 from roma_ray.artifacts import Stage, fingerprint, run_identity
@@ -15,6 +14,7 @@ from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.observers import RunObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
+from roma_ray.store.files import remove_folder
 from roma_ray.tracking import records
 from roma_ray.tracking.backend import NAME, NOTE, OwnFault, RunState
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
@@ -156,8 +156,8 @@ class Tracker(Delivery, RunObserver):
 
         merged = self.store.root / ".merged" / stage.fingerprint
         try:
-            shutil.rmtree(merged, ignore_errors=True)
+            remove_folder(merged)
             export_routers(stage.path / ADAPTER, merged, form="merged", base=self.setup.model.path)
             self._upload(run, merged, "model")
         finally:
-            shutil.rmtree(merged, ignore_errors=True)
+            remove_folder(merged)

@@ -13,6 +13,7 @@ from roma_ray.config import QuestionSource
 from roma_ray.engine import prepare
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.tables import read_prompts
+from roma_ray.questions import readers
 from roma_ray.questions.counts import describe_sources
 from tests.making import made
 from tests.world import make_world
@@ -27,7 +28,7 @@ def test_an_edited_file_is_another_stage_and_one_file_is_read_once(
         read.append(path)
         return file_digest(path)
 
-    monkeypatch.setattr(prepare, "file_digest", counted)
+    monkeypatch.setattr(readers, "file_digest", counted)
     config = make_world(tmp_path, count=30)
     setup = resolve(config)
     first = prepare.QUESTIONS.at(setup, {})
