@@ -32,7 +32,7 @@ def whole_lines(path: str | Path, offset: int = 0) -> tuple[list[str], int]:
         with open(path, "rb") as stream:
             stream.seek(offset)
             new = stream.read()
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [], offset
     whole = new[: new.rfind(b"\n") + 1]
     return whole.decode(errors="replace").split("\n")[:-1], offset + len(whole)

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from roma_ray.artifacts import MANIFEST, Stage
 from roma_ray.cli import main
 from roma_ray.config import Config
+from roma_ray.engine.steps import order
 from roma_ray.pipeline import STEPS, Run
 from tests.chaos.simulated import PATIENCE, Driver, Nodes
 
@@ -22,6 +23,11 @@ BEGUN = {
     "finetune": "checkpoint.safetensors",
     "evaluate": ".lock",
 }
+
+
+def names_up_to(stage: str) -> list[str]:
+    """The stages up to this one, in the order of a run."""
+    return [step.name for step in order(STEPS[stage])]
 
 
 @dataclass
@@ -38,7 +44,7 @@ class Scene:
         """A fresh storage; with the undisturbed run's stages before `until` in it, to save their time."""
         self.count += 1
         storage = self.folder / f"storage-{self.count}"
-        for name in STEPS[: STEPS.index(until)] if until else ():
+        for name in names_up_to(until)[:-1] if until else ():
             stage = self.reference.stages[name]
             shutil.copytree(stage.path, storage / name / stage.fingerprint)
         return storage
@@ -86,7 +92,7 @@ class Scene:
 
     def same(self, storage: Path, until: str) -> None:
         """Every file of the undisturbed run up to a stage is here to the bit, so its rows once each, and no other file."""
-        for name in STEPS[: STEPS.index(until) + 1]:
+        for name in names_up_to(until):
             expected = self.reference.stages[name]
             got = Stage(self.place(storage, name), name, expected.identity)
             got.verify()

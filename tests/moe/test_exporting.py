@@ -45,7 +45,13 @@ def test_a_reference_file_becomes_the_adapter_and_the_model_that_it_came_from(tm
         merged = [load_file(tmp_path / f"{family}-{name}" / "model.safetensors") for name in ("a", "b")]
         assert merged[0].keys() == merged[1].keys()
         assert all(torch.equal(merged[0][key], merged[1][key]) for key in merged[0])
-        common = {"dtype": "float32", "attention": "eager", "inputs": str(tmp_path / "inputs.pt"), "unload": False}
+        common = {
+            "dtype": "float32",
+            "attention": "eager",
+            "inputs": str(tmp_path / "inputs.pt"),
+            "unload": False,
+            "wrapper": False,
+        }
         for folder in (first, second, None):
             out = str(tmp_path / f"{family}-{folder.name if folder else 'untuned'}.pt")
             jobs.append({**common, "base": base, "adapter": folder and str(folder), "out": out})

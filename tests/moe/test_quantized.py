@@ -15,11 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from roma_ray.config_reading import parse_config
-from roma_ray.engine.extraction import extract
-from roma_ray.engine.prepare import prepare
-from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.engine.work import serial
 from roma_ray.errors import ModelError
 from roma_ray.evaluation.subject import resolve_subject
 from roma_ray.moe import quantized
@@ -27,6 +23,7 @@ from roma_ray.moe.exporting import export_routers
 from roma_ray.moe.inspection import describe
 from roma_ray.moe.selfcheck import check_slice
 from roma_ray.moe.slices import load_slice, model_facts
+from roma_ray.pipeline import run
 from tests.moe.test_checkpoints import tuned_adapter
 from tests.moe.test_fitting import configure, edit
 from tests.progress import Told
@@ -183,7 +180,7 @@ def test_a_quantized_model_is_extracted_as_its_dequantized_copy_and_told_before(
     for place in (folder, copied):
         told = Told()
         setup = resolve(world.model_copy(update={"model": world.model.model_copy(update={"path": str(place)})}))
-        stage = extract(setup, prepare(setup, Silence()), serial, told)
+        stage = run(setup, told, until="extract").stages["extract"]
         results.append(load_file(sorted((stage.path / "batches").glob("*.safetensors"))[0]))
         size = f"{setup.model.weight_bytes() / 1e9:.1f} GB of weights in bfloat16"
         note = f"{folder} is stored in FP8 and dequantized as it is loaded: {size}"
