@@ -91,12 +91,7 @@ def test_a_limit_that_holds_no_layer_and_a_storage_without_room_are_refused(
     with pytest.raises(ModelError, match="holds no single layer"):
         made(EXTRACT, setup)
 
-    class Full:
-        free = 1000
-
-    import roma_ray.engine.extraction as module
-
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda path: Full)
+    monkeypatch.setattr("roma_ray.engine.extraction.free_bytes", lambda folder: 1000)
     setup = limited(letter_run, tmp_path / "b")
     made(QUESTIONS, setup)
     with pytest.raises(StorageError, match=r"extraction\.cache=false"):
