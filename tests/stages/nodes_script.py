@@ -29,6 +29,8 @@ class WhereWork:
     """Batches that note the labels of the node that they run on."""
 
     folder: str
+    kinds: int = 1
+    """So many kinds of nodes must have begun before a batch ends: on a slow machine one worker would do all of them."""
     name: str = "extract"
 
     def open(self) -> Callable[[int], Report]:
@@ -40,21 +42,25 @@ class WhereWork:
 
         def do(batch: int) -> Report:
             (Path(self.folder) / f"{batch}.json").write_text(note)
-            # Long enough that every worker gets some.
+            (Path(self.folder) / f"on-{labels['gpu-type']}").touch()
+            limit = time.monotonic() + 120
+            while len(list(Path(self.folder).glob("on-*"))) < self.kinds and time.monotonic() < limit:
+                time.sleep(0.05)
+            # Long enough that a node can go away in the middle.
             time.sleep(0.2)
             return Report(batch, 1, 0, 0, 0.0)
 
         return do
 
 
-def where(config: Config, folder: Path, batches: int = 24) -> list[dict[str, Any]]:
+def where(config: Config, folder: Path, batches: int = 24, kinds: int = 1) -> list[dict[str, Any]]:
     """On which kinds of nodes the batches of an extraction ran, and with how many GPUs."""
     from roma_ray.stages.batches import ray_executor
     from roma_ray.stages.cluster import open_cluster
 
     folder.mkdir()
     with open_cluster(config) as cluster:
-        list(ray_executor(cluster, "extract", cluster.device())(WhereWork(str(folder)), range(batches)))
+        list(ray_executor(cluster, "extract", cluster.device())(WhereWork(str(folder), kinds), range(batches)))
     notes = [json.loads((folder / f"{n}.json").read_text()) for n in range(batches)]
     return [json.loads(text) for text in sorted({json.dumps(note) for note in notes})]
 
@@ -119,7 +125,7 @@ def main() -> None:
             base = load_config(None, ["device=cuda"])
             return base.model_copy(update={"ray": base.ray.model_copy(update={"address": nodes.address, **settings})})
 
-        found["any GPU"] = where(config(), folder / "any")
+        found["any GPU"] = where(config(), folder / "any", kinds=2)
         amd = PlacementConfig(accelerator=kinds["mi300x"])
         found["one kind"] = where(config(extract=amd), folder / "kind", 4)
         found["by label"] = where(config(extract=PlacementConfig(labels={"gpu-type": "!mi300x"})), folder / "label", 4)
