@@ -47,7 +47,7 @@ def write_questions(path: Path, rows: int) -> None:
 
 def setup_for(folder: Path) -> Any:
     """The embedded model with the synthetic questions."""
-    from roma_ray.config_reading import load_config
+    from roma_ray.config.loading import load_config
     from roma_ray.engine.setup import resolve
 
     sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"
@@ -56,10 +56,10 @@ def setup_for(folder: Path) -> Any:
 
 def questions(folder: Path, rows: int) -> None:
     """Read, split, encode and write the question table."""
-    from roma_ray.engine.prepare import QUESTIONS
     from roma_ray.engine.progress import Silence
     from roma_ray.engine.runners import LOCAL
     from roma_ray.engine.steps import complete
+    from roma_ray.stages.preparation import QUESTIONS
 
     setup = setup_for(folder)
     complete(QUESTIONS, QUESTIONS.job(setup, {}), LOCAL, Silence())
@@ -69,17 +69,17 @@ def extraction(folder: Path, rows: int) -> None:
     """Plan batches from the table of questions, and gather the batches' tables (written here with few layers)."""
     import numpy as np
 
-    from roma_ray.engine.extraction import EXTRACT
     from roma_ray.engine.progress import Silence
     from roma_ray.engine.runners import Runners
     from roma_ray.engine.steps import complete, locate
     from roma_ray.engine.work import Report
+    from roma_ray.stages.extraction import EXTRACT
 
     setup = setup_for(folder)
 
     def pretend(work: Any, batches: Any) -> Any:
         from roma_ray.engine.extractor import _schema, batch_table
-        from roma_ray.engine.tables import write_table
+        from roma_ray.engine.question_table import write_table
 
         plan = json.loads((Path(work.folder) / "plan.json").read_text())["batches"]
         schema = _schema(work.tokens)
@@ -102,7 +102,7 @@ def extraction(folder: Path, rows: int) -> None:
 
 
 def _ids(path: Path) -> list[str]:
-    from roma_ray.engine.tables import read_table
+    from roma_ray.engine.question_table import read_table
 
     return list(read_table(path, ["id"]).column("id").to_pylist())
 
@@ -125,9 +125,9 @@ def neighbors(folder: Path, rows: int) -> None:
     """Find three neighbors of every row among two thirds of them, and write and read them."""
     import torch
 
-    from roma_ray.artifacts import Store
-    from roma_ray.engine.neighborhoods import _write, read_neighborhoods
     from roma_ray.manifold.neighbors import find_neighbors
+    from roma_ray.stages.neighborhoods import _write, read_neighborhoods
+    from roma_ray.store.artifacts import Store
 
     everything = torch.ones(rows, dtype=torch.bool)
     found = find_neighbors(
@@ -165,9 +165,9 @@ def shards(folder: Path, rows: int) -> None:
 
 def records(folder: Path, rows: int) -> None:
     """A manifest over a file a batch, and what MLflow is told of a stage."""
-    from roma_ray.artifacts import Store
+    from roma_ray.store.artifacts import Store
     from roma_ray.tracking.mlflow import Mlflow
-    from roma_ray.tracking.records import stage_metrics
+    from roma_ray.tracking.run_records import stage_metrics
 
     stage = Store(folder).stage("embed", {}, {}, 1)
     for number in range(rows // 512):

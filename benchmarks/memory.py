@@ -109,10 +109,10 @@ def stage(until: str, model: str, storage: str, questions: int, memory_gb: float
     """Run the pipeline up to a stage in this process and print its peaks as JSON."""
     peaks = Peaks()
     peaks.start()
-    from roma_ray.config_reading import load_config
+    from roma_ray.config.loading import load_config
     from roma_ray.engine.progress import Silence
     from roma_ray.engine.setup import resolve
-    from roma_ray.pipeline import run
+    from roma_ray.runs.pipeline import run
 
     demo = load_config()
     source = demo.questions.sources[0].path

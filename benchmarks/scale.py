@@ -24,14 +24,14 @@ from common import Bench, machine, make_prompts, options, save_model, steady_pro
 
 def make_work(place: Path, batches: int) -> Any:
     """An extraction stage of random questions: model, table and plan on disk."""
-    from roma_ray.artifacts import Stage, write_json
-    from roma_ray.config_reading import load_config
+    from roma_ray.config.loading import load_config
     from roma_ray.engine.batches import plan_batches
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
     from roma_ray.engine.model_spec import ModelSpec
+    from roma_ray.engine.question_table import QUESTIONS, write_table
     from roma_ray.engine.setup import resolve
-    from roma_ray.engine.tables import QUESTIONS, write_table
+    from roma_ray.store.artifacts import Stage, write_json
 
     vocabulary = 2_048
     save_model(place / "model", hidden=256, layers=8, experts=16, top_k=4, expert_width=256, vocabulary=vocabulary)
@@ -79,9 +79,9 @@ def on_ray(work: Any, batches: int, nodes: int) -> tuple[float, float, int]:
     import ray
     from ray.cluster_utils import Cluster as Simulated
 
-    from roma_ray.config_reading import load_config
-    from roma_ray.stages.batches import ray_executor
-    from roma_ray.stages.cluster import open_cluster
+    from roma_ray.cluster.batch_actors import ray_executor
+    from roma_ray.cluster.ray_cluster import open_cluster
+    from roma_ray.config.loading import load_config
 
     simulated = Simulated(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     for _ in range(nodes - 1):

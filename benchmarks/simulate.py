@@ -203,9 +203,9 @@ class EmptyWork:
 
 def measure_dispatch(count: int = 1500) -> float:
     """CPU seconds of the driver's process that one batch costs through the pipeline's own Ray executor."""
-    from roma_ray.config_reading import load_config
-    from roma_ray.stages.batches import ray_executor
-    from roma_ray.stages.cluster import open_cluster
+    from roma_ray.cluster.batch_actors import ray_executor
+    from roma_ray.cluster.ray_cluster import open_cluster
+    from roma_ray.config.loading import load_config
 
     config = load_config(None, ["ray.extract_workers=2"])
     with tempfile.TemporaryDirectory() as folder, open_cluster(config, "new") as cluster:

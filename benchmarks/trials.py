@@ -40,8 +40,8 @@ def run_trials(folder: Path, count: int, hidden: int) -> list[dict[str, float]]:
     from roma_ray.ablations.plan import make_plan
     from roma_ray.ablations.space import load_space
     from roma_ray.ablations.sweep import run_sweep
+    from roma_ray.cluster.ray_cluster import open_cluster
     from roma_ray.engine.progress import LineProgress
-    from roma_ray.stages.cluster import open_cluster
 
     storage = folder / "storage"
     base: dict[str, Any] = {

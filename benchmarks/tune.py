@@ -39,7 +39,7 @@ def space_file(folder: Path, trials: int) -> Path:
 def timed(*arguments: str) -> float:
     """Wall time of a `roma-ray` command."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "roma_ray.cli", *arguments, "--address", "new", "--quiet"]
+    command = [sys.executable, "-m", "roma_ray.cli.commands", *arguments, "--address", "new", "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 
@@ -49,8 +49,8 @@ def no_ops(folder: Path, storage: str) -> float:
     from roma_ray.ablations.plan import make_plan
     from roma_ray.ablations.space import load_space
     from roma_ray.ablations.sweep import run_sweep
+    from roma_ray.cluster.ray_cluster import open_cluster
     from roma_ray.engine.progress import Silence
-    from roma_ray.stages.cluster import open_cluster
 
     space = load_space(space_file(folder, _NOOPS + 1), storage=storage)
     with open_cluster(space.centre, "new") as cluster:

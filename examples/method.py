@@ -10,9 +10,8 @@ judged: stages, caches on disk, workers, checkpoints, statistics. Equations are 
 import torch
 
 from roma_ray.assets import assets_path
-from roma_ray.config import PromptConfig, QuestionSource
+from roma_ray.config.schema import PromptConfig, QuestionSource
 from roma_ray.engine.batches import chunks, epoch_order, plan_batches
-from roma_ray.engine.embedding import encode, load_encoder
 from roma_ray.engine.extractor import Reading, run_part
 from roma_ray.engine.forward import choice_scores, lay_out, mean_routing, own_tokens, predict, task_losses
 from roma_ray.manifold.losses import manifold_loss, neighbor_targets
@@ -24,6 +23,7 @@ from roma_ray.moe.slices import load_slice
 from roma_ray.questions.prompts import PromptBuilder, build_prompts
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.splits import assign_splits
+from roma_ray.stages.embedding import encode, load_encoder
 
 QUESTIONS, TUNED_LAYERS, TOKENS, RULE = 900, 5, "Last1", "normalized"
 EPOCHS, BATCH, LEARNING_RATE, STRENGTH = 2, 32, 5e-3, 0.8

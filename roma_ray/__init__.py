@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from roma_ray.api import Finished, load_config, run
-    from roma_ray.config import Config
+    from roma_ray.config.schema import Config
     from roma_ray.engine.added_term import ManifoldTerm, manifold_trainer, train_only_routers
     from roma_ray.manifold.losses import manifold_loss, neighbor_targets
     from roma_ray.manifold.neighbors import find_neighbors, successful_set
@@ -19,7 +19,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "roma_ray.api": ("Finished", "load_config", "run"),
-    "roma_ray.config": ("Config",),
+    "roma_ray.config.schema": ("Config",),
     "roma_ray.engine.added_term": ("ManifoldTerm", "manifold_trainer", "train_only_routers"),
     "roma_ray.manifold.losses": ("manifold_loss", "neighbor_targets"),
     "roma_ray.manifold.neighbors": ("find_neighbors", "successful_set"),

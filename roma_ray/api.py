@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
 from roma_ray.store.files import listed
 
 if TYPE_CHECKING:
     import pandas
     import pyarrow
 
-    from roma_ray.pipeline import Run
+    from roma_ray.runs.pipeline import Run
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Finished:
     stages: dict[str, Path]
     """The folder of each stage, by name in their order."""
     summary: dict[str, Any]
-    """The documented summary (`roma_ray/evaluation/summary.py`); empty when the run ended before its evaluation."""
+    """The documented summary (`roma_ray/stages/run_summary.py`); empty when the run ended before its evaluation."""
 
     def results(self, split: str = "test") -> pandas.DataFrame:
         """Paired figures of base and tuned routers, a row a task and `all` for all of them. Raises KeyError."""
@@ -43,29 +43,29 @@ class Finished:
 
     def answers(self) -> pyarrow.Table:
         """Every judged question with its scores and verdicts before and after. Raises ArtifactError, KeyError."""
-        from roma_ray.engine.tables import read_table
-        from roma_ray.evaluation.judged import RESULTS
+        from roma_ray.engine.question_table import read_table
+        from roma_ray.evaluation.results_file import RESULTS
 
         return read_table(self.stages["evaluate"] / RESULTS)
 
     @property
     def adapter(self) -> Path:
         """The tuned routers as a PEFT adapter. Raises KeyError."""
-        from roma_ray.engine.finetuning import ADAPTER
+        from roma_ray.stages.finetuning import ADAPTER
 
         return self.stages["finetune"] / ADAPTER
 
     @property
     def report(self) -> Path:
         """The report as one page. Raises KeyError."""
-        from roma_ray.figures.report import PAGE
+        from roma_ray.figures.run_report import PAGE
 
         return self.stages["report"] / PAGE
 
     @property
     def figures(self) -> dict[str, Path]:
         """The report's figures by name. Raises KeyError."""
-        from roma_ray.figures.report import FIGURES
+        from roma_ray.figures.run_report import FIGURES
 
         return {path.stem: path for path in listed(self.stages["report"] / FIGURES, "*.svg")}
 
@@ -75,7 +75,7 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
 
     Raises ConfigError.
     """
-    from roma_ray.config_reading import load_config as load
+    from roma_ray.config.loading import load_config as load
 
     return load(None if path is None else str(path), overrides)
 
@@ -105,10 +105,10 @@ def run_pipeline(config: Config, address: str | None, until: str, *, quiet: bool
     """The same for the commands: in this process where the address is `local`, and what the pipeline itself returns."""
     from contextlib import ExitStack
 
+    from roma_ray.cluster.environment import quiet_libraries
+    from roma_ray.cluster.ray_runners import open_place
     from roma_ray.engine.observers import NOBODY
-    from roma_ray.pipeline import run as pipeline
-    from roma_ray.stages.environment import quiet_libraries
-    from roma_ray.stages.runners import open_place
+    from roma_ray.runs.pipeline import run as pipeline
     from roma_ray.terminal import open_progress
 
     quiet_libraries()

@@ -17,8 +17,8 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
 
+from roma_ray.borders.text import clean, encodable
 from roma_ray.engine.progress import LineProgress, Meter, Pace, Silence
-from roma_ray.text import clean, encodable
 
 
 def say(text: str, *, error: bool = False) -> None:

@@ -25,7 +25,7 @@ settings.load_profile("roma")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For parallel runs: a file's tests stay together, and so do all of a folder that share what takes long to make."""
-    groups = {"stages": "ray", "tracking": "mlflow"}
+    groups = {"cluster": "ray", "tracking": "mlflow"}
     for item in items:
         place = item.path.relative_to(Path(__file__).parent)
         item.add_marker(pytest.mark.xdist_group(groups.get(place.parts[0], str(place))))

@@ -6,13 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import Stage
-from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Step, complete, locate
-from roma_ray.pipeline import Run
+from roma_ray.runs.pipeline import Run
+from roma_ray.stages.finetuning import TrainJob
+from roma_ray.store.artifacts import Stage
 
 
 def made(step: Step, setup: Setup, runners: Runners = LOCAL, progress: Progress | None = None) -> Stage:

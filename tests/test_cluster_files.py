@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from roma_ray.config_reading import load_config
+from roma_ray.config.loading import load_config
 
 ROOT = Path(__file__).parents[1]
 UP = ["ray-cluster.yaml", "cluster/on-premise-mi300x.yaml"]

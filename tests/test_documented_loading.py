@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from roma_ray.engine.prepare import TABLE
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.question_table import read_prompts, read_table
 from roma_ray.engine.setup import resolve
-from roma_ray.engine.tables import read_prompts, read_table
-from roma_ray.evaluation.paired import RESULTS
 from roma_ray.moe.exporting import export_routers
-from roma_ray.pipeline import Run, run
+from roma_ray.runs.pipeline import Run, run
+from roma_ray.stages.paired_evaluation import RESULTS
+from roma_ray.stages.preparation import TABLE
 from tests.world import make_world
 
 # A reader with transformers and peft: what the snippet calls `model` scores each lettered choice after the prompt.

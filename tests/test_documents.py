@@ -13,9 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 import roma_ray
-from roma_ray.cli import main
-from roma_ray.config import QuestionSource
-from roma_ray.config_reading import all_settings, load_config
+from roma_ray.cli.commands import main
+from roma_ray.config.loading import all_settings, load_config
+from roma_ray.config.schema import QuestionSource
 from roma_ray.questions.readers import read_questions
 
 ROOT = Path(__file__).parents[1]

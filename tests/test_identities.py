@@ -18,21 +18,21 @@ import pytest
 from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import sweep_stage
-from roma_ray.artifacts import Stage, Store, run_identity
-from roma_ray.baselines.registry import METHODS
+from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.runs import method_stage
-from roma_ray.comparison import comparison_stage
-from roma_ray.config import Config
-from roma_ray.config_reading import load_config
+from roma_ray.benchmarks.judge import Wanted, judge
+from roma_ray.benchmarks.judged_model import resolve_subject
+from roma_ray.benchmarks.requests import PLAN, SCORED, batch_file
+from roma_ray.config.loading import load_config
+from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.question_table import write_table
 from roma_ray.engine.setup import Setup, resolve
-from roma_ray.engine.tables import write_table
 from roma_ray.engine.work import Report, Work
-from roma_ray.evaluation.base import base_stage
-from roma_ray.evaluation.judge import Wanted, judge
-from roma_ray.evaluation.requests import PLAN, SCORED, batch_file
-from roma_ray.evaluation.subject import resolve_subject
-from roma_ray.pipeline import locate
+from roma_ray.runs.method_comparison import comparison_stage
+from roma_ray.runs.pipeline import locate
+from roma_ray.stages.base_scores import base_stage
+from roma_ray.store.artifacts import Stage, Store, run_identity
 
 TEXT = Path(__file__).with_name("identities.json")
 

@@ -9,9 +9,9 @@ import sys
 import pytest
 from rich.console import Console
 
+from roma_ray.borders.text import clean, encodable, prepare_streams
 from roma_ray.engine.progress import LineProgress
 from roma_ray.terminal import LiveBoard, LiveProgress, _LiveMeter, print_table, say, stacked
-from roma_ray.text import clean, encodable, prepare_streams
 from tests.hostile import MARKDOWN, MARKUP, UNUSABLE, obeyed
 
 

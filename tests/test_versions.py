@@ -16,20 +16,20 @@ from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, WAITING, open_sweep, other_versions, prepare_shared
 from roma_ray.ablations.trial import TrialWork, do_trial
-from roma_ray.artifacts import Stage, Store
 from roma_ray.baselines.runs import run_methods
-from roma_ray.config import Config
-from roma_ray.config_reading import parse_config
-from roma_ray.engine.finetuning import ADAPTER
+from roma_ray.benchmarks.judge import Wanted, judge, read_benchmarks
+from roma_ray.benchmarks.judged_model import resolve_subject
+from roma_ray.config.loading import parse_config
+from roma_ray.config.schema import Config
 from roma_ray.engine.heads import FRESH
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.work import serial
 from roma_ray.errors import ArtifactError
-from roma_ray.evaluation.judge import Wanted, judge, read_benchmarks
-from roma_ray.evaluation.subject import resolve_subject
-from roma_ray.evaluation.summary import warnings_of
-from roma_ray.pipeline import Run, run
+from roma_ray.runs.pipeline import Run, run
+from roma_ray.stages.finetuning import ADAPTER
+from roma_ray.stages.run_summary import warnings_of
+from roma_ray.store.artifacts import Stage, Store
 from tests.world import make_world
 
 Upgrade = Callable[..., None]

@@ -11,8 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from roma_ray.config import Config
-from roma_ray.config_reading import parse_config
+from roma_ray.config.loading import parse_config
+from roma_ray.config.schema import Config
 from tests.tiny import save_tiny, tiny_moe
 
 WORDS = "red green blue cat dog fish one two three four five six apple pear plum north south east west".split()  # noqa: SIM905

@@ -8,22 +8,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roma_ray.ablations import tables
-from roma_ray.ablations.observers import Board, Lines, LiveTable
+from roma_ray.ablations import sweep_tables
 from roma_ray.ablations.plan import Plan, describe, make_plan, without_model
-from roma_ray.ablations.report import PAGE, write_report
-from roma_ray.ablations.results import read_findings
 from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep import DONE, FAILED, Sweep, SweepObserver, open_sweep, other_versions, run_sweep
-from roma_ray.ablations.tracker import SweepTracker
-from roma_ray.ablations.words import headline, notes
-from roma_ray.artifacts import Store
+from roma_ray.ablations.sweep_observers import Board, Lines, LiveTable
+from roma_ray.ablations.sweep_report import PAGE, write_report
+from roma_ray.ablations.sweep_results import read_findings
+from roma_ray.ablations.sweep_tracker import SweepTracker
+from roma_ray.ablations.sweep_words import headline, notes
+from roma_ray.cluster.ray_runners import open_place
 from roma_ray.engine import hub
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve_path
 from roma_ray.errors import ModelError, QuestionError, UnmeasuredError
-from roma_ray.figures.tables import Table
-from roma_ray.stages.runners import open_place
+from roma_ray.figures.report_tables import Table
+from roma_ray.store.artifacts import Store
 
 
 def dry_run(space: Space) -> list[str]:
@@ -105,8 +105,8 @@ def result(sweep: Sweep) -> Told | None:
     findings = read_findings(sweep)
     if findings is None:
         return None
-    measures = list(tables.measure_tables(sweep, findings))
-    return Told(headline(findings), tables.ranking(sweep, findings), measures, notes(sweep, findings))
+    measures = list(sweep_tables.measure_tables(sweep, findings))
+    return Told(headline(findings), sweep_tables.ranking(sweep, findings), measures, notes(sweep, findings))
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from roma_ray.text import printable
+from roma_ray.borders.text import printable
 
 
 def level_name(value: Any) -> str:

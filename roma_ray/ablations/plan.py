@@ -10,22 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roma_ray.ablations.settings import centre_text
+from roma_ray.ablations.factors import centre_text
 from roma_ray.ablations.space import Space, Trial, possible_extractions
-from roma_ray.artifacts import Stage, Store
-from roma_ray.config import Config
-from roma_ray.engine.extraction import EXTRACT, known_extractions
+from roma_ray.borders.text import duration_text
+from roma_ray.config.schema import Config
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.neighborhoods import NEIGHBORS
-from roma_ray.engine.prepare import QUESTIONS, expected_sources, sources_of
 from roma_ray.engine.setup import Setup, resolve, resolve_path
 from roma_ray.engine.steps import locate, order
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
-from roma_ray.evaluation.paired import EVALUATE
 from roma_ray.questions.counts import SourceCount, describe_sources
+from roma_ray.stages.extraction import EXTRACT, known_extractions
+from roma_ray.stages.neighborhoods import NEIGHBORS
+from roma_ray.stages.paired_evaluation import EVALUATE
+from roma_ray.stages.preparation import QUESTIONS, expected_sources, sources_of
+from roma_ray.store.artifacts import Stage, Store
 from roma_ray.store.files import exists
-from roma_ray.text import duration_text
 
 # A backward pass through the head costs about two forward passes.
 _TRAINING_PASSES = 3

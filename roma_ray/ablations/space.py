@@ -35,11 +35,11 @@ from pydantic import Field, ValidationError, model_validator
 
 from roma_ray.ablations import paper
 from roma_ray.ablations.naming import assigned, level_name, short_names
-from roma_ray.artifacts import fingerprint
-from roma_ray.config import Config, Section
-from roma_ray.config_reading import MOST_FAULTS, default_name, load_config, meant, parse_config, read_settings
-from roma_ray.config_section import Name
+from roma_ray.config.loading import MOST_FAULTS, default_name, load_config, meant, parse_config, read_settings
+from roma_ray.config.schema import Config, Section
+from roma_ray.config.section import Name
 from roma_ray.errors import ConfigError
+from roma_ray.store.artifacts import fingerprint
 
 MOST_TRIALS = 2000
 CENTRE = "centre"
@@ -266,7 +266,7 @@ def _centre(file: SpaceFile, source: Path, overrides: Sequence[str], storage: st
 
 def load_config_data(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Config:
     """A configuration from plain data and `--set` overrides. Raises ConfigError."""
-    from roma_ray.config_reading import apply_override
+    from roma_ray.config.loading import apply_override
 
     for override in overrides:
         apply_override(data, override)

@@ -14,18 +14,18 @@ from roma_ray.ablations.plan import Plan, Planned, describe
 from roma_ray.ablations.space import Space, Trial
 from roma_ray.ablations.trial import TrialWork, closing, here, with_train
 from roma_ray.ablations.tuning import Do, Event, make_room, tune_search, tune_trials
-from roma_ray.artifacts import CONFIG, MEMBERS, Stage, write_json, write_text
-from roma_ray.engine.extraction import EXTRACT, bring_back
-from roma_ray.engine.neighborhoods import NEIGHBORS
-from roma_ray.engine.prepare import QUESTIONS
+from roma_ray.cluster.failures import unpacked
+from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.ray_runners import ray_runners
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import save_config
 from roma_ray.engine.steps import Step, complete, order
 from roma_ray.errors import ArtifactError, RomaError
-from roma_ray.stages.cluster import Cluster
-from roma_ray.stages.failures import unpacked
-from roma_ray.stages.runners import ray_runners
+from roma_ray.stages.extraction import EXTRACT, bring_back
+from roma_ray.stages.neighborhoods import NEIGHBORS
+from roma_ray.stages.preparation import QUESTIONS
+from roma_ray.store.artifacts import CONFIG, MEMBERS, Stage, write_json, write_text
 from roma_ray.store.files import exists
 from roma_ray.store.logs import append_line, whole_lines
 

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
-from roma_ray.artifacts import Stage
-from roma_ray.engine.finetuning import TrainJob, epochs_of
+from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.ray_runners import near_device
+from roma_ray.cluster.ray_training import finetune_on_ray
 from roma_ray.engine.heads import FRESH, Heads, KeptHeads
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Silence
@@ -17,10 +18,9 @@ from roma_ray.engine.runners import Runners, Trainer, call_here
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import complete, order
 from roma_ray.errors import BusyError
-from roma_ray.evaluation.paired import EVALUATE, read_evaluation
-from roma_ray.stages.cluster import Cluster
-from roma_ray.stages.finetune import finetune_on_ray
-from roma_ray.stages.runners import near_device
+from roma_ray.stages.finetuning import TrainJob, epochs_of
+from roma_ray.stages.paired_evaluation import EVALUATE, read_evaluation
+from roma_ray.store.artifacts import Stage
 
 T = TypeVar("T")
 Report = Callable[[dict[str, Any]], None]

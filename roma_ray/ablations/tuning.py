@@ -19,10 +19,10 @@ from ray import tune
 from ray.tune.stopper import Stopper
 
 from roma_ray.ablations.space import Range, Scheduler
+from roma_ray.cluster.environment import quiet_libraries
+from roma_ray.cluster.failures import as_deaths, packed
+from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.errors import ConfigError
-from roma_ray.stages.cluster import Cluster
-from roma_ray.stages.environment import quiet_libraries
-from roma_ray.stages.failures import as_deaths, packed
 from roma_ray.store.files import remove_folder
 
 METRIC = "validation_accuracy"

@@ -12,23 +12,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import Stage
-from roma_ray.config import Config, FinetuneConfig
-from roma_ray.config_baselines import BaselinesConfig
+from roma_ray.config.baseline_settings import BaselinesConfig
+from roma_ray.config.schema import Config, FinetuneConfig
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import plan_batches
-from roma_ray.engine.embedding import embedding_texts, read_embeddings
-from roma_ray.engine.extraction import ROWS
-from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.forward import own_tokens
-from roma_ray.engine.neighborhoods import usable_rows
 from roma_ray.engine.objective import TrainingData
+from roma_ray.engine.question_table import read_table
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.tables import read_table
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.slices import Slice
+from roma_ray.stages.embedding import embedding_texts, read_embeddings
+from roma_ray.stages.extraction import ROWS
+from roma_ray.stages.finetuning import TrainJob
+from roma_ray.stages.neighborhoods import usable_rows
+from roma_ray.store.artifacts import Stage
 
 HIDDEN = -1
 """The answer of a question whose label a method must not see."""

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.contract import Fitted, Method
-from roma_ray.baselines.passes import HeadRun, as_lists, loss_kind, task_loss
-from roma_ray.config import Config
-from roma_ray.config_baselines import C3poConfig
+from roma_ray.baselines.head_passes import HeadRun, as_lists, loss_kind, task_loss
+from roma_ray.config.baseline_settings import C3poConfig
+from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.manifold.neighbors import Neighborhoods
 

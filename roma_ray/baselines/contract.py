@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 
 

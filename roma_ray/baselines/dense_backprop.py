@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.contract import Fitted
 from roma_ray.baselines.router_tuning import RouterMethod
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import Family, family

@@ -11,7 +11,7 @@ from torch import Tensor
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.oracle import optimise
 from roma_ray.baselines.router_tuning import RouterMethod
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
 from roma_ray.engine.objective import TrainingData
 from roma_ray.manifold.neighbors import Neighborhoods
 

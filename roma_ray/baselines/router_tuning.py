@@ -9,7 +9,7 @@ from torch import Tensor
 
 from roma_ray.baselines.bench import Bench, within_budget
 from roma_ray.baselines.contract import Fitted, Method
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.identity import finetune_settings, is_cloze
 from roma_ray.engine.objective import TrainingData

@@ -17,22 +17,22 @@ from typing import Any
 
 from torch import Tensor
 
-from roma_ray.artifacts import Stage, fingerprint, write_json
 from roma_ray.baselines.bench import Bench, Cost, open_bench
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.costs import counted, trunk_cost
-from roma_ray.baselines.registry import METHODS
+from roma_ray.baselines.method_registry import METHODS
 from roma_ray.engine.answers import ANSWERS, write_answers
-from roma_ray.engine.embedding import EMBED
-from roma_ray.engine.extraction import EXTRACT
 from roma_ray.engine.model_spec import set_threads
-from roma_ray.engine.neighborhoods import NEIGHBORS
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Step, complete, order
 from roma_ray.engine.work import Executor, Job, Report
 from roma_ray.errors import ArtifactError
+from roma_ray.stages.embedding import EMBED
+from roma_ray.stages.extraction import EXTRACT
+from roma_ray.stages.neighborhoods import NEIGHBORS
+from roma_ray.store.artifacts import Stage, fingerprint, write_json
 from roma_ray.store.files import exists, read_json, remove
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 

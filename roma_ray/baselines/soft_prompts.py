@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.contract import Fitted, Method
-from roma_ray.baselines.passes import loss_kind, task_loss
+from roma_ray.baselines.head_passes import loss_kind, task_loss
 from roma_ray.baselines.whole_model import padded_likelihoods, score_padded
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.errors import TrainingError

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
-from roma_ray.baselines.passes import ChoiceReading, absent_choices, as_lists, summed
+from roma_ray.baselines.head_passes import ChoiceReading, absent_choices, as_lists, summed
 from roma_ray.engine.batches import is_letter, plan_batches
 from roma_ray.engine.forward import lay_out, own_tokens, shared_prefix
 from roma_ray.moe.passes import run_packed

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from importlib import metadata, util
 from pathlib import Path
 
-from roma_ray.artifacts import Store, default_storage
 from roma_ray.doctor.check import Check
 from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import StorageError
+from roma_ray.store.artifacts import Store, default_storage
 from roma_ray.store.files import free_bytes, listed, remove, write_bytes
 
 # (package, lowest, first that is too new, remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from roma_ray.config_reading import load_config
+from roma_ray.config.loading import load_config
 from roma_ray.doctor.check import Check
 from roma_ray.engine.checks import read_checks, worst_of
 from roma_ray.engine.setup import ModelSpec, resolve_model

@@ -10,11 +10,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import Store
-from roma_ray.config_reading import load_config
+from roma_ray.cluster.ray_cluster import Cluster, find_address, token_known
+from roma_ray.config.loading import load_config
 from roma_ray.doctor.check import Check
 from roma_ray.errors import RomaError, StorageError
-from roma_ray.stages.cluster import Cluster, find_address, token_known
+from roma_ray.store.artifacts import Store
 from roma_ray.store.files import exists, read_text, remove_folder, write_text
 
 _NODE_SECONDS = 60

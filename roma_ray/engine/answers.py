@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from roma_ray.engine.forward import predict
-from roma_ray.engine.tables import matrix, read_table, table_facts, write_table
+from roma_ray.engine.question_table import matrix, read_table, table_facts, write_table
 from roma_ray.errors import GuardError
 from roma_ray.questions.prompts import Prompt
 

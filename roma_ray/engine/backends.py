@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from roma_ray.artifacts import Store, fingerprint, write_json
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ModelError
 from roma_ray.moe.passes import experts_block
+from roma_ray.store.artifacts import Store, fingerprint, write_json
 from roma_ray.store.files import read_json
 
 # Never batched_mm: it copies every token's expert weights, 20 to 100 times slower at some hundred tokens.

@@ -16,16 +16,16 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import read_manifest
-from roma_ray.engine.extraction import ROWS
 from roma_ray.engine.extractor import batch_activations
 from roma_ray.engine.forward import Layout, own_tokens
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.tables import read_table, table_facts
+from roma_ray.engine.question_table import read_table, table_facts
 from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
+from roma_ray.stages.extraction import ROWS
+from roma_ray.store.artifacts import read_manifest
 from roma_ray.store.tensors import DAMAGED, check_extent, mapped
 
 _REMEDY = "remove the extraction folder and run again to rebuild it"

@@ -6,9 +6,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import fingerprint, write_json
 from roma_ray.moe.selfcheck import check_slice
 from roma_ray.moe.slices import Slice
+from roma_ray.store.artifacts import fingerprint, write_json
 from roma_ray.store.files import listed, read_json
 
 FOLDER = "checks"

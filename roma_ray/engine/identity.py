@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from roma_ray.config import Config, FinetuneConfig, NeighborsConfig, PromptConfig, RegularizerConfig
+from roma_ray.config.schema import Config, FinetuneConfig, NeighborsConfig, PromptConfig, RegularizerConfig
 
 
 def is_cloze(config: Config) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma_ray.config import FinetuneConfig, RegularizerConfig
+from roma_ray.config.schema import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading

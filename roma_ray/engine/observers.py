@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from roma_ray.artifacts import Stage
+from roma_ray.store.artifacts import Stage
 
 
 class RunObserver:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from roma_ray.text import clean
+from roma_ray.borders.text import clean
 
 
 class Meter(Protocol):

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from roma_ray.artifacts import Stage
 from roma_ray.engine.heads import FRESH, Heads
 from roma_ray.engine.work import Executor, serial
+from roma_ray.store.artifacts import Stage
 
 Trainer = Callable[[Any, Callable[[dict[str, Any]], None], Callable[[int, str], None]], None]
 """Runs a `TrainJob`'s workers somewhere, passing on each epoch's record and each step's progress (questions, a note)."""

@@ -11,10 +11,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from roma_ray.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
-from roma_ray.config import Config, ModelConfig
+from roma_ray.config.schema import Config, ModelConfig
 from roma_ray.engine.model_spec import ModelSpec, model_facts_of
 from roma_ray.errors import ModelError
+from roma_ray.store.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
 from roma_ray.store.files import exists, read_text
 
 # Larger safetensors files are hashed by header, small tensors and samples of large ones.

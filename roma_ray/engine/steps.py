@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from roma_ray.artifacts import Stage, note_device
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.work import Job
+from roma_ray.store.artifacts import Stage, note_device
 
 Facts = dict[str, Any]
 """Counts and results that a manifest keeps."""

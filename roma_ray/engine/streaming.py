@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import note_device
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extractor import Batches, Extracted, ExtractWork, batch_table, run_part
 from roma_ray.engine.forward import choice_scores
@@ -23,6 +22,7 @@ from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
 from roma_ray.moe.snapshot import open_snapshot
 from roma_ray.moe.whole import check_weights, model_sizes
+from roma_ray.store.artifacts import note_device
 from roma_ray.store.files import exists, remove, remove_folder
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 

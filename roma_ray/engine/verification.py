@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from roma_ray.artifacts import MANIFEST, file_digest, write_text
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.forward import lay_out
 from roma_ray.engine.model_spec import ModelSpec
+from roma_ray.engine.question_table import read_prompts
 from roma_ray.engine.streaming import plan_chain
-from roma_ray.engine.tables import read_prompts
 from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed
+from roma_ray.store.artifacts import MANIFEST, file_digest, write_text
 from roma_ray.store.files import exists, read_text
 
 _QUESTIONS = 3

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from roma_ray.artifacts import Stage
 from roma_ray.engine.setup import Setup
+from roma_ray.store.artifacts import Stage
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Judging answers: statistics, guards, shares, and tables of methods and runs."""

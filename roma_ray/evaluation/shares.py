@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
+from roma_ray.borders.text import figure
 from roma_ray.evaluation.measures import Asked, log_softmax
 from roma_ray.evaluation.statistics import Paired, pair, significant
 from roma_ray.questions.prompts import rule_scores
 from roma_ray.questions.records import LETTERS
-from roma_ray.text import figure
 
 _RECURRING = 0.1
 """A choice's text is a label where it is offered by at least this share of its task's questions, and by two."""

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from roma_ray.text import with_error as with_error
+from roma_ray.borders.text import with_error as with_error
 
 SIGNIFICANCE = 0.05
 _DRAWN_AT_ONCE = 2**22

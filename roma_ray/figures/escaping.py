@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from html import escape
 from typing import Any
 
-from roma_ray.text import printable
+from roma_ray.borders.text import printable
 
 # An underscore within a word is none of Markdown's.
 _MARKDOWN = re.compile(r"([\\`*\[\]|~$#]|(?<![^\W_])_|_(?![^\W_]))")

@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from roma_ray.config import check_epsilon
+from roma_ray.config.schema import check_epsilon
 from roma_ray.errors import ConfigError, NeighborError
 from roma_ray.manifold.quantiles import QUANTILES, quantiles
 from roma_ray.manifold.ranking import QuestionTable

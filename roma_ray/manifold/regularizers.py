@@ -1,6 +1,6 @@
 """The second term of eq. 9 by name: the manifold term, and those that the paper compares it with (its Figure 10 and Table 7).
 
-Another one is a function and a line of `REGULARIZERS`, and its name in `config.py` (`RegularizerConfig.kind`).
+Another one is a function and a line of `REGULARIZERS`, and its name in `config/schema.py` (`RegularizerConfig.kind`).
 Shapes: B questions of a batch, L tuned layers, E experts. Each is a SUM over the batch, a scalar.
 """
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from roma_ray.errors import CheckpointError
-from roma_ray.moe.checkpoints import PEFT_CONFIG, RouterCheckpoint, read_adapter, write_adapter
+from roma_ray.moe.adapters import PEFT_CONFIG, RouterCheckpoint, read_adapter, write_adapter
 from roma_ray.moe.folders import MANIFEST, refuse_special_file
 from roma_ray.moe.merged import save_merged
 from roma_ray.moe.reference import export_reference, import_reference, read_reference

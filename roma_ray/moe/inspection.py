@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from roma_ray.borders.text import printable
 from roma_ray.errors import CheckpointError, ModelError
-from roma_ray.moe.checkpoints import (
+from roma_ray.moe.adapters import (
     PEFT_CONFIG,
     RouterCheckpoint,
     check_digests,
@@ -25,7 +26,6 @@ from roma_ray.moe.reference import read_reference
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.moe.slices import model_facts
 from roma_ray.moe.whole import base_tensors
-from roma_ray.text import printable
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 

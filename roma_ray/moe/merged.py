@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.errors import CheckpointError, ModelError
-from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, type_name, write_manifest
+from roma_ray.moe.adapters import RouterCheckpoint, check_finite, type_name, write_manifest
 from roma_ray.moe.folders import whole_folder
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
 from roma_ray.moe.whole import check_weights, checkpoint_keys

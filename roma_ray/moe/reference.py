@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import write_atomically
 from roma_ray.errors import CheckpointError
+from roma_ray.moe.adapters import RouterCheckpoint, check_finite, layer_of, type_name
 from roma_ray.moe.backbones import plain_key
-from roma_ray.moe.checkpoints import RouterCheckpoint, check_finite, layer_of, type_name
 from roma_ray.moe.folders import refuse_special_file, refusing_malformed
 from roma_ray.moe.whole import router_shapes
+from roma_ray.store.artifacts import write_atomically
 
 _KEY = re.compile(r"^(?:model\.)?(layers\.(\d+)\.[A-Za-z_.]+\.(?:weight|bias))$")
 

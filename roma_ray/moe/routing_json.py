@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from roma_ray.artifacts import write_atomically
-from roma_ray.documents import first_repeated
+from roma_ray.borders.documents import first_repeated
+from roma_ray.borders.text import printable
 from roma_ray.errors import CheckpointError
 from roma_ray.moe.folders import refuse_special_file
-from roma_ray.text import printable
+from roma_ray.store.artifacts import write_atomically
 
 # Files round their weights to a few digits; over many experts that adds up.
 _SUM_TOLERANCE = 1e-2

@@ -10,11 +10,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from roma_ray.documents import first_repeated
+from roma_ray.borders.documents import first_repeated
+from roma_ray.borders.text import printable
 from roma_ray.errors import QuestionError
 from roma_ray.questions.records import BadRow
 from roma_ray.questions.shapes import Take
-from roma_ray.text import printable
 
 MAX_LINE_BYTES = 8 * 2**20
 """Longer lines are set aside without being held in memory."""

@@ -7,12 +7,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from roma_ray.config import ColumnsConfig
-from roma_ray.documents import first_repeated
+from roma_ray.borders.documents import first_repeated
+from roma_ray.borders.text import printable
+from roma_ray.config.schema import ColumnsConfig
 from roma_ray.errors import QuestionError
 from roma_ray.questions.records import BadRow
 from roma_ray.questions.shapes import KEY, KNOWN, Take, top_columns
-from roma_ray.text import printable
 
 if TYPE_CHECKING:
     import pyarrow as pa

@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jinja2 import TemplateError
 
-from roma_ray.config import PromptConfig
+from roma_ray.borders.templates import chat_text
+from roma_ray.borders.text import printable
+from roma_ray.config.schema import PromptConfig
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.records import LETTERS, Question, Rejected
-from roma_ray.templates import chat_text
-from roma_ray.text import printable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

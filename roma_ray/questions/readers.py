@@ -11,15 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 
 from roma_ray.assets import assets_path
-from roma_ray.config import QuestionSource
+from roma_ray.borders.text import printable
+from roma_ray.config.schema import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.questions.dataset_registry import Loader, load_dataset
 from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import Question, Rejected
-from roma_ray.questions.registry import Loader, load_dataset
 from roma_ray.questions.shapes import questions_of
 from roma_ray.store.files import file_digest
-from roma_ray.text import printable
 
 logger = logging.getLogger(__name__)
 

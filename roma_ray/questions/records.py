@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from roma_ray.text import name_fault, printable, reserved
+from roma_ray.borders.text import name_fault, printable, reserved
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 MIN_CHOICES = 2

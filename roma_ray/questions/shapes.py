@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from roma_ray.config import ColumnsConfig
+from roma_ray.borders.text import printable
+from roma_ray.config.schema import ColumnsConfig
 from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
-from roma_ray.text import printable
 
 KEY = "answerKey"
 """The column by which the known shape is told from question rows."""

@@ -1,1 +1,1 @@
-"""The stages on Ray: the same work as in one process, spread over a cluster, to the same bits."""
+"""The stages of a run, each declared beside what it does."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from roma_ray.artifacts import Store
-from roma_ray.config import Config
+from roma_ray.config.schema import Config
+from roma_ray.store.artifacts import Store
 from roma_ray.store.locks import locked
 
 # Tags that trackers have words of their own for.

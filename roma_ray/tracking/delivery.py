@@ -14,12 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from roma_ray.addresses import hide, mask
-from roma_ray.artifacts import Stage, Store
-from roma_ray.config import Config
+from roma_ray.borders.addresses import hide, mask
+from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ArtifactError
-from roma_ray.tracking import records
+from roma_ray.store.artifacts import Stage, Store
+from roma_ray.tracking import run_records
 from roma_ray.tracking.backend import (
     NOTE,
     PARENT,
@@ -281,7 +281,7 @@ class Delivery:
         """Whether a complete stage was there before this work was first started."""
         begun = self._begun()
         # Manifests note whole seconds.
-        return begun is not None and stage.complete and records.finish_time(stage) + 1000 <= begun
+        return begun is not None and stage.complete and run_records.finish_time(stage) + 1000 <= begun
 
     def _mark_reused(self, run: RunState, stage: Stage) -> None:
         """Tag a run whose work is an earlier one's, and name that one's MLflow run where it has any. Raises Unavailable."""

@@ -15,10 +15,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from roma_ray.addresses import HIDDEN, hide, mask
-from roma_ray.artifacts import Store
-from roma_ray.config import Config
-from roma_ray.text import printable
+from roma_ray.borders.addresses import HIDDEN, hide, mask
+from roma_ray.borders.text import printable
+from roma_ray.config.schema import Config
+from roma_ray.store.artifacts import Store
 from roma_ray.tracking.backend import (
     COMMIT,
     NAME,

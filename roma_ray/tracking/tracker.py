@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from roma_ray.artifacts import Stage, fingerprint, run_identity
-from roma_ray.engine.finetuning import ADAPTER
 from roma_ray.engine.observers import RunObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
+from roma_ray.stages.finetuning import ADAPTER
+from roma_ray.store.artifacts import Stage, fingerprint, run_identity
 from roma_ray.store.files import remove_folder
-from roma_ray.tracking import records
+from roma_ray.tracking import run_records
 from roma_ray.tracking.backend import NAME, NOTE, OwnFault, RunState
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
 
@@ -68,9 +68,9 @@ class Tracker(Delivery, RunObserver):
 
     def _start(self, name: str) -> int:
         if name != PIPELINE:
-            return records.start_time(self.planned[name])
+            return run_records.start_time(self.planned[name])
         # Of a run from before starts were noted, the stages alone tell.
-        earliest = min((records.start_time(stage) for stage in self.planned.values()), default=records.now())
+        earliest = min((run_records.start_time(stage) for stage in self.planned.values()), default=run_records.now())
         return self._begun() or earliest
 
     def _end(self, name: str, run: RunState) -> int:
@@ -78,8 +78,8 @@ class Tracker(Delivery, RunObserver):
         stages = list(self.planned.values()) if name == PIPELINE else [self.planned[name]]
         done = [stage for stage in stages if stage.complete and not (name == PIPELINE and self._reused(stage))]
         if (self._working and name == PIPELINE) or not done:
-            return records.now()
-        latest, longest = max(map(records.finish_time, done)), max(map(records.duration, done))
+            return run_records.now()
+        latest, longest = max(map(run_records.finish_time, done)), max(map(run_records.duration, done))
         # Manifests note whole seconds; a short stage must not end before it began.
         return max(latest, run.start + longest)
 
@@ -104,17 +104,17 @@ class Tracker(Delivery, RunObserver):
         evaluation, report = self.planned["evaluate"], self.planned["report"]
         if run.tags.get(NAME) != config.name:
             client.rename(run, config.name)
-        self._log_params(run, records.parameters(config))
-        tags = records.tags(self.setup, self.planned)
+        self._log_params(run, run_records.parameters(config))
+        tags = run_records.tags(self.setup, self.planned)
         if report.complete and evaluation.complete:
-            tags[NOTE] = records.note(report, evaluation)
+            tags[NOTE] = run_records.note(report, evaluation)
         reused = [name for name, stage in self.planned.items() if self._reused(stage)]
         if reused:
             tags["roma.reused_stages"] = ", ".join(reused)
         self._log_tags(run, tags)
-        client.add_inputs(run, records.inputs(self.setup, self.planned, PIPELINE))
+        client.add_inputs(run, run_records.inputs(self.setup, self.planned, PIPELINE))
         if evaluation.complete:
-            self._log_metrics(run, records.headline(evaluation))
+            self._log_metrics(run, run_records.headline(evaluation))
         if report.complete and self.status.get(PIPELINE) == "FINISHED":
             for part in ("report.html", "report.md", "model_card.md"):
                 self._upload(run, report.path / part)
@@ -140,13 +140,13 @@ class Tracker(Delivery, RunObserver):
 
     def _write_stage(self, run: RunState, stage: Stage) -> None:
         self._mark_reused(run, stage)
-        self._log_params(run, records.stage_parameters(stage))
-        self._log_metrics(run, records.stage_metrics(stage))
-        found = records.inputs(self.setup, self.planned, stage.name)
+        self._log_params(run, run_records.stage_parameters(stage))
+        self._log_metrics(run, run_records.stage_metrics(stage))
+        found = run_records.inputs(self.setup, self.planned, stage.name)
         if found:
             self.client.add_inputs(run, found)
         if stage.complete:
-            for path, folder in records.files(stage):
+            for path, folder in run_records.files(stage):
                 self._upload(run, path, folder)
             if stage.name == "finetune" and self.config.tracking.log_model:
                 self._upload_merged(run, stage)

@@ -10,11 +10,11 @@ from typing import Any, cast
 import numpy as np
 import yaml
 
-from roma_ray.ablations.results import Finished, Value
 from roma_ray.ablations.space import Space, Trial, load_space
 from roma_ray.ablations.sweep import Sweep
-from roma_ray.evaluation.judged import Judged
+from roma_ray.ablations.sweep_results import Finished, Value
 from roma_ray.evaluation.measures import Asked
+from roma_ray.evaluation.results_file import Judged
 from roma_ray.evaluation.shares import answer_shares
 
 CHOICES = 4

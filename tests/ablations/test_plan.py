@@ -15,10 +15,10 @@ from roma_ray.ablations.command import dry_run
 from roma_ray.ablations.plan import Plan, cost, count_questions, describe, make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
-from roma_ray.artifacts import write_text
 from roma_ray.engine import hub
-from roma_ray.engine.prepare import TABLE
 from roma_ray.errors import ConfigError
+from roma_ray.stages.preparation import TABLE
+from roma_ray.store.artifacts import write_text
 from tests.tiny import save_tiny, tiny_moe
 from tests.world import make_questions
 

@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from roma_ray.ablations import paper
-from roma_ray.ablations.report import title
-from roma_ray.ablations.results import find
 from roma_ray.ablations.space import Space, load_space
-from roma_ray.ablations.tables import factor_table
-from roma_ray.config_reading import load_config
+from roma_ray.ablations.sweep_report import title
+from roma_ray.ablations.sweep_results import find
+from roma_ray.ablations.sweep_tables import factor_table
+from roma_ray.config.loading import load_config
 from roma_ray.errors import ConfigError
 from tests.ablations.made import finished, scores_of, sweep_of
 

@@ -11,7 +11,7 @@ import pytest
 from roma_ray.baselines.bench import Bench, open_bench
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import Setup, resolve
-from roma_ray.pipeline import run
+from roma_ray.runs.pipeline import run
 from tests.world import make_world
 
 BASELINES = {

@@ -11,9 +11,9 @@ import torch
 
 from roma_ray.baselines.bench import HIDDEN, Bench
 from roma_ray.baselines.contract import NOTHING, Fitted, Method
+from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.names import chosen_methods
-from roma_ray.baselines.registry import METHODS
-from roma_ray.config_reading import load_config
+from roma_ray.config.loading import load_config
 from roma_ray.errors import ConfigError
 from roma_ray.moe.masters import frozen_digest
 

@@ -11,11 +11,11 @@ import torch
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.c3po import Neighborhood, core_experts, mean_shift, mixed, reference_routing
 from roma_ray.baselines.contract import Fitted
+from roma_ray.baselines.head_passes import HeadRun, loss_kind, task_loss
+from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.oracle import optimise, wrong_choice
 from roma_ray.baselines.oracle_tuning import OracleTuning, own_neighborhoods
-from roma_ray.baselines.passes import HeadRun, loss_kind, task_loss
-from roma_ray.baselines.registry import METHODS
-from roma_ray.config_baselines import C3poConfig, OracleConfig
+from roma_ray.config.baseline_settings import C3poConfig, OracleConfig
 from roma_ray.engine.forward import lay_out, task_losses
 from roma_ray.manifold.losses import manifold_loss, neighbor_targets
 from roma_ray.manifold.neighbors import Neighborhoods

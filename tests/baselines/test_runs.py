@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import Stage
 from roma_ray.baselines.bench import Bench
-from roma_ray.baselines.registry import METHODS
+from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.runs import method_stage, read_failure, run_method, run_methods, seeds_of
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.work import serial
 from roma_ray.errors import TrainingError
+from roma_ray.store.artifacts import Stage
 
 
 def run_some(bench: Bench, *methods: str, seeds: int = 1) -> dict[str, list[Stage]]:

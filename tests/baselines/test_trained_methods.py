@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.dense_backprop import DefaultVectors
 from roma_ray.baselines.icl import InContext, demonstrations
-from roma_ray.baselines.registry import METHODS
+from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.whole_model import score_padded, score_whole
-from roma_ray.engine.embedding import embedding_texts
 from roma_ray.moe.masters import frozen_digest
 from roma_ray.moe.routers import find_routers
+from roma_ray.stages.embedding import embedding_texts
 from tests.tiny import FAMILIES, MORE_FAMILIES, VOCABULARY, tiny_moe
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.pipeline import run
+from roma_ray.runs.pipeline import run
 from tests.chaos.faults import FAULTS
 from tests.chaos.scene import Scene
 from tests.chaos.simulated import simulated_cluster

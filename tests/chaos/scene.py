@@ -9,11 +9,11 @@ from pathlib import Path
 
 from click.testing import CliRunner
 
-from roma_ray.artifacts import MANIFEST, Stage
-from roma_ray.cli import main
-from roma_ray.config import Config
+from roma_ray.cli.commands import main
+from roma_ray.config.schema import Config
 from roma_ray.engine.steps import order
-from roma_ray.pipeline import STEPS, Run
+from roma_ray.runs.pipeline import STEPS, Run
+from roma_ray.store.artifacts import MANIFEST, Stage
 from tests.chaos.simulated import PATIENCE, Driver, Nodes
 
 # What is there as soon as a stage has begun to do what a fault may interrupt.

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from threading import Thread
 
-from roma_ray.artifacts import MANIFEST
+from roma_ray.store.artifacts import MANIFEST
 from tests.chaos.scene import Scene
 from tests.chaos.simulated import PATIENCE
 

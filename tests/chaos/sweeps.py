@@ -7,7 +7,7 @@ import os
 
 import yaml
 
-from roma_ray.artifacts import MANIFEST
+from roma_ray.store.artifacts import MANIFEST
 from tests.chaos.scene import Scene
 from tests.chaos.simulated import Driver
 

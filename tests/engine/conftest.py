@@ -8,7 +8,7 @@ import pytest
 
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.pipeline import Run, run
+from roma_ray.runs.pipeline import Run, run
 from tests.world import make_world
 
 

@@ -14,7 +14,7 @@ from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.verification import verify_sample
 from roma_ray.errors import CacheError
-from roma_ray.pipeline import Run
+from roma_ray.runs.pipeline import Run
 
 
 def test_a_measurement_names_the_fastest_candidate(letter_run: Run) -> None:

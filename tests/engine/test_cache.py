@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.errors import ArtifactError, CacheError
-from roma_ray.pipeline import Run
+from roma_ray.runs.pipeline import Run
 
 
 @pytest.fixture

@@ -13,20 +13,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from roma_ray.config import Config
-from roma_ray.config_reading import apply_override, parse_config
-from roma_ray.engine.finetuning import ADAPTER, epochs_of
-from roma_ray.engine.neighborhoods import PAIRS
-from roma_ray.engine.prepare import TABLE, training_rows
+from roma_ray.config.loading import apply_override, parse_config
+from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.question_table import read_table
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import locate
-from roma_ray.engine.tables import read_table
 from roma_ray.errors import RomaError
-from roma_ray.evaluation.paired import EVALUATE
-from roma_ray.pipeline import run
 from roma_ray.questions.records import Question
 from roma_ray.questions.splits import assign_splits, drawn_parts
+from roma_ray.runs.pipeline import run
+from roma_ray.stages.finetuning import ADAPTER, epochs_of
+from roma_ray.stages.neighborhoods import PAIRS
+from roma_ray.stages.paired_evaluation import EVALUATE
+from roma_ray.stages.preparation import TABLE, training_rows
 from tests.world import make_world
 
 CLOZE = "questions.prompt.format=cloze"
@@ -173,7 +173,7 @@ def test_a_finished_stage_tells_what_is_drawn_from_its_files(
     world: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that a large file is not read again by every command."""
-    import roma_ray.engine.prepare as module
+    import roma_ray.stages.preparation as module
 
     config = with_settings(world, [f"storage={tmp_path}"])
     made = run(resolve(config), Silence(), until="questions").stages["questions"]

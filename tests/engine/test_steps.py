@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import Stage, Store, noted_devices, write_text
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.steps import Step, complete, locate, make, order
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError
+from roma_ray.store.artifacts import Stage, Store, noted_devices, write_text
 
 calls: list[str] = []
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import file_digest
-from roma_ray.engine.extraction import EXTRACT
-from roma_ray.engine.prepare import QUESTIONS
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.streaming import STREAM, plan_chain
 from roma_ray.engine.work import serial
 from roma_ray.errors import ModelError, StorageError
-from roma_ray.pipeline import Run
+from roma_ray.runs.pipeline import Run
+from roma_ray.stages.extraction import EXTRACT
+from roma_ray.stages.preparation import QUESTIONS
+from roma_ray.store.artifacts import file_digest
 from tests.making import made
 from tests.moe.test_fitting import edit
 from tests.progress import Told
@@ -91,7 +91,7 @@ def test_a_limit_that_holds_no_layer_and_a_storage_without_room_are_refused(
     with pytest.raises(ModelError, match="holds no single layer"):
         made(EXTRACT, setup)
 
-    monkeypatch.setattr("roma_ray.engine.extraction.free_bytes", lambda folder: 1000)
+    monkeypatch.setattr("roma_ray.stages.extraction.free_bytes", lambda folder: 1000)
     setup = limited(letter_run, tmp_path / "b")
     made(QUESTIONS, setup)
     with pytest.raises(StorageError, match=r"extraction\.cache=false"):

@@ -12,10 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.config import FinetuneConfig, RegularizerConfig
+from roma_ray.config.schema import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.cache import FrozenLayers
-from roma_ray.engine.finetuning import TrainJob
 from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.training import Outcome, finetune
@@ -23,7 +22,8 @@ from roma_ray.errors import CheckpointError, TrainingError
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.routers import find_routers
-from roma_ray.pipeline import Run
+from roma_ray.runs.pipeline import Run
+from roma_ray.stages.finetuning import TrainJob
 from tests.making import train_job
 
 

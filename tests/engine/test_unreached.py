@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from roma_ray.config import Config
-from roma_ray.engine.finetuning import TrainJob
+from roma_ray.config.schema import Config
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
@@ -16,7 +15,8 @@ from roma_ray.engine.training import finetune
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.reach import UNREACHED
-from roma_ray.pipeline import locate, run
+from roma_ray.runs.pipeline import locate, run
+from roma_ray.stages.finetuning import TrainJob
 from tests.tiny import save_tiny, tiny_moe
 from tests.world import make_world
 

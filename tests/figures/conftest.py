@@ -10,7 +10,7 @@ import pytest
 
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.pipeline import Run, run
+from roma_ray.runs.pipeline import Run, run
 from tests.world import WORDS, make_world
 
 HOSTILE = '<script>alert("x")</script>|`$\\_{}`*'

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from markdown_it import MarkdownIt
 
-from roma_ray.evaluation.compare import Column, Comparison, compare_columns
-from roma_ray.figures.comparison import render
+from roma_ray.borders.text import clean, printable
+from roma_ray.evaluation.run_comparison import Column, Comparison, compare_columns
+from roma_ray.figures.comparison_page import render
 from roma_ray.figures.escaping import csv_text, markdown
-from roma_ray.text import clean, printable
 from tests.hostile import COMMANDS, DISGUISES, FORMULAS, MARKDOWN, MARKUP, SURROGATES, obeyed
 
 NAMES = [*MARKDOWN, *MARKUP, *FORMULAS, *COMMANDS, *DISGUISES, *SURROGATES, "a_b_c", "__init__", "x\\", "$x$", "acc*"]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from roma_ray.figures import projection, results, routing, training
+from roma_ray.figures import projection, result_figures, routing, training_figures
 from roma_ray.figures.style import colours, render, shorten
 
 EPOCHS = [
@@ -32,7 +32,7 @@ FOUND = {
 
 
 def test_loss_curves_show_steps_and_epoch_means() -> None:
-    axes = training.loss_curves(STEPS, EPOCHS).axes
+    axes = training_figures.loss_curves(STEPS, EPOCHS).axes
     by_step, by_epoch = axes[0].lines
     assert list(by_step.get_xdata()) == list(range(1, 9))
     assert list(by_step.get_ydata()) == STEPS["task_loss"]
@@ -42,7 +42,7 @@ def test_loss_curves_show_steps_and_epoch_means() -> None:
 
 
 def test_validation_accuracy_marks_base_and_exported_epoch() -> None:
-    (axis,) = training.validation_accuracy(EPOCHS, TASK, selected=1).axes
+    (axis,) = training_figures.validation_accuracy(EPOCHS, TASK, selected=1).axes
     lines = {line.get_label(): line for line in axis.lines}
     assert lines["base"].get_ydata()[0] == 40
     assert list(lines["tuned"].get_ydata()) == [50, 60]
@@ -56,7 +56,7 @@ def test_validation_accuracy_marks_base_and_exported_epoch() -> None:
 
 def test_accuracy_bars_carry_standard_errors_and_end_with_all() -> None:
     other = {**TASK, "tuned_accuracy": 0.1, "n": 7}
-    (axis,) = results.accuracy_bars({"all": TASK, "b": other}).axes
+    (axis,) = result_figures.accuracy_bars({"all": TASK, "b": other}).axes
     assert [label.get_text() for label in axis.get_yticklabels()] == ["b (n=7)", "all tasks (n=50)"]
     widths = [bar.get_width() for bar in axis.patches]
     assert widths == pytest.approx([40, 40, 10, 60])
@@ -65,13 +65,13 @@ def test_accuracy_bars_carry_standard_errors_and_end_with_all() -> None:
 
 def test_many_tasks_are_cut_to_the_largest() -> None:
     tasks = {f"t{n:03d}": {**TASK, "n": n} for n in range(60)}
-    (axis,) = results.accuracy_bars(tasks).axes
-    assert len(axis.get_yticklabels()) == results.MOST_TASKS
+    (axis,) = result_figures.accuracy_bars(tasks).axes
+    assert len(axis.get_yticklabels()) == result_figures.MOST_TASKS
     assert axis.get_yticklabels()[-1].get_text() == "t059 (n=59)"
 
 
 def test_drift_shows_layers_and_changed_answers() -> None:
-    divergence, kept, answers = results.drift(FOUND, {"lost": 3, "won": 5}).axes
+    divergence, kept, answers = result_figures.drift(FOUND, {"lost": 3, "won": 5}).axes
     assert [bar.get_height() for bar in divergence.patches] == [0.1, 0.2]
     assert [bar.get_height() for bar in kept.patches] == [90, 80]
     assert [bar.get_height() for bar in answers.patches] == [3, 5]
@@ -168,8 +168,8 @@ def test_rows_are_drawn_by_the_generator() -> None:
 
 def test_hostile_names_draw_and_equal_figures_are_equal_bytes() -> None:
     names = {"$x_{1": TASK, "a\x00\x1b<&>]]>--": TASK, "漢字" * 30: TASK, "_hidden": TASK}
-    drawn = [render(results.accuracy_bars(names), "svg") for _ in range(2)]
+    drawn = [render(result_figures.accuracy_bars(names), "svg") for _ in range(2)]
     assert drawn[0] == drawn[1]
     ElementTree.fromstring(drawn[0])
-    assert render(results.accuracy_bars(names), "png").startswith(b"\x89PNG")
+    assert render(result_figures.accuracy_bars(names), "png").startswith(b"\x89PNG")
     assert len(shorten("x" * 99)) == 22

@@ -6,12 +6,12 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from roma_ray.artifacts import Store
 from roma_ray.baselines.runs import run_methods
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.work import serial
-from roma_ray.figures.report import task_maps
-from roma_ray.pipeline import Run, locate, oracle_answers, revisit
+from roma_ray.figures.run_report import task_maps
+from roma_ray.runs.pipeline import Run, locate, oracle_answers, revisit
+from roma_ray.store.artifacts import Store
 
 
 def test_the_oracle_joins_the_report_with_its_control(finished: Run, tmp_path: Path) -> None:

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
 
-from roma_ray.artifacts import MANIFEST as STAGE_MANIFEST
-from roma_ray.artifacts import Store
-from roma_ray.engine.tables import QUESTIONS, read_prompts, write_table
+from roma_ray.engine.question_table import QUESTIONS, read_prompts, write_table
+from roma_ray.store.artifacts import MANIFEST as STAGE_MANIFEST
+from roma_ray.store.artifacts import Store
 from tests.fuzzing.damage import damaged, damaged_json
 from tests.fuzzing.runner import Target
 
@@ -116,8 +116,8 @@ def activations(folder: Path) -> Opened:
     from safetensors.torch import save_file
 
     from roma_ray.engine.cache import ActivationCache
-    from roma_ray.engine.extraction import ROWS
     from roma_ray.engine.extractor import batch_activations
+    from roma_ray.stages.extraction import ROWS
 
     columns = {"row": [0, 1], "batch": [0, 0], "offset": [0, 3], "tokens": [3, 2], "shard_tokens": [5, 5]}
     write_table(folder / ROWS, columns, pa.schema([(name, pa.int64()) for name in columns]), {"prefix": 0})

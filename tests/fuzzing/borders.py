@@ -13,18 +13,18 @@ import yaml
 from hypothesis import strategies as st
 from rich.console import Console
 
-from roma_ray.addresses import has_secret, mask, mask_text
-from roma_ray.config import QuestionSource
-from roma_ray.config_reading import load_config, parse_config
-from roma_ray.documents import MOST_CHARACTERS, load_yaml
+from roma_ray.borders.addresses import has_secret, mask, mask_text
+from roma_ray.borders.documents import MOST_CHARACTERS, load_yaml
+from roma_ray.borders.text import clean, printable, reserved
+from roma_ray.config.loading import load_config, parse_config
+from roma_ray.config.schema import QuestionSource
 from roma_ray.errors import ConfigError
 from roma_ray.figures.escaping import csv_text, markdown
-from roma_ray.moe.checkpoints import PEFT_CONFIG, RouterCheckpoint, write_adapter
+from roma_ray.moe.adapters import PEFT_CONFIG, RouterCheckpoint, write_adapter
 from roma_ray.moe.folders import MANIFEST
 from roma_ray.moe.inspection import describe
 from roma_ray.questions.readers import read_questions
 from roma_ray.terminal import LiveBoard
-from roma_ray.text import clean, printable, reserved
 from tests.fuzzing.runner import Target
 from tests.hostile import CLAIMS, FORMULAS, MARKDOWN, MARKUP, UNUSABLE, obeyed
 

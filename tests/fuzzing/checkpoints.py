@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from roma_ray.moe.checkpoints import PEFT_CONFIG, WEIGHTS, RouterCheckpoint, layer_of, read_adapter, write_adapter
+from roma_ray.moe.adapters import PEFT_CONFIG, WEIGHTS, RouterCheckpoint, layer_of, read_adapter, write_adapter
 from roma_ray.moe.folders import MANIFEST
 from roma_ray.moe.inspection import describe
 from roma_ray.moe.reference import read_reference

@@ -13,8 +13,8 @@ import yaml
 from hypothesis import strategies as st
 
 from roma_ray.ablations.space import load_space
-from roma_ray.config import QuestionSource
-from roma_ray.config_reading import load_config, parse_config
+from roma_ray.config.loading import load_config, parse_config
+from roma_ray.config.schema import QuestionSource
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import Question
 from tests.fuzzing.artifacts import ARTIFACTS

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 
 from roma_ray.errors import ConfigError, NeighborError
 from roma_ray.manifold import ranking
+from roma_ray.manifold.neighborhood_summary import summarise
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors, successful_set
 from roma_ray.manifold.quantiles import quantiles
 from roma_ray.manifold.search import TorchSearch, resolve_backend
-from roma_ray.manifold.summary import summarise
 from tests.manifold import literal
 
 BACKENDS = [

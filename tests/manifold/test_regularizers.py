@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from roma_ray.config import RegularizerConfig
+from roma_ray.config.schema import RegularizerConfig
 from roma_ray.manifold.losses import NeighborTargets, manifold_loss
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, entropy, l1, l2
 from tests.manifold.test_losses import EXPERTS, LAYERS, QUESTIONS, routing

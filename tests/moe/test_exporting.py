@@ -11,12 +11,12 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from roma_ray.cli import main
+from roma_ray.cli.commands import main
 from roma_ray.errors import CheckpointError, ModelError
-from roma_ray.moe.checkpoints import read_adapter
+from roma_ray.moe.adapters import read_adapter
 from roma_ray.moe.exporting import export_routers, read_routers
 from roma_ray.moe.inspection import inspect
-from tests.moe.test_checkpoints import run_stock, tuned_adapter, whole_inputs
+from tests.moe.test_adapters import run_stock, tuned_adapter, whole_inputs
 from tests.moe.test_fitting import configure
 from tests.tiny import padded_batch, save_tiny, tiny_moe
 

@@ -18,7 +18,7 @@ from roma_ray.moe.exporting import export_routers
 from roma_ray.moe.fitting import check_fit, skeleton_of
 from roma_ray.moe.slices import load_slice, model_facts, wanted_keys
 from roma_ray.moe.snapshot import open_snapshot
-from tests.moe.test_checkpoints import tuned_adapter
+from tests.moe.test_adapters import tuned_adapter
 from tests.padded import slice_logits
 from tests.tiny import FAMILIES, MORE_FAMILIES, WRAPPERS, padded_batch, save_tiny, tiny_config, tiny_moe
 

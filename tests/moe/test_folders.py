@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from roma_ray.config import ModelConfig
+from roma_ray.config.schema import ModelConfig
 from roma_ray.engine.setup import model_identity
 from roma_ray.errors import CheckpointError, ModelError, RomaError
-from roma_ray.moe.checkpoints import read_adapter
+from roma_ray.moe.adapters import read_adapter
 from roma_ray.moe.inspection import inspect
 from roma_ray.moe.reference import read_reference
 from roma_ray.moe.slices import load_slice, model_facts
-from tests.moe.test_checkpoints import tuned_adapter
+from tests.moe.test_adapters import tuned_adapter
 from tests.tiny import save_tiny, tiny_moe
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roma_ray.errors import CheckpointError, ModelError
-from roma_ray.moe.checkpoints import load_adapter, save_adapter
+from roma_ray.moe.adapters import load_adapter, save_adapter
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.slices import load_slice
 from tests.padded import slice_logits

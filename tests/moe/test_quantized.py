@@ -14,17 +14,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from roma_ray.config_reading import parse_config
+from roma_ray.benchmarks.judged_model import resolve_subject
+from roma_ray.config.loading import parse_config
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ModelError
-from roma_ray.evaluation.subject import resolve_subject
 from roma_ray.moe import quantized
 from roma_ray.moe.exporting import export_routers
 from roma_ray.moe.inspection import describe
 from roma_ray.moe.selfcheck import check_slice
 from roma_ray.moe.slices import load_slice, model_facts
-from roma_ray.pipeline import run
-from tests.moe.test_checkpoints import tuned_adapter
+from roma_ray.runs.pipeline import run
+from tests.moe.test_adapters import tuned_adapter
 from tests.moe.test_fitting import configure, edit
 from tests.progress import Told
 from tests.quantizing import MXFP4, by_hand_mxfp4, fp8, quantize_fp8, quantize_mxfp4

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from roma_ray.moe.exporting import export_routers
 from roma_ray.moe.slices import load_slice
 from tests.moe import test_deepseek
-from tests.moe.test_checkpoints import tuned_adapter
+from tests.moe.test_adapters import tuned_adapter
 from tests.moe.test_deepseek import PUBLISHED, stored
 from tests.tiny import VOCABULARY, save_tiny, tiny_config, tiny_moe
 

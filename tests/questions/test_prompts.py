@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from roma_ray.config import PromptConfig
+from roma_ray.config.schema import PromptConfig
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import prompts as prompts_module
 from roma_ray.questions.prompts import Prompt, PromptBuilder, PromptTooLong, build_prompts, embedding_text

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from roma_ray.config import QuestionSource
+from roma_ray.config.schema import QuestionSource
 from roma_ray.errors import QuestionError
 from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.readers import read_questions

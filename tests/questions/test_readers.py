@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from roma_ray.config import QuestionSource
+from roma_ray.config.schema import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import jsonl, readers
 from roma_ray.questions.readers import asset, iter_questions, read_questions

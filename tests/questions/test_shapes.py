@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
-from roma_ray.config import QuestionSource
-from roma_ray.config_reading import load_config, parse_config
+from roma_ray.config.loading import load_config, parse_config
+from roma_ray.config.schema import QuestionSource
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import Question, Rejected

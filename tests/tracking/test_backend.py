@@ -10,12 +10,12 @@ from typing import Any, ClassVar, Self
 import pytest
 
 import roma_ray
-from roma_ray.artifacts import Store
-from roma_ray.config import Config
-from roma_ray.evaluation.compare import Cell, Comparison, Row
+from roma_ray.config.schema import Config
+from roma_ray.evaluation.run_comparison import Cell, Comparison, Row
+from roma_ray.store.artifacts import Store
 from roma_ray.tracking.backend import Backend, OwnFault, RunState, Unavailable, Value
-from roma_ray.tracking.benchmarks import record_comparison
 from roma_ray.tracking.delivery import Delivery
+from roma_ray.tracking.tracked_benchmarks import record_comparison
 
 
 class Notebook(Backend):

@@ -16,12 +16,12 @@ import yaml
 from mlflow import MlflowClient
 
 from roma_ray.ablations.plan import Plan, make_plan
-from roma_ray.ablations.report import PAGE
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import DONE, RUNNING, open_sweep
-from roma_ray.ablations.tracker import SweepTracker
-from roma_ray.engine.finetuning import LIVE
+from roma_ray.ablations.sweep_report import PAGE
+from roma_ray.ablations.sweep_tracker import SweepTracker
 from roma_ray.engine.progress import Silence
+from roma_ray.stages.finetuning import LIVE
 from roma_ray.tracking.mlflow import Mlflow
 from tests.tiny import save_tiny, tiny_moe
 from tests.tracking.support import BROWSERS, browser, free_port, page, starting

@@ -15,17 +15,17 @@ from typing import Any
 
 import pytest
 
-from roma_ray.artifacts import MANIFEST, Stage, _content_digest, run_identity, write_json
-from roma_ray.cli_results import setup_of_finished
-from roma_ray.config import TrackingConfig
-from roma_ray.engine.prepare import QUESTIONS
+from roma_ray.cli.printing import setup_of_finished
+from roma_ray.config.schema import TrackingConfig
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.question_table import read_table
 from roma_ray.engine.runners import LOCAL
 from roma_ray.engine.setup import Setup, resolve
-from roma_ray.engine.tables import read_table
 from roma_ray.errors import ConfigError, TrainingError
-from roma_ray.pipeline import STEPS, Run, locate, replay, run
-from roma_ray.tracking import Tracker, delivery, records
+from roma_ray.runs.pipeline import STEPS, Run, locate, replay, run
+from roma_ray.stages.preparation import QUESTIONS
+from roma_ray.store.artifacts import MANIFEST, Stage, _content_digest, run_identity, write_json
+from roma_ray.tracking import Tracker, delivery, run_records
 from roma_ray.tracking.mlflow import Mlflow
 from tests.making import made
 from tests.tracking.support import Said, copied, free_port, ledger, served
@@ -330,12 +330,12 @@ def test_a_run_up_to_a_stage_ends_there_also_when_it_is_delivered_later(finished
 
 
 def test_what_is_refused_holds_up_nothing_else(finished: Run, database: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    genuine = records.stage_parameters
+    genuine = run_records.stage_parameters
 
     def spoiled(stage: Stage) -> Mapping[str, str]:
         return {"..": "no such name"} if stage.name == "embed" else genuine(stage)
 
-    monkeypatch.setattr(records, "stage_parameters", spoiled)
+    monkeypatch.setattr(run_records, "stage_parameters", spoiled)
     said = record(tracked_setup(finished, database))
     runs = ledger(database)
     assert {name for name, (found, _) in runs.items() if found.info.status != "FINISHED"} == {"embed"}
@@ -413,7 +413,7 @@ def test_addresses(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://tracker:5000")
     assert Mlflow.address(default.config, default.store) == "http://tracker:5000"
     assert Mlflow.address(inside.config, inside.store).startswith("sqlite")
-    from roma_ray.config_reading import load_config
+    from roma_ray.config.loading import load_config
 
     for folder in ("./mlruns", "file:///tmp/mlruns"):
         with pytest.raises(ConfigError, match="plain folders"):
@@ -422,7 +422,7 @@ def test_addresses(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 def test_names_of_tasks_stay_apart_and_are_taken() -> None:
     names = ["a/b", "a_b", "a.b", "..", "/", "x" * 200, "x" * 201, "漢", "字", "all"]
-    keys = [records.task_name(name) for name in names]
+    keys = [run_records.task_name(name) for name in names]
     assert len(set(keys)) == len(names)
     assert keys[1] == "a_b"
     assert keys[-1] == "all"
@@ -438,7 +438,7 @@ def test_tracking_is_no_part_of_any_identity(finished: Run) -> None:
 
 def test_no_commit_where_git_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert records.git_tags() == {}
+    assert run_records.git_tags() == {}
 
 
 def test_a_part_run_on_gpus_is_found_from_a_machine_without(tmp_path: Path) -> None:

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from roma_ray.cli import main
+from roma_ray.cli.commands import main
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.pipeline import Run, locate, replay, run
+from roma_ray.runs.pipeline import Run, locate, replay, run
 from roma_ray.tracking import Tracker
 from tests.tracking.strange import MANNERS, strange_server
 from tests.tracking.support import Said, ledger

@@ -1,0 +1,1 @@
+"""Answering benchmarks: lm-evaluation-harness asks, the sliced models answer."""

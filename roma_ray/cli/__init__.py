@@ -1,0 +1,1 @@
+"""The `roma-ray` command, one file a group of commands."""

@@ -1,0 +1,110 @@
+"""Where the pipeline's stages run when there is a cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from roma_ray.cluster.batch_actors import ray_executor
+from roma_ray.cluster.failures import explained
+from roma_ray.cluster.ray_baselines import baselines_on_ray
+from roma_ray.cluster.ray_cluster import Cluster, open_cluster
+from roma_ray.cluster.ray_training import finetune_on_ray
+from roma_ray.config.schema import Config
+from roma_ray.engine.backends import measure_backends
+from roma_ray.engine.model_spec import ModelSpec
+from roma_ray.engine.progress import Progress, Silence
+from roma_ray.engine.runners import LOCAL, Runners
+from roma_ray.engine.setup import Setup, resolve
+from roma_ray.engine.work import Executor, serial
+from roma_ray.store.artifacts import Store
+
+LOCAL_ADDRESS = "local"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a command's work runs: this process, or a Ray cluster."""
+
+    runners: Runners
+    judge: Executor
+    """Answers benchmarks' requests."""
+    device: str | None = None
+    """What the workers have; None: what this process finds."""
+    measure: Callable[[ModelSpec], dict[str, Any]] | None = None
+    """Measures the experts backends there, for `resolve`."""
+    cluster: Cluster | None = None
+    """None: this process."""
+
+    def setup(self, config: Config) -> Setup:
+        """The configuration resolved for what runs here, its storage looked at. Raises ModelError, StorageError."""
+        setup = resolve(config, device=self.device, measure=self.measure)
+        setup.store.check()
+        return setup
+
+
+@contextmanager
+def open_place(config: Config, address: str | None, progress: Progress) -> Iterator[Place]:
+    """This process where the address is `local`, else a cluster for as long as the block runs. Raises WorkerError."""
+    if address == LOCAL_ADDRESS:
+        yield Place(LOCAL, serial)
+        return
+    with open_cluster(config, address, progress.say) as cluster:
+        device = cluster.device()
+        yield Place(
+            ray_runners(cluster, device),
+            ray_executor(cluster, "evaluate", device),
+            device,
+            measure_near(cluster, device, progress),
+            cluster,
+        )
+
+
+def ray_runners(cluster: Cluster, device: str) -> Runners:
+    """The cluster's runners for workers on `device`, the one that `Setup` was resolved with."""
+    return Runners(
+        extract=ray_executor(cluster, "extract", device),
+        embed=ray_executor(cluster, "embed", device),
+        finetune=finetune_on_ray(cluster, device),
+        call=near_device(cluster, device),
+        baselines=baselines_on_ray(cluster, device),
+    )
+
+
+def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[[ModelSpec], dict[str, Any]]:
+    """Measures the experts backends where the workers run, for `resolve`."""
+
+    def measure(spec: ModelSpec) -> dict[str, Any]:
+        found: dict[str, Any] = near_device(cluster, device)(
+            "measure_backends", measure_backends, spec, progress=progress
+        )
+        return found
+
+    return measure
+
+
+def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
+    """Calls a function here when this machine has the device, else in a task of the cluster that has it."""
+
+    def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
+        import torch
+
+        if device == "cpu" or torch.cuda.is_available():
+            return function(*arguments, progress=progress)
+        import ray
+
+        cluster.connect()
+        _, need = cluster.place("evaluate", None, 1, device)
+        progress.say(f"{name} runs on a GPU of the cluster")
+        options = {key: value for key, value in need.options().items() if value is not None}
+        task = ray.remote(**options)(_task)
+        with explained(name, Store(cluster.config.storage).root):
+            return ray.get(task.remote(function, arguments))
+
+    return call
+
+
+def _task(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
+    return function(*arguments, progress=Silence())

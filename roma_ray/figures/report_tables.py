@@ -1,0 +1,211 @@
+"""The report's tables, as header and rows of text, and as CSV files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from roma_ray.borders.text import figure
+from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
+from roma_ray.evaluation.statistics import Paired
+from roma_ray.figures.escaping import csv_text
+from roma_ray.stages.run_summary import ordered, result_rows
+from roma_ray.store.files import write_text
+
+_MOST_ANSWERS = 6
+_FIGURES = (
+    "n",
+    "base_accuracy",
+    "base_stderr",
+    "tuned_accuracy",
+    "tuned_stderr",
+    "difference",
+    "difference_stderr",
+    "lost",
+    "won",
+    "mcnemar_p",
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Text to show. The first column holds names, the others figures."""
+
+    header: tuple[str, ...]
+    rows: Sequence[tuple[str, ...]]
+    names: int = 1
+    """How many of the columns hold names."""
+
+
+def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+    """One split's comparisons for a reader: percent with standard errors."""
+    rows = [
+        ("all tasks" if name == "all" else name, *middle, f"{figures[name]['lost']} / {figures[name]['won']}", p)
+        for name, *middle, p in result_rows(figures)
+    ]
+    return Table(("task", "n", "base %", "tuned %", "difference", "lost / won", "McNemar p"), rows)
+
+
+def measure_tables(found: Mapping[str, Any]) -> dict[str, Table]:
+    """Each measure's figures by task, by the measure's name in words; the last rows are over all questions and all tasks."""
+    tables = {}
+    for name, figures in found["figures"].items():
+        form = MEASURES[name]
+        rows = [(task, str(one["n"]), *figure_cells(name, one)) for task, one in figures["tasks"].items()]
+        rows.append(("all tasks", str(figures["micro"]["n"]), *figure_cells(name, figures["micro"])))
+        if figures["macro"]:
+            rows.append(("mean of the tasks", str(figures["macro"]["n"]), *figure_cells(name, figures["macro"])))
+        tables[f"{form.title}, {form.unit}"] = Table(("task", "n", *HEADER[1:]), rows)
+    return tables
+
+
+def share_table(shares: Mapping[str, Any]) -> Table:
+    """Which answers were given, a row a task, by label where the choices recur and by position elsewhere."""
+    rows = []
+    for task, found in shares.items():
+        by = found["shift"][-1]
+        names = found["labels"] or found["positions"]
+        shown = sorted(names, key=lambda name: (-abs(names[name]["tuned"] - names[name]["base"]), name))[:_MOST_ANSWERS]
+        cells = (
+            " · ".join(f"{100 * names[name][who]:.0f}" for name in sorted(shown)) for who in ("gold", "base", "tuned")
+        )
+        differences = (figure(by[key], "difference") for key in ("plain", "corrected"))
+        rows.append((task, " · ".join(sorted(shown)), *cells, *differences))
+    return Table(("task", "answers", "right %", "base %", "tuned %", "difference", "without preference"), rows)
+
+
+def layer_table(found: Mapping[str, Any]) -> Table:
+    """Routing before and after, by layer."""
+    rows = [
+        (
+            f"layer {layer}",
+            f"{found['base']['routing_entropy'][n]:.3f}",
+            f"{found['tuned']['routing_entropy'][n]:.3f}",
+            f"{100 * max(found['base']['expert_load'][n]):.1f}",
+            f"{100 * max(found['tuned']['expert_load'][n]):.1f}",
+            f"{found['routing_kl'][n]:.4f}",
+            f"{100 * found['selection_overlap'][n]:.1f}",
+        )
+        for n, layer in enumerate(found["layers"])
+    ]
+    header = (
+        "",
+        "entropy base",
+        "entropy tuned",
+        "largest load base %",
+        "largest load tuned %",
+        "moved from base (KL, nats)",
+        "experts kept %",
+    )
+    return Table(header, rows)
+
+
+def manifold_table(found: Mapping[str, Any]) -> Table:
+    """How far embedding and routing space agree, before and after."""
+
+    def shown(value: float | None, digits: int = 3) -> str:
+        return "not defined" if value is None else f"{value:.{digits}f}"
+
+    rows: list[tuple[str, ...]] = [
+        ("task silhouette, embedding", shown(found["embedding_silhouette"]), shown(found["embedding_silhouette"])),
+        ("task silhouette, routing", shown(found["base"]["task_silhouette"]), shown(found["tuned"]["task_silhouette"])),
+    ]
+    overlaps = [found[key]["neighbor_overlap"] for key in ("base", "tuned")]
+    if all(overlaps):
+        before, after = overlaps
+        rows.append(
+            (
+                f"shared nearest questions, embedding and routing (chance {before['chance']:.3f})",
+                shown(before["recall"]),
+                shown(after["recall"]),
+            )
+        )
+    for split, words in (("train", "trained"), ("test", "test")):
+        one = found["manifold_distance"][split]
+        for key, whom in (("neighbors", "the successful neighbors"), ("random", "random successes")) if one else ():
+            label = (
+                f"squared distance of routing to {whom} (Σ_j W_ij ‖r_i − r_j‖²), {one['questions']:,} {words} questions"
+            )
+            rows.append((label, *(shown(one[key][who], 4) for who in ("base", "tuned"))))
+    return Table(("", "base", "tuned"), rows)
+
+
+def neighborhood_table(facts: Mapping[str, Any]) -> Table:
+    """Quantiles of size and similarity."""
+    keys = list(facts["sizes"])
+    rows: list[tuple[str, ...]] = [("size", *(f"{facts['sizes'][key]:.0f}" for key in keys))]
+    if facts["similarities"]:
+        rows.append(("similarity", *(f"{facts['similarities'][key]:.3f}" for key in keys)))
+    return Table(("", *(f"{key.removeprefix('q')} %" for key in keys)), rows)
+
+
+def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
+    """One row an epoch."""
+    rows = [
+        (
+            str(e["epoch"] + 1),
+            f"{e['task_loss']:.4f}",
+            f"{e['manifold_loss']:.5f}",
+            f"{e['lambda']:.3g}",
+            f"{e['gradient_norm']:.3g}",
+            f"{e['routing_entropy']:.3f}",
+            figure(e, "validation"),
+        )
+        for e in epochs
+    ]
+    header = ("epoch", "task loss", "manifold loss", "its weight λ", "gate gradient", "routing entropy", "validation %")
+    return Table(header, rows)
+
+
+def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
+    """The unrounded figures as CSV files. Raises StorageError."""
+    results = [
+        (split, name, *(figures[name][key] for key in _FIGURES))
+        for split, figures in summary["splits"].items()
+        for name in ordered(figures)
+    ]
+    write_csv(folder / "results.csv", ("split", "task", *_FIGURES), results)
+    measured = [
+        (measure, over, *one.values())
+        for measure, by in summary["measures"]["figures"].items()
+        for over, one in (("all", by["micro"]), ("macro average", by["macro"]), *by["tasks"].items())
+        if one
+    ]
+    write_csv(folder / "measures.csv", ("measure", "task", *(f.name for f in fields(Paired))), measured)
+    shares = [
+        (task, by, name, *one.values())
+        for task, found in summary["shares"].items()
+        for by, names in (("position", found["positions"]), ("label", found["labels"] or {}))
+        for name, one in names.items()
+    ]
+    write_csv(folder / "answer_shares.csv", ("task", "by", "answer", "right", "base", "tuned"), shares)
+    epochs = summary["epochs"]
+    write_csv(folder / "epochs.csv", tuple(epochs[0]), [tuple(e.values()) for e in epochs])
+    found = summary["diagnostics"]
+    layers = [
+        (
+            layer,
+            *(found[key]["routing_entropy"][n] for key in ("base", "tuned")),
+            found["routing_kl"][n],
+            found["selection_overlap"][n],
+        )
+        for n, layer in enumerate(found["layers"])
+    ]
+    header = ("layer", "base_routing_entropy", "tuned_routing_entropy", "routing_kl", "selection_overlap")
+    write_csv(folder / "layers.csv", header, layers)
+    loads = [
+        (layer, expert, found["base"]["expert_load"][n][expert], found["tuned"]["expert_load"][n][expert])
+        for n, layer in enumerate(found["layers"])
+        for expert in range(len(found["base"]["expert_load"][n]))
+    ]
+    write_csv(folder / "expert_load.csv", ("layer", "expert", "base", "tuned"), loads)
+    near = summary["neighborhoods"]
+    quantiles = [(key, near["sizes"][key], near["similarities"].get(key, "")) for key in near["sizes"]]
+    write_csv(folder / "neighborhoods.csv", ("quantile", "size", "similarity"), quantiles)
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Write one CSV file. Raises StorageError."""
+    write_text(path, csv_text([header, *rows]))

@@ -1,0 +1,270 @@
+"""The finetune stage: what a worker opens to train, and what is exported when training ends."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import torch
+
+from roma_ray.borders.text import figure
+from roma_ray.config.schema import FinetuneConfig
+from roma_ray.engine.cache import States, open_states
+from roma_ray.engine.devices import device_kind
+from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
+from roma_ray.engine.model_spec import ModelSpec
+from roma_ray.engine.objective import TrainingData, is_idle
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.question_table import matrix, read_prompts, read_table, table_facts, write_table
+from roma_ray.engine.runners import Runners, Trainer
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.training import ALONE, Outcome, World, finetune
+from roma_ray.engine.verification import verify_sample
+from roma_ray.engine.work import Job
+from roma_ray.errors import QuestionError
+from roma_ray.moe.adapters import save_adapter
+from roma_ray.moe.reach import is_unreached
+from roma_ray.moe.slices import Slice
+from roma_ray.stages.extraction import EXTRACT, ROWS
+from roma_ray.stages.neighborhoods import NEIGHBORS, read_neighborhoods, usable_rows
+from roma_ray.stages.preparation import TABLE
+from roma_ray.store.artifacts import Stage, note_device, write_json, write_text
+from roma_ray.store.files import exists, read_json, remove
+from roma_ray.store.logs import append_line, whole_lines
+from roma_ray.store.tensors import shapes
+
+VERSION = 4
+ADAPTER = "adapter"
+CHECKPOINT = "checkpoint.safetensors"
+EPOCHS = "epochs.jsonl"
+STEPS = "steps.parquet"
+OUTCOME = "outcome.json"
+# Each epoch's record as it came, with its speed. Times differ from run to run, so the file is hidden: not in the manifest.
+LIVE = ".epochs-live.jsonl"
+_STEPS = pa.schema(
+    [
+        ("step", pa.int64()),
+        *((n, pa.float64()) for n in ("task_loss", "manifold_loss", "lambda", "learning_rate", "gradient_norm")),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class TrainJob(Job):
+    """One finetuning run; every worker opens the same one."""
+
+    @property
+    def model(self) -> ModelSpec:
+        """What a worker loads the head of."""
+        return self.setup.model
+
+    @property
+    def settings(self) -> FinetuneConfig:
+        """How it trains."""
+        return self.setup.config.finetune
+
+    def load_head(self) -> Slice:
+        """The layers from the cut up, with `lm_head`."""
+        return self.model.load(self.setup.cut, None, with_lm_head=True)
+
+    def open_states(self) -> States:
+        """The head's input: the cache, or without one the frozen layers. Raises CacheError, ModelError."""
+        return open_states(self.model, self.stages["extract"].path, self.setup.cut)
+
+    def open_data(self) -> TrainingData:
+        """Open cache, prompts and neighborhoods. Raises ArtifactError, CacheError."""
+        config, extraction = self.setup.config, self.stages["extract"]
+        prompts = read_prompts(self.stages["questions"].path / TABLE)
+        neighborhoods = read_neighborhoods(self.stages["neighbors"], len(prompts))
+        usable = usable_rows(extraction).tolist()
+        validation = [n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]]
+        if not validation:
+            raise QuestionError(
+                "no validation question came through extraction, so no epoch can be judged; see `error` in "
+                f"{extraction.path / ROWS}, and give more rows or a larger questions.validation_fraction"
+            )
+        return TrainingData(
+            prompts=prompts,
+            states=self.open_states(),
+            train=neighborhoods.queried.nonzero()[:, 0].tolist(),
+            validation=validation,
+            neighborhoods=neighborhoods,
+            routing_NLE=read_routing_rows(extraction.path, config.routing.tokens)[:, self.setup.layer_columns],
+            tokens=config.routing.tokens,
+            rule=answer_rule(config.questions.prompt),
+            cloze=is_cloze(config),
+            batch_tokens=config.extraction.batch_tokens,
+        )
+
+    def run(
+        self,
+        world: World = ALONE,
+        report: Callable[[dict[str, Any]], None] = lambda epoch: None,
+        advance: Callable[[int, str], None] = lambda count, note: None,
+        head: Slice | None = None,
+    ) -> Outcome:
+        """Train as one of the workers of `world`, resuming from the checkpoint where there is one.
+
+        `head` is `load_head()` of this or another run of the same model and cut; it is left as it was.
+        """
+        setup, stages = self.setup, self.stages
+        if world.rank == 0 and setup.config.extraction.cache:
+            verify_sample(setup.model, stages["extract"].path, stages["questions"].path / TABLE, setup.cut)
+        head = self.load_head() if head is None else head
+        outcome = finetune(
+            head,
+            self.open_data(),
+            self.settings,
+            layers=setup.layers,
+            seed=setup.config.seed,
+            world=world,
+            checkpoint=self.stage.path / CHECKPOINT,
+            report=report,
+            advance=advance,
+        )
+        if world.rank == 0:
+            self._export(head, outcome)
+        return outcome
+
+    def _export(self, head: Slice, outcome: Outcome) -> None:
+        """Write the adapter, the curves and the outcome's facts; the last of them marks that training is done."""
+        folder = self.stage.path
+        save_adapter(
+            folder / ADAPTER,
+            head,
+            outcome.gates,
+            base=self.model.path,
+            revision=self.model.revision,
+            fingerprint=self.stage.fingerprint,
+        )
+        names = _STEPS.names[1:]
+        columns = {name: outcome.step_table[:, n].tolist() for n, name in enumerate(names)}
+        write_table(folder / STEPS, {"step": range(len(outcome.step_table)), **columns}, _STEPS)
+        lines = "".join(json.dumps(epoch) + "\n" for epoch in outcome.epochs)
+        write_text(folder / EPOCHS, lines)
+        facts = {"probe": outcome.probe, "selected_epoch": outcome.selected_epoch, "steps": len(outcome.step_table)}
+        write_json(folder / OUTCOME, facts)
+
+
+def train_here(job: TrainJob, report: Callable[[dict[str, Any]], None], advance: Callable[[int, str], None]) -> None:
+    """Train in this process, alone."""
+    note_device(job.folder, device_kind(job.model.device))
+    job.run(ALONE, report, advance)
+
+
+def finetune_identity(setup: Setup) -> dict[str, Any]:
+    """What decides the tuned routers, beside what they are trained on."""
+    config = setup.config
+    return {
+        **setup.numeric_identity(),
+        "layers": list(setup.layers),
+        "tokens": config.routing.tokens,
+        "seed": config.seed,
+        **finetune_settings(config.finetune, cloze=is_cloze(config)),
+    }
+
+
+def tune(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Finetune the routers and export them; the runners' `on_epoch` hears of each epoch once its record is on disk.
+
+    Raises TrainingError, CacheError, StorageError.
+    """
+    setup, stage = job.setup, job.stage
+    total = job.stages["neighbors"].manifest()["facts"]["training"] * setup.config.finetune.epochs
+
+    def tell(epoch: dict[str, Any]) -> None:
+        progress.say(describe_epoch(epoch))
+        append_line(stage.path / LIVE, json.dumps({**epoch, "time": round(time.time(), 3)}))
+        runners.on_epoch(stage)
+
+    if not exists(stage.path / OUTCOME):
+        with progress.meter("finetune", total, "questions") as meter:
+            train: Trainer = runners.finetune or train_here
+            train(TrainJob(setup, job.stages, stage), tell, meter.advance)
+    facts: Facts = read_json(stage.path / OUTCOME)
+    # Where a sweep finds this run again, though the extraction may have been removed to free its space.
+    facts["extraction"] = {"cuts": list(setup.cuts), "tokens": list(setup.token_rules)}
+    facts["trained_parameters"] = sum(
+        map(math.prod, shapes(stage.path / ADAPTER / "adapter_model.safetensors").values())
+    )
+    remove(stage.path / CHECKPOINT)
+    _tell_ratio(facts["probe"], setup.config.finetune, progress)
+    return facts
+
+
+def describe_epoch(epoch: dict[str, Any]) -> str:
+    """The line that each epoch prints."""
+    return (
+        f"epoch {epoch['epoch'] + 1}: task loss {epoch['task_loss']:.4f}, manifold {epoch['manifold_loss']:.5f}, lambda "
+        f"{epoch['lambda']:.3g}, gate gradient {epoch['gradient_norm']:.3g}, entropy {epoch['routing_entropy']:.3f}, "
+        f"validation {figure(epoch, 'validation')} %"
+    )
+
+
+def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progress) -> None:
+    if config.regularizer.kind == "none":
+        return
+    if is_unreached(probe):
+        progress.say(
+            "note: the task loss does not reach these routers (they give one expert the weight 1 whatever their logits are), so "
+            "the task term was left out: the regularizer alone moved them."
+        )
+        return
+    progress.say(
+        f"gradient norms on the gates (probe): task {probe['task_gradient']:.3g}, regularizer {probe['regularizer_gradient']:.3g}, "
+        f"lambda {probe['weight']:.3g}: ratio {probe['gradient_ratio']:.2%} at the start, {probe['final_gradient_ratio']:.2%} at the end"
+    )
+    if is_idle(probe, config.regularizer):
+        progress.say(
+            "warning: the regularizer is idle (its gradient is under 1 % of the task term's). Raise finetune.regularizer.weight, "
+            "or set it to `auto`."
+        )
+
+
+def read_routing_rows(extraction: str | Path, tokens: str) -> torch.Tensor:
+    """The extracted routing rows r [N, L_moe, E] of every question, fp32; rows of failed questions are zero."""
+    column = f"routing_{tokens}"
+    table = read_table(Path(extraction) / ROWS, ["row", column])
+    facts = table_facts(table)
+    layers, experts = facts["layers"], facts["experts"]
+    present = table.filter(pa.compute.is_valid(table.column(column)))
+    routing = torch.zeros(len(table), layers, experts)
+    values = matrix(present, column, layers * experts).reshape(len(present), layers, experts)
+    routing[torch.from_numpy(present.column("row").to_numpy().copy())] = torch.from_numpy(values.copy())
+    return routing
+
+
+def epochs_of(stage: Stage) -> list[dict[str, Any]]:
+    """The epoch records of a finished finetuning."""
+    return [json.loads(line) for line in whole_lines(stage.path / EPOCHS)[0]]
+
+
+def live_epochs(stage: Stage) -> list[dict[str, Any]]:
+    """The epoch records so far, with `questions_per_second` and `time` (s since 1970), of a finetuning in any state.
+
+    Half-written lines are left out.
+    """
+    records = []
+    for line in whole_lines(stage.path / LIVE)[0]:
+        with contextlib.suppress(json.JSONDecodeError):
+            records.append(json.loads(line))
+    return records
+
+
+FINETUNE = Step(
+    "finetune",
+    VERSION,
+    (EXTRACT, NEIGHBORS),
+    finetune_identity,
+    tune,
+    reads_states=True,
+    shown=((ADAPTER, "adapter"), (EPOCHS, None), (STEPS, None)),
+)

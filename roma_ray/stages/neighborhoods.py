@@ -1,0 +1,172 @@
+"""The neighbors stage: S, N(x_i) and W of eq. 2-6 for the training questions in use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from roma_ray.engine.identity import data_seed, neighbors_settings
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.question_table import read_table, write_table
+from roma_ray.engine.runners import Runners
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.work import Job
+from roma_ray.errors import ArtifactError, NeighborError
+from roma_ray.manifold.inverted import SHARD_ROWS
+from roma_ray.manifold.neighborhood_summary import NeighborSummary, summarise
+from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
+from roma_ray.manifold.search import TILE_SCORES
+from roma_ray.stages.embedding import EMBED, embedding_texts, read_embeddings
+from roma_ray.stages.extraction import EXTRACT, ROWS
+from roma_ray.stages.preparation import TABLE, training_rows
+from roma_ray.store.artifacts import Stage
+
+VERSION = 2
+PAIRS = "neighbors.parquet"
+# The offsets of a Parquet list are 32-bit numbers.
+_MOST_PAIRS = 2**31 - 1
+_SCHEMA = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("neighbors", pa.list_(pa.int64())),
+        ("similarities", pa.list_(pa.float64())),
+        ("weights", pa.list_(pa.float64())),
+    ]
+)
+
+
+def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Find every training question's successful neighbors. Raises NeighborError, ArtifactError."""
+    setup, config = job.setup, job.setup.config
+    questions, extraction, embeddings = (job.stages[name] for name in ("questions", "extract", "embed"))
+    table = read_table(questions.path / TABLE, ["id", "split"])
+    training_N = torch.zeros(len(table), dtype=torch.bool)
+    training_N[training_rows(table, config.questions.fraction, data_seed(config))] = True
+    training_N &= usable_rows(extraction)
+    correct_N = answered_rightly(extraction)
+    embeddings_NC = read_embeddings(embeddings)
+    successful_N = successful_set(correct_N, training_N)
+    progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
+    found = search(setup, questions, embeddings, successful_N, training_N)
+    _write(job.stage, found)
+    successful = int((correct_N & training_N).sum())
+    return {
+        **asdict(summarise(found)),
+        "successful": successful,
+        "training": int(training_N.sum()),
+        "recall": found.recall,
+    }
+
+
+def search(
+    setup: Setup,
+    questions: Stage,
+    embeddings: Stage,
+    successful_N: torch.Tensor,
+    training_N: torch.Tensor,
+    queried_N: torch.Tensor | None = None,
+) -> Neighborhoods:
+    """Neighborhoods by the configured rule, of the training questions or of those that are asked for. Raises NeighborError."""
+    config = setup.config
+    settings = config.neighbors
+    return find_neighbors(
+        read_embeddings(embeddings),
+        successful_N,
+        training_N=training_N,
+        queried_N=queried_N,
+        ids=read_table(questions.path / TABLE, ["id"]).column("id").to_pylist(),
+        text_keys=embedding_texts(questions, config.embedding.context),
+        method=settings.method,
+        k=settings.k,
+        epsilon=settings.epsilon,
+        similarity=settings.similarity,
+        sigma=settings.sigma,
+        seed=config.seed,
+        backend=settings.backend,
+        exact_up_to=settings.exact_up_to,
+    )
+
+
+def answered_rightly(extraction: Stage) -> torch.Tensor:
+    """Mask [N] of the questions that the base model answers rightly in extraction."""
+    return torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
+
+
+def describe_search(questions: int, width: int, successful: int) -> str:
+    """The line that states the search and its memory: embeddings (fp32), one shard of S, twice while it is sorted, and scores."""
+    held = questions * width * 4 + 2 * min(successful, SHARD_ROWS) * width * 4
+    block = min(TILE_SCORES, BLOCK_ROWS * successful) * 4
+    return f"neighbors: searching {successful:,} successes, about {(held + block) / 2**20:,.0f} MiB of memory"
+
+
+def describe(facts: dict[str, Any]) -> str:
+    """The line about neighborhoods that every run prints."""
+    summary = NeighborSummary(**{k: v for k, v in facts.items() if k not in {"successful", "training", "recall"}})
+    sizes, near = summary.sizes, summary.similarities
+    return (
+        f"neighborhoods: {facts['successful']} of {facts['training']} training questions are answered rightly (S); sizes "
+        f"5/50/95 %: {sizes['q5']:.0f}/{sizes['q50']:.0f}/{sizes['q95']:.0f}; similarities 5/50/95 %: "
+        f"{near['q5']:.3f}/{near['q50']:.3f}/{near['q95']:.3f}; empty: {summary.empty} ({summary.empty_fraction:.1%})"
+        + (f"; approximate search, recall {facts['recall']:.1%}" if facts["recall"] < 1 else "")
+    )
+
+
+def usable_rows(extraction: Stage) -> torch.Tensor:
+    """Mask [N] of the questions that extraction did not set aside."""
+    errors = read_table(extraction.path / ROWS, ["error"]).column("error")
+    return torch.tensor([e is None for e in errors.to_pylist()])
+
+
+def _write(stage: Stage, found: Neighborhoods) -> None:
+    if len(found.indices) > _MOST_PAIRS:
+        raise NeighborError(
+            f"{len(found.indices):,} pairs of neighbors are more than their table can hold; take a larger neighbors.epsilon or a "
+            "smaller neighbors.k"
+        )
+    rows = found.queried.nonzero()[:, 0]
+    # Questions that nothing was looked for have no pairs, so those of the others lie one after another.
+    offsets = pa.array(torch.cat([found.offsets[rows], found.offsets[-1:]]).numpy().astype("int32"))
+    flat = {"neighbors": found.indices, "similarities": found.similarities, "weights": found.weights}
+    columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values.numpy())) for name, values in flat.items()}
+    write_table(stage.path / PAIRS, {"row": rows.numpy(), **columns}, _SCHEMA, {"questions": len(found.queried)})
+
+
+def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
+    """The neighborhoods over all `questions` rows of the question table. Raises ArtifactError."""
+    table = read_table(stage.path / PAIRS, _SCHEMA.names)
+    rows: list[int] = table.column("row").to_pylist()
+    if rows != sorted(set(rows)) or (rows and rows[-1] >= questions):
+        raise ArtifactError(f"{stage.path / PAIRS} does not belong to these questions; remove its folder and run again")
+    sizes = torch.zeros(questions, dtype=torch.int64)
+    sizes[rows] = torch.tensor(pc.list_value_length(table.column("neighbors")).to_numpy(), dtype=torch.int64)
+    queried = torch.zeros(questions, dtype=torch.bool)
+    queried[rows] = True
+    return Neighborhoods(
+        offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
+        indices=_flat(table, "neighbors", torch.int64),
+        similarities=_flat(table, "similarities", torch.float64),
+        weights=_flat(table, "weights", torch.float64),
+        queried=queried,
+    )
+
+
+def _flat(table: pa.Table, column: str, dtype: torch.dtype) -> torch.Tensor:
+    values: Sequence[Any] = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return torch.tensor(values, dtype=dtype)
+
+
+NEIGHBORS = Step(
+    "neighbors",
+    VERSION,
+    (EXTRACT, EMBED),
+    lambda setup: neighbors_settings(setup.config),
+    neighbors,
+    device="cpu",  # where the ranking is decided, whatever searched
+    lines=lambda stage: [describe(stage.manifest()["facts"])],
+)

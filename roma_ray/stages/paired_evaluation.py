@@ -1,0 +1,223 @@
+"""The evaluate stage: base and tuned routers on the same questions, in one process, from the exported adapter."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from roma_ray.engine.cache import open_states
+from roma_ray.engine.identity import prompt_settings
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.question_table import read_prompts, read_table
+from roma_ray.engine.runners import Runners
+from roma_ray.engine.scoring import Scores, plan_scoring, score_rows
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.work import Job
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
+from roma_ray.evaluation.measures import RULES, pair_measures
+from roma_ray.evaluation.results_file import RESULTS, read_judged, write_results
+from roma_ray.evaluation.shares import answer_shares
+from roma_ray.evaluation.statistics import compare
+from roma_ray.moe.adapters import load_adapter
+from roma_ray.questions.prompts import Prompt, PromptBuilder
+from roma_ray.questions.records import Question
+from roma_ray.stages import routing_change
+from roma_ray.stages.base_scores import base_scores, base_stage, scoring
+from roma_ray.stages.embedding import read_embeddings
+from roma_ray.stages.finetuning import ADAPTER, FINETUNE, epochs_of
+from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
+from roma_ray.stages.preparation import TABLE, load_tokenizer
+from roma_ray.store.artifacts import Stage, fingerprint, write_json
+from roma_ray.store.files import read_json
+
+VERSION = 7
+SUMMARY = "evaluation.json"
+
+
+def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Judge base and exported tuned routers on the test questions. Raises GuardError, CacheError, CheckpointError.
+
+    Only what is read is scored: with the tuned routers the test questions and a sample of the trained ones, whose routing
+    `diagnostics` measures; with the base's the test and validation questions, once for all that start from it.
+    """
+    setup, stage, stages = job.setup, job.stage, job.stages
+    questions, extraction, tuned = (stages[name] for name in ("questions", "extract", "finetune"))
+    prompts = read_prompts(questions.path / TABLE)
+    of_split = _judged_rows(prompts, usable_rows(extraction).tolist())
+    test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
+    near = read_neighborhoods(stages["neighbors"], len(prompts))
+    trained = routing_change.sampled(near.queried & (near.sizes > 0))
+    prompt, arguments = setup.config.questions.prompt, scoring(setup)
+    states = open_states(setup.model, extraction.path, setup.cut)
+    kept = base_stage(setup, extraction)
+    tokens = [_tokens(prompts, rows, states.prefix, arguments["batch_tokens"]) for rows in (judged, test, trained)]
+    meter_of = progress.meter("evaluate", sum(tokens), "tokens", tokens[0] * kept.complete)
+    with runners.heads.lend(setup.model, setup.cut) as head, meter_of as meter:
+
+        def score(rows: Sequence[int]) -> Scores:
+            return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
+
+        all_base = base_scores(kept, judged, lambda: score(judged))
+        stage.note_makers(of=kept)
+        load_adapter(tuned.path / ADAPTER, head)
+        after, live = score(test), score(trained) if trained else None
+    base, validation = all_base.of(test), all_base.of(of_split["validation"])
+    check_not_identical(base.scores, after.scores)
+    metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
+    columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
+    letter = prompt.format == "letter"
+    write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
+    tasks = [prompts[row].task for row in test]
+    embeddings = stages["embed"]
+    changed = routing_change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
+    lived = {"train": live, "test": after}
+    distance = routing_change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
+    result = {
+        "splits": {"test": by_task(tasks, base.correct, after.correct)},
+        "validation": _validation(validation, tuned),
+        **_test_figures(stage, questions),
+        "guards": _guards(questions, prompts, test, base, after),
+        "diagnostics": {**changed, "manifold_distance": distance},
+        "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
+    }
+    write_json(stage.path / SUMMARY, result)
+    return {"rows": len(test), "pin": result["pin"], "metric": metric}
+
+
+EVALUATE = Step(
+    "evaluate",
+    VERSION,
+    (FINETUNE,),
+    lambda setup: {},
+    evaluate,
+    device="model",
+    reads_states=True,
+    shown=((SUMMARY, None),),
+)
+
+
+def _tokens(prompts: Sequence[Prompt], rows: Sequence[int], prefix: int, batch_tokens: int) -> int:
+    """What scoring some rows is counted by: not questions, for the longest run first."""
+    return sum(size for _, size in plan_scoring(prompts, rows, prefix, batch_tokens))
+
+
+def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str, list[int]]:
+    """The validation and the test questions that came through extraction."""
+    return {
+        split: [row for row, p in enumerate(prompts) if p.split == split and usable[row]]
+        for split in ("validation", "test")
+    }
+
+
+def _validation(base: Scores, tuned: Stage) -> dict[str, Any]:
+    """Accuracy on the validation questions with standard errors: the base's, and of the exported epoch what training measured."""
+    reached = epochs_of(tuned)[tuned.manifest()["facts"]["selected_epoch"]]
+    return {
+        "n": len(base.rows),
+        "base_accuracy": base.accuracy,
+        "base_stderr": base.stderr,
+        "tuned_accuracy": reached["validation_accuracy"],
+        "tuned_stderr": reached["validation_stderr"],
+    }
+
+
+def _by_lm_eval(
+    setup: Setup,
+    stage: Stage,
+    questions: Stage,
+    prompts: Sequence[Prompt],
+    scored: Mapping[str, Scores],
+    rule: str,
+) -> str:
+    """Have lm-evaluation-harness judge the test questions and write its results; the metric that answers are chosen by."""
+    from roma_ray.benchmarks.pipeline_tasks import lm_eval_results
+
+    rows = scored["base"].rows
+    table = read_table(questions.path / TABLE, ["question", "choices", "context"]).take(pa.array(rows, pa.int64()))
+    asked = [
+        Question(
+            prompts[row].id, prompts[row].task, q["question"], tuple(q["choices"]), prompts[row].answer, q["context"]
+        )
+        for row, q in zip(rows, table.to_pylist(), strict=True)
+    ]
+    known = {
+        name: {prompts[row].id: s for row, s in zip(rows, found.scores, strict=True)} for name, found in scored.items()
+    }
+    builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), setup.config.questions.prompt)
+    metric = RULES[rule]
+    for name, judged in lm_eval_results(asked, known, builder).items():
+        write_json(stage.path / f"lm_eval_{name}.json", json.loads(json.dumps(judged, default=str)))
+        verdicts: dict[str, list[bool]] = {}
+        for row, right in zip(rows, scored[name].correct.tolist(), strict=True):
+            verdicts.setdefault(prompts[row].task, []).append(right)
+        for task, own in verdicts.items():
+            theirs = judged["results"][task][f"{metric},none"]
+            assert abs(theirs - float(np.mean(own))) < 1e-9, f"{task}: lm-eval says {theirs}, we {np.mean(own)}"
+    return metric
+
+
+def _test_figures(stage: Stage, questions: Stage) -> dict[str, Any]:
+    """The test questions by every measure, and which answers were given; from what is stored, as any reader has it."""
+    found = read_judged(stage.path)
+    table = read_table(questions.path / TABLE, ["choices"]).column("choices")
+    choices = table.take(pa.array(found.rows, pa.int64())).to_pylist()
+    paired = pair_measures(found.values("base"), found.values("tuned"), found.asked.tasks)
+    return {
+        "measures": {
+            "configured": RULES[found.asked.rule],
+            "coincide": found.asked.coincide,
+            "figures": {name: figures.plain() for name, figures in paired.items()},
+        },
+        "shares": answer_shares(found.scores["base"], found.scores["tuned"], found.asked, choices),
+    }
+
+
+def evaluation_pin(questions: Stage, prompt: dict[str, Any], rows: Sequence[int]) -> str:
+    """Hash of rows, prompts, metric and its version: scores with different pins are not comparable."""
+    table = read_table(questions.path / TABLE, ["id", "task", "split", "prompt_ids", "choice_ids", "answer"]).take(
+        pa.array(rows, pa.int64())
+    )
+    return fingerprint({"rows": table.to_pylist(), "prompt": prompt, "version": VERSION})
+
+
+def by_task(tasks: Sequence[str], base: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
+    """Paired figures of `all` and of each task, by name."""
+    names = np.asarray(tasks)
+    chosen = {"all": np.full(len(names), True), **{task: names == task for task in sorted(set(tasks))}}
+    return {name: compare(base[mask], tuned[mask]) for name, mask in chosen.items()}
+
+
+def _guards(
+    questions: Stage, prompts: Sequence[Any], rows: Sequence[int], base: Scores, tuned: Scores
+) -> dict[str, Any]:
+    """Findings that a reader of the table must know; empty lists and zeros are good news."""
+    table = read_table(questions.path / TABLE, ["question", "choices", "split"]).to_pylist()
+    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "validation": [], "test": []}
+    for row in table:
+        parts[row["split"]].append((row["question"], row["choices"]))
+    chance: list[tuple[str, str | None]] = []
+    for name, scores in (("base", base), ("tuned", tuned)):
+        for task in ["all", *sorted({prompts[row].task for row in rows})]:
+            members = [n for n, row in enumerate(rows) if task in ("all", prompts[row].task)]
+            choices = [len(prompts[rows[n]].choice_ids) for n in members]
+            chance.append((f"{name}/{task}", beside_chance(int(scores.correct[members].sum()), choices)))
+    truncated = sum(p.truncated for p in prompts)
+    return {
+        "identical_scores": False,
+        **by_chance(chance),
+        "truncated": truncated,
+        "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts),
+        "test_questions_in_training": overlap(parts["train"], parts["test"]),
+    }
+
+
+def read_evaluation(stage: Stage) -> dict[str, Any]:
+    """The figures of a finished evaluation."""
+    value: dict[str, Any] = read_json(Path(stage.path / SUMMARY))
+    return value

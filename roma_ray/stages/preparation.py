@@ -1,0 +1,238 @@
+"""The questions stage: read, split, encode, set bad rows aside."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from roma_ray.config.schema import QuestionsConfig, QuestionSource
+from roma_ray.engine.identity import data_seed, prompt_settings
+from roma_ray.engine.progress import Progress
+from roma_ray.engine.question_table import QUESTIONS as COLUMNS
+from roma_ray.engine.question_table import REJECTED, write_table
+from roma_ray.engine.runners import Runners
+from roma_ray.engine.setup import Setup
+from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.work import Job
+from roma_ray.errors import ArtifactError, ConfigError, QuestionError
+from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
+from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
+from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
+from roma_ray.questions.records import Question, Rejected
+from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
+from roma_ray.store.artifacts import MANIFEST, Stage, Store, fingerprint, read_manifest
+from roma_ray.store.files import listed
+
+VERSION = 2
+TABLE, FAULTS = "questions.parquet", "rejected.parquet"
+# Every folder that a tokenizer can be loaded from has one of these files.
+_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+
+
+def questions_settings(setup: Setup) -> dict[str, Any]:
+    """What decides the encoded questions. Files count by content, so an edited file is another stage.
+
+    Which parts are drawn by seed must be known: of new files this takes reading them. Raises QuestionError.
+    """
+    chosen = setup.config.questions
+    sources = _sources(chosen.sources)
+    drawn = drawn_from(setup.store, chosen.sources, sources)
+    return {
+        "sources": sources,
+        "prompt": prompt_settings(chosen.prompt),
+        "validation_fraction": chosen.validation_fraction if drawn.validation else None,
+        "test_fraction": chosen.test_fraction if drawn.test else None,
+        "seed": data_seed(setup.config)
+        if drawn.test or drawn.validation or any(source.dataset for source in chosen.sources)
+        else None,
+        "tokenizer": setup.model_identity,
+    }
+
+
+def drawn_from(store: Store, sources: Sequence[QuestionSource], identities: Sequence[dict[str, Any]]) -> Drawn:
+    """Which parts are drawn by seed from these sources: as a finished stage of the same sources tells, else read from the files."""
+    return _drawn(store.root, tuple(_resolved(source) for source in sources), fingerprint(list(identities)))
+
+
+@lru_cache
+def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str) -> Drawn:
+    for manifest in listed(storage, f"questions/*/{MANIFEST}"):
+        with contextlib.suppress(ArtifactError, KeyError, TypeError):
+            known = read_manifest(manifest.parent)
+            identity = known["identity"]
+            if identity["version"] == VERSION and fingerprint(identity["settings"]["sources"]) == content:
+                return Drawn(**known["facts"]["drawn"])
+    return drawn_parts(declared_parts(sources))
+
+
+def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
+    """Read and encode all questions, once. Raises QuestionError, ConfigError, ModelError."""
+    setup, stage = job.setup, job.stage
+    config = setup.config
+    read, rejected = read_sources(config.questions, data_seed(config))
+    questions = split_questions(config.questions, read, data_seed(config))
+    builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
+    prompts, too_long = build_prompts(questions, builder)
+    rejected = [*rejected, *too_long]
+    if not prompts:
+        reasons = "; ".join(sorted({r.reason for r in rejected})[:3])
+        raise QuestionError(f"no question can be used: {reasons}")
+    _check_splits(prompts)
+    _write(stage, questions, prompts, rejected)
+    if rejected:
+        common = Counter(r.reason for r in rejected).most_common(3)
+        shown = ", ".join(f"{count} x {reason}" for reason, count in common)
+        progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / FAULTS}")
+    return {
+        "questions": len(prompts),
+        "rejected": len(rejected),
+        "truncated": sum(p.truncated for p in prompts),
+        "splits": dict(Counter(p.split for p in prompts)),
+        "tasks": sorted({p.task for p in prompts}),
+        "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
+        "drawn": asdict(drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"])),
+    }
+
+
+def read_sources(config: QuestionsConfig, seed: int) -> tuple[list[tuple[str, list[Question]]], list[Rejected]]:
+    """Each source's name with its questions as they are declared, and the rows set aside. Raises QuestionError, ConfigError."""
+    read: list[tuple[str, list[Question]]] = []
+    rejected: list[Rejected] = []
+    for name, rows in iter_sources([_resolved(source) for source in config.sources], seed=seed):
+        questions: list[Question] = []
+        for row in rows:
+            if isinstance(row, Question):
+                questions.append(row)
+            else:
+                rejected.append(row)
+        read.append((name, questions))
+    return read, rejected
+
+
+def split_questions(
+    config: QuestionsConfig, read: Sequence[tuple[str, Sequence[Question]]], seed: int
+) -> list[Question]:
+    """All sources' questions in their order, each with its part. Raises QuestionError, ConfigError."""
+    return assign_splits(
+        [question for _, questions in read for question in questions],
+        validation_fraction=config.validation_fraction,
+        test_fraction=config.test_fraction,
+        seed=seed,
+    )
+
+
+def expected_sources(setup: Setup) -> tuple[SourceCount, ...] | None:
+    """What the sources will give to each part, too long prompts not counted; None where one is read from the hub.
+
+    Raises QuestionError, ConfigError.
+    """
+    config, seed = setup.config.questions, data_seed(setup.config)
+    if any(source.path is None for source in config.sources):
+        return None
+    read, _ = read_sources(config, seed)
+    return count_sources(read, {question.id: question.split for question in split_questions(config, read, seed)})
+
+
+def sources_of(stage: Stage) -> tuple[SourceCount, ...]:
+    """How many questions each source of a finished stage gave to each part; empty for stages of older versions, which kept no counts."""
+    return tuple(SourceCount.of(facts) for facts in stage.manifest()["facts"].get("sources", ()))
+
+
+def load_tokenizer(path: str, revision: str | None) -> Any:
+    """The model's own tokenizer. Raises ConfigError when there is none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
+        raise ConfigError(
+            f"{path} has no tokenizer (none of {', '.join(_TOKENIZERS)}): copy the tokenizer's files of the model that its "
+            "weights come from into the folder"
+        )
+    try:
+        # Say no explicitly: by default the library asks at the terminal whether remote code may run.
+        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
+
+
+def _sources(sources: Sequence[QuestionSource]) -> list[dict[str, Any]]:
+    """What tells these sources from others: of a file its content and the name that its rows are known by, not its place."""
+    resolved = [_resolved(source) for source in sources]
+    names = display_names([source.path for source in resolved])
+    identities = []
+    for source, name in zip(resolved, names, strict=True):
+        # Where they are not used they change nothing.
+        newer = {"columns"} if source.columns is None else set()
+        newer |= {"subset", "part"} if source.path or "/" not in str(source.dataset) else set()
+        facts = source.model_dump(mode="json", exclude=newer)
+        if source.path is not None:
+            facts["path"] = [name, content_digest(Path(source.path))]
+        identities.append(facts)
+    return identities
+
+
+def _resolved(source: QuestionSource) -> QuestionSource:
+    return source if source.path is None else source.model_copy(update={"path": str(question_file(source.path))})
+
+
+def _check_splits(prompts: Sequence[Prompt]) -> None:
+    """Training needs all three parts; a missing one is a fault of the sources, told before any work."""
+    present = {p.split for p in prompts}
+    missing = [name for name in ("train", "validation", "test") if name not in present]
+    if missing:
+        raise QuestionError(
+            f"no usable {' and no '.join(missing)} questions among {len(prompts)}: give more rows, or change "
+            "questions.validation_fraction or questions.test_fraction"
+        )
+
+
+def _write(
+    stage: Stage, questions: Sequence[Question], prompts: Sequence[Prompt], rejected: Sequence[Rejected]
+) -> None:
+    by_id = {q.id: q for q in questions}
+    kept = [by_id[p.id] for p in prompts]
+    columns = {
+        "row": range(len(prompts)),
+        "id": [p.id for p in prompts],
+        "task": [p.task for p in prompts],
+        "split": [p.split for p in prompts],
+        "question": [q.question for q in kept],
+        "choices": [q.choices for q in kept],
+        "answer": [p.answer for p in prompts],
+        "context": [q.context for q in kept],
+        "prompt_ids": [p.prompt_ids for p in prompts],
+        "choice_ids": [p.choice_ids for p in prompts],
+        "choice_chars": [p.choice_chars for p in prompts],
+        "truncated": [p.truncated for p in prompts],
+    }
+    write_table(stage.path / TABLE, columns, COLUMNS)
+    faults = {name: [getattr(r, name) for r in rejected] for name in REJECTED.names}
+    write_table(stage.path / FAULTS, faults, REJECTED)
+
+
+def training_rows(table: pa.Table, fraction: float, seed: int) -> list[int]:
+    """Row numbers of the training questions in use: a nested prefix of one seeded permutation (DESIGN 5.10)."""
+    from roma_ray.questions.splits import nested_fraction
+
+    ids = table.column("id").to_pylist()
+    splits = table.column("split").to_pylist()
+    row_of = {ids[row]: row for row in range(len(ids)) if splits[row] == "train"}
+    return sorted(row_of[key] for key in nested_fraction(list(row_of), fraction, seed))
+
+
+QUESTIONS = Step(
+    "questions",
+    VERSION,
+    (),
+    questions_settings,
+    prepare,
+    lines=lambda stage: describe_sources(sources_of(stage)),
+    shown=((FAULTS, None),),
+)

@@ -1,0 +1,290 @@
+"""What lies in the storage: runs by name, what each depends on, how large it is, and what may go without loss.
+
+A run is a stage that no other one is built on, with all that it is built on. Only folders that this project makes are seen:
+`<stage>/<16 hex digits>`, no links. Nothing is removed while a run is at work (`Store.alone`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from roma_ray.errors import ArtifactError, ConfigError, StorageError
+from roma_ray.store.artifacts import CONFIG, IDENTITY, MANIFEST, MEMBERS, Stage, Store, read_manifest
+
+KINDS = {
+    "report": "run",
+    "evaluate": "run, without report",
+    "finetune": "finetuning",
+    "sweep": "sweep",
+    "comparison": "methods",
+    "baselines": "method",
+    "benchmarks": "benchmarks",
+    "neighbors": "neighborhoods",
+    "embed": "embeddings",
+    "extract": "extraction",
+    "questions": "questions",
+    "requests": "answers to benchmarks",
+    "base": "base scores",
+    "states": "states of benchmarks",
+}
+"""What a run is called, by the stage that it ends in; the stages that most runs contain come last."""
+# Shared work that only saves time: no stage names it as its input.
+_HELPERS = ("base", "states")
+# A run that was stopped between two stages ends in one of these. One that was meant to end there left its configuration.
+_PARTS = ("questions", "extract", "embed", "neighbors", "requests")
+_FINGERPRINT = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(eq=False)
+class Item:
+    """One stage's folder."""
+
+    stage: Stage
+    state: str
+    """`complete`, `unfinished` (a run that was stopped goes on from it) or `damaged`."""
+    inputs: tuple[str, ...]
+    """Fingerprints of the stages that it is built on."""
+    name: str
+    time: float
+    """When it was finished, or last written to: seconds since 1970."""
+    bytes: int
+    cache_bytes: int
+    """Bytes of activations: they can be computed again, and only new training needs them."""
+    users: list[Item] = field(default_factory=list)
+    """Stages that are built on it, directly."""
+
+    @property
+    def kind(self) -> str:
+        """Name of the stage: the folder that it lies in."""
+        return self.stage.path.parent.name
+
+    @property
+    def id(self) -> str:
+        """Its fingerprint."""
+        return self.stage.fingerprint
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What would go: whole stages, or their caches alone; why, and how much it frees."""
+
+    item: Item
+    why: str
+    cache_alone: bool = False
+
+    @property
+    def bytes(self) -> int:
+        """What it frees."""
+        return self.item.cache_bytes if self.cache_alone else self.item.bytes
+
+
+class Storage:
+    """A storage as it lies on the disk now."""
+
+    def __init__(self, store: Store) -> None:
+        """Look through it. Raises StorageError when there is none."""
+        self.store = store
+        if not store.root.is_dir():
+            raise StorageError(f"there is no storage at {store.root}: name one with --storage")
+        self.items = {item.id: item for item in _items(store.root)}
+        for item in self.items.values():
+            for fingerprint in item.inputs:
+                if fingerprint in self.items and fingerprint != item.id:
+                    self.items[fingerprint].users.append(item)
+
+    def runs(self) -> list[Item]:
+        """Stages that nothing is built on, the newest first."""
+        found = [item for item in self.items.values() if not _users(item) and item.kind not in _HELPERS]
+        return sorted(found, key=lambda item: (-item.time, item.id))
+
+    def title(self, run: Item) -> str:
+        """The name of a run: its own, or that of a stage that it is built on."""
+        return next((item.name for item in self.needs(run) if item.name), "")
+
+    def needs(self, *runs: Item) -> list[Item]:
+        """The runs and everything that they are built on, each before what it is built on."""
+        found: dict[str, Item] = {}
+
+        def visit(item: Item) -> None:
+            for fingerprint in item.inputs:
+                if fingerprint in self.items and fingerprint not in found:
+                    visit(self.items[fingerprint])
+            found.setdefault(item.id, item)
+
+        for run in runs:
+            visit(run)
+        return list(reversed(found.values()))
+
+    def alone(self, *runs: Item) -> list[Item]:
+        """The stages that only these runs need, and that are removed with them; shared helpers of an extraction go with it."""
+        others = [run for run in self.runs() if run not in runs]
+        kept = {item.id for item in self.needs(*others)}
+        mine = [item for item in self.needs(*runs) if item.id not in kept]
+        gone = {item.id for item in mine}
+        helpers = [i for i in self.items.values() if i.kind in _HELPERS and set(i.inputs) & gone]
+        return [*helpers, *mine]
+
+    def find(self, text: str) -> Item:
+        """The run of a name, or the stage of an id or of its beginning (`3fa1`, `extract/3fa1`). Raises ConfigError, ArtifactError."""
+        named = [run for run in self.runs() if self.title(run) == text]
+        kind, _, start = text.rpartition("/")
+        by_id = [i for i in self.items.values() if start and i.id.startswith(start) and kind in ("", i.kind)]
+        found = named or by_id
+        if not found:
+            raise ArtifactError(
+                f"nothing in {self.store.root} has the name or id {text!r}: `roma-ray ls` lists what there is"
+            )
+        if len(found) > 1:
+            listed = ", ".join(f"{item.kind}/{item.id}" for item in found)
+            raise ConfigError(f"{text!r} can be any of {listed}: give one's id")
+        return found[0]
+
+    def removal(self, wanted: Sequence[Item]) -> list[Removal]:
+        """What goes with the wanted runs. Raises ArtifactError when another run is built on one of them."""
+        for item in wanted:
+            users = [user for user in _users(item) if user not in wanted]
+            if users:
+                listed = ", ".join(f"{user.kind}/{user.id}" for user in users)
+                raise ArtifactError(f"{item.kind}/{item.id} is what {listed} is built on: remove that first")
+        return [
+            Removal(item, "asked for" if item in wanted else "no other run needs it") for item in self.alone(*wanted)
+        ]
+
+    def garbage(self, *, unfinished: bool) -> list[Removal]:
+        """What may go without loss of a result, caches first; `unfinished`: also what stopped runs would go on from."""
+        found = []
+        for item in self.items.values():
+            done = all(user.state == "complete" for user in _users(item))
+            if item.kind == "states" or (item.kind == "extract" and item.cache_bytes and _trained(item) and done):
+                found.append(Removal(item, "cache: new training makes it again", cache_alone=item.kind == "extract"))
+        if unfinished:
+            left = [run for run in self.runs() if run.state != "complete" or (run.kind in _PARTS and not run.name)]
+            why = {run.id: "no run ends in it" if run.state == "complete" else run.state for run in left}
+            whole = [Removal(item, why.get(item.id, "for what is unfinished alone")) for item in self.alone(*left)]
+            gone = {removal.item.id for removal in whole}
+            found = [removal for removal in found if removal.item.id not in gone] + whole
+        return found
+
+    def remove(self, removals: Iterable[Removal], say: Callable[[str], None]) -> int:
+        """Remove them, whatever is built on something before that; the bytes freed. Raises BusyError, StorageError."""
+        freed = 0
+        with self.store.alone():
+            for removal in removals:
+                stage = removal.item.stage
+                if stage.path.is_symlink() or stage.path.parent.is_symlink():
+                    continue  # it became a link after it was listed
+                with stage.exclusive():
+                    if removal.cache_alone:
+                        stage.release(_cache_names(stage.path))
+                    else:
+                        stage.discard()
+                if not removal.cache_alone and stage.path.exists():
+                    shutil.rmtree(stage.path, ignore_errors=True)
+                if not removal.cache_alone and stage.path.exists():
+                    raise StorageError(f"cannot remove {stage.path}: it is not yours, or the storage is read-only")
+                say(f"removed {removal.item.kind}/{removal.item.id}{' (its cache)' if removal.cache_alone else ''}")
+                freed += removal.bytes
+        return freed
+
+
+def _users(item: Item) -> list[Item]:
+    return [user for user in item.users if user.kind not in _HELPERS]
+
+
+def _trained(item: Item) -> bool:
+    """Whether a finished training has read an extraction's cache."""
+    return any(user.kind == "finetune" and user.state == "complete" for user in item.users)
+
+
+def _items(root: Path) -> Iterator[Item]:
+    for kind in KINDS:
+        folder = root / kind
+        if folder.is_symlink() or not folder.is_dir():
+            continue
+        for path in sorted(folder.iterdir()):
+            if _FINGERPRINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+                yield _item(path, kind)
+
+
+def _item(path: Path, kind: str) -> Item:
+    state, identity, finished = "unfinished", _plain(path / IDENTITY), path.stat().st_mtime
+    if (path / MANIFEST).is_file():
+        try:
+            manifest = read_manifest(path)
+            state, identity = "complete", manifest["identity"]
+            with suppress(ValueError, KeyError, TypeError):
+                finished = _seconds(manifest["finished"])
+        except ArtifactError:
+            state = "damaged"
+    inputs, settings = (_mapping(identity.get(key)) for key in ("inputs", "settings"))
+    members = _plain(path / MEMBERS)
+    fingerprints = [*inputs.values(), *(members.get("stages", []) if kind == "sweep" else [])]
+    name = settings.get("name") if kind in ("report", "comparison") else _configured_name(path)
+    sizes = dict(_sizes(path))
+    caches = {str(path / name) for name in _cache_names(path)} if kind == "extract" else set()
+    return Item(
+        Stage(path, kind, identity),
+        state,
+        tuple(dict.fromkeys(value for value in fingerprints if isinstance(value, str))),
+        name if isinstance(name, str) else "",
+        finished,
+        sum(sizes.values()),
+        sum(size for file, size in sizes.items() if file in caches),
+    )
+
+
+def _cache_names(path: Path) -> list[str]:
+    """An extraction's activations, relative to its folder."""
+    return sorted(file.relative_to(path).as_posix() for file in path.glob("batches/*.safetensors"))
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Every file below a folder with its bytes; links are not followed."""
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _sizes(Path(entry.path))
+            else:
+                yield entry.path, entry.stat(follow_symlinks=False).st_size
+
+
+def _plain(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return _mapping(value)
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _configured_name(path: Path) -> str:
+    """The name in the configuration that a run leaves beside its last stage."""
+    file = path / CONFIG
+    try:
+        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+            if line.startswith("name:"):
+                value = yaml.safe_load(line)
+                return str(value["name"]) if isinstance(value, dict) else ""
+    except (OSError, ValueError, yaml.YAMLError):
+        pass
+    return ""
+
+
+def _seconds(text: str) -> float:
+    import calendar
+
+    return float(calendar.timegm(time.strptime(text, "%Y-%m-%dT%H:%M:%SZ")))

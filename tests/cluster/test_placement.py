@@ -1,0 +1,146 @@
+"""Which nodes a stage's workers get, counted; on real (simulated) nodes in test_nodes.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from roma_ray.cluster import ray_cluster as module
+from roma_ray.cluster.placement import Need, Node, inventory, main_kind, matches, need_of, room
+from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.config.schema import Config, PlacementConfig
+from roma_ray.engine.devices import device_kind, mixed_devices
+from roma_ray.errors import ConfigError
+
+GIB = 2**30
+A100 = Node({"CPU": 16, "GPU": 2, "memory": 64 * GIB, "accelerator_type:A100": 1}, {"gpu-vendor": "nvidia"})
+MI300X = Node(
+    {"CPU": 16, "GPU": 8, "memory": 64 * GIB, "accelerator_type:AMD-Instinct-MI300X-OAM": 1}, {"gpu-vendor": "amd"}
+)
+PLAIN = Node({"CPU": 8, "memory": 32 * GIB})
+MIXED = [A100, A100, MI300X, PLAIN]
+
+
+class Mixed(Cluster):
+    """A cluster of given nodes."""
+
+    def __init__(self, config: Config, nodes: list[Node]) -> None:
+        self.config, self.found, self._started = config, nodes, False
+        self.said: list[str] = []
+        self.say = self.said.append
+
+    def nodes(self) -> list[Node]:
+        return self.found
+
+    def resource(self, name: str) -> float:
+        return sum(node.resources.get(name, 0.0) for node in self.found)
+
+
+def with_ray(world: Config, **settings: object) -> Config:
+    return world.model_copy(update={"device": "cuda", "ray": world.ray.model_copy(update=settings)})
+
+
+def test_room_is_counted_node_by_node() -> None:
+    """Two nodes with half a worker's room each hold none; every resource counts."""
+    assert room(MIXED, Need(0.5, 1)) == 12
+    assert room(MIXED, Need(8, 0.5)) == 6
+    assert room([Node({"CPU": 1}), Node({"CPU": 1})], Need(1.5)) == 0
+    assert room(MIXED, Need(1, memory_gib=30)) == 7
+    assert room(MIXED, Need(1, 1, accelerator="A100")) == 4
+    assert room(MIXED, Need(1, labels={"gpu-vendor": "amd"})) == 16
+    assert room(MIXED, Need(1, 1, accelerator="H100")) == 0
+    assert room([Node({"CPU": 1, "GPU": 1})], Need(0.1, 0.1)) == 10
+
+
+@given(st.floats(0.01, 4), st.just(0.0) | st.floats(0.01, 2), st.integers(1, 5))
+def test_what_has_room_can_be_packed(cpus: float, gpus: float, copies: int) -> None:
+    """Workers counted on a node never need more than it has."""
+    fit = room([A100] * copies, Need(cpus, gpus)) / copies
+    assert fit * cpus <= A100.resources["CPU"] * (1 + 1e-6)
+    assert fit * gpus <= A100.resources["GPU"] * (1 + 1e-6)
+    assert fit == int(fit)
+
+
+@pytest.mark.parametrize(
+    ("value", "wanted", "fits"),
+    [
+        ("amd", "amd", True),
+        ("amd", "nvidia", False),
+        (None, "amd", False),
+        ("amd", "!amd", False),
+        (None, "!amd", True),
+        ("b", "in(a, b)", True),
+        ("c", "in(a,b)", False),
+        ("c", "!in(a,b)", True),
+        (None, "in(a,b)", False),
+    ],
+)
+def test_labels_match_as_in_ray(value: str | None, wanted: str, fits: bool) -> None:
+    assert matches(value, wanted) == fits
+
+
+def test_extraction_takes_any_gpu_and_finetuning_one_kind(world: Config) -> None:
+    """On a mixed cluster: all GPUs for extraction, the kind with the most room for training, said aloud."""
+    cluster = Mixed(with_ray(world), MIXED)
+    workers, need = cluster.place("extract", None, 100, "cuda")
+    assert (workers, need.accelerator) == (12, None)
+    workers, need = cluster.place("finetune", None, 100, "cuda")
+    assert (workers, need.accelerator) == (8, "AMD-Instinct-MI300X-OAM")
+    assert need.resources()["accelerator_type:AMD-Instinct-MI300X-OAM"] == 0.001
+    assert "AMD-Instinct-MI300X-OAM, of A100" in cluster.said[-1]
+    named = Mixed(with_ray(world, finetune=PlacementConfig(accelerator="A100")), MIXED)
+    assert named.place("finetune", None, 100, "cuda")[0] == 4
+    # Alike GPUs need no name, and a CPU run asks for no GPU's kind.
+    assert main_kind([A100, A100, PLAIN], Need(1, 1)) == (None, ["A100"])
+    assert need_of("finetune", named.config.ray, "cpu").accelerator is None
+    # NCCL wants a whole GPU for each worker.
+    assert need_of("finetune", with_ray(world, gpus_per_worker=0.25).ray, "cuda").gpus == 1
+
+
+def test_what_cannot_be_had_fails_at_once_with_what_there_is(world: Config) -> None:
+    """Each kind of need, with the cluster's inventory in the message."""
+    for placement in (
+        PlacementConfig(accelerator="H100"),
+        PlacementConfig(labels={"pool": "fast"}),
+        PlacementConfig(memory_gib=500),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Mixed(with_ray(world, extract=placement), MIXED).place("extract", None, 9, "cuda")
+        text = str(caught.value)
+        assert "2 x (16 CPU, 2 GPU A100, 64 GiB, gpu-vendor=nvidia)" in text
+        assert "1 x (16 CPU, 8 GPU AMD-Instinct-MI300X-OAM, 64 GiB, gpu-vendor=amd)" in text
+        assert "1 x (8 CPU, 32 GiB)" in text
+        assert "room for 0 workers" in text
+    assert inventory([]) == "no live node"
+    assert "of unknown kind" in inventory([Node({"GPU": 1})])
+
+
+def test_nodes_are_waited_for_where_the_cluster_scales(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request goes to the autoscaler and is taken back; with nodes that never come the error says so."""
+    asked: list[dict[str, object]] = []
+    cluster = Mixed(with_ray(world, wait_seconds=60, extract=PlacementConfig(labels={"gpu-vendor": "amd"})), [PLAIN])
+
+    def request(**arguments: object) -> None:
+        asked.append(arguments)
+        cluster.found = [PLAIN, MI300X]
+
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", request)
+    monkeypatch.setattr(module, "_NODES_POLL_SECONDS", 0.0)
+    assert cluster.place("extract", 3, 100, "cuda")[0] == 3
+    assert asked == [
+        {"bundles": [{"CPU": 0.5, "GPU": 1.0}] * 3, "bundle_label_selectors": [{"gpu-vendor": "amd"}] * 3},
+        {"bundles": []},
+    ]
+    cluster.place("extract", 3, 100, "cuda")
+    assert len(asked) == 2
+    times = iter([0.0, 0.0, 61.0])
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(times))
+    with pytest.raises(ConfigError, match="room for 8 workers"):
+        cluster.place("extract", 9, 100, "cuda")
+
+
+def test_devices_have_a_kind_and_mixtures_a_warning() -> None:
+    assert device_kind("cpu").split()[0] in ("x86_64", "aarch64", "arm64")
+    assert mixed_devices("extract", ["NVIDIA H100"]) is None
+    assert "NVIDIA A100 and NVIDIA H100" in (mixed_devices("extract", ["NVIDIA A100", "NVIDIA H100"]) or "")
