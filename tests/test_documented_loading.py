@@ -12,12 +12,11 @@ import pytest
 import torch
 
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.setup import resolve
 from roma_ray.moe.exporting import export_routers
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages.paired_evaluation import RESULTS
-from roma_ray.stages.preparation import TABLE
 from tests.world import make_world
 
 # A reader with transformers and peft: what the snippet calls `model` scores each lettered choice after the prompt.

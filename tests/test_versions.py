@@ -17,7 +17,7 @@ from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, WAITING, open_sweep, other_versions, prepare_shared
 from roma_ray.ablations.trial import TrialWork, do_trial
 from roma_ray.baselines.runs import run_methods
-from roma_ray.benchmarks.judge import Wanted, judge, read_benchmarks
+from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import resolve_subject
 from roma_ray.config.loading import parse_config
 from roma_ray.config.schema import Config
@@ -26,6 +26,7 @@ from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.work import serial
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.benchmark_results import read_benchmarks
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.stages.run_summary import warnings_of

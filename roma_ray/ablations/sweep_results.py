@@ -15,14 +15,13 @@ import pyarrow as pa
 from roma_ray.ablations.space import Trial
 from roma_ray.ablations.sweep import DONE, State, Sweep
 from roma_ray.engine.objective import is_idle
-from roma_ray.engine.question_table import read_table
+from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.evaluation.measures import RULES, ByTask, pair_by_task
 from roma_ray.evaluation.results_file import Judged, read_judged
 from roma_ray.evaluation.shares import answer_shares, shift_notes
 from roma_ray.evaluation.statistics import Paired, accuracy, holm, significant, standard_error
 from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.paired_evaluation import read_evaluation
-from roma_ray.stages.preparation import TABLE
 
 Values = Mapping[str, np.ndarray]
 """Each measure's value of every test question."""

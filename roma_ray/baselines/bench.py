@@ -16,6 +16,7 @@ from roma_ray.config.baseline_settings import BaselinesConfig
 from roma_ray.config.schema import Config, FinetuneConfig
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import plan_batches
+from roma_ray.engine.cache import ROWS
 from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.question_table import read_table
@@ -25,7 +26,6 @@ from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.slices import Slice
 from roma_ray.stages.embedding import embedding_texts, read_embeddings
-from roma_ray.stages.extraction import ROWS
 from roma_ray.stages.finetuning import TrainJob
 from roma_ray.stages.neighborhoods import usable_rows
 from roma_ray.store.artifacts import Stage

@@ -14,12 +14,12 @@ from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.whole_model import score_whole
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
-from roma_ray.engine.question_table import read_table
+from roma_ray.engine.question_table import TABLE, read_table
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.manifold.neighbors import find_neighbors
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
 from roma_ray.stages.embedding import embedding_texts
-from roma_ray.stages.preparation import TABLE, load_tokenizer
 
 _SEPARATOR = "\n\n"
 

@@ -8,17 +8,13 @@ multiple choice also gold_logp and choice_logp of `measures`, by the plain log-l
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pyarrow as pa
 
 from roma_ray.benchmarks.benchmark_values import measured
 from roma_ray.benchmarks.cost import cost_of
@@ -29,13 +25,13 @@ from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import write_table
 from roma_ray.engine.steps import Facts, make
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Executor
-from roma_ray.errors import ArtifactError, ConfigError
+from roma_ray.errors import ConfigError
+from roma_ray.evaluation.benchmark_results import METRIC_COLUMNS, METRICS, RESPONSE_COLUMNS, RESPONSES, SUMMARY
 from roma_ray.evaluation.statistics import pair, summarise_values
 from roma_ray.questions.prompts import PromptBuilder
-from roma_ray.stages.preparation import load_tokenizer
-from roma_ray.store.artifacts import Stage, Store, fingerprint, read_manifest, write_json
-from roma_ray.store.files import read_json
+from roma_ray.store.artifacts import Stage, Store, fingerprint, write_json
 from roma_ray.versions import library_versions
 
 if TYPE_CHECKING:
@@ -43,29 +39,8 @@ if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
 VERSION = 3
-SUMMARY, METRICS, RESPONSES = "evaluation.json", "metrics.parquet", "responses.parquet"
 # lm-eval's own default, for examples drawn at random.
 _FEWSHOT_SEED = 1234
-_METRICS = pa.schema(
-    [
-        ("task", pa.string()),
-        ("doc", pa.int64()),
-        ("filter", pa.string()),
-        ("metric", pa.string()),
-        ("base", pa.float64()),
-        ("tuned", pa.float64()),
-    ]
-)
-_RESPONSES = pa.schema(
-    [
-        ("task", pa.string()),
-        ("doc", pa.int64()),
-        ("id", pa.string()),
-        ("target", pa.string()),
-        ("base", pa.list_(pa.string())),
-        ("tuned", pa.list_(pa.string())),
-    ]
-)
 
 
 @dataclass(frozen=True)
@@ -128,8 +103,8 @@ def judge(
         for name, found in results.items():
             write_json(stage.path / f"lm_eval_{name}.json", published(found, subject, wanted))
         rows = metric_rows(results, single, lm.tokens)
-        write_table(stage.path / METRICS, rows, _METRICS)
-        write_table(stage.path / RESPONSES, response_rows(results), _RESPONSES)
+        write_table(stage.path / METRICS, rows, METRIC_COLUMNS)
+        write_table(stage.path / RESPONSES, response_rows(results), RESPONSE_COLUMNS)
         summary = {
             "model": model_facts(config, subject),
             "tasks": task_figures(rows, single, pins, results),
@@ -270,7 +245,7 @@ def metric_rows(
 
     `tokens`: those of each continuation, by (context, continuation).
     """
-    rows: dict[str, list[Any]] = {name: [] for name in _METRICS.names}
+    rows: dict[str, list[Any]] = {name: [] for name in METRIC_COLUMNS.names}
     for task, samples in results["base"]["samples"].items():
         others = results["tuned"]["samples"][task] if "tuned" in results else [None] * len(samples)
         for sample, other in zip(samples, others, strict=True):
@@ -287,7 +262,7 @@ def metric_rows(
 
 def response_rows(results: Mapping[str, Mapping[str, Any]]) -> dict[str, list[Any]]:
     """What the models answered to each question: choices' log-likelihoods, or a text."""
-    rows: dict[str, list[Any]] = {name: [] for name in _RESPONSES.names}
+    rows: dict[str, list[Any]] = {name: [] for name in RESPONSE_COLUMNS.names}
     for task, samples in results["base"]["samples"].items():
         seen: set[int] = set()
         others = results["tuned"]["samples"][task] if "tuned" in results else [None] * len(samples)
@@ -362,31 +337,3 @@ def _values(
 
 def _figures(base: Sequence[float], tuned: Sequence[float], *, paired: bool) -> dict[str, Any]:
     return pair(base, tuned).plain() if paired else summarise_values(base)
-
-
-def read_benchmarks(folder: str | Path) -> dict[str, Any]:
-    """`evaluation.json` of a finished folder of benchmarks.
-
-    Keys: `model` {path, identity, dtype, adapter, adapter_identity, layers}; `tasks` {task: {pin, version, num_fewshot, metrics
-    {"metric,filter": n, base, base_stderr and, paired, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p (of
-    verdicts, else null), t_p (of other values, else null)}}};
-    `groups` {group: {pin, tasks, metrics}}; `guards`; `cost`; `versions` (that made it) and `other_versions` (sentences, where those
-    here are others). Raises ArtifactError.
-    """
-    path = Path(folder) / SUMMARY
-    try:
-        value: dict[str, Any] = read_json(path)
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{path} cannot be read: {error}; remove the folder and evaluate again") from None
-    return {**value, "other_versions": _other_versions(path.parent)}
-
-
-def _other_versions(folder: Path) -> list[str]:
-    """A sentence for each stage behind a folder of benchmarks that other library versions than those here made."""
-    found = []
-    with contextlib.suppress(ArtifactError):
-        asked = read_manifest(folder)["identity"]["inputs"].values()
-        stages = [Stage(folder, "benchmarks", {})]
-        stages += [Stage(folder.parents[1] / "requests" / name, "requests", {}) for name in asked]
-        found = [other for stage in stages if (other := stage.other_versions()) is not None]
-    return list(dict.fromkeys(found))

@@ -19,8 +19,8 @@ from lm_eval.models.utils import normalize_gen_kwargs
 from roma_ray.benchmarks.judged_model import Subject
 from roma_ray.benchmarks.requests import RequestAnswers, Scorable, Writable
 from roma_ray.borders.templates import chat_text
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.errors import ConfigError, ModelError
-from roma_ray.stages.preparation import load_tokenizer
 
 Ask = Callable[[str, Sequence[Scorable] | Sequence[Writable]], RequestAnswers]
 """(`loglikelihood` or `generate_until`, requests) -> answers of all judged models."""

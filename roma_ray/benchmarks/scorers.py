@@ -313,7 +313,7 @@ def load_writer(subject: Subject) -> Writer:
     """Load a subject whole, with its tokenizer and generation settings. Raises ModelError, CheckpointError, GuardError."""
     from transformers import GenerationConfig
 
-    from roma_ray.stages.preparation import load_tokenizer
+    from roma_ray.engine.tokenizer import load_tokenizer
 
     spec = subject.model
     tokenizer = load_tokenizer(spec.path, spec.revision)

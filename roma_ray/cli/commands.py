@@ -260,8 +260,9 @@ def evaluate(
     check_place(summary_path)
     check_judged(config, names, adapter, data_dir)
     in_use(config)
-    from roma_ray.benchmarks.judge import Wanted, read_benchmarks
+    from roma_ray.benchmarks.judge import Wanted
     from roma_ray.cli.judging import evaluate_tasks, print_benchmarks
+    from roma_ray.evaluation.benchmark_results import read_benchmarks
     from roma_ray.store.artifacts import write_json
 
     wanted = Wanted(names, data_dir, num_fewshot, limit, apply_chat_template, allow_code)

@@ -7,20 +7,20 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from roma_ray.benchmarks.judge import Wanted, judge, read_benchmarks
+from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import Subject, resolve_subject
 from roma_ray.cluster.ray_runners import open_place
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import read_table
+from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.setup import save_config
+from roma_ray.evaluation.benchmark_results import read_benchmarks
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.measures import figure_cells, form_of
 from roma_ray.evaluation.run_comparison import compare_columns, open_columns
 from roma_ray.figures.comparison_page import FORMATS, render
 from roma_ray.runs.pipeline import run as run_pipeline
 from roma_ray.stages.finetuning import ADAPTER
-from roma_ray.stages.preparation import TABLE
 from roma_ray.store.artifacts import MANIFEST, Store, read_manifest, write_text
 from roma_ray.store.files import exists
 from roma_ray.terminal import open_progress, print_table, say

@@ -24,10 +24,10 @@ from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
-from roma_ray.stages.extraction import ROWS
 from roma_ray.store.artifacts import read_manifest
 from roma_ray.store.tensors import DAMAGED, check_extent, mapped
 
+ROWS = "rows.parquet"
 _REMEDY = "remove the extraction folder and run again to rebuild it"
 
 

@@ -21,14 +21,13 @@ from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.question_table import read_prompts, write_table
+from roma_ray.engine.question_table import TABLE, read_prompts, write_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.work import Job, Report
 from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
-from roma_ray.stages.preparation import TABLE
 from roma_ray.store.artifacts import note_device
 from roma_ray.store.files import read_json
 from roma_ray.store.tensors import write_tensors

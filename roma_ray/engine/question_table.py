@@ -14,6 +14,7 @@ from roma_ray.store.tables import read_table, rows_of
 from roma_ray.store.tables import table_facts as table_facts
 from roma_ray.store.tables import write_table as write_table
 
+TABLE = "questions.parquet"
 QUESTIONS = pa.schema(
     [
         ("row", pa.int64()),

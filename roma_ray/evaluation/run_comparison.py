@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
-from roma_ray.benchmarks.judge import METRICS, read_benchmarks
 from roma_ray.borders.text import printable
 from roma_ray.config.loading import read_settings
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.setup import CONFIG
 from roma_ray.errors import ArtifactError, ConfigError, GuardError
+from roma_ray.evaluation.benchmark_results import METRICS, read_benchmarks
 from roma_ray.evaluation.results_file import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
 from roma_ray.store.artifacts import Stage, Store, read_manifest

@@ -12,13 +12,12 @@ from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.runs import method_stage, other_versions, read_failure, run_methods, seeds_of
 from roma_ray.engine.observers import UNOBSERVED, ComparisonObserver
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import read_prompts
+from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, make
 from roma_ray.evaluation.method_table import Entry, compare_methods
 from roma_ray.runs.pipeline import locate, run
-from roma_ray.stages.preparation import TABLE
 from roma_ray.store.artifacts import Stage, comparison_identity, write_json
 
 VERSION = 3

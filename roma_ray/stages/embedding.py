@@ -19,7 +19,7 @@ from roma_ray.engine.batches import chunks
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import read_table, rows_of, write_table
+from roma_ray.engine.question_table import TABLE, read_table, rows_of, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup, model_identity, resolve_path
 from roma_ray.engine.steps import Facts, Step
@@ -28,7 +28,7 @@ from roma_ray.errors import ArtifactError, EmbeddingError
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.questions.prompts import embedding_text
 from roma_ray.questions.records import Question
-from roma_ray.stages.preparation import QUESTIONS, TABLE
+from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, note_device, write_json
 from roma_ray.store.files import exists, read_json
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors

@@ -17,12 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from roma_ray.engine.batches import plan_batches
+from roma_ray.engine.cache import ROWS
 from roma_ray.engine.checks import worst_of
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import matrix, read_prompts, read_table, table_facts
+from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -31,14 +32,13 @@ from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ModelError, StorageError
 from roma_ray.questions.prompts import Prompt
 from roma_ray.stages.failed_questions import failed_rows, refuse, too_many
-from roma_ray.stages.preparation import QUESTIONS, TABLE
+from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, read_manifest, write_json
 from roma_ray.store.files import exists, free_bytes, listed, remove_folder
 from roma_ray.store.scratch import ScratchArray
 from roma_ray.store.tables import write_parts
 
 VERSION = 2
-ROWS = "rows.parquet"
 # Rows of one row group: 64 MB of routing rows at 16 layers of 64 experts.
 _ROWS_AT_ONCE = 16_384
 

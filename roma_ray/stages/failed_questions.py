@@ -15,7 +15,7 @@ import torch
 
 from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
 from roma_ray.engine.forward import lay_out
-from roma_ray.engine.question_table import read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.work import Executor, Job, Report
@@ -23,7 +23,6 @@ from roma_ray.errors import ModelError, RomaError
 from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.packing import Packing
 from roma_ray.moe.passes import run_packed
-from roma_ray.stages.preparation import TABLE
 from roma_ray.store.artifacts import Stage, write_json
 from roma_ray.store.files import exists, read_json, remove
 

@@ -16,13 +16,13 @@ import torch
 
 from roma_ray.borders.text import figure
 from roma_ray.config.schema import FinetuneConfig
-from roma_ray.engine.cache import States, open_states
+from roma_ray.engine.cache import ROWS, States, open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.objective import TrainingData, is_idle
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import matrix, read_prompts, read_table, table_facts, write_table
+from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.runners import Runners, Trainer
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -33,9 +33,8 @@ from roma_ray.errors import QuestionError
 from roma_ray.moe.adapters import save_adapter
 from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
-from roma_ray.stages.extraction import EXTRACT, ROWS
+from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighborhoods import NEIGHBORS, read_neighborhoods, usable_rows
-from roma_ray.stages.preparation import TABLE
 from roma_ray.store.artifacts import Stage, note_device, write_json, write_text
 from roma_ray.store.files import exists, read_json, remove
 from roma_ray.store.logs import append_line, whole_lines

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from roma_ray.engine.cache import ROWS
 from roma_ray.engine.identity import data_seed, neighbors_settings
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import read_table, write_table
+from roma_ray.engine.question_table import TABLE, read_table, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -23,8 +24,8 @@ from roma_ray.manifold.neighborhood_summary import NeighborSummary, summarise
 from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
 from roma_ray.manifold.search import TILE_SCORES
 from roma_ray.stages.embedding import EMBED, embedding_texts, read_embeddings
-from roma_ray.stages.extraction import EXTRACT, ROWS
-from roma_ray.stages.preparation import TABLE, training_rows
+from roma_ray.stages.extraction import EXTRACT
+from roma_ray.stages.preparation import training_rows
 from roma_ray.store.artifacts import Stage
 
 VERSION = 2

@@ -13,11 +13,12 @@ import pyarrow as pa
 from roma_ray.engine.cache import open_states
 from roma_ray.engine.identity import prompt_settings
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.scoring import Scores, plan_scoring, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
 from roma_ray.evaluation.measures import RULES, pair_measures
@@ -32,7 +33,6 @@ from roma_ray.stages.base_scores import base_scores, base_stage, scoring
 from roma_ray.stages.embedding import read_embeddings
 from roma_ray.stages.finetuning import ADAPTER, FINETUNE, epochs_of
 from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
-from roma_ray.stages.preparation import TABLE, load_tokenizer
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
 from roma_ray.store.files import read_json
 

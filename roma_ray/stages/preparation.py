@@ -16,12 +16,13 @@ from roma_ray.config.schema import QuestionsConfig, QuestionSource
 from roma_ray.engine.identity import data_seed, prompt_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import QUESTIONS as COLUMNS
-from roma_ray.engine.question_table import REJECTED, write_table
+from roma_ray.engine.question_table import REJECTED, TABLE, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
-from roma_ray.errors import ArtifactError, ConfigError, QuestionError
+from roma_ray.errors import ArtifactError, QuestionError
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
 from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
@@ -31,9 +32,7 @@ from roma_ray.store.artifacts import MANIFEST, Stage, Store, fingerprint, read_m
 from roma_ray.store.files import listed
 
 VERSION = 2
-TABLE, FAULTS = "questions.parquet", "rejected.parquet"
-# Every folder that a tokenizer can be loaded from has one of these files.
-_TOKENIZERS = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
+FAULTS = "rejected.parquet"
 
 
 def questions_settings(setup: Setup) -> dict[str, Any]:
@@ -143,23 +142,6 @@ def expected_sources(setup: Setup) -> tuple[SourceCount, ...] | None:
 def sources_of(stage: Stage) -> tuple[SourceCount, ...]:
     """How many questions each source of a finished stage gave to each part; empty for stages of older versions, which kept no counts."""
     return tuple(SourceCount.of(facts) for facts in stage.manifest()["facts"].get("sources", ()))
-
-
-def load_tokenizer(path: str, revision: str | None) -> Any:
-    """The model's own tokenizer. Raises ConfigError when there is none."""
-    from transformers import AutoTokenizer
-
-    folder = Path(path)
-    if folder.is_dir() and not any((folder / name).is_file() for name in _TOKENIZERS):
-        raise ConfigError(
-            f"{path} has no tokenizer (none of {', '.join(_TOKENIZERS)}): copy the tokenizer's files of the model that its "
-            "weights come from into the folder"
-        )
-    try:
-        # Say no explicitly: by default the library asks at the terminal whether remote code may run.
-        return AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"no tokenizer can be loaded from {path}: {str(error).splitlines()[0]}") from None
 
 
 def _sources(sources: Sequence[QuestionSource]) -> list[dict[str, Any]]:

@@ -9,14 +9,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
+from roma_ray.engine.cache import ROWS
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import matrix, read_table, table_facts
+from roma_ray.engine.question_table import TABLE, matrix, read_table, table_facts
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.errors import ArtifactError, ConfigError
 from roma_ray.moe.routing_json import RoutingEntry, write_routing_json
 from roma_ray.questions.records import LETTERS
-from roma_ray.stages.extraction import ROWS
-from roma_ray.stages.preparation import TABLE, load_tokenizer
 from roma_ray.store.artifacts import Stage
 
 _RULE = "Last1"

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from roma_ray.benchmarks.judge import SUMMARY, read_benchmarks
 from roma_ray.borders.addresses import mask
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import TrackingError
+from roma_ray.evaluation.benchmark_results import SUMMARY, read_benchmarks
 from roma_ray.evaluation.run_comparison import Comparison, plain
 from roma_ray.figures.comparison_page import FORMATS, render
 from roma_ray.store.artifacts import Stage, Store, fingerprint

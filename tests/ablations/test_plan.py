@@ -16,8 +16,8 @@ from roma_ray.ablations.plan import Plan, cost, count_questions, describe, make_
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
 from roma_ray.engine import hub
+from roma_ray.engine.question_table import TABLE
 from roma_ray.errors import ConfigError
-from roma_ray.stages.preparation import TABLE
 from roma_ray.store.artifacts import write_text
 from tests.tiny import save_tiny, tiny_moe
 from tests.world import make_questions

@@ -17,7 +17,7 @@ from lm_eval.models.huggingface import HFLM
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from roma_ray.benchmarks import tasks
-from roma_ray.benchmarks.judge import METRICS, RESPONSES, Wanted, configure, judge, read_benchmarks
+from roma_ray.benchmarks.judge import Wanted, configure, judge
 from roma_ray.benchmarks.judged_model import Subject, resolve_subject
 from roma_ray.benchmarks.requests import batch_file
 from roma_ray.benchmarks.scorers import load_scorer
@@ -25,12 +25,13 @@ from roma_ray.benchmarks.tasks import leaves, load_tasks
 from roma_ray.cli.judging import training_texts
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Report, Work, serial
 from roma_ray.errors import ArtifactError, ConfigError, GuardError, QuestionError
+from roma_ray.evaluation.benchmark_results import METRICS, RESPONSES, read_benchmarks
 from roma_ray.moe.adapters import read_adapter, write_adapter
 from roma_ray.moe.exporting import export_routers
 from roma_ray.questions.prompts import PromptBuilder
-from roma_ray.stages.preparation import load_tokenizer
 from roma_ray.store.artifacts import Stage, Store
 from tests.benchmarks.conftest import JudgeWorld
 

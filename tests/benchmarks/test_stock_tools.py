@@ -14,11 +14,12 @@ import pytest
 import yaml
 from safetensors import safe_open
 
-from roma_ray.benchmarks.judge import RESPONSES, Wanted, judge
+from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import resolve_subject
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.work import serial
+from roma_ray.evaluation.benchmark_results import RESPONSES
 from roma_ray.moe.exporting import export_routers
 from roma_ray.store.artifacts import Store
 from tests.benchmarks.conftest import JudgeWorld, write_rows

@@ -8,12 +8,13 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-from roma_ray.benchmarks.judge import METRICS, RESPONSES, Wanted, judge
+from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import resolve_subject
 from roma_ray.benchmarks.requests import ANSWERS, PLAN, REQUESTS
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.work import serial
+from roma_ray.evaluation.benchmark_results import METRICS, RESPONSES
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.store.artifacts import MANIFEST, Stage, Store
 from tests.chaos.scene import Scene

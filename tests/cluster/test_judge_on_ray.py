@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from roma_ray.benchmarks.judge import METRICS, RESPONSES, Wanted, judge
+from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import resolve_subject
 from roma_ray.benchmarks.requests import RequestWork
 from roma_ray.cluster.batch_actors import ray_executor
@@ -15,6 +15,7 @@ from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.work import Executor, Report, Work, serial
+from roma_ray.evaluation.benchmark_results import METRICS, RESPONSES
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.store.artifacts import Store

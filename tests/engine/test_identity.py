@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from roma_ray.config.loading import apply_override, parse_config
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import read_table
+from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import locate
 from roma_ray.errors import RomaError
@@ -26,7 +26,7 @@ from roma_ray.runs.pipeline import run
 from roma_ray.stages.finetuning import ADAPTER, epochs_of
 from roma_ray.stages.neighborhoods import PAIRS
 from roma_ray.stages.paired_evaluation import EVALUATE
-from roma_ray.stages.preparation import TABLE, training_rows
+from roma_ray.stages.preparation import training_rows
 from tests.world import make_world
 
 CLOZE = "questions.prompt.format=cloze"

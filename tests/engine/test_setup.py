@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from roma_ray.config.schema import ModelConfig
 from roma_ray.engine import setup as resolution
 from roma_ray.engine.setup import model_identity, resolve
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.errors import ConfigError, EmbeddingError, ModelError
 from roma_ray.moe.snapshot import open_snapshot
 from roma_ray.runs.pipeline import locate
 from roma_ray.stages.embedding import load_encoder
-from roma_ray.stages.preparation import QUESTIONS, load_tokenizer
+from roma_ray.stages.preparation import QUESTIONS
 from tests.making import made
 from tests.world import make_world
 

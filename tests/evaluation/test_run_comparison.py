@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from roma_ray.benchmarks.judge import _METRICS, METRICS, SUMMARY, group_figures, read_benchmarks
+from roma_ray.benchmarks.judge import group_figures
 from roma_ray.config.loading import load_config
 from roma_ray.engine.question_table import write_table
 from roma_ray.errors import ArtifactError, GuardError
+from roma_ray.evaluation.benchmark_results import METRIC_COLUMNS, METRICS, SUMMARY, read_benchmarks
 from roma_ray.evaluation.run_comparison import MACRO, Column, compare_columns, find_run, open_columns, plain
 from roma_ray.evaluation.statistics import bootstrap_interval, mcnemar
 from roma_ray.figures.comparison_page import render
@@ -164,7 +165,7 @@ def make_run(
         "base": [r[2] for r in rows],
         "tuned": [r[3] if tuned else None for r in rows],
     }
-    write_table(stage.path / METRICS, columns, _METRICS)
+    write_table(stage.path / METRICS, columns, METRIC_COLUMNS)
     pins = {"one": "p", "two": "p"}
     summary = {
         "tasks": {task: {"pin": pin} for task, pin in pins.items()},

@@ -115,9 +115,8 @@ def activations(folder: Path) -> Opened:
     """An activation shard and the index of its rows."""
     from safetensors.torch import save_file
 
-    from roma_ray.engine.cache import ActivationCache
+    from roma_ray.engine.cache import ROWS, ActivationCache
     from roma_ray.engine.extractor import batch_activations
-    from roma_ray.stages.extraction import ROWS
 
     columns = {"row": [0, 1], "batch": [0, 0], "offset": [0, 3], "tokens": [3, 2], "shard_tokens": [5, 5]}
     write_table(folder / ROWS, columns, pa.schema([(name, pa.int64()) for name in columns]), {"prefix": 0})

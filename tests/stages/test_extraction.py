@@ -11,18 +11,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.engine.cache import ActivationCache
+from roma_ray.engine.cache import ROWS, ActivationCache
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table, read_plan
 from roma_ray.engine.forward import own_tokens
-from roma_ray.engine.question_table import read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import locate
 from roma_ray.engine.work import serial
 from roma_ray.runs.pipeline import Run
-from roma_ray.stages.extraction import EXTRACT, ROWS, gather
+from roma_ray.stages.extraction import EXTRACT, gather
 from roma_ray.stages.finetuning import read_routing_rows
-from roma_ray.stages.preparation import QUESTIONS, TABLE
+from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage
 from tests.making import made
 from tests.progress import Told

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from roma_ray.config.schema import Config
 from roma_ray.engine.cache import open_states
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import read_prompts
+from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.scoring import score_rows
 from roma_ray.engine.setup import Setup, resolve
@@ -25,7 +25,7 @@ from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages import paired_evaluation
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.failed_questions import OriginWork
-from roma_ray.stages.preparation import QUESTIONS, TABLE
+from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage
 from tests.engine.test_streaming import max_layer_gb
 from tests.making import made

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from roma_ray.borders.text import with_error
 from roma_ray.config.schema import QuestionSource
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import LOCAL
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import complete
@@ -29,7 +29,7 @@ from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages.finetuning import ADAPTER, read_routing_rows
 from roma_ray.stages.neighborhoods import read_neighborhoods
 from roma_ray.stages.paired_evaluation import EVALUATE, by_task, evaluation_pin
-from roma_ray.stages.preparation import QUESTIONS, TABLE
+from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.stages.routing_change import describe_distance
 from roma_ray.stages.run_summary import result_rows, warnings_of
 from roma_ray.store.artifacts import Stage

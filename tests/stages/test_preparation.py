@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from roma_ray.config.schema import QuestionSource
-from roma_ray.engine.question_table import read_prompts
+from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.setup import resolve
 from roma_ray.questions import readers
 from roma_ray.questions.counts import describe_sources
@@ -54,7 +54,7 @@ def test_what_each_source_gives_is_counted_and_told(tmp_path: Path) -> None:
     stage = made(preparation.QUESTIONS, setup)
     assert preparation.sources_of(stage) == expected
     assert expected is not None
-    splits = Counter(prompt.split for prompt in read_prompts(stage.path / preparation.TABLE))
+    splits = Counter(prompt.split for prompt in read_prompts(stage.path / TABLE))
     for part in ("train", "validation", "test"):
         assert sum(getattr(count, part) for count in expected) == splits[part]
     lines = describe_sources(expected)

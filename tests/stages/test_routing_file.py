@@ -10,13 +10,12 @@ from click.testing import CliRunner
 
 from roma_ray.cli.commands import main
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import read_table
+from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ArtifactError, ConfigError
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import read_routing_rows
-from roma_ray.stages.preparation import TABLE
 from roma_ray.stages.routing_file import write_routing
 
 
