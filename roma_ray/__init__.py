@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from roma_ray.engine.added_term import ManifoldTerm, manifold_trainer, train_only_routers
     from roma_ray.manifold.losses import manifold_loss, neighbor_targets
     from roma_ray.manifold.neighbors import find_neighbors, successful_set
-    from roma_ray.moe.texts import routing_rows
+    from roma_ray.moe.text_routing import routing_rows
 
 __version__ = "0.1.0"
 
@@ -23,7 +23,7 @@ _HOMES = {
     "roma_ray.engine.added_term": ("ManifoldTerm", "manifold_trainer", "train_only_routers"),
     "roma_ray.manifold.losses": ("manifold_loss", "neighbor_targets"),
     "roma_ray.manifold.neighbors": ("find_neighbors", "successful_set"),
-    "roma_ray.moe.texts": ("routing_rows",),
+    "roma_ray.moe.text_routing": ("routing_rows",),
 }
 
 __all__ = [

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    from roma_ray.runs.pipeline import Run
 
 # Before any library reads them.
 os.environ.update(
@@ -39,3 +43,27 @@ def _own_storage(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.M
     for name in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     return folder
+
+
+@pytest.fixture(scope="session")
+def letter_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """One finished tiny run, shared by the tests that only read it."""
+    return _finished(tmp_path_factory.mktemp("letter"))
+
+
+@pytest.fixture(scope="session")
+def cloze_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The same of choices that are scored as continuations."""
+    root = tmp_path_factory.mktemp("cloze")
+    questions = {"sources": [{"path": str(root / "questions.jsonl")}], "prompt": {"format": "cloze"}}
+    return _finished(root, questions=questions, finetune={"task_loss": "vocabulary"})
+
+
+def _finished(root: Path, **sections: Any) -> Run:
+    # Heavy, and not wanted by most tests.
+    from roma_ray.engine.progress import Silence
+    from roma_ray.engine.setup import resolve
+    from roma_ray.runs.pipeline import run
+    from tests.world import make_world
+
+    return run(resolve(make_world(root, **sections)), Silence())

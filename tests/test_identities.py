@@ -19,7 +19,7 @@ from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import sweep_stage
 from roma_ray.baselines.method_registry import METHODS
-from roma_ray.baselines.runs import method_stage
+from roma_ray.baselines.method_runs import method_stage
 from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import resolve_subject
 from roma_ray.benchmarks.requests import PLAN, SCORED, batch_file

@@ -155,7 +155,9 @@ def _forbidden(found: Import) -> str | None:
 
 
 def test_every_room_has_its_place() -> None:
-    assert {room_of(file) for file in FILES} == set(MAY_IMPORT), "say in MAY_IMPORT (and ARCHITECTURE.md) whom the new room may import"
+    assert {room_of(file) for file in FILES} == set(MAY_IMPORT), (
+        "say in MAY_IMPORT (and ARCHITECTURE.md) whom the new room may import"
+    )
 
 
 def test_nobody_imports_whom_he_must_not() -> None:

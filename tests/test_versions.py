@@ -16,7 +16,7 @@ from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, WAITING, open_sweep, other_versions, prepare_shared
 from roma_ray.ablations.trial import TrialWork, do_trial
-from roma_ray.baselines.runs import run_methods
+from roma_ray.baselines.method_runs import run_methods
 from roma_ray.benchmarks.judge import Wanted, judge
 from roma_ray.benchmarks.judged_model import resolve_subject
 from roma_ray.config.loading import parse_config

@@ -13,7 +13,7 @@ from roma_ray.config.schema import Config
 
 
 @dataclass(frozen=True)
-class Column:
+class VariedSetting:
     """A factor of the space file, or a setting of its grids and samples that is no factor by itself."""
 
     name: str
@@ -51,20 +51,20 @@ class Column:
         return ", ".join(map(assigned, short_names(self.keys), map(level_name, values)))
 
 
-def columns(space: Space) -> tuple[Column, ...]:
+def columns(space: Space) -> tuple[VariedSetting, ...]:
     """Everything that the space file varies, in its order; settings that all its trials share are left out."""
     found = []
     for name, factor in space.file.one_at_a_time.items():
         changes = list(factor.changes())
         keys = tuple(dict.fromkeys(key for _, change in changes for key in change))
         levels = tuple((level, _changed(space.centre, keys, change)) for level, change in changes)
-        found.append(Column(name, keys, name, levels))
+        found.append(VariedSetting(name, keys, name, levels))
     single = {column.keys for column in found}
     others = dict.fromkeys(key for part in (*map(list, space.file.grid), list(space.file.sample)) for key in part)
     free = [key for key in others if (key,) not in single]
     names = dict(zip(free, short_names(free), strict=True))
     for key in free:
-        column = Column(names[key], (key,), None, ())
+        column = VariedSetting(names[key], (key,), None, ())
         if key in space.file.sample or len({str(column.values(trial.config)) for trial in space.trials}) > 1:
             found.append(column)
     return tuple(found)

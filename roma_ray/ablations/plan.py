@@ -191,7 +191,7 @@ def _on_finished(
 
 
 @dataclass(frozen=True)
-class Cost:
+class WorkLeft:
     """What is left to do, in forward passes of the whole model over all questions; seconds where they are known."""
 
     extraction: float
@@ -215,14 +215,14 @@ def count_questions(plan: Plan) -> Counts:
     }
 
 
-def cost(plan: Plan, known: Counts) -> Cost:
+def cost(plan: Plan, known: Counts) -> WorkLeft:
     """Estimate what the trials and stages that are not complete will take."""
     unfinished = [each.stages["extract"] for each in plan.trials if not each.complete]
     unfinished += [locate(EXTRACT, setup)["extract"] for setup in plan.later]
     extraction = float(len({stage.fingerprint for stage in unfinished if not stage.complete}))
     trials = sum(_passes(planned, known) for planned in plan.trials if not planned.complete)
     seconds = [stage.manifest()["seconds"] for _, stage in plan.stages("extract") if stage.complete]
-    return Cost(extraction, trials, (extraction + trials) * min(seconds) if seconds else None)
+    return WorkLeft(extraction, trials, (extraction + trials) * min(seconds) if seconds else None)
 
 
 def _passes(planned: Planned, known: Counts) -> float:

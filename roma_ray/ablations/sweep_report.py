@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from roma_ray.ablations import paper, sweep_tables
-from roma_ray.ablations.factors import Column, centre_text, columns
+from roma_ray.ablations.factors import VariedSetting, centre_text, columns
 from roma_ray.ablations.plan import describe_shared
 from roma_ray.ablations.space import CENTRE, grid_tag
 from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
@@ -140,7 +140,7 @@ def _factor_picture(sweep: Sweep, findings: Findings, factor: str, name: str, fo
 
 
 def _grid_picture(
-    members: Sequence[SettingResult], axes: Sequence[Column], findings: Findings, name: str, folder: Path
+    members: Sequence[SettingResult], axes: Sequence[VariedSetting], findings: Findings, name: str, folder: Path
 ) -> Picture | None:
     """A grid's figure: a line (or dots) of one setting, maps of two, curves of more."""
     if len(axes) not in (1, 2):
@@ -171,7 +171,7 @@ def _grid_picture(
 
 
 def _curves(
-    members: Sequence[SettingResult], axes: Sequence[Column], findings: Findings, name: str, folder: Path
+    members: Sequence[SettingResult], axes: Sequence[VariedSetting], findings: Findings, name: str, folder: Path
 ) -> Picture | None:
     """Validation accuracy over each setting that is a number, the others telling series apart; None where none is."""
     panels = []

@@ -28,7 +28,7 @@ Values = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
-class Value:
+class SeededMean:
     """A mean with two standard errors, over questions and over seeds, kept apart."""
 
     mean: float
@@ -39,15 +39,15 @@ class Value:
 
 
 @dataclass(frozen=True)
-class Finished:
+class FinishedTrial:
     """One finished trial's answers to the test questions."""
 
     trial: Trial
     judged: Judged
     base: Values
     tuned: Values
-    validation: Value
-    base_validation: Value
+    validation: SeededMean
+    base_validation: SeededMean
     validation_questions: int
     shares: Mapping[str, Any]
     """Which answers base and tuned model give, as `evaluation/shares.py` has them."""
@@ -99,14 +99,14 @@ class SettingResult:
     name: str
     centre: bool
     seeds: tuple[int, ...]
-    validation: Value
-    accuracy: Value
+    validation: SeededMean
+    accuracy: SeededMean
     gain: Compared
     """To the base model."""
     to_centre: Compared | None
     """None for the centre itself, and where the two were not asked the same questions."""
     gradient_ratio: float | None
-    finished: tuple[Finished, ...]
+    finished: tuple[FinishedTrial, ...]
     shifted: Mapping[str, str] = field(default_factory=dict)
     """Tasks whose difference to the centre lives in a shift between answers alone, with the sentence."""
 
@@ -138,15 +138,15 @@ class Findings:
         return next((result for result in self.results if result.centre), None)
 
     @property
-    def first(self) -> Finished:
+    def first(self) -> FinishedTrial:
         """Any trial: for what all of them share, the base model and the questions."""
         return (self.centre or self.results[0]).finished[0]
 
     @property
-    def base(self) -> Value:
+    def base(self) -> SeededMean:
         """The base model's accuracy on the test questions."""
         verdicts = self.first.base[self.first.measure]
-        return Value(accuracy(verdicts), standard_error(verdicts))
+        return SeededMean(accuracy(verdicts), standard_error(verdicts))
 
     @property
     def questions(self) -> int:
@@ -164,13 +164,13 @@ class Findings:
 
 def read_findings(sweep: Sweep) -> Findings | None:
     """The findings of the trials that are finished; None where there are none. Raises ArtifactError."""
-    groups: dict[str, list[Finished]] = {}
+    groups: dict[str, list[FinishedTrial]] = {}
     for state in sweep.having(DONE):
         groups.setdefault(state.trial.group, []).append(read_finished(state))
     return find(list(groups.values())) if groups else None
 
 
-def find(groups: Sequence[Sequence[Finished]]) -> Findings:
+def find(groups: Sequence[Sequence[FinishedTrial]]) -> Findings:
     """What the groups, each a setting's seeds, say together."""
     centre = next((group for group in groups if group[0].trial.centre), None)
     results = _corrected([_result(group, centre) for group in groups])
@@ -178,7 +178,7 @@ def find(groups: Sequence[Sequence[Finished]]) -> Findings:
     return Findings(tuple(results))
 
 
-def read_finished(state: State) -> Finished:
+def read_finished(state: State) -> FinishedTrial:
     """A finished trial's answers. Raises ArtifactError."""
     stages = state.planned.stages
     judged = read_judged(stages["evaluate"].path)
@@ -187,13 +187,13 @@ def read_finished(state: State) -> Finished:
     regularizer = state.planned.setup.config.finetune.regularizer
     asked = regularizer.kind != "none" and regularizer.weight != 0
     valid = evaluation["validation"]
-    return Finished(
+    return FinishedTrial(
         trial=state.trial,
         judged=judged,
         base=judged.values("base"),
         tuned=judged.values("tuned"),
-        validation=Value(valid["tuned_accuracy"], valid["tuned_stderr"]),
-        base_validation=Value(valid["base_accuracy"], valid["base_stderr"]),
+        validation=SeededMean(valid["tuned_accuracy"], valid["tuned_stderr"]),
+        base_validation=SeededMean(valid["base_accuracy"], valid["base_stderr"]),
         validation_questions=valid["n"],
         shares=evaluation["shares"],
         choices=_choices(stages["questions"].path / TABLE, tuple(judged.rows)),
@@ -212,11 +212,11 @@ def _choices(table: Path, rows: tuple[int, ...]) -> Sequence[Sequence[str]]:
     return found
 
 
-def _result(group: Sequence[Finished], centre: Sequence[Finished] | None) -> SettingResult:
+def _result(group: Sequence[FinishedTrial], centre: Sequence[FinishedTrial] | None) -> SettingResult:
     trial = group[0].trial
     verdicts = [f.tuned[f.measure] for f in group]
     ratios = [f.gradient_ratio for f in group if f.gradient_ratio is not None]
-    pairs: list[tuple[Finished, Finished]] = []
+    pairs: list[tuple[FinishedTrial, FinishedTrial]] = []
     if centre is not None and not trial.centre:
         of_seed = {f.trial.seed: f for f in centre}
         pairs = [(of_seed[f.trial.seed], f) for f in group if f.trial.seed in of_seed]
@@ -226,12 +226,12 @@ def _result(group: Sequence[Finished], centre: Sequence[Finished] | None) -> Set
         name=name,
         centre=trial.centre,
         seeds=tuple(f.trial.seed for f in group),
-        validation=Value(
+        validation=SeededMean(
             accuracy([f.validation.mean for f in group]),
             accuracy([f.validation.questions for f in group]),
             _over_seeds([f.validation.mean for f in group]),
         ),
-        accuracy=Value(
+        accuracy=SeededMean(
             accuracy(np.concatenate(verdicts)),
             standard_error(np.mean(verdicts, axis=0)),
             _over_seeds([accuracy(own) for own in verdicts]),
@@ -246,7 +246,7 @@ def _result(group: Sequence[Finished], centre: Sequence[Finished] | None) -> Set
     )
 
 
-def _compared(before: Sequence[Values], after: Sequence[Finished], measures: Sequence[str]) -> Compared:
+def _compared(before: Sequence[Values], after: Sequence[FinishedTrial], measures: Sequence[str]) -> Compared:
     """Differences of the means over seeds; `measures` are those that the former's answers are chosen by."""
     tasks = after[0].judged.asked.tasks
     names = [name for name in before[0] if all(name in values for values in (*before, *(f.tuned for f in after)))]
@@ -265,7 +265,7 @@ def _over_seeds(values: Sequence[float]) -> float | None:
     return standard_error(values) if len(values) > 1 else None
 
 
-def _shifted(pairs: Sequence[tuple[Finished, Finished]], name: str) -> dict[str, str]:
+def _shifted(pairs: Sequence[tuple[FinishedTrial, FinishedTrial]], name: str) -> dict[str, str]:
     """Tasks whose difference to the centre lives in a shift between answers alone with every seed, each in a sentence."""
     if not pairs or any(a.pin != b.pin for a, b in pairs):
         return {}

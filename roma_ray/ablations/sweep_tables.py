@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.ablations import paper
-from roma_ray.ablations.factors import Column, columns
+from roma_ray.ablations.factors import VariedSetting, columns
 from roma_ray.ablations.space import CENTRE
 from roma_ray.ablations.sweep import DONE, Sweep
-from roma_ray.ablations.sweep_results import Compared, Findings, SettingResult, Value
+from roma_ray.ablations.sweep_results import Compared, Findings, SeededMean, SettingResult
 from roma_ray.borders.text import figure, with_error
 from roma_ray.evaluation.measures import MEASURES, ByTask
 from roma_ray.evaluation.statistics import Paired, p_value
@@ -22,7 +22,7 @@ SHIFTED = "†"
 _Cell = tuple[str, Callable[[SettingResult], str]]
 
 
-def percent(value: Value) -> str:
+def percent(value: SeededMean) -> str:
     """A fraction in percent with its error over questions."""
     return with_error(value.mean, value.questions)
 
@@ -35,7 +35,7 @@ def ranking(sweep: Sweep, findings: Findings) -> Table:
     return Table((*(c.name for c in varied), *(name for name, _ in shown)), rows, names=len(varied))
 
 
-def _settings(varied: Sequence[Column], result: SettingResult) -> tuple[str, ...]:
+def _settings(varied: Sequence[VariedSetting], result: SettingResult) -> tuple[str, ...]:
     return tuple(column.level(result.trial) for column in varied)
 
 
@@ -260,7 +260,7 @@ def write_csv_files(folder: Path, sweep: Sweep, findings: Findings) -> None:
 
 
 def _ranking_row(r: SettingResult) -> tuple[Any, ...]:
-    def of(value: Value) -> tuple[Any, ...]:
+    def of(value: SeededMean) -> tuple[Any, ...]:
         return _plain((value.mean, value.questions, value.seeds))
 
     def difference(compared: Compared) -> tuple[Any, ...]:

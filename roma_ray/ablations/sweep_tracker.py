@@ -15,7 +15,7 @@ from roma_ray.stages.paired_evaluation import SUMMARY
 from roma_ray.store.artifacts import Stage
 from roma_ray.store.files import exists
 from roma_ray.tracking import run_records
-from roma_ray.tracking.backend import RunState, Value
+from roma_ray.tracking.backend import MetricValue, RunState
 from roma_ray.tracking.delivery import Delivery
 
 SWEEP = "sweep"
@@ -96,7 +96,7 @@ class SweepTracker(Delivery, SweepObserver):
         if self.sweep is None:
             return
         at, folder = run_records.now(), self.sweep.stage.path
-        self._log_metrics(run, [Value(key, value, 0, at) for key, value in _facts(self.sweep).items()])
+        self._log_metrics(run, [MetricValue(key, value, 0, at) for key, value in _facts(self.sweep).items()])
         if exists(folder / PAGE) and self.status.get(SWEEP) != "RUNNING":
             for part in ("report.html", "report.md"):
                 self._upload(run, folder / part)
@@ -131,9 +131,9 @@ class SweepTracker(Delivery, SweepObserver):
                 self._upload(run, path, folder)
 
 
-def _once(values: Sequence[Value]) -> list[Value]:
+def _once(values: Sequence[MetricValue]) -> list[MetricValue]:
     """One value a key and step: both stages have their `seconds`, of which the finetuning's stands for the trial."""
-    found: dict[tuple[str, int], Value] = {}
+    found: dict[tuple[str, int], MetricValue] = {}
     for value in values:
         found.setdefault((value.key, value.step), value)
     return list(found.values())

@@ -39,7 +39,7 @@ def _ignore(amount: float, note: str = "") -> None:
 
 
 @dataclass(frozen=True)
-class Cost:
+class QuestionCost:
     """What one question costs."""
 
     flops: float
@@ -59,7 +59,7 @@ class Bench:
     successful_N: Tensor
     """S of eq. 2: bool [N]."""
     embeddings_NC: Tensor
-    trunk: Cost | None = None
+    trunk: QuestionCost | None = None
     """What the trunk costs a question, once it was measured."""
     advance: Callable[..., None] = _ignore
     """Receives progress."""

@@ -86,7 +86,7 @@ def report(config: Any, sweep: str | None) -> None:
         if given["config_path"]:
             raise click.UsageError("a sweep's configuration is in its space file: leave --config out")
         quiet_ray()
-        from roma_ray.cli.sweeps import report_sweep
+        from roma_ray.cli.sweeping import report_sweep
 
         report_sweep(sweep, given["overrides"], given["storage"])
         return
@@ -134,7 +134,7 @@ def tune(
         for config in {trial.config.model: trial.config for trial in loaded.trials}.values():
             check(config)
     quiet_ray()
-    from roma_ray.cli.sweeps import say_what, tune_space
+    from roma_ray.cli.sweeping import say_what, tune_space
 
     if dry_run:
         say_what(loaded)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from roma_ray.baselines.runs import MethodsWork, note_failure
+from roma_ray.baselines.method_runs import MethodsWork, note_failure
 from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.work import Executor, Report, Work

@@ -13,7 +13,7 @@ from roma_ray.cluster.ray_baselines import baselines_on_ray
 from roma_ray.cluster.ray_cluster import Cluster, open_cluster
 from roma_ray.cluster.ray_training import finetune_on_ray
 from roma_ray.config.schema import Config
-from roma_ray.engine.backends import measure_backends
+from roma_ray.engine.expert_backends import measure_backends
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners

@@ -7,7 +7,7 @@ from typing import Any
 
 from roma_ray.config.loading import load_config
 from roma_ray.doctor.check import Check
-from roma_ray.engine.checks import read_checks, worst_of
+from roma_ray.engine.kept_selfchecks import read_checks, worst_of
 from roma_ray.engine.setup import ModelSpec, resolve_model
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.errors import RomaError

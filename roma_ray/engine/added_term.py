@@ -16,7 +16,7 @@ from roma_ray.errors import ConfigError, ModelError
 from roma_ray.manifold.losses import NeighborTargets, manifold_loss
 from roma_ray.moe.reading import RoutingTape, read_routing
 from roma_ray.moe.routers import router_parameters
-from roma_ray.moe.texts import chosen_routers, mean_rows, prompt_positions
+from roma_ray.moe.text_routing import chosen_routers, mean_rows, prompt_positions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, Trainer

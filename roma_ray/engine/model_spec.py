@@ -81,7 +81,7 @@ class ModelSpec:
                 with_lm_head=with_lm_head,
             )
             if self.checks:
-                from roma_ray.engine.checks import ensure_checked
+                from roma_ray.engine.kept_selfchecks import ensure_checked
 
                 ensure_checked(part, self.checks)
         return part

@@ -113,12 +113,12 @@ def resolve_model(
     fixed = "eager" if backend == "auto" else backend
     spec = ModelSpec(path, revision, dtype, fixed, config.model.attention, chosen, config.threads)
     if stored.routed and backend == "auto" and chosen == "cuda":
-        from roma_ray.engine.backends import kept_backend, measure_backends
+        from roma_ray.engine.expert_backends import kept_backend, measure_backends
 
         kept = kept_backend(Store(config.storage), identity, spec, measure or measure_backends)
         spec = dataclasses.replace(spec, experts_backend=kept)
     if stored.routed:
-        from roma_ray.engine.checks import checks_folder
+        from roma_ray.engine.kept_selfchecks import checks_folder
 
         place = Store(config.storage).root / checks_folder({"model": identity, **spec.numeric_identity()})
         spec = dataclasses.replace(spec, checks=str(place))

@@ -34,7 +34,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Column:
+class ComparedModel:
     """One judged model: the value of each question by (task, metric)."""
 
     label: str
@@ -103,7 +103,7 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
     return found[0]
 
 
-def read_column(name: str, folder: Path, which: str) -> Column:
+def read_column(name: str, folder: Path, which: str) -> ComparedModel:
     """The base's or the tuned model's values of a finished evaluation. Raises ArtifactError, also where it is damaged."""
     manifest = read_manifest(folder)
     stage, configured = manifest["stage"], ""
@@ -131,10 +131,10 @@ def read_column(name: str, folder: Path, which: str) -> Column:
         if value is None:
             raise ArtifactError(f"{folder} has no tuned model: compare its base, {name}{_BASE}")
         values.setdefault(key, {})[question] = float(value)
-    return Column(name, values, pins, configured)
+    return ComparedModel(name, values, pins, configured)
 
 
-def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], str | None]) -> list[Column]:
+def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], str | None]) -> list[ComparedModel]:
     """The columns of the named runs; a single run is compared with its own base. Raises ArtifactError."""
     wanted = [f"{names[0]}{_BASE}", *names] if len(names) == 1 and not names[0].endswith(_BASE) else list(names)
     if len(names) == 1 and (len(wanted) == 1 or not has_tuned(find_run(names[0], store, look_up))):
@@ -154,7 +154,7 @@ def open_columns(names: Sequence[str], store: Store, look_up: Callable[[str], st
     return _named(columns, folders)
 
 
-def _named(columns: Sequence[Column], folders: Sequence[Path]) -> list[Column]:
+def _named(columns: Sequence[ComparedModel], folders: Sequence[Path]) -> list[ComparedModel]:
     """The columns headed by their runs' names where those are known; equal ones are told apart by the fingerprint."""
     labels = []
     for column, folder in zip(columns, folders, strict=True):
@@ -190,7 +190,7 @@ def has_tuned(folder: Path) -> bool:
     return read_benchmarks(folder)["model"]["adapter"] is not None
 
 
-def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = False) -> Comparison:
+def compare_columns(columns: Sequence[ComparedModel], *, allow_different_pins: bool = False) -> Comparison:
     """Compare all columns with the first: one row for every benchmark that any run has.
 
     Raises GuardError when the first run shares no benchmark with the others, or runs have one with different pins.
@@ -214,12 +214,12 @@ def compare_columns(columns: Sequence[Column], *, allow_different_pins: bool = F
     return Comparison(tuple(c.label for c in columns), (*rows, *(m for m in averages if m is not None)))
 
 
-def _other_pin(key: tuple[str, str], column: Column, columns: Sequence[Column]) -> bool:
+def _other_pin(key: tuple[str, str], column: ComparedModel, columns: Sequence[ComparedModel]) -> bool:
     """Whether a column's questions, prompts or metric are others than those of the first that has the benchmark."""
     return column.pins[key[0]] != next(c for c in columns if key in c.values).pins[key[0]]
 
 
-def _row(key: tuple[str, str], columns: Sequence[Column]) -> Row:
+def _row(key: tuple[str, str], columns: Sequence[ComparedModel]) -> Row:
     reference = columns[0].values.get(key)
     cells: list[Cell | None] = []
     for column in columns:
@@ -247,7 +247,7 @@ def _paired(one: Mapping[Any, float], other: Mapping[Any, float], label: str) ->
     return np.array([one[q] for q in one]), np.array([other[q] for q in one])
 
 
-def _macro(metric: str, keys: Sequence[tuple[str, str]], columns: Sequence[Column]) -> Row | None:
+def _macro(metric: str, keys: Sequence[tuple[str, str]], columns: Sequence[ComparedModel]) -> Row | None:
     """Unweighted mean over the tasks that all columns have under one pin; None for fewer than two."""
     keys = [key for key in keys if all(key in c.values and c.pins[key[0]] == columns[0].pins[key[0]] for c in columns)]
     if len(keys) < 2:

@@ -22,7 +22,7 @@ _ITERATIONS = 500
 
 
 @dataclass(frozen=True)
-class Layout:
+class PlaneLayout:
     """Points in the plane [N, 2] and how they were made: `t-SNE` or `PCA`."""
 
     points: np.ndarray
@@ -35,14 +35,14 @@ def draw_rows(count: int, generator: torch.Generator, most: int = MOST_QUESTIONS
     return rows
 
 
-def lay_out(features_NC: np.ndarray, seed: int) -> Layout:
+def lay_out(features_NC: np.ndarray, seed: int) -> PlaneLayout:
     """Lay rows out in the plane with t-SNE (Euclidean, one thread, fixed seed); by principal components where they are too few.
 
     UMAP would do as well, but compiles itself for a minute in every process.
     """
     points = np.asarray(features_NC, dtype=np.float64)
     if len(points) < _FEWEST_FOR_TSNE:
-        return Layout(_principal(points), "PCA")
+        return PlaneLayout(_principal(points), "PCA")
     # scikit-learn costs seconds to import, which reports of few questions do not need.
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits
@@ -57,7 +57,7 @@ def lay_out(features_NC: np.ndarray, seed: int) -> Layout:
     )
     # Sums of several threads have no order.
     with threadpool_limits(1):
-        return Layout(np.asarray(tsne.fit_transform(points.astype(np.float32))), "t-SNE")
+        return PlaneLayout(np.asarray(tsne.fit_transform(points.astype(np.float32))), "t-SNE")
 
 
 def _principal(points: np.ndarray) -> np.ndarray:
@@ -78,7 +78,7 @@ def _spread(start: np.ndarray, seed: int) -> np.ndarray:
 
 
 @styled
-def task_maps(maps: Mapping[str, Layout], tasks: Sequence[str], silhouettes: Mapping[str, float | None]) -> Figure:
+def task_maps(maps: Mapping[str, PlaneLayout], tasks: Sequence[str], silhouettes: Mapping[str, float | None]) -> Figure:
     """One panel a space, in the order given, the same questions in each, coloured by task.
 
     `silhouettes` are printed with the panels: they, not the eye, say whether tasks are apart.

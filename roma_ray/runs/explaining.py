@@ -42,7 +42,7 @@ _NO_SETTING = object()
 
 
 @dataclass(frozen=True)
-class Told:
+class StageReport:
     """One stage of a run as it stands."""
 
     stage: Stage
@@ -57,7 +57,7 @@ class Told:
     note: str = ""
 
 
-def explain(setup: Setup) -> list[Told]:
+def explain(setup: Setup) -> list[StageReport]:
     """Every stage of a run in their order. Raises QuestionError when a question file is gone."""
     planned = locate(setup)
     found = [_look(stage) for stage in planned.values()]
@@ -67,21 +67,21 @@ def explain(setup: Setup) -> list[Told]:
     return [_complete(told.stage) if told.state == RELEASED else told for told in found]
 
 
-def _look(stage: Stage) -> Told:
+def _look(stage: Stage) -> StageReport:
     if not stage.complete:
         state = BEGUN if exists(stage.path) else ABSENT
         return _compared(stage, state, list(manifests(stage)))
     try:
         manifest = stage.manifest()
     except ArtifactError as error:
-        return Told(stage, DAMAGED, note=str(error))
+        return StageReport(stage, DAMAGED, note=str(error))
     if manifest.get("released"):
-        return Told(stage, RELEASED, stage.fingerprint, (), *_cost(manifest))
+        return StageReport(stage, RELEASED, stage.fingerprint, (), *_cost(manifest))
     return _complete(stage)
 
 
-def _complete(stage: Stage) -> Told:
-    return Told(stage, COMPLETE, note=stage.other_versions() or "")
+def _complete(stage: Stage) -> StageReport:
+    return StageReport(stage, COMPLETE, note=stage.other_versions() or "")
 
 
 def manifests(stage: Stage) -> Iterator[dict[str, Any]]:
@@ -91,14 +91,14 @@ def manifests(stage: Stage) -> Iterator[dict[str, Any]]:
             yield read_manifest(path.parent)
 
 
-def _compared(stage: Stage, state: str, others: Sequence[Mapping[str, Any]]) -> Told:
+def _compared(stage: Stage, state: str, others: Sequence[Mapping[str, Any]]) -> StageReport:
     """The stage beside the one of the others that differs least; of equals the one that was finished last."""
     if not others:
-        return Told(stage, state)
+        return StageReport(stage, state)
     ranked = [(differences(other["identity"], stage.identity, stage.name), other) for other in others]
     fewest = min(len(found) for found, _ in ranked)
     found, nearest = max(((f, o) for f, o in ranked if len(f) == fewest), key=lambda pair: str(pair[1].get("finished")))
-    return Told(stage, state, str(nearest["fingerprint"]), tuple(found), *_cost(nearest))
+    return StageReport(stage, state, str(nearest["fingerprint"]), tuple(found), *_cost(nearest))
 
 
 def _cost(manifest: Mapping[str, Any]) -> tuple[float, int]:
@@ -164,7 +164,7 @@ def _shown(value: Any) -> str:
     return "not set" if value is _NO_SETTING else printable(value, 60)
 
 
-def described(told: Sequence[Told]) -> list[str]:
+def described(told: Sequence[StageReport]) -> list[str]:
     """What `roma-ray explain` prints: no line is longer than a terminal of 80 columns."""
     lines = []
     for one in told:
@@ -184,7 +184,7 @@ def described(told: Sequence[Told]) -> list[str]:
     return [*lines, *_wrapped(_whole(told), indent=0)]
 
 
-def _whole(told: Sequence[Told]) -> str:
+def _whole(told: Sequence[StageReport]) -> str:
     damaged = [one.stage.name for one in told if one.state == DAMAGED]
     if damaged:
         return f"damaged: {', '.join(damaged)}; a run stops there until its folder is removed"

@@ -9,7 +9,7 @@ from typing import Any
 
 from roma_ray.baselines.contract import budget
 from roma_ray.baselines.method_registry import METHODS
-from roma_ray.baselines.runs import method_stage, other_versions, read_failure, run_methods, seeds_of
+from roma_ray.baselines.method_runs import method_stage, other_versions, read_failure, run_methods, seeds_of
 from roma_ray.engine.observers import UNOBSERVED, ComparisonObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_prompts

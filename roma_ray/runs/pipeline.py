@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from roma_ray.baselines.runs import method_stage
+from roma_ray.baselines.method_runs import method_stage
 from roma_ray.engine import steps
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.observers import NOBODY, RunObserver

@@ -18,10 +18,10 @@ import pyarrow.compute as pc
 
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.cache import ROWS
-from roma_ray.engine.checks import worst_of
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.identity import answer_rule
+from roma_ray.engine.kept_selfchecks import worst_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts
 from roma_ray.engine.runners import Runners

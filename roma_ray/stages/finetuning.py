@@ -171,7 +171,7 @@ def finetune_identity(setup: Setup) -> dict[str, Any]:
     }
 
 
-def tune(job: Job, runners: Runners, progress: Progress) -> Facts:
+def finetune_routers(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Finetune the routers and export them; the runners' `on_epoch` hears of each epoch once its record is on disk.
 
     Raises TrainingError, CacheError, StorageError.
@@ -263,7 +263,7 @@ FINETUNE = Step(
     VERSION,
     (EXTRACT, NEIGHBORS),
     finetune_identity,
-    tune,
+    finetune_routers,
     reads_states=True,
     shown=((ADAPTER, "adapter"), (EPOCHS, None), (STEPS, None)),
 )

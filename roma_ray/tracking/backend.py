@@ -30,7 +30,7 @@ class Refused(Unavailable):
 
 
 @dataclass(frozen=True)
-class Value:
+class MetricValue:
     """One value of a metric; `time` in milliseconds since 1970."""
 
     key: str
@@ -106,7 +106,7 @@ class Backend:
         self,
         run: RunState,
         *,
-        metrics: Sequence[Value] = (),
+        metrics: Sequence[MetricValue] = (),
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:

@@ -28,11 +28,11 @@ from roma_ray.tracking.backend import (
     USER,
     Backend,
     Input,
+    MetricValue,
     OwnFault,
     Refused,
     RunState,
     Unavailable,
-    Value,
 )
 from roma_ray.tracking.deadline import Late, within
 
@@ -184,7 +184,7 @@ class Mlflow(Backend):
         self,
         run: RunState,
         *,
-        metrics: Sequence[Value] = (),
+        metrics: Sequence[MetricValue] = (),
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:

@@ -26,7 +26,7 @@ from roma_ray.stages.paired_evaluation import read_evaluation
 from roma_ray.stages.run_summary import result_rows
 from roma_ray.store.artifacts import Stage, fingerprint
 from roma_ray.store.logs import whole_lines
-from roma_ray.tracking.backend import COMMIT, USER, Input, Value
+from roma_ray.tracking.backend import COMMIT, USER, Input, MetricValue
 
 # Settings that may differ between two runs of one identity: where things are kept and shown.
 _NO_PARAMETERS = {"name", "storage", "tracking"}
@@ -57,9 +57,9 @@ def flat(value: Any, joint: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, value
 
 
-def stage_metrics(stage: Stage) -> list[Value]:
+def stage_metrics(stage: Stage) -> list[MetricValue]:
     """Every metric of a stage in its present state: of a complete one its facts, of a finetuning its epochs so far."""
-    found: list[Value] = []
+    found: list[MetricValue] = []
     at = finish_time(stage) if stage.complete else now()
     if stage.name == "finetune":
         found += _epoch_metrics(stage, at)
@@ -69,16 +69,16 @@ def stage_metrics(stage: Stage) -> list[Value]:
         if "selected_epoch" in facts:
             facts["selected_epoch"] += 1  # as the epochs' steps here count: from 1
         numbers = [(key, v) for key, v in flat(facts, "/") if isinstance(v, int | float) and not isinstance(v, bool)]
-        found += [Value(metric_name(key), float(value), 0, at) for key, value in numbers]
+        found += [MetricValue(metric_name(key), float(value), 0, at) for key, value in numbers]
     if stage.complete and stage.name == "finetune":
         found += _step_metrics(stage, at)
     if stage.complete and stage.name == "evaluate":
-        found += [Value(key, value, 0, at) for key, value in _layers(read_evaluation(stage)["diagnostics"])]
+        found += [MetricValue(key, value, 0, at) for key, value in _layers(read_evaluation(stage)["diagnostics"])]
         found += accuracies(stage)
     return found
 
 
-def accuracies(evaluation: Stage) -> list[Value]:
+def accuracies(evaluation: Stage) -> list[MetricValue]:
     """All comparisons: by split and task (`test/all/difference`), and by measure (`measures/gold_logp/micro/difference`)."""
     at = finish_time(evaluation)
     found = read_evaluation(evaluation)
@@ -91,14 +91,14 @@ def accuracies(evaluation: Stage) -> list[Value]:
         named += [(f"measures/{name}/{over}", figures[over]) for over in ("micro", "macro") if figures[over]]
     named.append(("validation", found["validation"]))
     return [
-        Value(f"{place}/{key}", float(number), 0, at)
+        MetricValue(f"{place}/{key}", float(number), 0, at)
         for place, figures in named
         for key, number in figures.items()
         if number is not None
     ]
 
 
-def headline(evaluation: Stage) -> list[Value]:
+def headline(evaluation: Stage) -> list[MetricValue]:
     """What a table of pipelines shows: the whole test comparison by every measure, and the difference of each task."""
     return [
         value
@@ -108,24 +108,24 @@ def headline(evaluation: Stage) -> list[Value]:
     ]
 
 
-def _epoch_metrics(stage: Stage, at: int) -> list[Value]:
+def _epoch_metrics(stage: Stage, at: int) -> list[MetricValue]:
     """The epochs so far, numbered from 1, at the time when each was reported."""
     records = {record["epoch"]: record for record in live_epochs(stage)}
     for line in whole_lines(stage.path / EPOCHS)[0]:
         record = json.loads(line)
         records[record["epoch"]] = {**records.get(record["epoch"], {}), **record}
     return [
-        Value(f"epoch/{key}", float(value), number + 1, round(1000 * record["time"]) if "time" in record else at)
+        MetricValue(f"epoch/{key}", float(value), number + 1, round(1000 * record["time"]) if "time" in record else at)
         for number, record in sorted(records.items())
         for key, value in record.items()
         if key not in {"epoch", "step", "time"}
     ]
 
 
-def _step_metrics(stage: Stage, at: int) -> list[Value]:
+def _step_metrics(stage: Stage, at: int) -> list[MetricValue]:
     table = read_table(stage.path / STEPS).to_pydict()
     return [
-        Value(f"step/{key}", value, step + 1, at)
+        MetricValue(f"step/{key}", value, step + 1, at)
         for key, values in table.items()
         if key != "step"
         for step, value in zip(table["step"], values, strict=True)

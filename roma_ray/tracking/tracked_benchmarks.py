@@ -18,7 +18,7 @@ from roma_ray.store.artifacts import Stage, Store, fingerprint
 from roma_ray.store.files import listed, write_text
 from roma_ray.store.scratch import scratch_folder
 from roma_ray.tracking import run_records
-from roma_ray.tracking.backend import Refused, RunState, Unavailable, Value, one_at_a_time
+from roma_ray.tracking.backend import MetricValue, Refused, RunState, Unavailable, one_at_a_time
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
 
 _STAGE, _RUN = "roma.stage", "roma.run"
@@ -65,7 +65,9 @@ class _Record(Delivery):
 
     def _write(self, name: str, run: RunState) -> None:
         at = run_records.now()
-        self._log_metrics(run, [Value(run_records.metric_name(k), float(v), 0, at) for k, v in self.values.items()])
+        self._log_metrics(
+            run, [MetricValue(run_records.metric_name(k), float(v), 0, at) for k, v in self.values.items()]
+        )
         for file in self.files:
             self._upload(run, file)
 

@@ -28,7 +28,7 @@ from roma_ray.store.artifacts import Stage, comparison_identity, fingerprint
 from roma_ray.store.files import write_text
 from roma_ray.store.scratch import scratch_folder
 from roma_ray.tracking import run_records
-from roma_ray.tracking.backend import NOTE, RunState, Value
+from roma_ray.tracking.backend import NOTE, MetricValue, RunState
 from roma_ray.tracking.delivery import Delivery
 
 PARENT = "baselines"
@@ -115,13 +115,15 @@ class ComparisonTracker(Delivery, ComparisonObserver):
             return
         summary = self.summary
         values = [
-            Value(f"{found['name']}/{key}", float(found[key]), 0, run_records.now())
+            MetricValue(f"{found['name']}/{key}", float(found[key]), 0, run_records.now())
             for found in summary["methods"]
             for key in ("accuracy", "difference")
             if "failure" not in found
         ]
         if summary["oracle"]:
-            values += [Value(f"oracle_and_control/{k}", v, 0, run_records.now()) for k, v in summary["oracle"].items()]
+            values += [
+                MetricValue(f"oracle_and_control/{k}", v, 0, run_records.now()) for k, v in summary["oracle"].items()
+            ]
         self._log_metrics(run, values)
         self._log_tags(run, {NOTE: table_text(summary), "pin": summary["pin"]})
         with scratch_folder() as folder:
@@ -146,7 +148,7 @@ def table_text(summary: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _seed_values(stage: Stage, number: int) -> list[Value]:
+def _seed_values(stage: Stage, number: int) -> list[MetricValue]:
     """Accuracy and facts of one seed, at the seed's number."""
     facts = stage.manifest()["facts"]
     right = read_answers(stage.path / ANSWERS, SPLIT).column("correct").to_pylist()
@@ -154,10 +156,10 @@ def _seed_values(stage: Stage, number: int) -> list[Value]:
     plain = [(key, value) for key, value in facts.items() if isinstance(value, int | float) and key != "seed"]
     plain += [(f"validation/{rate}", value) for rate, value in facts.get("trials", {}).items()]
     plain.append(("test/accuracy", sum(right) / len(right)))
-    return [Value(key, float(value), number, at) for key, value in plain]
+    return [MetricValue(key, float(value), number, at) for key, value in plain]
 
 
-def _row_values(summary: Mapping[str, Any], name: str) -> list[Value]:
+def _row_values(summary: Mapping[str, Any], name: str) -> list[MetricValue]:
     """What the table says of a method beyond its own facts."""
     found = next(row for row in summary["methods"] if row["name"] == name)
     keys = ("stderr", "difference", "difference_stderr", "seed_deviation")
@@ -166,4 +168,4 @@ def _row_values(summary: Mapping[str, Any], name: str) -> list[Value]:
         named |= {f"{name}/{key}": one["micro"][key] for key in ("tuned", "difference", "difference_stderr")}
     named |= {f"first_seed/{key}": value for key, value in found.get("first_seed", {}).items()}
     at = run_records.now()
-    return [Value(f"test/{key}", float(value), 0, at) for key, value in named.items()]
+    return [MetricValue(f"test/{key}", float(value), 0, at) for key, value in named.items()]

@@ -12,7 +12,7 @@ import yaml
 
 from roma_ray.ablations.space import Space, Trial, load_space
 from roma_ray.ablations.sweep import Sweep
-from roma_ray.ablations.sweep_results import Finished, Value
+from roma_ray.ablations.sweep_results import FinishedTrial, SeededMean
 from roma_ray.evaluation.measures import Asked
 from roma_ray.evaluation.results_file import Judged
 from roma_ray.evaluation.shares import answer_shares
@@ -50,7 +50,7 @@ def finished(
     gold: np.ndarray,
     tasks: Sequence[str] | None = None,
     validation: float = 0.57,
-) -> Finished:
+) -> FinishedTrial:
     """A trial with these scores [N, choices] of its base and tuned model."""
     count = len(gold)
     named = list(tasks or ["t"] * count)
@@ -59,13 +59,13 @@ def finished(
         range(count), tuple(f"q{n}" for n in range(count)), asked, {"base": base.tolist(), "tuned": tuned.tolist()}
     )
     choices = [[f"{n} {letter}" for letter in "abcd"] for n in range(count)]
-    return Finished(
+    return FinishedTrial(
         trial=trial,
         judged=judged,
         base=judged.values("base"),
         tuned=judged.values("tuned"),
-        validation=Value(validation, 0.035),
-        base_validation=Value(0.5, 0.036),
+        validation=SeededMean(validation, 0.035),
+        base_validation=SeededMean(0.5, 0.036),
         validation_questions=200,
         shares=answer_shares(judged.scores["base"], judged.scores["tuned"], asked, choices),
         choices=choices,

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from roma_ray.ablations.command import dry_run
 from roma_ray.ablations.plan import Plan, cost, count_questions, describe, make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import FAILED, open_sweep, prepare_shared
+from roma_ray.ablations.sweep_command import dry_run
 from roma_ray.engine import hub
 from roma_ray.engine.question_table import TABLE
 from roma_ray.errors import ConfigError
@@ -147,7 +147,7 @@ def test_a_dry_run_does_not_wait_for_a_hub_that_is_away(
         hub.check_model("nobody/nothing")
         thread.join()
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.delattr("roma_ray.ablations.command.make_plan")
+    monkeypatch.delattr("roma_ray.ablations.sweep_command.make_plan")
     told = dry_run(space)
     assert told[0].startswith("ablations: 35 trials")
     assert "not known without the model: allenai/OLMoE" in told[2]

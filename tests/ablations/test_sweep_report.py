@@ -9,14 +9,14 @@ import sys
 import pytest
 import yaml
 
-from roma_ray.ablations.command import Told, result
 from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import load_space
 from roma_ray.ablations.sweep import Sweep, keep_config, open_sweep, prepare_shared
+from roma_ray.ablations.sweep_command import SweepFindings, result
 from roma_ray.ablations.sweep_report import write_report
 from roma_ray.ablations.trial import TrialWork, here
 from roma_ray.cli.printing import setup_of_finished
-from roma_ray.cli.sweeps import print_sweep
+from roma_ray.cli.sweeping import print_sweep
 from roma_ray.config.loading import load_config
 from roma_ray.engine.progress import Silence
 from roma_ray.runs.pipeline import locate
@@ -74,7 +74,7 @@ def test_the_page_shows_every_setting_measure_task_and_answer(sweep: Sweep) -> N
     assert not any("idle" in line and "weight=0" in line for line in told(sweep).notes)
 
 
-def told(sweep: Sweep) -> Told:
+def told(sweep: Sweep) -> SweepFindings:
     found = result(sweep)
     assert found is not None
     return found

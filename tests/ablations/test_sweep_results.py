@@ -13,7 +13,7 @@ from scipy.stats import ttest_1samp
 from roma_ray.ablations import sweep_tables
 from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep_report import draw
-from roma_ray.ablations.sweep_results import Findings, Finished, find
+from roma_ray.ablations.sweep_results import Findings, FinishedTrial, find
 from roma_ray.ablations.sweep_words import headline, notes
 from roma_ray.evaluation.statistics import mcnemar, pair
 from tests.ablations.made import CHOICES, finished, scores_of, space_of, sweep_of
@@ -38,7 +38,7 @@ class Made:
 
     def trial(
         self, name: str, right: np.ndarray | None = None, scores: np.ndarray | None = None, **more: float
-    ) -> Finished:
+    ) -> FinishedTrial:
         found = next(trial for trial in self.space.trials if trial.name == name)
         answers = scores_of(self.right if right is None else right, self.gold, seed=1) if scores is None else scores
         return finished(found, answers, base=self.base, gold=self.gold, tasks=self.tasks, **more)
@@ -96,7 +96,7 @@ def test_several_seeds_average_each_question_first_and_have_an_error_of_their_ow
     )
 
 
-def told(made: Made, *others: Finished, centre: bool = True) -> str:
+def told(made: Made, *others: FinishedTrial, centre: bool = True) -> str:
     return headline(find([*([[made.trial("centre")]] if centre else []), *([f] for f in others)]))
 
 

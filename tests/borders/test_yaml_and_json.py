@@ -13,8 +13,8 @@ import yaml
 
 from roma_ray.ablations.space import load_space
 from roma_ray.borders.documents import MOST_CHARACTERS, check_nodes, first_repeated, load_yaml, read_text
+from roma_ray.config import loading
 from roma_ray.config.loading import apply_override, load_config, parse_config
-from roma_ray.config.schema import loading
 from roma_ray.errors import ConfigError
 from roma_ray.moe import routing_json
 from roma_ray.questions import jsonl

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 
 from roma_ray.baselines.bench import Bench
-from roma_ray.baselines.runs import MethodsWork, method_stage, read_failure
+from roma_ray.baselines.method_runs import MethodsWork, method_stage, read_failure
 from roma_ray.cluster.ray_baselines import baselines_on_ray
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.answers import ANSWERS

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from ray.air.execution._internal import event_manager
 
-from roma_ray.ablations.command import failures, result, revisit, summary
 from roma_ray.ablations.plan import make_plan
 from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, Sweep, open_sweep, run_sweep
+from roma_ray.ablations.sweep_command import failures, result, revisit, summary
 from roma_ray.ablations.sweep_observers import progress_of, table_of
 from roma_ray.ablations.sweep_report import write_report
 from roma_ray.ablations.sweep_tracker import SweepTracker

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from roma_ray.doctor.model import examine_model
-from roma_ray.engine.checks import read_checks
+from roma_ray.engine.kept_selfchecks import read_checks
 from roma_ray.engine.setup import ModelSpec
 from tests.tiny import save_tiny, tiny_moe
 

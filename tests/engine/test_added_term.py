@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 from roma_ray.engine.added_term import ManifoldTerm, manifold_trainer, train_only_routers
 from roma_ray.errors import ConfigError, ModelError
 from roma_ray.manifold.losses import NeighborTargets, manifold_loss
-from roma_ray.moe.texts import prompt_positions, routing_rows
+from roma_ray.moe.text_routing import prompt_positions, routing_rows
 from tests.tiny import tiny_moe
 
 PROMPTS = [[5, 6, 7, 8], [9, 10], [11, 12, 13, 14, 15, 16], [17, 18, 19]]

@@ -15,7 +15,7 @@ from roma_ray.config.loading import load_config
 from roma_ray.engine.question_table import write_table
 from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.evaluation.benchmark_results import METRIC_COLUMNS, METRICS, SUMMARY, read_benchmarks
-from roma_ray.evaluation.run_comparison import MACRO, Column, compare_columns, find_run, open_columns, plain
+from roma_ray.evaluation.run_comparison import MACRO, ComparedModel, compare_columns, find_run, open_columns, plain
 from roma_ray.evaluation.statistics import bootstrap_interval, mcnemar
 from roma_ray.figures.comparison_page import render
 from roma_ray.store.artifacts import Store, write_json
@@ -24,9 +24,9 @@ RNG = np.random.default_rng(0)
 VERDICTS = {name: {task: RNG.integers(0, 2, 60) for task in ("one", "two")} for name in ("a", "b")}
 
 
-def column(label: str, pins: dict[str, str] | None = None, tasks: tuple[str, ...] = ("one", "two")) -> Column:
+def column(label: str, pins: dict[str, str] | None = None, tasks: tuple[str, ...] = ("one", "two")) -> ComparedModel:
     values = {(t, "acc"): dict(enumerate(map(float, VERDICTS[label][t]))) for t in tasks}
-    return Column(label, values, pins or dict.fromkeys(tasks, "p"))
+    return ComparedModel(label, values, pins or dict.fromkeys(tasks, "p"))
 
 
 def test_figures_are_those_of_plain_formulas() -> None:
@@ -51,7 +51,7 @@ def test_figures_are_those_of_plain_formulas() -> None:
 def test_log_likelihoods_stand_beside_accuracies_and_the_configured_metric_is_marked() -> None:
     nats = {label: RNG.normal(-1.5, 0.2, 60) for label in ("a", "b")}
     columns = [
-        Column(
+        ComparedModel(
             label,
             {
                 ("one", "acc"): column(label).values["one", "acc"],
@@ -128,7 +128,7 @@ def test_a_benchmark_that_a_run_lacks_stands_in_every_form() -> None:
         assert [row["b score"] == "" for row in rows] == [True, False]
         assert plain(found)["a score"][0] == pytest.approx(VERDICTS["a"]["one"].mean())
     # Two runs with other questions are told apart where the first run has none too.
-    three = [column("a", tasks=("two",)), column("b"), Column("c", two.values, {"one": "q", "two": "p"})]
+    three = [column("a", tasks=("two",)), column("b"), ComparedModel("c", two.values, {"one": "q", "two": "p"})]
     with pytest.raises(GuardError, match=r"one \(c\)"):
         compare_columns(three)
     marked = compare_columns(three, allow_different_pins=True).rows[0].cells
@@ -136,7 +136,7 @@ def test_a_benchmark_that_a_run_lacks_stands_in_every_form() -> None:
 
 
 def test_the_forms_hold_the_same_figures() -> None:
-    found = compare_columns([column("a"), Column("<b|c>", column("b").values, column("b").pins)])
+    found = compare_columns([column("a"), ComparedModel("<b|c>", column("b").values, column("b").pins)])
     table = plain(found)
     rows = list(csv.DictReader(io.StringIO(render(found, "csv"))))
     assert [float(row["<b|c> difference"]) for row in rows] == table["<b|c> difference"]

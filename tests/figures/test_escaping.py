@@ -12,7 +12,7 @@ import pytest
 from markdown_it import MarkdownIt
 
 from roma_ray.borders.text import clean, printable
-from roma_ray.evaluation.run_comparison import Column, Comparison, compare_columns
+from roma_ray.evaluation.run_comparison import ComparedModel, Comparison, compare_columns
 from roma_ray.figures.comparison_page import render
 from roma_ray.figures.escaping import csv_text, markdown
 from tests.hostile import COMMANDS, DISGUISES, FORMULAS, MARKDOWN, MARKUP, SURROGATES, obeyed
@@ -24,7 +24,9 @@ def compared(name: str) -> Comparison:
     """A comparison of two runs on a task, both under this name."""
     generator = np.random.default_rng(0)
     values = [{n: float(v) for n, v in enumerate(generator.integers(0, 2, 20))} for _ in range(2)]
-    columns = [Column(f"{name}{n}" if n else name, {(name, "acc"): v}, {name: "pin"}) for n, v in enumerate(values)]
+    columns = [
+        ComparedModel(f"{name}{n}" if n else name, {(name, "acc"): v}, {name: "pin"}) for n, v in enumerate(values)
+    ]
     return compare_columns(columns)
 
 

@@ -149,7 +149,7 @@ def test_a_map_repeats_itself_and_takes_equal_rows() -> None:
 
 def test_maps_colour_the_largest_tasks_and_gather_the_rest() -> None:
     tasks = [f"task{n}" for n in range(14) for _ in range(15 - n)]
-    layout = projection.Layout(np.zeros((len(tasks), 2)), "PCA")
+    layout = projection.PlaneLayout(np.zeros((len(tasks), 2)), "PCA")
     figure = projection.task_maps({"a": layout, "b": layout}, tasks, {"a": 0.25, "b": None})
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names[0] == "2 other tasks"

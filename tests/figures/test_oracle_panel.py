@@ -6,7 +6,7 @@ import dataclasses
 import shutil
 from pathlib import Path
 
-from roma_ray.baselines.runs import run_methods
+from roma_ray.baselines.method_runs import run_methods
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.work import serial
 from roma_ray.figures.run_report import task_maps

@@ -13,7 +13,17 @@ from roma_ray.cli.commands import main
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.runs import explaining
-from roma_ray.runs.explaining import ABSENT, BEGUN, COMPLETE, DAMAGED, RELEASED, Told, described, differences, explain
+from roma_ray.runs.explaining import (
+    ABSENT,
+    BEGUN,
+    COMPLETE,
+    DAMAGED,
+    RELEASED,
+    StageReport,
+    described,
+    differences,
+    explain,
+)
 from roma_ray.runs.pipeline import STEPS, Run, run
 from roma_ray.store.artifacts import MANIFEST
 from tests.making import with_settings
@@ -33,11 +43,11 @@ def copied(finished: Run, tmp_path: Path) -> Setup:
     return resolve(finished.setup.config.model_copy(update={"storage": str(tmp_path / "storage")}))
 
 
-def states(told: list[Told]) -> dict[str, str]:
+def states(told: list[StageReport]) -> dict[str, str]:
     return {one.stage.name: one.state for one in told}
 
 
-def text(told: list[Told]) -> str:
+def text(told: list[StageReport]) -> str:
     """The lines as one, however they are wrapped."""
     return " ".join(" ".join(described(told)).split())
 
@@ -131,7 +141,7 @@ def test_the_lines_fit_and_hold_no_markup(finished: Run) -> None:
     there = json.loads(json.dumps(stage.identity))
     there["settings"]["prompt"]["format"] = "[red]\x1b[31m" + "long " * 60
     (difference,) = differences(there, stage.identity, "questions")
-    lines = described([Told(stage, ABSENT, "0" * 16, (difference,), 3.0, 4_000_000)])
+    lines = described([StageReport(stage, ABSENT, "0" * 16, (difference,), 3.0, 4_000_000)])
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in "".join(lines)
     assert "[red]" in "".join(lines)

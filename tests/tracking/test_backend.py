@@ -13,7 +13,7 @@ import roma_ray
 from roma_ray.config.schema import Config
 from roma_ray.evaluation.run_comparison import Cell, Comparison, Row
 from roma_ray.store.artifacts import Store
-from roma_ray.tracking.backend import Backend, OwnFault, RunState, Unavailable, Value
+from roma_ray.tracking.backend import Backend, MetricValue, OwnFault, RunState, Unavailable
 from roma_ray.tracking.delivery import Delivery
 from roma_ray.tracking.tracked_benchmarks import record_comparison
 
@@ -49,7 +49,7 @@ class Notebook(Backend):
         self,
         run: RunState,
         *,
-        metrics: Sequence[Value] = (),
+        metrics: Sequence[MetricValue] = (),
         params: Mapping[str, str] | None = None,
         tags: Mapping[str, str] | None = None,
     ) -> None:

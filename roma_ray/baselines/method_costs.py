@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from roma_ray.baselines.bench import Bench, Cost
+from roma_ray.baselines.bench import Bench, QuestionCost
 from roma_ray.engine.forward import lay_out
 from roma_ray.moe.passes import run_packed
 
@@ -35,7 +35,7 @@ def counted(rows: Sequence[int], answer: Callable[[Sequence[int]], object]) -> f
     return counter.get_total_flops() / len(sample)
 
 
-def trunk_cost(bench: Bench, rows: Sequence[int]) -> Cost:
+def trunk_cost(bench: Bench, rows: Sequence[int]) -> QuestionCost:
     """What lies below the tuned experts costs a question: paid by every method that starts from cached activations."""
     cut = bench.setup.cut
     sample = list(rows)[:SAMPLE]
@@ -50,4 +50,4 @@ def trunk_cost(bench: Bench, rows: Sequence[int]) -> Cost:
     run()
     started = time.monotonic()
     run()
-    return Cost(flops, (time.monotonic() - started) / len(sample))
+    return QuestionCost(flops, (time.monotonic() - started) / len(sample))

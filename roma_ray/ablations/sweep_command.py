@@ -90,7 +90,7 @@ def failures(sweep: Sweep) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Told:
+class SweepFindings:
     """The findings of the finished trials."""
 
     headline: str
@@ -100,13 +100,13 @@ class Told:
     notes: Sequence[str]
 
 
-def result(sweep: Sweep) -> Told | None:
+def result(sweep: Sweep) -> SweepFindings | None:
     """The sweep in sentences and tables; None where no trial is finished. Raises ArtifactError."""
     findings = read_findings(sweep)
     if findings is None:
         return None
     measures = list(sweep_tables.measure_tables(sweep, findings))
-    return Told(headline(findings), sweep_tables.ranking(sweep, findings), measures, notes(sweep, findings))
+    return SweepFindings(headline(findings), sweep_tables.ranking(sweep, findings), measures, notes(sweep, findings))
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:

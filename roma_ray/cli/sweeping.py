@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from roma_ray.ablations import command
+from roma_ray.ablations import sweep_command
 from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.ablations.sweep_report import PAGE, find_sweep_file
@@ -17,32 +17,34 @@ from roma_ray.terminal import LiveBoard, LiveProgress, open_progress, print_tabl
 
 def say_what(space: Space) -> None:
     """Print what a sweep would do; nothing starts."""
-    say("\n".join(command.dry_run(space)))
+    say("\n".join(sweep_command.dry_run(space)))
 
 
 def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: bool, summary_path: str | None) -> int:
     """Run what is missing of a sweep and print what it says; the exit code: 1 where a trial failed."""
     progress = open_progress(quiet)
     with LiveBoard(progress.console) if isinstance(progress, LiveProgress) else nullcontext() as board:
-        sweep = command.run(space, progress, board, address, stop_on_failure=stop_on_failure)
+        sweep = sweep_command.run(space, progress, board, address, stop_on_failure=stop_on_failure)
     if summary_path:
-        write_json(summary_path, command.summary(sweep))
+        write_json(summary_path, sweep_command.summary(sweep))
     print_sweep(sweep)
     if exists(sweep.stage.path / PAGE):
         say(f"report: {sweep.stage.path / PAGE}")
-    return 1 if command.failures(sweep) else 0
+    return 1 if sweep_command.failures(sweep) else 0
 
 
 def report_sweep(place: str, overrides: Sequence[str], storage: str | None) -> None:
     """Write and name the report of a sweep's trials as far as they are."""
-    sweep, page = command.revisit(load_space(find_sweep_file(place), overrides, storage), open_progress(quiet=False))
+    sweep, page = sweep_command.revisit(
+        load_space(find_sweep_file(place), overrides, storage), open_progress(quiet=False)
+    )
     print_sweep(sweep)
     say(f"report: {page}" if page else "no trial of this sweep is finished")
 
 
 def print_sweep(sweep: Sweep) -> None:
     """Print the ranking, every measure's differences, what they say, and what failed."""
-    found = command.result(sweep)
+    found = sweep_command.result(sweep)
     if found is not None:
         table = found.ranking
         title = f"{sweep.space.file.name}: settings by validation accuracy, ± standard error over questions"
@@ -54,5 +56,5 @@ def print_sweep(sweep: Sweep) -> None:
         for line in found.notes:
             say(f"note: {line}")
         say(found.headline)
-    for line in command.failures(sweep):
+    for line in sweep_command.failures(sweep):
         say(f"failed: {line}", error=True)

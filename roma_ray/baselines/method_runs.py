@@ -17,9 +17,9 @@ from typing import Any
 
 from torch import Tensor
 
-from roma_ray.baselines.bench import Bench, Cost, open_bench
+from roma_ray.baselines.bench import Bench, QuestionCost, open_bench
 from roma_ray.baselines.contract import Fitted, Method
-from roma_ray.baselines.costs import counted, trunk_cost
+from roma_ray.baselines.method_costs import counted, trunk_cost
 from roma_ray.baselines.method_registry import METHODS
 from roma_ray.engine.answers import ANSWERS, write_answers
 from roma_ray.engine.model_spec import set_threads
@@ -230,11 +230,11 @@ def _costs(bench: Bench, given: Bench, method: Method, fitted: Fitted, seed: int
     """Operations and time of one question; what starts from cached activations pays for the trunk too."""
     rows = bench.rows["test"]
     flops = counted(rows, lambda sample: method.predict(given, fitted, sample, seed))
-    trunk = Cost(0.0, 0.0) if method.runs_whole_model else _trunk(bench)
+    trunk = QuestionCost(0.0, 0.0) if method.runs_whole_model else _trunk(bench)
     return {"flops_per_question": flops + trunk.flops, "questions_per_second": 1 / (seconds + trunk.seconds)}
 
 
-def _trunk(bench: Bench) -> Cost:
+def _trunk(bench: Bench) -> QuestionCost:
     """The trunk's cost, measured once a process."""
     if bench.trunk is None:
         bench.trunk = trunk_cost(bench, bench.rows["test"])

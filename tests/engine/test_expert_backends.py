@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from roma_ray.engine.backends import CANDIDATES, backend_file, kept_backend, measure_backends
+from roma_ray.engine.expert_backends import CANDIDATES, backend_file, kept_backend, measure_backends
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.verification import verify_sample

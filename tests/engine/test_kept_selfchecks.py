@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from roma_ray.engine import checks
-from roma_ray.engine.checks import read_checks, worst_of
+from roma_ray.engine import kept_selfchecks
+from roma_ray.engine.kept_selfchecks import read_checks, worst_of
 from roma_ray.engine.setup import ModelSpec, resolve
 from tests.world import make_world
 
@@ -27,8 +27,8 @@ def test_a_slice_is_checked_once_and_the_figures_are_kept(model: ModelSpec, monk
     def never(part: object) -> None:
         raise AssertionError("these layers were checked before")
 
-    monkeypatch.setattr(checks, "check_slice", never)
-    monkeypatch.setattr(checks, "_KNOWN", {})
+    monkeypatch.setattr(kept_selfchecks, "check_slice", never)
+    monkeypatch.setattr(kept_selfchecks, "_KNOWN", {})
     model.load(3, None, with_lm_head=True)
     model.load(4, None, with_lm_head=True)
     with pytest.raises(AssertionError, match="before"):
@@ -41,7 +41,7 @@ def test_a_damaged_record_is_no_check(model: ModelSpec, monkeypatch: pytest.Monk
     (file,) = Path(model.checks).glob("*.json")
     whole = file.read_text()
     file.write_text(damage)
-    monkeypatch.setattr(checks, "_KNOWN", {})
+    monkeypatch.setattr(kept_selfchecks, "_KNOWN", {})
     model.load(3, None, with_lm_head=True)
     assert file.read_text() == whole
 

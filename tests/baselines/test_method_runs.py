@@ -11,7 +11,7 @@ import pytest
 
 from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.method_registry import METHODS
-from roma_ray.baselines.runs import method_stage, read_failure, run_method, run_methods, seeds_of
+from roma_ray.baselines.method_runs import method_stage, read_failure, run_method, run_methods, seeds_of
 from roma_ray.engine.answers import ANSWERS, read_answers
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.work import serial
@@ -119,7 +119,7 @@ def test_answers_and_costs_of_a_stage(letter: Bench) -> None:
 
 def test_flops_are_those_of_the_whole_model(letter: Bench) -> None:
     """Head and trunk counted apart against the whole model's own count."""
-    from roma_ray.baselines.costs import counted, trunk_cost
+    from roma_ray.baselines.method_costs import counted, trunk_cost
     from roma_ray.baselines.whole_model import score_whole
 
     rows = letter.rows["test"][:8]
@@ -133,7 +133,7 @@ def test_grouped_experts_cost_what_experts_one_by_one_cost(letter: Bench) -> Non
     """The experts backend of GPUs, run here on the CPU."""
     import dataclasses
 
-    from roma_ray.baselines.costs import trunk_cost
+    from roma_ray.baselines.method_costs import trunk_cost
 
     rows = letter.rows["test"][:8]
     model = dataclasses.replace(letter.setup.model, experts_backend="grouped_mm")
