@@ -39,7 +39,7 @@ def space_file(folder: Path, trials: int) -> Path:
 def timed(*arguments: str) -> float:
     """Wall time of a `roma-ray` command."""
     started = time.perf_counter()
-    command = [sys.executable, "-m", "roma_ray.cli.commands", *arguments, "--address", "new", "--quiet"]
+    command = [sys.executable, "-m", "roma_ray", *arguments, "--address", "new", "--quiet"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - started
 

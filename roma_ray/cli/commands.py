@@ -403,7 +403,3 @@ def routing(config: Any, out: str, split: str | None, force: bool) -> None:
 
 for _command in (ls, show, rm, gc):
     main.add_command(_command)
-
-
-if __name__ == "__main__":
-    main()

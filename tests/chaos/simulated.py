@@ -120,7 +120,7 @@ class Driver:
         self.log = log
         with open(log, "wb") as stream:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "roma_ray.cli.commands", *words],
+                [sys.executable, "-m", "roma_ray", *words],
                 env=dict(environment),
                 stdout=stream,
                 stderr=stream,

@@ -28,7 +28,7 @@ def roma(folder: Path, *arguments: str, first: str = "") -> subprocess.Completed
     """Run the command of this checkout in `folder`; packages found in `first` hide the installed ones."""
     path = os.pathsep.join(filter(None, [first, str(ROOT)]))
     return subprocess.run(
-        [sys.executable, "-m", "roma_ray.cli.commands", *arguments],
+        [sys.executable, "-m", "roma_ray", *arguments],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
@@ -274,7 +274,7 @@ def test_a_full_device_is_one_message(arguments: list[str], tmp_path: Path) -> N
     (tmp_path / "adapter" / "config.json").write_text("{}")
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, "-m", "roma_ray.cli.commands", *arguments],
+            [sys.executable, "-m", "roma_ray", *arguments],
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=full,

@@ -45,7 +45,7 @@ def start(environment: dict[str, str], config: Path, log: Path, *options: str) -
             [
                 sys.executable,
                 "-m",
-                "roma_ray.cli.commands",
+                "roma_ray",
                 "evaluate",
                 "--config",
                 str(config),
