@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.manifold.losses import NeighborTargets, manifold_loss
+from roma_ray.runs.pipeline import STEPS
 
 INK, PALE, BLUE, ORANGE, GREEN = "#1f2933", "#f2f4f7", "#2f6fb3", "#c8641b", "#2f8a5b"
 FONT = "font-family='Helvetica, Arial, sans-serif'"
@@ -183,15 +184,6 @@ def machines() -> Sheet:
     return sheet
 
 
-STAGES = (
-    ("questions", ()),
-    ("extract", ("questions",)),
-    ("embed", ("questions",)),
-    ("neighbors", ("extract", "embed")),
-    ("finetune", ("extract", "neighbors")),
-    ("evaluate", ("finetune",)),
-    ("report", ("evaluate",)),
-)
 PLACES = {
     "questions": (20, 120),
     "extract": (150, 60),
@@ -216,13 +208,12 @@ def stages() -> Sheet:
     """The graph of stages."""
     sheet = Sheet(780, 270)
     sheet.words(20, 28, "A stage's folder is named by its settings, its inputs' names and its version.", size=16)
-    for name, inputs in STAGES:
+    for name, step in STEPS.items():
         x, y = PLACES[name]
-        for other in inputs:
-            ox, oy = PLACES[other]
+        for other in step.inputs:
+            ox, oy = PLACES[other.name]
             sheet.arrow(ox + 100, oy + 24, x - 2, y + 24)
-    for name, _ in STAGES:
-        x, y = PLACES[name]
+    for name, (x, y) in PLACES.items():
         sheet.box(x, y, 100, 48, f"{name}\n{NOTES[name]}", fill="#e4eefb" if name != "finetune" else "#fdeedd")
     sheet.words(
         20, 255, "A changed setting renames the folders from its stage on; all before them are used again.", size=12

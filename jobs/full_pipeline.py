@@ -17,7 +17,7 @@ from pathlib import Path
 # Runs from a checkout, installed or not.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from roma_ray.cli.commands import main
+from roma_ray.cli import main
 
 if __name__ == "__main__":
     main(["run", *sys.argv[1:]])

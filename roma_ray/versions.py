@@ -25,19 +25,20 @@ LIBRARIES = (
     "pyarrow",
 )
 _MODEL = ("torch", "transformers")
-# Reports and tables are made of stages that are here already.
-_DECISIVE = {
+# Of a stage that is not named here: those of the model.
+_DECISIVE: dict[str, tuple[str, ...]] = {
     "questions": ("transformers", "tokenizers"),
-    "extract": _MODEL,
     "embed": (*_MODEL, "tokenizers", "sentence-transformers"),
     "neighbors": ("torch", "faiss-cpu", "faiss-gpu"),
     "finetune": (*_MODEL, "numpy"),
-    "base": _MODEL,
     "evaluate": (*_MODEL, "lm-eval"),
     "baselines": (*_MODEL, "tokenizers", "peft", "numpy"),
-    "states": _MODEL,
     "requests": (*_MODEL, "tokenizers", "lm-eval"),
     "benchmarks": ("lm-eval",),
+    # Made of stages that are here already.
+    "report": (),
+    "sweep": (),
+    "comparison": (),
 }
 
 
@@ -48,12 +49,12 @@ def library_versions() -> dict[str, str]:
 
 def decisive_versions(stage: str) -> dict[str, str]:
     """Versions of the libraries that decide the bits of a stage of this name, of those installed."""
-    return _installed(_DECISIVE.get(stage, ()))
+    return _installed(_DECISIVE.get(stage, _MODEL))
 
 
 def decisive_among(stage: str, versions: Mapping[str, str]) -> dict[str, str]:
     """Those of some versions that decide the bits of a stage of this name."""
-    return {name: versions[name] for name in _DECISIVE.get(stage, ()) if name in versions}
+    return {name: versions[name] for name in _DECISIVE.get(stage, _MODEL) if name in versions}
 
 
 def differences(made: Iterable[Mapping[str, str]], here: Mapping[str, str]) -> str:

@@ -213,6 +213,7 @@ AT_START = {"commands", "options", "housekeeping"}
 def test_the_command_line_imports_nothing_heavy_when_it_starts() -> None:
     allowed = set(sys.stdlib_module_names) | {"click", "__future__"}
     light = {f"roma_ray.cli.{name}": PACKAGE / "cli" / f"{name}.py" for name in AT_START}
+    light["roma_ray.cli"] = PACKAGE / "cli" / "__init__.py"
     light["roma_ray"] = PACKAGE / "__init__.py"
     at_start = [i for i in all_imports() if i.file in light.values() and i.at_import and i.module not in light]
     heavy = [i.place for i in at_start if i.module.partition(".")[0] not in allowed]
@@ -267,6 +268,74 @@ def test_files_and_functions_stay_short() -> None:
                 if length > MOST_LINES_OF_A_FUNCTION:
                     long.append(f"{file.relative_to(PACKAGE.parent)}:{node.lineno} {node.name}: {length} lines")
     assert not long, "\n".join(long)
+
+
+# Whose files are not the storage's: strangers' and users' own, models', the machine's, another library's.
+OWN_FILES = {
+    "benchmarks/local_data.py": "the user's folder of benchmark files",
+    "borders/documents.py": "the user's YAML and JSON",
+    "borders/templates.py": "the renderer's own process",
+    "borders/text.py": "the terminal",
+    "cli/options.py": "the place of an export, before any work",
+    "cluster/ray_cluster.py": "Ray's session files",
+    "cluster/rendezvous.py": "torch's rendezvous, which opens the file itself",
+    "cluster/worth.py": "the size of a model",
+    "engine/devices.py": "the kernel's limits",
+    "engine/hub.py": "the hub's cache",
+    "engine/setup.py": "a model's folder",
+    "moe/adapters.py": "an adapter's folder, for any tool",
+    "moe/folders.py": "exports: folders of the user's own",
+    "moe/merged.py": "a whole model, for any tool",
+    "moe/reference.py": "the reference code's checkpoint, for its tools",
+    "moe/routing_json.py": "the reference code's form, for its tools",
+    "moe/snapshot.py": "a model's shards",
+    "questions/dataset_registry.py": "a published data set's file",
+    "questions/jsonl.py": "the user's questions",
+    "questions/parquet.py": "the user's questions",
+    "questions/readers.py": "the questions shipped with the package",
+    "stages/embedding.py": "an encoder's folder",
+    "tracking/mlflow.py": "MLflow's database, and what it takes from a folder",
+}
+_CALLS = {
+    "open", "os.open", "io.open", "gzip.open", "safe_open", "load_file", "save_file", "os.replace", "os.rename", "os.remove",
+    "os.unlink", "os.listdir", "os.scandir", "os.walk", "os.makedirs", "os.mkdir", "os.link", "os.symlink", "shutil.copy",
+    "shutil.copyfile", "shutil.copytree", "shutil.move", "shutil.rmtree", "np.memmap", "np.load", "np.save", "mmap.mmap",
+    "torch.load", "torch.save", "pq.read_table", "pq.write_table", "pq.ParquetFile", "tempfile.mkdtemp",
+    "tempfile.TemporaryDirectory", "tempfile.NamedTemporaryFile",
+}  # fmt: skip
+_METHODS = {
+    "read_text", "write_text", "read_bytes", "write_bytes", "unlink", "rename", "iterdir", "glob", "rglob", "mkdir", "rmdir",
+    "touch", "symlink_to", "hardlink_to",
+}  # fmt: skip
+# A tracker's client has a `rename` too.
+_NO_PATHS = {"client"}
+
+
+def reaches_files(source: str) -> bool:
+    """Whether a source opens, lists, renames, maps or removes files by itself."""
+    calls = (node.func for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call))
+    return any(
+        ast.unparse(call) in _CALLS
+        or (isinstance(call, ast.Attribute) and call.attr in _METHODS and ast.unparse(call.value) not in _NO_PATHS)
+        for call in calls
+    )
+
+
+def test_only_the_store_reaches_files_of_the_storage() -> None:
+    found = {
+        str(file.relative_to(PACKAGE))
+        for file in FILES
+        if room_of(file) != "store" and reaches_files(file.read_text(encoding="utf-8"))
+    }
+    assert found - set(OWN_FILES) == set(), "ask roma_ray/store/ for it, or say here whose files these are"
+    assert set(OWN_FILES) - found == set(), "they reach no files any more"
+
+
+@pytest.mark.parametrize(
+    "source", ["open(p)", "Path(p).write_text('x')", "os.replace(a, b)", "np.memmap(p)", "p.glob('*')"]
+)
+def test_reaching_files_is_seen(source: str) -> None:
+    assert reaches_files(source)
 
 
 def test_no_two_files_share_a_name() -> None:

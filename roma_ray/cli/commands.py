@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 import roma_ray
-from roma_ray.cli.housekeeping import gc, ls, rm, show
+from roma_ray.cli.housekeeping import explain, gc, ls, rm, show
 from roma_ray.cli.options import (
     Commands,
     check,
@@ -158,30 +158,6 @@ def track(config: Any) -> None:
     if tracker.lacking:
         # The tracker has said what, and why.
         sys.exit(1)
-
-
-@main.command()
-@click.argument("run", required=False)
-@run_options
-def explain(config: Any, run: str | None) -> None:
-    """Say of every stage whether it is complete, and of the others what differs from the most alike, and what a run would cost.
-
-    RUN: a run of the storage by name or id, with its own settings in place of --config; --set changes some of them.
-    """
-    given = click.get_current_context().params
-    if run is not None:
-        if given["config_path"]:
-            raise click.UsageError("RUN brings its own configuration: leave --config out")
-        from roma_ray.cli.printing import config_of
-
-        config = config_of(run, config.storage, given["overrides"])
-    check(config)
-    from roma_ray.cli.printing import setup_of_finished
-    from roma_ray.runs.explaining import described
-    from roma_ray.runs.explaining import explain as look
-
-    for line in described(look(setup_of_finished(config))):
-        say(line)
 
 
 @main.command()
@@ -401,5 +377,5 @@ def routing(config: Any, out: str, split: str | None, force: bool) -> None:
     say(f"written: {out} ({count} questions, {len(setup.moe_layers)} layers)")
 
 
-for _command in (ls, show, rm, gc):
+for _command in (ls, show, explain, rm, gc):
     main.add_command(_command)

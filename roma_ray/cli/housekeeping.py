@@ -1,4 +1,4 @@
-"""Housekeeping: `roma-ray ls`, `show`, `rm` and `gc`. They compute nothing; `rm` and `gc` remove only with --yes."""
+"""Housekeeping: `roma-ray ls`, `show`, `explain`, `rm` and `gc`. They compute nothing; `rm` and `gc` remove only with --yes."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+
+from roma_ray.cli.options import check, run_options
 
 
 def _storage(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -116,3 +118,28 @@ def _size(count: int) -> str:
     from roma_ray.borders.text import size_text
 
     return size_text(count)
+
+
+@click.command()
+@click.argument("run", required=False)
+@run_options
+def explain(config: Any, run: str | None) -> None:
+    """Say of every stage whether it is complete, and of the others what differs from the most alike, and what a run would cost.
+
+    RUN: a run of the storage by name or id, with its own settings in place of --config; --set changes some of them.
+    """
+    given = click.get_current_context().params
+    if run is not None:
+        if given["config_path"]:
+            raise click.UsageError("RUN brings its own configuration: leave --config out")
+        from roma_ray.cli.printing import config_of
+
+        config = config_of(run, config.storage, given["overrides"])
+    check(config)
+    from roma_ray.cli.printing import setup_of_finished
+    from roma_ray.runs.explaining import described
+    from roma_ray.runs.explaining import explain as look
+    from roma_ray.terminal import say
+
+    for line in described(look(setup_of_finished(config))):
+        say(line)

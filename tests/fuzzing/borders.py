@@ -13,6 +13,7 @@ import yaml
 from hypothesis import strategies as st
 from rich.console import Console
 
+from roma_ray.assets import assets_path
 from roma_ray.borders.addresses import has_secret, mask, mask_text
 from roma_ray.borders.documents import MOST_CHARACTERS, load_yaml
 from roma_ray.borders.text import clean, printable, reserved
@@ -125,7 +126,7 @@ def aliases(folder: Path) -> Opened:
             + "".join(f"z{n}: &z{n} [{', '.join([f'*z{n - 1}'] * size[1])}]\n" for n in range(1, size[0]))
         )
     )
-    whole = Path(load_config.__code__.co_filename).parent / "assets" / "demo.yaml"
+    whole = assets_path() / "demo.yaml"
     good = whole.read_text(encoding="utf-8")
 
     def read(text: str) -> None:

@@ -68,7 +68,7 @@ def parts(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def close(part: Slice, got: Tensor, want: Tensor) -> None:
-    rounding = 1e-4 if part.model_type in DELTA_RULE else 1e-5
+    rounding = 1e-3 if part.model_type in DELTA_RULE else 1e-4
     torch.testing.assert_close(got, want, rtol=1e-4, atol=rounding * float(want.abs().max()))
 
 
@@ -172,7 +172,7 @@ def test_gradients_of_every_gate_equal_the_plain_forwards(parts: tuple[Slice, Sl
     assert abs(float(got_loss / want_loss) - 1) <= 1e-5
     for mine, theirs in zip(got, want, strict=True):
         # FlexOlmo norms the outputs of its blocks, small here, which magnifies their rounding.
-        loose = {"flex_olmo": 5e-5, **dict.fromkeys(DELTA_RULE, 5e-4)}
+        loose = {"flex_olmo": 5e-4, **dict.fromkeys(DELTA_RULE, 5e-3)}
         limit = loose.get(whole.model_type, 1e-5)
         assert float((mine - theirs).norm() / theirs.norm()) <= limit
 

