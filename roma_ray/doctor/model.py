@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from roma_ray.config.loading import load_config
+from roma_ray.config.schema import Config, ModelConfig
 from roma_ray.doctor.check import Check
 from roma_ray.engine.kept_selfchecks import read_checks, worst_of
 from roma_ray.engine.setup import ModelSpec, resolve_model
@@ -18,10 +19,13 @@ from roma_ray.moe.slices import model_facts
 def examine_model(path: str, storage: str | None) -> Iterator[Check]:
     """Check every layer of a model that runs on this machine have not checked; holds one layer at a time."""
     try:
-        overrides = [f"model.path={path}", *([f"storage={storage}"] if storage else [])]
-        spec, _ = resolve_model(load_config(None, overrides))
+        spec, _ = resolve_model(_config(path, storage))
         facts = model_facts(spec.path, revision=spec.revision)
         yield Check("model", "ok", _described(path, facts))
+        if facts["quantization"] is not None:
+            size = f"{spec.weight_bytes() / 2**30:,.1f} GiB in memory"
+            stored = f"stored in {facts['quantization']} and dequantized to {spec.dtype}, {size}"
+            yield Check("model's weights", "ok", stored)
         _check_layers(spec)
     except RomaError as error:
         yield Check("model", "broken", str(error))
@@ -39,6 +43,12 @@ def examine_model(path: str, storage: str | None) -> Iterator[Check]:
             "note",
             f"the task loss does not reach all of them ({figures['reach']:.1e}): it is left out of their training",
         )
+
+
+def _config(path: str, storage: str | None) -> Config:
+    """The embedded configuration with this model, in its own type as runs take it; a path is no YAML, whatever it holds."""
+    config = load_config()
+    return config.model_copy(update={"model": ModelConfig(path=path), "storage": storage or config.storage})
 
 
 def _described(path: str, facts: dict[str, Any]) -> str:

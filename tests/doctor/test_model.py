@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from roma_ray.doctor.model import examine_model
 from roma_ray.engine.kept_selfchecks import read_checks
-from roma_ray.engine.setup import ModelSpec
+from roma_ray.engine.setup import ModelSpec, resolve
+from tests.quantizing import quantize_fp8, quantize_mxfp4
 from tests.tiny import save_tiny, tiny_moe
+from tests.world import make_world
 
 
 def test_every_layer_is_checked_alone_and_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,6 +34,14 @@ def test_every_layer_is_checked_alone_and_once(tmp_path: Path, monkeypatch: pyte
     assert list(examine_model(path, str(tmp_path / "storage"))) == [model, checked]
 
 
+def test_a_model_is_checked_in_its_own_type_where_a_run_looks(tmp_path: Path) -> None:
+    config = make_world(tmp_path, dtype=torch.bfloat16)
+    _, checked = examine_model(config.model.path, config.storage)
+    assert checked.detail.startswith("bfloat16 on ")
+    run = config.model_copy(update={"device": "auto"})
+    assert len(read_checks(resolve(run).model.checks)) == 6
+
+
 def test_a_model_that_cannot_be_tuned_and_routers_out_of_reach_are_told(tmp_path: Path) -> None:
     (refused,) = examine_model(save_tiny(tiny_moe("phimoe"), tmp_path / "phi"), str(tmp_path / "storage"))
     assert refused.state == "broken"
@@ -39,3 +50,28 @@ def test_a_model_that_cannot_be_tuned_and_routers_out_of_reach_are_told(tmp_path
     *_, routers = examine_model(path, str(tmp_path / "storage"))
     assert routers.state == "note"
     assert "does not reach" in routers.detail
+
+
+@pytest.mark.parametrize("name", ["a=b", "a: b, c", "${HOME}", "[x]", "null", "1e3", "# a"])
+def test_a_path_is_taken_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_tiny(tiny_moe("mixtral", num_hidden_layers=1), name)
+    model, checked = examine_model(name, f"storage {name}")
+    assert (model.state, checked.state) == ("ok", "ok")
+    assert model.detail.startswith(f"{name}: mixtral, ")
+    assert list((tmp_path / f"storage {name}" / "checks").iterdir())
+
+
+@pytest.mark.parametrize("scheme", ["FP8", "MXFP4"])
+def test_how_a_quantized_model_is_stored_is_told(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if scheme == "FP8":
+        path = save_tiny(tiny_moe("deepseek_v3", dtype=torch.bfloat16), tmp_path / "model")
+        quantize_fp8(path, (16, 16))
+    else:
+        widths = {"hidden_size": 64, "intermediate_size": 32, "num_local_experts": 4}
+        path = save_tiny(tiny_moe("gpt_oss", dtype=torch.bfloat16, **widths), tmp_path / "model")
+        quantize_mxfp4(path)
+    monkeypatch.setattr(ModelSpec, "weight_bytes", lambda self: 1250 * 2**30)
+    model, weights, checked = examine_model(path, str(tmp_path / "storage"))
+    assert (model.state, weights.state, checked.state) == ("ok", "ok", "ok")
+    assert weights.detail == f"stored in {scheme} and dequantized to bfloat16, 1,250.0 GiB in memory"
