@@ -65,6 +65,13 @@ def check_slice(part: Slice) -> SelfCheck | None:
 
     None where the stock forward itself gives no numbers: damaged weights, of which the work that follows tells more.
     """
+    # On few tokens a pass costs what reading the experts costs: each kind of pass is made once, and differentiated if need be.
+    gates = [p for router in part.routers for p in router_parameters(router).values()]
+    with _requiring(gates):
+        return _check(part, gates)
+
+
+def _check(part: Slice, gates: Sequence[Tensor]) -> SelfCheck | None:
     generator = torch.Generator().manual_seed(_SEED)
     packing = _tree(part, generator).to(part.device)
     states_TD = None
@@ -72,11 +79,10 @@ def check_slice(part: Slice) -> SelfCheck | None:
         width = part.model.config.hidden_size
         states_TD = torch.randn(len(packing), width, generator=generator).to(part.device, part.dtype)
     tolerance, ties = _STATES[part.dtype], _TIES[part.dtype]
-    _check_entry(part, packing, states_TD)
-    stock = _stock(part, packing, states_TD)
+    leaves = sorted({token for leaf in _leaves(packing) for token in _tail(packing, leaf)})
+    stock = _stock(part, packing, states_TD, leaves, gates)
     if not all(bool(torch.isfinite(states).all()) for states in (*stock.layers, stock.output)):
         return None
-    leaves = sorted({token for leaf in _leaves(packing) for token in _tail(packing, leaf)})
     with torch.no_grad():
         packed = _differences(_packed_layers(part, packing, states_TD), stock.layers)
         for place, difference in enumerate(packed):
@@ -88,38 +94,21 @@ def check_slice(part: Slice) -> SelfCheck | None:
         again = run_packed(part, packing, middle, resume=True)
         resumed = _worst(_difference(again.states, stock.output), ties)
         _refuse(part, part.start, "started after its first attention", resumed, tolerance)
-        few = run_packed(part, packing, middle, resume=True, keep=leaves)
-        trimmed = _worst(_difference(few.states, stock.output[leaves]), ties)
-        _refuse(part, part.stop - 1, "run at few tokens alone", trimmed, tolerance)
-    routing = gradient = reach = None
-    if part.routers:
-        reach = _reach(part, packing, states_TD)
-        routing, gradient = _routers(part, packing, states_TD, middle, leaves, stock)
+    with read_routing(part.model, part.routers, torch.tensor(leaves, device=part.device)[None]) as tape:
+        few = run_packed(part, packing, middle, resume=True, keep=leaves).states
+    trimmed = _worst(_difference(few, stock.output[leaves]), ties)
+    _refuse(part, part.stop - 1, "run at few tokens alone", trimmed, tolerance)
+    routing = gradient = None
+    if stock.routing_TLE is not None:
+        rows_NLE = tape.routing_BPLE[0]
+        routing = _worst((rows_NLE - stock.routing_TLE[leaves]).detach().abs().flatten(1).amax(1), ties)
         _refuse(part, part.routers[0].layer, "read for its routing", routing, tolerance)
+        own = [torch.zeros_like(gate, dtype=torch.float32) for gate in gates]
+        _add_gradients(own, _random_sum(few, rows_NLE, range(len(leaves)), len(leaves)), gates)
+        gradient = _worst_gradient(own, stock.gradients)
         _refuse(part, part.routers[0].layer, "differentiated by its gates", gradient, _GRADIENTS[part.dtype])
     most = max(_worst(difference, ties) for difference in packed)
-    return SelfCheck(part.start, part.stop, most, resumed, trimmed, routing or 0.0, gradient, reach)
-
-
-def _check_entry(part: Slice, packing: Packing, states_TD: Tensor | None) -> None:
-    """The first layer of a slice that is fed hidden states must get just those: no scale, no norm, no second embedding."""
-    if states_TD is None:
-        return
-    entered: list[Tensor] = []
-    handle = part.model.base_model.layers[0].register_forward_pre_hook(
-        lambda _module, inputs: entered.append(inputs[0])
-    )
-    try:
-        with torch.no_grad():
-            _sequence(part, packing, states_TD, _tokens(packing, _leaves(packing)[0]))
-    finally:
-        handle.remove()
-    given = states_TD[_tokens(packing, _leaves(packing)[0])]
-    if not torch.equal(entered[0][0], given):
-        raise ModelError(
-            f"{part.path} ({part.model_type}) changes the hidden states before its first layer: it cannot be cut "
-            f"at layer {part.start}"
-        )
+    return SelfCheck(part.start, part.stop, most, resumed, trimmed, routing or 0.0, gradient, stock.reach)
 
 
 def _refuse(part: Slice, layer: int, how: str, difference: float, tolerance: float) -> None:
@@ -143,6 +132,10 @@ class _Stock:
     output: Tensor
     """What leaves the slice, [T, D] or logits [T, V]."""
     routing_TLE: Tensor | None
+    reach: float | None
+    """The least of its routers, on the first sequence."""
+    gradients: list[Tensor]
+    """Each gate's gradient of `_random_sum` at the kept tokens, fp32."""
 
 
 def _tree(part: Slice, generator: torch.Generator) -> Packing:
@@ -168,21 +161,34 @@ def _tokens(packing: Packing, leaf: int) -> list[int]:
     return [token for part in packing.path(leaf) for token in packing.span(part)]
 
 
-def _stock(part: Slice, packing: Packing, states_TD: Tensor | None) -> _Stock:
+def _stock(
+    part: Slice, packing: Packing, states_TD: Tensor | None, leaves: Sequence[int], gates: Sequence[Tensor]
+) -> _Stock:
     layers: list[Tensor | None] = [None] * (part.stop - part.start)
-    output: Tensor | None = None
-    routing: Tensor | None = None
+    output = routing = reach = None
+    gradients = [torch.zeros_like(gate, dtype=torch.float32) for gate in gates]
+    counted: set[int] = set()
     for leaf in _leaves(packing):
         tokens = _tokens(packing, leaf)
-        with torch.no_grad(), _layer_outputs(part) as seen:
+        with _layer_outputs(part) as seen, _entering(part) as entered, read_weights(part.routers) as weights:
             out, rows_SLE = _sequence(part, packing, states_TD, tokens)
+        if states_TD is not None:
+            _check_entry(part, entered[0], states_TD[tokens])
         for n, states_SD in enumerate(seen):
             layers[n] = _put(layers[n], len(packing), tokens, states_SD)
-        output = _put(output, len(packing), tokens, out)
-        if rows_SLE is not None:
-            routing = _put(routing, len(packing), tokens, rows_SLE)
+        output = _put(output, len(packing), tokens, out.detach())
+        if rows_SLE is None:
+            continue
+        routing = _put(routing, len(packing), tokens, rows_SLE.detach())
+        if reach is None:
+            reach = _least_reach(part, weights, rows_SLE)
+        # A token that sequences share counts once.
+        here = [n for n, token in enumerate(tokens) if token in leaves and token not in counted]
+        counted |= set(tokens)
+        total = _random_sum(out[here], rows_SLE[here], [leaves.index(tokens[n]) for n in here], len(leaves))
+        _add_gradients(gradients, total, gates)
     assert output is not None
-    return _Stock([found for found in layers if found is not None], output, routing)
+    return _Stock([found for found in layers if found is not None], output, routing, reach, gradients)
 
 
 def _sequence(
@@ -199,6 +205,22 @@ def _sequence(
         out = part.model(**inputs)
     states = out.logits if part.has_lm_head else out.last_hidden_state
     return states[0], tape.routing_BPLE[0] if part.routers else None
+
+
+def _check_entry(part: Slice, entered_SD: Tensor, given_SD: Tensor) -> None:
+    """The first layer of a slice that is fed hidden states must get just those: no scale, no norm, no second embedding."""
+    if not torch.equal(entered_SD, given_SD):
+        raise ModelError(
+            f"{part.path} ({part.model_type}) changes the hidden states before its first layer: it cannot be cut "
+            f"at layer {part.start}"
+        )
+
+
+def _least_reach(part: Slice, weights: dict[int, Tensor], rows_SLE: Tensor) -> float:
+    return min(
+        reach_of(weights[r.layer].flatten(0, -2), rows_SLE[:, column], list(router_parameters(r).values()))
+        for column, r in enumerate(part.routers)
+    )
 
 
 def _put(table: Tensor | None, rows: int, tokens: Sequence[int], values: Tensor) -> Tensor:
@@ -223,6 +245,18 @@ def _layer_outputs(part: Slice) -> Iterator[list[Tensor]]:
             handle.remove()
 
 
+@contextmanager
+def _entering(part: Slice) -> Iterator[list[Tensor]]:
+    """The states [S, D] that enter the first layer in one forward pass inside the block."""
+    seen: list[Tensor] = []
+    first = part.model.base_model.layers[0]
+    handle = first.register_forward_pre_hook(lambda _module, inputs: seen.append(inputs[0][0].detach()))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
 # -- the passes on packings ---------------------------------------------------------------------------------------------
 
 
@@ -232,34 +266,32 @@ def _packed_layers(part: Slice, packing: Packing, states_TD: Tensor | None) -> l
     return seen
 
 
-def _routers(
-    part: Slice,
-    packing: Packing,
-    states_TD: Tensor | None,
-    middle_TD: Tensor,
-    leaves: Sequence[int],
-    stock: _Stock,
-) -> tuple[float, float]:
-    """Largest difference of routing rows at the kept tokens, and of the gates' gradients, relative to their norm."""
-    gates = [p for router in part.routers for p in router_parameters(router).values()]
+def _random_sum(out: Tensor, rows_NLE: Tensor, places: Sequence[int], kept: int) -> Tensor:
+    """A sum with random weights of what leaves the slice at some tokens, by their places among all that are kept.
+
+    With the routing rows beside the output: some routers' gradients come from those alone.
+    """
     generator = torch.Generator().manual_seed(_SEED)
-    weights = torch.randn(stock.output[leaves].shape, generator=generator).to(part.device)
-    with _requiring(gates):
-        positions = torch.tensor(leaves, device=part.device)[None]
-        with read_routing(part.model, part.routers, positions) as tape:
-            out = run_packed(part, packing, middle_TD, resume=True, keep=leaves)
-        assert stock.routing_TLE is not None
-        rows = (tape.routing_BPLE[0] - stock.routing_TLE[leaves]).detach().abs().flatten(1).amax(1)
-        # With the routing rows beside the output: some routers' gradients come from those alone.
-        signs = torch.randn(tape.routing_BPLE[0].shape, generator=generator).to(part.device)
-        total = (out.states.float() * weights).sum() + (tape.routing_BPLE[0] * signs).sum()
-        own = torch.autograd.grad(total, gates, allow_unused=True)
-        theirs = _stock_gradients(part, packing, states_TD, leaves, weights, signs, gates)
-    pairs = [(torch.zeros_like(b) if a is None else a.float(), b) for a, b in zip(own, theirs, strict=True)]
-    scale = max(b.norm() for _, b in pairs)
+    at = list(places)
+    weights = torch.randn(kept, *out.shape[1:], generator=generator)[at].to(out.device)
+    signs = torch.randn(kept, *rows_NLE.shape[1:], generator=generator)[at].to(out.device)
+    return (out.float() * weights).sum() + (rows_NLE * signs).sum()
+
+
+def _add_gradients(sums: Sequence[Tensor], total: Tensor, gates: Sequence[Tensor]) -> None:
+    for sum_, grad in zip(sums, torch.autograd.grad(total, gates, allow_unused=True), strict=True):
+        if grad is not None:
+            sum_ += grad.float()
+
+
+def _worst_gradient(own: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
+    """Largest difference of a gate's gradient, relative to its norm."""
+    scale = max(b.norm() for b in theirs)
     # A router that no gradient reaches has rounding noise alone, which is measured against the largest gate's gradient.
-    differences = [float((a - b).norm() / b.norm().clamp_min(1e-3 * scale).clamp_min(1e-12)) for a, b in pairs]
-    return _worst(rows, _TIES[part.dtype]), max(differences)
+    return max(
+        float((a - b).norm() / b.norm().clamp_min(1e-3 * scale).clamp_min(1e-12))
+        for a, b in zip(own, theirs, strict=True)
+    )
 
 
 @contextmanager
@@ -273,46 +305,6 @@ def _requiring(gates: Sequence[Tensor]) -> Iterator[None]:
     finally:
         for gate, wanted in zip(gates, before, strict=True):
             gate.requires_grad_(wanted)
-
-
-def _reach(part: Slice, packing: Packing, states_TD: Tensor | None) -> float:
-    """The least reach of the slice's routers, on one sequence through the stock forward."""
-    gates = {router.layer: list(router_parameters(router).values()) for router in part.routers}
-    with _requiring([gate for some in gates.values() for gate in some]), read_weights(part.routers) as weights:
-        _, rows_SLE = _sequence(part, packing, states_TD, _tokens(packing, _leaves(packing)[0]))
-        assert rows_SLE is not None
-        return min(
-            reach_of(weights[layer].flatten(0, -2), rows_SLE[:, column], gates[layer])
-            for column, layer in enumerate(gates)
-        )
-
-
-def _stock_gradients(
-    part: Slice,
-    packing: Packing,
-    states_TD: Tensor | None,
-    leaves: Sequence[int],
-    weights: Tensor,
-    signs: Tensor,
-    gates: Sequence[Tensor],
-) -> list[Tensor]:
-    """The same sum's gradients, one sequence at a time; a token that sequences share counts once."""
-    place = {token: n for n, token in enumerate(leaves)}
-    counted: set[int] = set()
-    total = [torch.zeros_like(gate, dtype=torch.float32) for gate in gates]
-    for leaf in _leaves(packing):
-        tokens = _tokens(packing, leaf)
-        mine = [(n, token) for n, token in enumerate(tokens) if token in place and token not in counted]
-        counted.update(token for _, token in mine)
-        out, rows_SLE = _sequence(part, packing, states_TD, tokens)
-        assert rows_SLE is not None
-        here, there = [n for n, _ in mine], [place[token] for _, token in mine]
-        chosen = (out[here].float() * weights[there]).sum() + (rows_SLE[here] * signs[there]).sum()
-        grads = torch.autograd.grad(chosen, gates, allow_unused=True)
-        for sum_, grad in zip(total, grads, strict=True):
-            if grad is not None:
-                sum_ += grad.float()
-    return total
 
 
 # -- differences --------------------------------------------------------------------------------------------------------
