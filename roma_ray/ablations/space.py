@@ -38,6 +38,7 @@ from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.config.loading import MOST_FAULTS, default_name, load_config, meant, parse_config, read_settings
 from roma_ray.config.schema import Config, Section
 from roma_ray.config.section import Name
+from roma_ray.engine.identity import aged
 from roma_ray.errors import ConfigError
 from roma_ray.store.artifacts import fingerprint
 
@@ -322,7 +323,8 @@ def _trial(
     )
     if config.seed != centre.seed:
         name += f", seed {config.seed}"
-    return Trial(fingerprint(mine), name, config, factors, differing, group=fingerprint(seedless), centre=not others)
+    identity, group = fingerprint(aged(mine)), fingerprint(aged(seedless))
+    return Trial(identity, name, config, factors, differing, group=group, centre=not others)
 
 
 def _with_centre(file: SpaceFile, trials: list[Trial]) -> Iterator[Trial]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -150,19 +151,22 @@ class Bench:
         finally:
             masters.detach()
 
-    def training_settings(self, learning_rate: float, regularizer: str) -> FinetuneConfig:
+    def training_settings(self, learning_rate: float, regularizer: Mapping[str, Any]) -> FinetuneConfig:
         """The settings of finetuning with a rate of the grid."""
         budgeted = within_budget(self.setup.config, regularizer)
         return budgeted.model_copy(update={"learning_rate": learning_rate})
 
 
-def within_budget(config: Config, regularizer: str) -> FinetuneConfig:
-    """The settings of finetuning within the budget that all methods have; the rest as configured for RoMA."""
+def within_budget(config: Config, regularizer: Mapping[str, Any]) -> FinetuneConfig:
+    """The settings of finetuning within the budget that all methods have, with the method's own settings of the regularizer.
+
+    The rest is as configured for RoMA.
+    """
     base = config.finetune
     return base.model_copy(
         update={
             "micro_batch_size": config.baselines.micro_batch_size,
-            "regularizer": base.regularizer.model_copy(update={"kind": regularizer}),
+            "regularizer": base.regularizer.model_copy(update=dict(regularizer)),
         }
     )
 

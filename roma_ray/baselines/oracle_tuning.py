@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -21,7 +22,8 @@ class OracleTuning(RouterMethod):
 
     name = "oracle_tuning"
     title = "gates finetuned with L_task + λ‖r_i − r*_i‖² towards each training question's oracle routing"
-    regularizer = "manifold"
+    # The distance of its title; the targets are r*, which no refresh may replace.
+    term: ClassVar[Mapping[str, Any]] = {"kind": "manifold", "distance": "squared", "refresh": False}
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The oracle's settings too."""

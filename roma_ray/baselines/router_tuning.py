@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,12 +21,13 @@ class RouterMethod(Method):
 
     trains = True
     seeded = True
-    regularizer = "none"
+    term: ClassVar[Mapping[str, Any]] = {"kind": "none"}
+    """Its own settings of the regularizer, in place of the configured ones."""
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The budget and the settings of finetuning that the budget leaves alone."""
         shared = super().configure(config)
-        settings = finetune_settings(within_budget(config, self.regularizer), cloze=is_cloze(config))
+        settings = finetune_settings(within_budget(config, self.term), cloze=is_cloze(config))
         known = {*shared["budget"], "learning_rate"}
         return {**shared, "finetune": {name: value for name, value in settings.items() if name not in known}}
 
@@ -39,7 +40,7 @@ class RouterMethod(Method):
         outcome = finetune(
             bench.head,
             self.data(bench, prepared),
-            bench.training_settings(learning_rate, self.regularizer),
+            bench.training_settings(learning_rate, self.term),
             layers=bench.setup.layers,
             seed=seed,
             advance=bench.advance,
@@ -65,13 +66,5 @@ class Roma(RouterMethod):
 
     name = "roma"
     title = "gates finetuned with the manifold term (eq. 9)"
-
-    def configure(self, config: Config) -> dict[str, Any]:
-        """The regularizer as configured for the run."""
-        self.regularizer = config.finetune.regularizer.kind
-        return super().configure(config)
-
-    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
-        """As finetuning, with the run's own regularizer."""
-        self.regularizer = bench.setup.config.finetune.regularizer.kind
-        return super().fit(bench, prepared, learning_rate, seed)
+    # The regularizer as configured for the run.
+    term: ClassVar[Mapping[str, Any]] = {}

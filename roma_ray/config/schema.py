@@ -210,6 +210,9 @@ class RegularizerConfig(Section):
     """The second term of eq. 9."""
 
     kind: Literal["manifold", "none", "l1", "l2", "entropy"] = "manifold"
+    distance: Literal["squared", "kl"] = "squared"
+    """Of r_i to its neighbors (manifold): eq. 7, or KL(m_i || r_i) to their mean row, whose gradient in the logits, r_i - m_i,
+    does not vanish where the router is nearly certain (not the paper's)."""
     weight: float | Literal["auto"] = 0.8
     """lambda. `auto` sets it on a probe batch so that this term's gradient on the gates is `gradient_ratio` of the task
     term's."""

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from roma_ray.errors import ConfigError, ModelError
-from roma_ray.manifold.losses import NeighborTargets, manifold_loss
+from roma_ray.manifold.losses import DISTANCES, NeighborTargets
 from roma_ray.moe.reading import RoutingTape, read_routing
 from roma_ray.moe.routers import router_parameters
 from roma_ray.moe.text_routing import chosen_routers, mean_rows, prompt_positions
@@ -53,9 +53,11 @@ class ManifoldTerm:
         weight: float,
         layers: Sequence[int] | None = None,
         tokens: str = "Last1",
+        distance: Literal["squared", "kl"] = "squared",
     ) -> None:
         """`targets` are those of all questions, of `neighbor_targets`; their layers are `layers` of the model."""
         self.model, self.targets, self.weight, self.tokens = model, targets, weight, tokens
+        self.distance = DISTANCES[distance]
         self.routers = chosen_routers(model, layers)
         if targets.mean.shape[1] != len(self.routers):
             raise ConfigError(f"the targets are of {targets.mean.shape[1]} layers, the term of {len(self.routers)}")
@@ -70,11 +72,11 @@ class ManifoldTerm:
             yield
 
     def loss(self, rows: Tensor) -> Tensor:
-        """weight x the mean over the batch of eq. 7, with graph; `rows` are the questions' numbers in the targets."""
+        """weight x the mean over the batch of the chosen distance, with graph; `rows` are the questions' numbers in the targets."""
         assert self._tape is not None, "run the model inside `with term.reading(...)` first"
         routing_BLE = mean_rows(self._tape.routing_BPLE, self._positions)
         targets = self.targets.take(rows, routing_BLE.device)
-        return self.weight * manifold_loss(routing_BLE, targets) / len(rows)
+        return self.weight * self.distance(routing_BLE, targets) / len(rows)
 
 
 def manifold_trainer(term: ManifoldTerm) -> type[Trainer]:

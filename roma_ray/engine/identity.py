@@ -11,6 +11,9 @@ from typing import Any
 
 from roma_ray.config.schema import Config, FinetuneConfig, NeighborsConfig, PromptConfig, RegularizerConfig
 
+# Settings of the regularizer that came after storages were filled: their defaults stand in no identity.
+_YOUNGER = ("distance",)
+
 
 def is_cloze(config: Config) -> bool:
     """Whether answers are scored as continuations."""
@@ -53,7 +56,19 @@ def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
     term, epochs = config.regularizer, config.epochs
     outside = {"checkpoint_steps", "regularizer", *_idle_finetune(config, cloze=cloze)}
     settings = config.model_dump(mode="json", exclude=outside)
-    return {**settings, "regularizer": term.model_dump(mode="json", exclude=set(_idle_regularizer(term, epochs)))}
+    acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, epochs)))
+    return {**settings, "regularizer": _aged(acting)}
+
+
+def aged(data: dict[str, Any]) -> dict[str, Any]:
+    """A whole configuration's plain data as it was before its youngest settings, wherever those have their defaults."""
+    tuned = data["finetune"]
+    return {**data, "finetune": {**tuned, "regularizer": _aged(tuned["regularizer"])}}
+
+
+def _aged(term: dict[str, Any]) -> dict[str, Any]:
+    usual = {name: RegularizerConfig.model_fields[name].default for name in _YOUNGER}
+    return {name: value for name, value in term.items() if name not in usual or value != usual[name]}
 
 
 def idle_settings(config: Config) -> dict[str, str]:
@@ -99,7 +114,7 @@ def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:
         found["warmup_fraction"] = "finetune.regularizer.weight is 0"
     # The neighbors' routing is recomputed at the start of each epoch but the first, and only eq. 7 reads it.
     if term.kind != "manifold":
-        found["refresh"] = f"finetune.regularizer.kind is {term.kind}"
+        found |= dict.fromkeys(("distance", "refresh"), f"finetune.regularizer.kind is {term.kind}")
     elif epochs == 1:
         found["refresh"] = "finetune.epochs is 1"
     return found

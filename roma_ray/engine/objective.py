@@ -111,9 +111,10 @@ class Objective:
             )
         routing_QLE = mean_routing(tape.routing_BPLE, positions_QP.to(self.device))
         task = task_losses(out.states, reading.keep, layout, over=self.over, rows_V=micro.vocabulary_V)
-        kind = self.config.regularizer.kind
+        term = self.config.regularizer
         targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
-        penalty = REGULARIZERS[kind](Regularized(routing_QLE, targets, self.masters.parameters()))
+        on = Regularized(routing_QLE, targets, self.masters.parameters(), term.distance)
+        penalty = REGULARIZERS[term.kind](on)
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, penalty, entropy
 

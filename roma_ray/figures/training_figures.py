@@ -21,7 +21,7 @@ def loss_curves(steps: Mapping[str, Sequence[float]], epochs: Sequence[Mapping[s
     """
     panels = (
         ("task_loss", "task loss (nats)", PALETTE[0]),
-        ("manifold_loss", "manifold loss (eq. 7)", PALETTE[2]),
+        ("manifold_loss", "manifold loss", PALETTE[2]),
         ("lambda", "weight of the manifold loss, λ", PALETTE[5]),
         ("gradient_norm", "gate gradient norm", PALETTE[3]),
     )

@@ -9,10 +9,15 @@ holds exactly. The second part, the spread, is a constant >= 0. So the training 
 a question, its cost does not depend on the number of neighbors, and the gradient is that of eq. 7. This is the only
 form of the term in the package: there is no padded list of neighbors.
 
+Seen from the logits z of r_i = softmax(z), the gradient of eq. 7 is 2 r_i * (d - r_i . d) with d = r_i - m_i: it vanishes
+where r_i is near a corner of the simplex, however far m_i is. `manifold_kl` is the same pull by KL(m_i || r_i), whose gradient
+there is r_i - m_i.
+
 Shapes: N questions, B a batch of them, L tuned layers, E experts. Losses are SUMS over the batch; the caller divides by
 the number of questions of the global batch, so that empty neighborhoods count in the mean as zeros.
 """
 
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import torch
@@ -83,3 +88,20 @@ def manifold_loss(routing_BLE: Tensor, targets: NeighborTargets) -> Tensor:
     assert routing_BLE.shape == targets.mean.shape, f"{tuple(routing_BLE.shape)} != {tuple(targets.mean.shape)}"
     distance_B = (routing_BLE - targets.mean).square().sum((1, 2)) + targets.spread
     return torch.where(targets.present, distance_B, 0).sum()
+
+
+def manifold_kl(routing_BLE: Tensor, targets: NeighborTargets) -> Tensor:
+    """KL(m_i || r_i), natural logarithm, summed over tuned layers and the batch (a scalar): the live r_i with gradient.
+
+    By the same identity as above sum_j W_ij KL(r_j || r_i) is this plus a constant. Empty neighborhoods give zero. Ours, not
+    the paper's. An expert whose probability underflowed (logits 87 apart in fp32) has no gradient.
+    """
+    assert routing_BLE.shape == targets.mean.shape, f"{tuple(routing_BLE.shape)} != {tuple(targets.mean.shape)}"
+    mean_BLE = targets.mean
+    # The floor stands for a probability that underflowed to 0; where m is 0 the logarithm counts nothing.
+    log_BLE = routing_BLE.clamp_min(torch.finfo(routing_BLE.dtype).tiny).log()
+    kl_B = (torch.xlogy(mean_BLE, mean_BLE) - mean_BLE * log_BLE).sum((1, 2))
+    return torch.where(targets.present, kl_B, 0).sum()
+
+
+DISTANCES: Mapping[str, Callable[[Tensor, NeighborTargets], Tensor]] = {"squared": manifold_loss, "kl": manifold_kl}

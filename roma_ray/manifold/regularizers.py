@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma_ray.manifold.losses import NeighborTargets, manifold_loss
+from roma_ray.manifold.losses import DISTANCES, NeighborTargets
 
 
 @dataclass(frozen=True)
@@ -23,12 +23,14 @@ class Regularized:
     """What eq. 7 needs of the batch's neighbors."""
     parameters: Sequence[Tensor] = ()
     """Those of the tuned routers, the fp32 masters."""
+    distance: str = "squared"
+    """Of the manifold term: a name of `DISTANCES`."""
 
 
 def manifold(on: Regularized) -> Tensor:
-    """Eq. 7."""
+    """Eq. 7, or the same pull by another distance."""
     assert on.targets is not None, "the manifold term needs neighbor targets"
-    return manifold_loss(on.routing_BLE, on.targets)
+    return DISTANCES[on.distance](on.routing_BLE, on.targets)
 
 
 def entropy(on: Regularized) -> Tensor:

@@ -127,6 +127,18 @@ def test_equal_configurations_are_one_trial_with_both_names(tmp_path: Path) -> N
     assert found.trials[0].factors == (("neighbors", "k = 3"), ("neighbors", "three"), ("rate", "centre"))
 
 
+def test_a_young_setting_has_trials_of_its_own_and_its_default_leaves_old_ones_where_they_are(tmp_path: Path) -> None:
+    setting = "finetune.regularizer.distance"
+    (usual,) = space(tmp_path, seeds=[0]).trials
+    for centre in ("squared", "kl"):
+        found = space(tmp_path, set={setting: centre}, grid={setting: ["squared", "kl"]}, seeds=[0])
+        centres = {trial.config.finetune.regularizer.distance: trial.centre for trial in found.trials}
+        assert centres == {distance: distance == centre for distance in ("squared", "kl")}
+        assert found.trials[0].id != found.trials[1].id
+    other = space(tmp_path, set={setting: "squared"}, seeds=[0]).trials[0]
+    assert (other.id, other.group) == (usual.id, usual.group)
+
+
 def test_samples_repeat_and_follow_the_seed(tmp_path: Path) -> None:
     ranges = {"finetune.learning_rate": {"log_uniform": [1e-5, 1e-2]}, "neighbors.k": {"integer": [1, 9]}}
     first, again = (space(tmp_path, sample=ranges, samples=6) for _ in range(2))

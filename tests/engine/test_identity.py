@@ -48,6 +48,8 @@ WITHOUT_EFFECT = [
     (["finetune.regularizer.kind=none"], "finetune.regularizer.warmup_fraction=0.7"),
     (["finetune.regularizer.kind=none"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.refresh=true"),
+    (["finetune.regularizer.kind=l2"], "finetune.regularizer.distance=kl"),
+    (["finetune.regularizer.distance=kl"], "finetune.regularizer.gradient_ratio=0.7"),
     (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
     (["finetune.epochs=1"], "finetune.select=best_validation"),
     ([], "finetune.checkpoint_steps=7"),
@@ -85,6 +87,7 @@ WITH_EFFECT = [
     ([], "finetune.regularizer.warmup_fraction=0.7", TUNED),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.weight=7", TUNED),
     ([], "finetune.regularizer.refresh=true", TUNED),
+    ([], "finetune.regularizer.distance=kl", TUNED),
     # Its own term still reads them, in the curves.
     (["finetune.regularizer.weight=0"], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.select=best_validation", TUNED),

@@ -220,16 +220,22 @@ def test_a_damaged_checkpoint_is_a_named_error(letter_run: Run, tmp_path: Path) 
             train(job, checkpoint=checkpoint)
 
 
-def gradients_of(run: Run, kind: str) -> tuple[Objective, RouterMasters, Any, Any]:
-    job = train_job(run, regularizer=RegularizerConfig(kind=kind, weight=1.0))
+def gradients_of(run: Run, kind: str, **others: Any) -> tuple[Objective, RouterMasters, Any, Any]:
+    job = train_job(run, regularizer=RegularizerConfig(kind=kind, weight=1.0, **others))
     head, data = job.load_head(), job.open_data()
     masters = RouterMasters(head, job.setup.layers)
     return Objective(job.settings, head, data, masters), masters, head, data
 
 
-@pytest.mark.parametrize("kind", ["manifold", "l1", "l2", "entropy"])
-def test_each_regularizer_reaches_every_tuned_gate_and_nothing_else(letter_run: Run, kind: str) -> None:
-    objective, masters, head, data = gradients_of(letter_run, kind)
+@pytest.mark.parametrize(
+    ("kind", "others"),
+    [("manifold", {}), ("manifold", {"distance": "kl"}), ("l1", {}), ("l2", {}), ("entropy", {})],
+    ids=str,
+)
+def test_each_regularizer_reaches_every_tuned_gate_and_nothing_else(
+    letter_run: Run, kind: str, others: dict[str, Any]
+) -> None:
+    objective, masters, head, data = gradients_of(letter_run, kind, **others)
     _, penalty, _ = objective.losses(objective.prepare(data.train[:6]))
     penalty.backward()
     for gate in masters.parameters():
@@ -258,6 +264,25 @@ def test_the_manifold_term_equals_the_double_loop_over_neighbors(letter_run: Run
         for other, weight in zip(others.tolist(), weights.tolist(), strict=True):
             total += weight * float((data.routing_NLE[row].double() - data.routing_NLE[other].double()).square().sum())
     assert penalty.item() == pytest.approx(total, rel=1e-4)
+
+
+def test_the_kl_equals_the_loop_over_layers_and_trains(letter_run: Run) -> None:
+    objective, _, _, data = gradients_of(letter_run, "manifold", distance="kl")
+    rows = data.train[:6]
+    _, penalty, _ = objective.losses(objective.prepare(rows))
+    total = 0.0
+    for row in rows:
+        others, _, weights = data.neighborhoods.of(row)
+        for layer in range(data.routing_NLE.shape[1]):
+            for expert in range(data.routing_NLE.shape[2]):
+                mean = sum(
+                    weight * float(data.routing_NLE[other, layer, expert])
+                    for other, weight in zip(others.tolist(), weights.tolist(), strict=True)
+                )
+                total += mean * math.log(mean / float(data.routing_NLE[row, layer, expert]))
+    assert penalty.item() == pytest.approx(total, rel=1e-4)
+    outcome = train(train_job(letter_run, epochs=3, regularizer=RegularizerConfig(weight=30.0, distance="kl")))
+    assert outcome.epochs[-1]["manifold_loss"] < outcome.epochs[0]["manifold_loss"]
 
 
 def test_training_lowers_the_regularizer_when_lambda_is_large(letter_run: Run) -> None:

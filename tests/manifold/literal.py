@@ -65,6 +65,18 @@ def neighbors(table: Table, row: int, kind: str, sigma: float, k: int | None, ep
     return [other for _, _, other in sorted(scored)[:k]]
 
 
+def manifold_kl(routing: Tensor, stored: Tensor, pairs: Sequence[Sequence[tuple[int, float]]]) -> Tensor:
+    """KL(m_i || r_i) summed over questions and layers, one number at a time; 0 log 0 is 0, no neighbor gives nothing."""
+    total = routing.new_zeros(())
+    for i, own in enumerate(pairs):
+        for layer in range(routing.shape[1]):
+            for expert in range(routing.shape[2]):
+                mean = sum(weight * float(stored[j, layer, expert]) for j, weight in own)
+                if mean > 0:
+                    total = total + mean * (math.log(mean) - routing[i, layer, expert].log())
+    return total
+
+
 def weights(values: Sequence[float]) -> list[float]:
     """Eq. 6."""
     return [value / sum(values) for value in values]

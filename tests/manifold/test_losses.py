@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from roma_ray.errors import NeighborError
-from roma_ray.manifold.losses import manifold_loss, neighbor_targets
+from roma_ray.manifold.losses import NeighborTargets, manifold_kl, manifold_loss, neighbor_targets
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
 from tests.manifold import literal
 
@@ -44,6 +44,68 @@ def test_manifold_loss_and_gradient_are_the_literal_double_loop(dtype, tolerance
     (expected_gradient,) = torch.autograd.grad(expected, exact)
     torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 5e-6)])
+def test_the_kl_and_its_gradient_are_the_literal_loop(dtype, tolerance):
+    neighborhoods, stored = ragged(SIZES), routing(1, dtype)
+    stored[:, 1, 2] = 0  # an expert that nobody takes in a layer
+    logits = torch.randn(QUESTIONS, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    live = logits.to(dtype).requires_grad_()
+    loss = manifold_kl(live.softmax(-1), neighbor_targets(neighborhoods, stored))
+    (gradient,) = torch.autograd.grad(loss, live)
+    exact = logits.clone().requires_grad_()
+    expected = literal.manifold_kl(exact.softmax(-1), stored.double(), pairs(neighborhoods))
+    (expected_gradient,) = torch.autograd.grad(expected, exact)
+    torch.testing.assert_close(loss.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(gradient.double(), expected_gradient, rtol=tolerance, atol=tolerance)
+
+
+def test_the_gradient_of_the_kl_in_the_logits_is_r_minus_m_layer_by_layer():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    logits = torch.randn(QUESTIONS, LAYERS, EXPERTS, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    logits.requires_grad_()
+    live = logits.softmax(-1)
+    (gradient,) = torch.autograd.grad(manifold_kl(live, targets), logits)
+    expected = torch.where(targets.present[:, None, None], live.detach() - targets.mean, 0)
+    torch.testing.assert_close(gradient, expected, rtol=1e-12, atol=1e-14)
+
+
+def test_near_a_corner_the_squared_distance_starves_and_the_kl_does_not():
+    mean = torch.tensor([[[0.3, 0.7, 0.0]]])
+    targets = NeighborTargets(mean, torch.zeros(1), torch.tensor([True]))
+    logits = torch.tensor([[[20.0, 0.0, 0.0]]], requires_grad=True)
+    squared, kl = (
+        torch.autograd.grad(distance(logits.softmax(-1), targets), logits)[0]
+        for distance in (manifold_loss, manifold_kl)
+    )
+    assert squared.abs().max() < 1e-6
+    torch.testing.assert_close(kl, torch.tensor([[[0.7, -0.7, 0.0]]]), rtol=1e-5, atol=1e-5)
+    # Where the other probability underflowed both are finite.
+    gone = torch.tensor([[[200.0, 0.0, 0.0]]], requires_grad=True)
+    assert torch.isfinite(torch.autograd.grad(manifold_kl(gone.softmax(-1), targets), gone)[0]).all()
+
+
+def test_the_kl_is_zero_at_the_mean_row_and_for_empty_neighborhoods():
+    targets = neighbor_targets(ragged(SIZES), routing(1))
+    assert manifold_kl(targets.mean.clone(), targets).item() == pytest.approx(0, abs=1e-14)
+    nothing = neighbor_targets(ragged([0] * QUESTIONS), routing(1))
+    live = routing(2).requires_grad_()
+    loss = manifold_kl(live, nothing)
+    assert loss == 0
+    assert torch.autograd.grad(loss, live)[0].abs().sum() == 0
+
+
+def test_the_neighbors_mean_row_serves_the_kl_up_to_a_constant():
+    """sum_j W_ij KL(r_j || r_i) has the gradient of KL(m_i || r_i), whatever k is."""
+    neighborhoods, stored, live = ragged(SIZES), routing(1), routing(2).requires_grad_()
+    total = live.new_zeros(())
+    for i, own in enumerate(pairs(neighborhoods)):
+        for j, weight in own:
+            total = total + weight * (stored[j] * (stored[j].log() - live[i].log())).sum()
+    (expected,) = torch.autograd.grad(total, live)
+    (got,) = torch.autograd.grad(manifold_kl(live, neighbor_targets(neighborhoods, stored)), live)
+    torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_each_question_of_a_batch_gets_its_own_term():

@@ -1,13 +1,14 @@
 """The second term of eq. 9 by name."""
 
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
 import torch
 
 from roma_ray.config.schema import RegularizerConfig
-from roma_ray.manifold.losses import NeighborTargets, manifold_loss
+from roma_ray.manifold.losses import DISTANCES, NeighborTargets, manifold_kl, manifold_loss
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, entropy, l1, l2
 from tests.manifold.test_losses import EXPERTS, LAYERS, QUESTIONS, routing
 
@@ -64,6 +65,8 @@ def test_every_name_of_the_configuration_is_a_regularizer():
     targets = NeighborTargets(routing(1), torch.rand(QUESTIONS, dtype=torch.float64), torch.arange(QUESTIONS) > 0)
     on = Regularized(live, targets, [torch.ones(2, 3)])
     assert REGULARIZERS["manifold"](on) == manifold_loss(live, targets)
+    assert REGULARIZERS["manifold"](replace(on, distance="kl")) == manifold_kl(live, targets)
+    assert set(DISTANCES) == set(get_args(RegularizerConfig.model_fields["distance"].annotation))
     assert REGULARIZERS["entropy"](on) == entropy(on)
     assert REGULARIZERS["l1"](on) == REGULARIZERS["l2"](on) == 6 * QUESTIONS
     none = REGULARIZERS["none"](on)
