@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from roma_ray.baselines.bench import Bench
+from roma_ray.baselines.bench import Bench, training_mask
 from roma_ray.baselines.oracle import optimise
 from roma_ray.baselines.router_tuning import RouterMethod
 from roma_ray.config.schema import Config
 from roma_ray.engine.objective import TrainingData
-from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.manifold.neighbors import own_neighborhoods
 
 
 class OracleTuning(RouterMethod):
@@ -42,22 +42,8 @@ class OracleTuning(RouterMethod):
         """Training data in which every question's target is its own r*."""
         return dataclasses.replace(
             bench.data,
-            neighborhoods=own_neighborhoods(bench),
+            neighborhoods=own_neighborhoods(training_mask(bench)),
             routing_NLE=prepared["routing"],
             # The oracle's routing is that of the last prompt token, whatever the run compares.
             tokens="Last1",
         )
-
-
-def own_neighborhoods(bench: Bench) -> Neighborhoods:
-    """Every training question with itself as its one neighbor: the manifold term then is the distance to its target."""
-    queried = torch.zeros(len(bench.data.prompts), dtype=torch.bool)
-    queried[bench.rows["train"]] = True
-    count = int(queried.sum())
-    return Neighborhoods(
-        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), queried.long().cumsum(0)]),
-        indices=queried.nonzero()[:, 0],
-        similarities=torch.ones(count, dtype=torch.float64),
-        weights=torch.ones(count, dtype=torch.float64),
-        queried=queried,
-    )

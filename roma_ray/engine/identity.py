@@ -38,12 +38,12 @@ def prompt_settings(prompt: PromptConfig) -> dict[str, Any]:
 def neighbors_settings(config: Config) -> dict[str, Any]:
     """What decides S, N and W beside the extraction and the embeddings.
 
-    Random neighbors, the ablation's control, are drawn with the run's own seed: they vary with the training. They are
-    weighed by their similarity like all others.
+    Neighbors that are drawn, as controls, are so with the run's own seed: they vary with the training. Random ones are weighed
+    by their similarity like all others.
     """
     chosen = config.neighbors
     settings = chosen.model_dump(mode="json", exclude={"backend", *_idle_neighbors(chosen)})
-    if chosen.method == "random":
+    if chosen.method in ("random", "shuffled"):
         settings["seed"] = config.seed
     settings["fraction"] = config.questions.fraction
     if config.questions.fraction < 1:
@@ -89,12 +89,15 @@ def _idle_prompt(prompt: PromptConfig) -> dict[str, str]:
 
 
 def _idle_neighbors(chosen: NeighborsConfig) -> dict[str, str]:
-    idle = ["k"] if chosen.method == "epsilon" else ["epsilon"]
-    idle += ["exact_up_to"] if chosen.method != "knn" else []
+    if chosen.method == "self":
+        idle = ["k", "epsilon", "similarity", "sigma", "exact_up_to"]
+    else:
+        idle = ["k"] if chosen.method == "epsilon" else ["epsilon"]
+        idle += ["exact_up_to"] if chosen.method not in ("knn", "shuffled") else []
     found = dict.fromkeys(idle, f"neighbors.method is {chosen.method}")
-    return (
-        found if chosen.similarity == "gaussian" else {**found, "sigma": f"neighbors.similarity is {chosen.similarity}"}
-    )
+    if chosen.similarity != "gaussian":
+        found.setdefault("sigma", f"neighbors.similarity is {chosen.similarity}")
+    return found
 
 
 def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:

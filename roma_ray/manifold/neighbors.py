@@ -1,14 +1,15 @@
-"""Successful neighborhoods N(x_i) (eq. 2-4, 6): k-nearest, epsilon-ball, and random neighbors as the control.
+"""Successful neighborhoods N(x_i) (eq. 2-4, 6): k-nearest, epsilon-ball, and the controls.
 
-Rules that hold for every method: neighbors come from S, the training questions that the base model answers rightly; a
-question is never its own neighbor, nor is one whose embedded text is equal; neighbors are listed by falling similarity,
-ties by id. The answer is the same to the bit for every backend and block size (see `ranking.py`).
+Controls: `random` draws from S, `shuffled` gives each question another one's neighborhood, `self` the question's own stored
+routing. Rules for all others: neighbors come from S, the training questions that the base model answers rightly; a question
+is never its own neighbor, nor is one whose embedded text is equal; neighbors are listed by falling similarity, ties by id.
+The answer is the same to the bit for every backend and block size (see `ranking.py`).
 
 Shapes: N questions, M successful ones, C embedding width, P (question, neighbor) pairs, B a block of questions.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from roma_ray.config.schema import check_epsilon
 from roma_ray.errors import ConfigError, NeighborError
 from roma_ray.manifold.quantiles import QUANTILES, quantiles
-from roma_ray.manifold.ranking import QuestionTable
+from roma_ray.manifold.ranking import QuestionTable, row_key
 from roma_ray.manifold.search import BackendName
 from roma_ray.manifold.similarity import (
     SimilarityName,
@@ -26,7 +27,7 @@ from roma_ray.manifold.similarity import (
     similarity_of_cosines,
 )
 
-Method = Literal["knn", "epsilon", "random"]
+Method = Literal["knn", "epsilon", "random", "shuffled", "self"]
 # Questions whose scores against all successes are held at once.
 BLOCK_ROWS = 2048
 EXACT_UP_TO = 200_000
@@ -43,7 +44,7 @@ class Neighborhoods:
     indices: Tensor
     """[P] int64, row numbers into the question table."""
     similarities: Tensor
-    """[P] fp64, falling within a neighborhood."""
+    """[P] fp64, falling within a neighborhood (but for `shuffled`, where they follow another question's order)."""
     weights: Tensor
     """[P] fp64, eq. 6: they sum to 1 over each non-empty neighborhood."""
     queried: Tensor
@@ -107,33 +108,36 @@ def find_neighbors(
     Embeddings are scaled to length 1. `successful_N`, `training_N`, `queried_N` are masks; successful questions must be
     training questions. `text_keys` are the embedded texts (or digests of them), `ids` are unique. `epsilon` is a
     similarity. `random` draws k neighbors of S uniformly by (seed, id) alone, whatever the order of the table, and
-    weighs them by their similarity like the others (the paper says nothing else of its control).
+    weighs them by their similarity like the others (the paper says nothing else of its control). `shuffled` deals knn's
+    neighborhoods, weights and all, out anew among the queried questions: a derangement by (seed, ids). `self`: no search.
     `knn` is exact up to `exact_up_to` successes; with more, inverted lists find at least 95 % of the neighbors, measured.
     Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises ConfigError for settings out of range,
     EmbeddingError for embeddings without a direction, and NeighborError when S is empty, holds a question outside the
-    training part, more than 90 % of the neighborhoods are empty, or they hold more than 200 million pairs.
+    training part, more than 90 % of the neighborhoods are empty, they hold more than 200 million pairs, or cannot be shuffled.
     """
     _check_settings(method, k, epsilon, similarity, sigma, batch_rows)
     queried_N = training_N if queried_N is None else queried_N
     _check_table(embeddings_NC, successful_N, training_N, queried_N, ids, text_keys)
+    if method == "self":
+        return own_neighborhoods(queried_N)
     table = QuestionTable(embeddings_NC, successful_N, ids, text_keys, backend, device)
     rows_Q = queried_N.nonzero()[:, 0]
     recall = 1.0
-    if method == "knn" and len(table.candidates_M) > exact_up_to:
-        found, recall = table.likely(rows_Q, k, batch_rows)
-    elif method == "knn":
-        found = table.nearest(rows_Q, k, batch_rows)
-    elif method == "epsilon":
+    if method == "epsilon":
         found = table.within(rows_Q, epsilon, similarity, sigma, batch_rows)
-    else:
+    elif method == "random":
         found = table.drawn(rows_Q, k, seed, ids)
+    elif len(table.candidates_M) > exact_up_to:
+        found, recall = table.likely(rows_Q, k, batch_rows)
+    else:
+        found = table.nearest(rows_Q, k, batch_rows)
     sizes_N = torch.bincount(found.rows, minlength=len(ids))
     empty = int((sizes_N[rows_Q] == 0).sum())
     if empty > EMPTY_LIMIT * len(rows_Q):
         sample_Q = rows_Q[:: max(1, len(rows_Q) // 1000)]
         nearest = similarity_of_cosines(table.nearest(sample_Q, 1, batch_rows).cosines, similarity, sigma)
         raise NeighborError(_mostly_empty(method, epsilon, similarity, sigma, empty, len(rows_Q), nearest))
-    return Neighborhoods(
+    neighborhoods = Neighborhoods(
         offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
         indices=found.others,
         similarities=similarity_of_cosines(found.cosines, similarity, sigma),
@@ -141,6 +145,71 @@ def find_neighbors(
         queried=queried_N.clone(),
         recall=recall,
     )
+    if method == "shuffled":
+        neighborhoods = _dealt(neighborhoods, table.group_N, [row_key(seed, key) for key in ids])
+        cosines_P = table.unit.cosines(neighborhoods.rows, neighborhoods.indices)
+        return replace(neighborhoods, similarities=similarity_of_cosines(cosines_P, similarity, sigma))
+    return neighborhoods
+
+
+def own_neighborhoods(queried_N: Tensor) -> Neighborhoods:
+    """Every queried question as its own single neighbor: eq. 7 then is the distance to what is stored of the question itself."""
+    count = int(queried_N.sum())
+    return Neighborhoods(
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), queried_N.long().cumsum(0)]),
+        indices=queried_N.nonzero()[:, 0],
+        similarities=torch.ones(count, dtype=torch.float64),
+        weights=torch.ones(count, dtype=torch.float64),
+        queried=queried_N.clone(),
+    )
+
+
+def _dealt(near: Neighborhoods, group_N: Tensor, keys: Sequence[int]) -> Neighborhoods:
+    """Each queried question with the neighborhood of another text, which holds no question of its own text. NeighborError."""
+    rows = near.queried.nonzero()[:, 0].tolist()
+    group = group_N.tolist()
+    inside = {row: set(group_N[near.of(row)[0]].tolist()) for row in rows}
+    source = derangement(
+        sorted(rows, key=keys.__getitem__), lambda row, other: group[row] not in {group[other], *inside[other]}
+    )
+    if source is None:
+        raise NeighborError(
+            f"the neighborhoods of {len(rows)} question(s) cannot be shuffled: nearly all of them hold the question itself "
+            "or its text. Use more questions, or a smaller neighbors.k"
+        )
+    bounds, sizes_N = near.offsets.tolist(), torch.zeros_like(near.sizes)
+    picks: list[int] = []
+    for row in rows:
+        own = range(bounds[source[row]], bounds[source[row] + 1])
+        sizes_N[row] = len(own)
+        picks += own
+    pairs_P = torch.tensor(picks, dtype=torch.int64)
+    return replace(
+        near,
+        offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
+        indices=near.indices[pairs_P],
+        similarities=near.similarities[pairs_P],
+        weights=near.weights[pairs_P],
+    )
+
+
+def derangement(order: Sequence[int], fits: Callable[[int, int], bool]) -> dict[int, int] | None:
+    """Each item's image in a permutation where `fits(item, image)` holds throughout; None where it found none.
+
+    The next item in the given order; where that does not fit, images are swapped with the first item after it that both suits.
+    """
+    images = [*order[1:], *order[:1]]
+    for at, item in enumerate(order):
+        if fits(item, images[at]):
+            continue
+        for step in range(1, len(order)):
+            other = (at + step) % len(order)
+            if fits(item, images[other]) and fits(order[other], images[at]):
+                images[at], images[other] = images[other], images[at]
+                break
+        else:
+            return None
+    return dict(zip(order, images, strict=True))
 
 
 def _check_settings(method: str, k: int, epsilon: float, similarity: str, sigma: float, batch_rows: int) -> None:

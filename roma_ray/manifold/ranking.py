@@ -181,7 +181,13 @@ class QuestionTable:
         """The control: k candidates of each row, uniform without replacement, a function of (seed, id) and S alone."""
         group_M = self.group_N[self.candidates_M].tolist()
         picks = [
-            _draw(k, int(self.eligible_N[row]), group_M, int(self.group_N[row]), _row_generator(seed, ids[row]))
+            _draw(
+                k,
+                int(self.eligible_N[row]),
+                group_M,
+                int(self.group_N[row]),
+                torch.Generator().manual_seed(row_key(seed, ids[row])),
+            )
             for row in rows_Q.tolist()
         ]
         rows_P = rows_Q.repeat_interleave(torch.tensor([len(own) for own in picks], dtype=torch.int64))
@@ -189,9 +195,10 @@ class QuestionTable:
         return self.ranked(Pairs(rows_P, others_P, self.unit.cosines(rows_P, others_P)))
 
 
-def _row_generator(seed: int, row_id: str) -> torch.Generator:
+def row_key(seed: int, row_id: str) -> int:
+    """A number below 2^63 of a question and a seed: what it draws with, or its place in a random order."""
     digest = hashlib.blake2b(f"{seed}\0{row_id}".encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def _draw(k: int, eligible: int, group_M: list[int], own: int, generator: torch.Generator) -> list[int]:

@@ -95,11 +95,14 @@ def manifold_distance(
     """{train, test}: the distance of eq. 7 before and after tuning, to the neighbors and to random members of S.
 
     `tuned` are the tuned routers' answers to (some of) the trained and to the test questions; `near` the trained ones'
-    neighborhoods. The test questions' are found by the same rule; null where hardly any has one.
+    neighborhoods. The test questions' are found by the same rule; null where hardly any has one, and for `self`: the distance
+    of a question to its own base routing begins at 0, of which there is no share.
     """
     stored_NLE = read_routing_rows(extraction.path, setup.config.routing.tokens)[:, list(setup.layer_columns)]
     successful_N = answered_rightly(extraction) & near.queried
     result: dict[str, Any] = {"train": None, "test": None}
+    if setup.config.neighbors.method == "self":
+        return result
     for split, scores in tuned.items():
         if scores is None:
             continue

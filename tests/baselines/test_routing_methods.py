@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from roma_ray.baselines.bench import Bench
+from roma_ray.baselines.bench import Bench, training_mask
 from roma_ray.baselines.c3po import Neighborhood, core_experts, mean_shift, mixed, reference_routing
 from roma_ray.baselines.contract import Fitted
 from roma_ray.baselines.head_passes import HeadRun, loss_kind, task_loss
 from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.oracle import optimise, wrong_choice
-from roma_ray.baselines.oracle_tuning import OracleTuning, own_neighborhoods
+from roma_ray.baselines.oracle_tuning import OracleTuning
 from roma_ray.config.baseline_settings import C3poConfig, OracleConfig
 from roma_ray.engine.forward import lay_out, task_losses
 from roma_ray.manifold.losses import manifold_loss, neighbor_targets
-from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.manifold.neighbors import Neighborhoods, own_neighborhoods
 from roma_ray.moe.passes import run_packed
 
 SETTINGS = OracleConfig(steps=6, step_size=0.3)
@@ -93,7 +93,7 @@ def test_oracle_tuning_pulls_to_each_questions_own_optimum(letter: Bench) -> Non
     mask[rows] = False
     assert not targets_NLE[mask].any()
     mine_NLE = torch.rand(len(rows), *targets_NLE.shape[1:])
-    targets = neighbor_targets(own_neighborhoods(letter), targets_NLE).take(torch.tensor(rows))
+    targets = neighbor_targets(own_neighborhoods(training_mask(letter)), targets_NLE).take(torch.tensor(rows))
     loss = manifold_loss(mine_NLE, targets)
     literal = sum(float((mine_NLE[n] - targets_NLE[row]).square().sum()) for n, row in enumerate(rows))
     assert float(loss) == pytest.approx(literal, rel=1e-5)

@@ -9,8 +9,11 @@ import torch
 
 from roma_ray.errors import NeighborError
 from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.runs.pipeline import Run
 from roma_ray.stages import neighborhoods
-from roma_ray.store.artifacts import Store
+from roma_ray.stages.neighborhoods import NEIGHBORS, answered_rightly, read_neighborhoods, usable_rows
+from roma_ray.store.artifacts import Stage, Store
+from tests.making import made, with_settings
 
 FOUND = Neighborhoods(
     offsets=torch.tensor([0, 2, 2, 2, 3]),
@@ -31,3 +34,23 @@ def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(neighborhoods, "_MOST_PAIRS", 2)
     with pytest.raises(NeighborError, match="3 pairs of neighbors are more"):
         neighborhoods._write(stage, FOUND)
+
+
+@pytest.mark.parametrize("method", ["shuffled", "self"])
+def test_controls_leave_failed_questions_out(letter_run: Run, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
+    usual = read_neighborhoods(letter_run.stages["neighbors"], 60)
+    correct = answered_rightly(letter_run.stages["extract"])
+    failed = [int((usual.queried & right).nonzero()[0]) for right in (correct, ~correct)]
+
+    def usable(extraction: Stage) -> torch.Tensor:
+        mask = usable_rows(extraction)
+        mask[failed] = False
+        return mask
+
+    monkeypatch.setattr(neighborhoods, "usable_rows", usable)
+    stage = made(NEIGHBORS, with_settings(letter_run.setup, "neighbors", method=method, k=2))
+    found = read_neighborhoods(stage, 60)
+    assert not found.queried[failed].any()
+    assert not torch.isin(found.indices, torch.tensor(failed)).any()
+    assert found.queried.sum() == usual.queried.sum() - 2
+    assert found.sizes[found.queried].tolist() == [2 if method == "shuffled" else 1] * int(found.queried.sum())
