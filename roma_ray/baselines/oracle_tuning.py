@@ -23,7 +23,12 @@ class OracleTuning(RouterMethod):
     name = "oracle_tuning"
     title = "gates finetuned with L_task + λ‖r_i − r*_i‖² towards each training question's oracle routing"
     # The distance of its title; the targets are r*, which no refresh may replace.
-    term: ClassVar[Mapping[str, Any]] = {"kind": "manifold", "distance": "squared", "refresh": False}
+    term: ClassVar[Mapping[str, Any]] = {
+        "kind": "manifold",
+        "distance": "squared",
+        "positions": "mean",
+        "refresh": False,
+    }
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The oracle's settings too."""

@@ -213,6 +213,8 @@ class RegularizerConfig(Section):
     distance: Literal["squared", "kl"] = "squared"
     """Of r_i to its neighbors (manifold): eq. 7, or KL(m_i || r_i) to their mean row, whose gradient in the logits, r_i - m_i,
     does not vanish where the router is nearly certain (not the paper's)."""
+    positions: Literal["mean", "sum"] = "mean"
+    """Of several `routing.tokens` (manifold): pull their mean row, or each one's own to the neighbors' at the same place."""
     weight: float | Literal["auto"] = 0.8
     """lambda. `auto` sets it on a probe batch so that this term's gradient on the gates is `gradient_ratio` of the task
     term's."""

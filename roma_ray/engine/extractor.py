@@ -95,7 +95,11 @@ class Reading:
     @staticmethod
     def of(layout: Layout, rules: Sequence[str]) -> Reading:
         """Everything that the scores and these token rules read."""
-        positions = {rule: layout.routing_positions(rule) for rule in rules}
+        return Reading.at(layout, {rule: layout.routing_positions(rule) for rule in rules})
+
+    @staticmethod
+    def at(layout: Layout, positions: dict[str, Tensor]) -> Reading:
+        """Everything that the scores read, and these positions."""
         return Reading(layout, positions, layout.keep(*positions.values()))
 
     @property

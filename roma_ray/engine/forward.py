@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.engine.batches import is_letter
-from roma_ray.moe.layers import token_positions
+from roma_ray.moe.layers import aligned_positions, token_positions
 from roma_ray.moe.packing import Packing, Segment, pack
 from roma_ray.questions.prompts import Prompt, rule_scores
 
@@ -46,6 +46,18 @@ class Layout:
         ]
         width = max(map(len, rows))
         return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
+
+    def aligned_positions(self, tokens: str, longest: int) -> Tensor:
+        """The same in places that correspond between questions, [Q, P]; -1 where a prompt has none."""
+        return torch.tensor(
+            [
+                [
+                    self.prompt_token(q, p) if p >= 0 else -1
+                    for p in aligned_positions(tokens, len(x.prompt_ids), longest)
+                ]
+                for q, x in enumerate(self.prompts)
+            ]
+        )
 
     def keep(self, *positions: Tensor) -> list[int]:
         """The flat tokens that anything is read at, ascending: the scores' and the given routing positions."""

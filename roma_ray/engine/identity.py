@@ -12,7 +12,7 @@ from typing import Any
 from roma_ray.config.schema import Config, FinetuneConfig, NeighborsConfig, PromptConfig, RegularizerConfig
 
 # Settings of the regularizer that came after storages were filled: their defaults stand in no identity.
-_YOUNGER = ("distance",)
+_YOUNGER = ("distance", "positions")
 
 
 def is_cloze(config: Config) -> bool:
@@ -117,7 +117,7 @@ def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:
         found["warmup_fraction"] = "finetune.regularizer.weight is 0"
     # The neighbors' routing is recomputed at the start of each epoch but the first, and only eq. 7 reads it.
     if term.kind != "manifold":
-        found |= dict.fromkeys(("distance", "refresh"), f"finetune.regularizer.kind is {term.kind}")
+        found |= dict.fromkeys(("distance", "positions", "refresh"), f"finetune.regularizer.kind is {term.kind}")
     elif epochs == 1:
         found["refresh"] = "finetune.epochs is 1"
     return found

@@ -18,9 +18,10 @@ from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError
-from roma_ray.manifold.losses import neighbor_targets
+from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized
+from roma_ray.moe.layers import aligned_positions
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reach import UNREACHED, is_unreached, reach_of, read_weights
@@ -73,14 +74,18 @@ class Objective:
     def __init__(self, config: FinetuneConfig, head: Slice, data: TrainingData, masters: RouterMasters) -> None:
         self.config, self.head, self.data, self.masters = config, head, data, masters
         self.device = str(next(head.model.parameters()).device)
-        self.targets = neighbor_targets(data.neighborhoods, data.routing_NLE)
         self.columns = [n for n, router in enumerate(head.routers) if router.layer in masters.layers]
+        term = config.regularizer
+        # Whether each position has its own pull. Extraction keeps their mean row alone, so the rows are read here.
+        self.each = term.kind == "manifold" and term.positions == "sum"
+        self.longest = max(len(prompt.prompt_ids) for prompt in data.prompts)
         # Whether the task loss reaches the tuned routers at all; `settle` says so.
         self.with_task = True
         if data.cloze:
             self.over = "continuation"
         else:
             self.over = config.task_loss
+        self.targets = self._targets_of_each() if self.each else neighbor_targets(data.neighborhoods, data.routing_NLE)
 
     def feed(self, parts: Sequence[Sequence[int]]) -> Iterator[Micro]:
         """The micro-batches of these rows, each read while the one before is computed."""
@@ -93,30 +98,51 @@ class Objective:
         )
         states_TD = self.data.states.packed(rows, layout)
         vocabulary = letter_rows(layout.prompts) if self.over == "choices" else None
-        return Micro(list(rows), Reading.of(layout, (self.data.tokens,)), states_TD, vocabulary)
+        tokens = self.data.tokens
+        places = layout.aligned_positions(tokens, self.longest) if self.each else layout.routing_positions(tokens)
+        return Micro(list(rows), Reading.at(layout, {tokens: places}), states_TD, vocabulary)
 
     def losses(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor]:
         """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph."""
-        reading, layout = micro.reading, micro.reading.layout
-        positions_QP = reading.positions[self.data.tokens]
+        reading = micro.reading
+        routing_1PLE, states = self._run(micro)
+        positions_QP = reading.positions[self.data.tokens].to(self.device)
+        routing_QLE = mean_routing(routing_1PLE, positions_QP)
+        task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
+        term = self.config.regularizer
+        targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
+        rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
+        penalty = REGULARIZERS[term.kind](Regularized(rows, targets, self.masters.parameters(), term.distance))
+        entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
+        return task, penalty, entropy
+
+    def _run(self, micro: Micro) -> tuple[Tensor, Tensor]:
+        """The tuned layers' routing rows [1, Q * P, L, E] at a micro-batch's positions, and the logits at its kept tokens."""
+        reading = micro.reading
         routers = [self.head.routers[n] for n in self.columns]
         with read_routing(self.head.model, routers, reading.flat_positions) as tape:
             out = run_packed(
                 self.head,
-                layout.packing,
+                reading.layout.packing,
                 micro.states_TD,
                 resume=True,
                 keep=reading.keep,
                 vocabulary_rows=micro.vocabulary_V,
             )
-        routing_QLE = mean_routing(tape.routing_BPLE, positions_QP.to(self.device))
-        task = task_losses(out.states, reading.keep, layout, over=self.over, rows_V=micro.vocabulary_V)
-        term = self.config.regularizer
-        targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
-        on = Regularized(routing_QLE, targets, self.masters.parameters(), term.distance)
-        penalty = REGULARIZERS[term.kind](on)
-        entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
-        return task, penalty, entropy
+        return tape.routing_BPLE, out.states
+
+    @torch.no_grad()
+    def _targets_of_each(self) -> NeighborTargets:
+        """Targets of a pull at each position, from the neighbors' rows under the routers as they are now."""
+        data = self.data
+        places_NP = torch.tensor(
+            [aligned_positions(data.tokens, len(prompt.prompt_ids), self.longest) for prompt in data.prompts]
+        )
+        routing_NPLE = torch.zeros(*places_NP.shape, *data.routing_NLE.shape[1:])
+        for micro in self.feed(chunks(data.neighborhoods.indices.unique().tolist(), self.config.micro_batch_size)):
+            routing_1PLE, _ = self._run(micro)
+            routing_NPLE[micro.rows] = routing_1PLE[0].unflatten(0, (len(micro.rows), -1)).float().cpu()
+        return position_targets(data.neighborhoods, routing_NPLE, places_NP >= 0)
 
     def gradients(self, micro: Micro, strength: float) -> Tensor:
         """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
@@ -218,10 +244,11 @@ class Objective:
             return
         now = self.masters.state()
         self.masters.load(gates)
-        data = self.data
-        rows = data.neighborhoods.indices.unique().tolist()
-        scores = self._score(rows)
-        routing_NLE = data.routing_NLE.clone()
-        routing_NLE[rows] = torch.from_numpy(scores.routing_NLE[:, self.columns])
-        self.targets = neighbor_targets(data.neighborhoods, routing_NLE)
+        if self.each:
+            self.targets = self._targets_of_each()
+        else:
+            rows = self.data.neighborhoods.indices.unique().tolist()
+            routing_NLE = self.data.routing_NLE.clone()
+            routing_NLE[rows] = torch.from_numpy(self._score(rows).routing_NLE[:, self.columns])
+            self.targets = neighbor_targets(self.data.neighborhoods, routing_NLE)
         self.masters.load(now)

@@ -13,11 +13,13 @@ Seen from the logits z of r_i = softmax(z), the gradient of eq. 7 is 2 r_i * (d 
 where r_i is near a corner of the simplex, however far m_i is. `manifold_kl` is the same pull by KL(m_i || r_i), whose gradient
 there is r_i - m_i.
 
-Shapes: N questions, B a batch of them, L tuned layers, E experts. Losses are SUMS over the batch; the caller divides by
-the number of questions of the global batch, so that empty neighborhoods count in the mean as zeros.
+Shapes: N questions, B a batch of them, P positions, or (question, neighbor) pairs, L tuned layers, E experts. Losses are SUMS
+over the batch; the caller divides by the number of questions of the global batch, so that empty neighborhoods count in the
+mean as zeros.
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -66,6 +68,43 @@ def neighbor_targets(neighborhoods: Neighborhoods, routing_NLE: Tensor) -> Neigh
         row = int((~torch.isfinite(spread_N)).nonzero()[0, 0])
         raise NeighborError(f"a neighbor of question row {row} has a routing row that is not finite: extract it again")
     return NeighborTargets(mean_NLE, spread_N.to(kept), neighborhoods.sizes > 0)
+
+
+def position_targets(neighborhoods: Neighborhoods, routing_NPLE: Tensor, present_NP: Tensor) -> NeighborTargets:
+    """Targets of a pull at each of P positions: those of eq. 7 between the rows that all have at that place, summed.
+
+    `present_NP` says which questions have a position; W is shared out among the neighbors that have it. The mean is [N, P * L, E],
+    a row of zeros where a question or all its neighbors lack the position: `pulled` leaves such rows out. NeighborError as above.
+    """
+    parts = [
+        neighbor_targets(_having(neighborhoods, present_N), routing_NPLE[:, place])
+        for place, present_N in enumerate(present_NP.unbind(1))
+    ]
+    spread_N = torch.stack([part.spread for part in parts]).sum(0)
+    present_N = torch.stack([part.present for part in parts]).any(0)
+    return NeighborTargets(torch.cat([part.mean for part in parts], dim=1), spread_N, present_N)
+
+
+def pulled(routing_BPLE: Tensor, targets: NeighborTargets) -> Tensor:
+    """Live rows at each position as rows of the targets' batch, [B, P * L, E]; zero, without gradient, where nothing pulls."""
+    aimed_BL1 = targets.mean.sum(-1, keepdim=True) > 0
+    return routing_BPLE.flatten(1, 2).masked_fill(~aimed_BL1, 0.0)
+
+
+def _having(neighborhoods: Neighborhoods, present_N: Tensor) -> Neighborhoods:
+    """The neighborhoods without questions and neighbors that lack something; weights sum to 1 again."""
+    rows_P = neighborhoods.rows
+    kept_P = present_N[rows_P] & present_N[neighborhoods.indices]
+    rows_P, weights_P = rows_P[kept_P], neighborhoods.weights[kept_P]
+    sizes_N = torch.bincount(rows_P, minlength=len(present_N))
+    total_N = weights_P.new_zeros(len(present_N)).index_add_(0, rows_P, weights_P)
+    return replace(
+        neighborhoods,
+        offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
+        indices=neighborhoods.indices[kept_P],
+        similarities=neighborhoods.similarities[kept_P],
+        weights=torch.where(total_N[rows_P] > 0, weights_P / total_N[rows_P], 1 / sizes_N[rows_P].double()),
+    )
 
 
 def _weighted_sum(neighborhoods: Neighborhoods, rows_NX: Tensor) -> Tensor:

@@ -63,6 +63,25 @@ def token_positions(spec: str, prompt_length: int) -> tuple[int, ...]:
     return tuple(sorted(chosen))
 
 
+def aligned_positions(spec: str, prompt_length: int, longest: int) -> tuple[int, ...]:
+    """The same positions in places that correspond between prompts: -1 where this one has none.
+
+    As many places for every prompt of a table whose longest has `longest` tokens: those that the name counts, First and Mid
+    from their first, Last from the last token; All has `longest`, counted from the last token. Errors as `token_positions`.
+    """
+    existing = token_positions(spec, prompt_length)
+    if spec.lower() == "all":
+        return (*([-1] * (longest - prompt_length)), *existing)
+    places: list[int] = []
+    for kind, count in _parts(spec, _TOKEN_PART, "tokens", "First1, Mid2, Last1"):
+        real = _range(kind, min(count, prompt_length), prompt_length)
+        absent = [-1] * (count - len(real))
+        for position in (*absent, *real) if kind == "L" else (*real, *absent):
+            # Parts that meet in a short prompt count a token once.
+            places.append(-1 if position in places else position)
+    return tuple(places)
+
+
 def _explicit(spec: Sequence[int], available: tuple[int, ...]) -> tuple[int, ...]:
     indices = list(spec)
     if not indices:

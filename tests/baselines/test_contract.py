@@ -116,6 +116,7 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
         "finetune.regularizer.warmup_fraction=0.7": {"roma", "oracle_tuning"},
         # Oracle tuning keeps the distance of its title, to targets that are no routing of the model's.
         "finetune.regularizer.distance=kl": {"roma"},
+        "finetune.regularizer.positions=sum": {"roma"},
         "finetune.regularizer.refresh=true": {"roma"},
         "neighbors.sigma=7": {"c3po", "c3po_kernel"},
         # Without effect: a fixed lambda, answers by continuations, a grid of rates.

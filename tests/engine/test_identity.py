@@ -51,6 +51,7 @@ WITHOUT_EFFECT = [
     (["finetune.regularizer.kind=none"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.distance=kl"),
+    (["finetune.regularizer.kind=l2"], "finetune.regularizer.positions=sum"),
     (["finetune.regularizer.distance=kl"], "finetune.regularizer.gradient_ratio=0.7"),
     (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
     (["finetune.epochs=1"], "finetune.select=best_validation"),
@@ -94,6 +95,7 @@ WITH_EFFECT = [
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.weight=7", TUNED),
     ([], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.regularizer.distance=kl", TUNED),
+    ([], "finetune.regularizer.positions=sum", TUNED),
     # Its own term still reads them, in the curves.
     (["finetune.regularizer.weight=0"], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.select=best_validation", TUNED),

@@ -16,11 +16,13 @@ from roma_ray.config.schema import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.cache import FrozenLayers
 from roma_ray.engine.forward import lay_out, letter_rows
-from roma_ray.engine.objective import Objective
+from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.training import Outcome, finetune
 from roma_ray.errors import CheckpointError, TrainingError
+from roma_ray.moe.layers import token_positions
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
+from roma_ray.moe.reading import read_routing
 from roma_ray.moe.routers import find_routers
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import TrainJob
@@ -283,6 +285,79 @@ def test_the_kl_equals_the_loop_over_layers_and_trains(letter_run: Run) -> None:
     assert penalty.item() == pytest.approx(total, rel=1e-4)
     outcome = train(train_job(letter_run, epochs=3, regularizer=RegularizerConfig(weight=30.0, distance="kl")))
     assert outcome.epochs[-1]["manifold_loss"] < outcome.epochs[0]["manifold_loss"]
+
+
+def literal_pull_of_each(job: TrainJob, data: TrainingData, rows: list[int]) -> tuple[float, dict[int, torch.Tensor]]:
+    """Each of the last positions pulled to the neighbors' at the same place, one question at a time through the whole stock model."""
+    model = AutoModelForCausalLM.from_pretrained(job.model.path, dtype=torch.float32, experts_implementation="eager")
+    routers = [router for router in find_routers(model.eval()) if router.layer in job.setup.layers]
+
+    def rows_of(question: int) -> torch.Tensor:
+        ids = data.prompts[question].prompt_ids
+        places = torch.tensor([token_positions(data.tokens, len(ids))])
+        with read_routing(model, routers, places) as tape:
+            model(torch.tensor([ids]), use_cache=False)
+        return tape.routing_BPLE[0]
+
+    total = torch.zeros(())
+    for row in rows:
+        own, (others, _, weights) = rows_of(row), data.neighborhoods.of(row)
+        for other, weight in zip(others.tolist(), weights.tolist(), strict=True):
+            theirs = rows_of(other).detach()
+            for place in range(own.shape[0]):
+                total = total + weight * (own[place] - theirs[place]).square().sum()
+    total.backward()
+    return float(total.detach()), {router.layer: router.module.weight.grad for router in routers}
+
+
+def test_a_pull_at_each_position_is_a_loop_over_positions_of_the_stock_model(letter_run: Run) -> None:
+    job = train_job(letter_run, regularizer=RegularizerConfig(positions="sum"))
+    data, head = dataclasses.replace(job.open_data(), tokens="Last3"), job.load_head()
+    masters = RouterMasters(head, job.setup.layers)
+    objective = Objective(job.settings, head, data, masters)
+    rows = data.train[:5]
+    expected, gradients = literal_pull_of_each(job, data, rows)
+    _, penalty, _ = objective.losses(objective.prepare(rows))
+    assert penalty.item() == pytest.approx(expected, rel=1e-4)
+    penalty.backward()
+    for layer, gradient in gradients.items():
+        torch.testing.assert_close(masters.parameters_by_layer[layer]["weight"].grad, gradient, rtol=1e-3, atol=1e-5)
+    # The mean row's pull is another one.
+    usual = Objective(job.settings.model_copy(update={"regularizer": RegularizerConfig()}), head, data, masters)
+    assert usual.losses(usual.prepare(rows))[1].item() != pytest.approx(expected, rel=1e-2)
+
+
+def test_at_one_position_the_pulls_are_one(letter_run: Run) -> None:
+    mean, each = (
+        train(train_job(letter_run, regularizer=RegularizerConfig(weight=30.0, positions=positions, refresh=True)))
+        for positions in ("mean", "sum")
+    )
+    for key, gate in mean.gates.items():
+        torch.testing.assert_close(each.gates[key], gate, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tokens", ["Last3", "All"])
+def test_pulls_at_each_position_are_the_same_bits_on_any_workers_and_after_a_stop(
+    letter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokens: str
+) -> None:
+    usual = TrainJob.open_data
+    monkeypatch.setattr(TrainJob, "open_data", lambda job: dataclasses.replace(usual(job), tokens=tokens))
+    term = RegularizerConfig(weight=3.0, positions="sum", distance="kl", refresh=True)
+    job = train_job(letter_run, regularizer=term, checkpoint_steps=1)
+    alone = train(job)
+    assert alone.epochs[-1]["manifold_loss"] < alone.epochs[0]["manifold_loss"]
+    for outcome in train_on(2, job):
+        assert_same(alone, outcome)
+    left = [len(alone.step_table) - 1]
+
+    def advance(count: int, note: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(job, checkpoint=tmp_path / "each.safetensors", advance=advance)
+    assert_same(alone, train(job, checkpoint=tmp_path / "each.safetensors"))
 
 
 def test_training_lowers_the_regularizer_when_lambda_is_large(letter_run: Run) -> None:

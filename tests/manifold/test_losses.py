@@ -2,7 +2,14 @@ import pytest
 import torch
 
 from roma_ray.errors import NeighborError
-from roma_ray.manifold.losses import NeighborTargets, manifold_kl, manifold_loss, neighbor_targets
+from roma_ray.manifold.losses import (
+    NeighborTargets,
+    manifold_kl,
+    manifold_loss,
+    neighbor_targets,
+    position_targets,
+    pulled,
+)
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
 from tests.manifold import literal
 
@@ -106,6 +113,43 @@ def test_the_neighbors_mean_row_serves_the_kl_up_to_a_constant():
     (expected,) = torch.autograd.grad(total, live)
     (got,) = torch.autograd.grad(manifold_kl(live, neighbor_targets(neighborhoods, stored)), live)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("name", "distance"), [("squared", manifold_loss), ("kl", manifold_kl)])
+def test_a_pull_at_each_position_is_the_literal_loop_over_positions(name, distance):
+    neighborhoods, positions = ragged(SIZES), 4
+    generator = torch.Generator().manual_seed(7)
+    present = torch.rand(QUESTIONS, positions, generator=generator) < 0.6
+    present[:, 3] = torch.arange(QUESTIONS) == 6  # one question has a place that no neighbor but itself has
+    shape = (QUESTIONS, positions, LAYERS, EXPERTS)
+    stored, live = (torch.randn(shape, generator=generator, dtype=torch.float64).softmax(-1) for _ in range(2))
+    stored, live = (rows.masked_fill(~present[:, :, None, None], 0.0) for rows in (stored, live))
+    live.requires_grad_()
+    expected, used = live.new_zeros(()), 0
+    for place in range(positions):
+        for i, own in enumerate(pairs(neighborhoods)):
+            having = [(j, weight) for j, weight in own if present[j, place]]
+            if not present[i, place] or not having:
+                continue
+            used += 1
+            total = sum(weight for _, weight in having)
+            shared = [(j, weight / total) for j, weight in having]
+            loop = literal.manifold if name == "squared" else literal.manifold_kl
+            expected = expected + loop(live[i : i + 1, place], stored[:, place], [shared])
+    assert 0 < used < int(present.sum())
+    targets = position_targets(neighborhoods, stored, present)
+    loss = distance(pulled(live, targets), targets)
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+    (gradient,), (wanted,) = (torch.autograd.grad(x, live, retain_graph=True) for x in (loss, expected))
+    torch.testing.assert_close(gradient, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_a_pull_at_the_only_position_is_eq_7():
+    neighborhoods, stored, live = ragged(SIZES), routing(1), routing(2)
+    targets = neighbor_targets(neighborhoods, stored)
+    each = position_targets(neighborhoods, stored[:, None], torch.ones(QUESTIONS, 1, dtype=torch.bool))
+    torch.testing.assert_close(manifold_loss(pulled(live[:, None], each), each), manifold_loss(live, targets))
+    torch.testing.assert_close(each.mean, targets.mean)
 
 
 def test_each_question_of_a_batch_gets_its_own_term():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roma_ray.errors import ConfigError
-from roma_ray.moe.layers import check_names, select_layers, token_positions
+from roma_ray.moe.layers import aligned_positions, check_names, select_layers, token_positions
 
 SIXTEEN = tuple(range(16))
 
@@ -111,3 +111,29 @@ def test_middle_is_where_the_paper_puts_it(count: int, total: int) -> None:
     start = (total - count) // 2
     assert select_layers(f"M{count}", range(total)) == tuple(range(start, start + count))
     assert token_positions(f"Mid{count}", total) == tuple(range(start, start + count))
+
+
+@pytest.mark.parametrize(
+    ("spec", "length", "want"),
+    [
+        ("Last3", 7, (4, 5, 6)),
+        ("Last3", 2, (-1, 0, 1)),
+        ("First3", 2, (0, 1, -1)),
+        ("First2Last2", 3, (0, 1, -1, 2)),
+        ("Last2First2", 9, (7, 8, 0, 1)),
+        ("Mid2", 1, (0, -1)),
+        ("All", 3, (-1, -1, 0, 1, 2)),
+    ],
+)
+def test_aligned_positions_lie_in_places_that_correspond(spec: str, length: int, want: tuple[int, ...]) -> None:
+    assert aligned_positions(spec, length, 5) == want
+
+
+@pytest.mark.parametrize("spec", ["First1", "First3", "Mid3", "Last2", "First2Mid1Last3", "All"])
+def test_aligned_positions_are_the_same_positions(spec: str) -> None:
+    for length in range(1, 12):
+        places = aligned_positions(spec, length, 11)
+        assert tuple(sorted(place for place in places if place >= 0)) == token_positions(spec, length)
+        assert len(places) == len(aligned_positions(spec, 11, 11))
+    with pytest.raises(ConfigError):
+        aligned_positions("Last1Last2", 3, 5)
