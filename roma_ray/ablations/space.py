@@ -35,7 +35,15 @@ from pydantic import Field, ValidationError, model_validator
 
 from roma_ray.ablations import paper
 from roma_ray.ablations.naming import assigned, level_name, short_names
-from roma_ray.config.loading import MOST_FAULTS, default_name, load_config, meant, parse_config, read_settings
+from roma_ray.config.loading import (
+    MOST_FAULTS,
+    default_name,
+    load_config,
+    meant,
+    overridden,
+    parse_config,
+    read_settings,
+)
 from roma_ray.config.schema import Config, Section
 from roma_ray.config.section import Name
 from roma_ray.engine.identity import aged
@@ -256,22 +264,13 @@ def _centre(file: SpaceFile, source: Path, overrides: Sequence[str], storage: st
     data = base.model_dump(mode="json")
     for key, value in file.set.items():
         put(data, key, value, str(source))
-    config = load_config_data(data, overrides, str(source))
+    config = parse_config(overridden(data, overrides), str(source))
     # A trial's seed must not split the questions anew: trials are compared on the same ones.
     seed = config.questions.seed if config.questions.seed is not None else config.seed
     changes: dict[str, Any] = {"name": file.name, "questions": config.questions.model_copy(update={"seed": seed})}
     if storage is not None:
         changes["storage"] = storage
     return config.model_copy(update=changes)
-
-
-def load_config_data(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Config:
-    """A configuration from plain data and `--set` overrides. Raises ConfigError."""
-    from roma_ray.config.loading import apply_override
-
-    for override in overrides:
-        apply_override(data, override)
-    return parse_config(data, origin)
 
 
 def _size(file: SpaceFile) -> int:

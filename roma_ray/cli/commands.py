@@ -23,6 +23,7 @@ from roma_ray.cli.options import (
     said_when_slow,
     say,
 )
+from roma_ray.cli.proving import control
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -377,5 +378,5 @@ def routing(config: Any, out: str, split: str | None, force: bool) -> None:
     say(f"written: {out} ({count} questions, {len(setup.moe_layers)} layers)")
 
 
-for _command in (ls, show, explain, rm, gc):
+for _command in (control, ls, show, explain, rm, gc):
     main.add_command(_command)

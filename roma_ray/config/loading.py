@@ -29,13 +29,23 @@ def load_config(path: str | Path | None = None, overrides: Sequence[str] = ()) -
     Raises ConfigError: unreadable file, unknown key (with the nearest valid name), wrong type or value.
     """
     source = Path(path) if path is not None else Path(__file__).parents[1] / "assets" / "demo.yaml"
-    data = read_settings(source)
-    for override in overrides:
-        apply_override(data, override)
+    data = overridden(read_settings(source), overrides)
     if "name" not in data:
         model = data["model"].get("path") if isinstance(data.get("model"), dict) else None
         data["name"] = default_name(source.stem if path is not None else EMBEDDED, model)
     return parse_config(data, str(source))
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """The configuration with further `a.b=c` overrides. Raises ConfigError."""
+    return parse_config(overridden(config.model_dump(mode="json"), overrides), config.name)
+
+
+def overridden(data: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """Plain data after `a.b=c` overrides. Raises ConfigError."""
+    for override in overrides:
+        apply_override(data, override)
+    return data
 
 
 def default_name(stem: str, model: object = None) -> str:
