@@ -23,7 +23,7 @@ SIGNATURES = {
     "manifold_trainer": "(term: 'ManifoldTerm') -> 'type[Trainer]'",
     "train_only_routers": "(model: 'PreTrainedModel', layers: 'Sequence[int] | None' = None) -> 'list[nn.Parameter]'",
     "ManifoldTerm": "(model: 'PreTrainedModel', targets: 'NeighborTargets', *, weight: 'float', "
-    "layers: 'Sequence[int] | None' = None, tokens: 'str' = 'Last1') -> 'None'",
+    "layers: 'Sequence[int] | None' = None, tokens: 'str' = 'Last1', distance: 'DistanceName' = 'squared') -> 'None'",
 }
 
 

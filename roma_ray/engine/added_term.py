@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from roma_ray.errors import ConfigError, ModelError
-from roma_ray.manifold.losses import DISTANCES, NeighborTargets
+from roma_ray.manifold.losses import DISTANCES, DistanceName, NeighborTargets
 from roma_ray.moe.reading import RoutingTape, read_routing
 from roma_ray.moe.routers import router_parameters
 from roma_ray.moe.text_routing import chosen_routers, mean_rows, prompt_positions
@@ -53,7 +53,7 @@ class ManifoldTerm:
         weight: float,
         layers: Sequence[int] | None = None,
         tokens: str = "Last1",
-        distance: Literal["squared", "kl"] = "squared",
+        distance: DistanceName = "squared",
     ) -> None:
         """`targets` are those of all questions, of `neighbor_targets`; their layers are `layers` of the model."""
         self.model, self.targets, self.weight, self.tokens = model, targets, weight, tokens

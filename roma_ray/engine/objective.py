@@ -20,7 +20,7 @@ from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
-from roma_ray.manifold.regularizers import REGULARIZERS, Regularized
+from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, yardstick
 from roma_ray.moe.layers import aligned_positions
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
@@ -33,11 +33,33 @@ from roma_ray.questions.prompts import Prompt
 IDLE_RATIO = 0.01
 
 
+# Beside the other term a gradient of this part of it, or less, is lost in fp32.
+_LOST = 1e-6
+
+
 def is_idle(probe: Mapping[str, float], regularizer: RegularizerConfig) -> bool:
     """Whether a regularizer that was asked for hardly pulls on the gates. A λ of 0 asks for none."""
-    if is_unreached(probe):
+    if is_unreached(probe) or is_noise(probe, regularizer):
         return False
-    return regularizer.kind != "none" and regularizer.weight != 0 and probe["gradient_ratio"] < IDLE_RATIO
+    return _is_asked_for(regularizer) and probe["gradient_ratio"] < IDLE_RATIO
+
+
+def is_noise(probe: Mapping[str, float], regularizer: RegularizerConfig) -> bool:
+    """Whether a training's probe says that the gradient of the regularizer that was asked for began as rounding noise."""
+    return _is_asked_for(regularizer) and probe.get("regularizer_noise", 0.0) > 0
+
+
+def _is_asked_for(regularizer: RegularizerConfig) -> bool:
+    return regularizer.kind != "none" and regularizer.weight != 0
+
+
+def noise_level(dtype: torch.dtype) -> float:
+    """The part of its yardstick's gradient at which the manifold term's is rounding noise, in a model of this type.
+
+    Measured on a CPU, tiny models in fp32 and bf16 and the embedded one: 2e-7 or less where the target is the question's own row,
+    0.3 or more where it is the neighbors'. The root leaves room for passes of a GPU that round otherwise.
+    """
+    return float(torch.finfo(dtype).eps) ** 0.5 / 4
 
 
 @dataclass
@@ -104,17 +126,21 @@ class Objective:
 
     def losses(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor]:
         """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph."""
+        task, on, entropy = self._terms(micro)
+        return task, REGULARIZERS[self.config.regularizer.kind](on), entropy
+
+    def _terms(self, micro: Micro) -> tuple[Tensor, Regularized, Tensor]:
+        """As `losses`, with what the regularizer may see in its place."""
         reading = micro.reading
         routing_1PLE, states = self._run(micro)
         positions_QP = reading.positions[self.data.tokens].to(self.device)
         routing_QLE = mean_routing(routing_1PLE, positions_QP)
         task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
-        term = self.config.regularizer
         targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
         rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
-        penalty = REGULARIZERS[term.kind](Regularized(rows, targets, self.masters.parameters(), term.distance))
+        on = Regularized(rows, targets, self.masters.parameters(), self.config.regularizer.distance)
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
-        return task, penalty, entropy
+        return task, on, entropy
 
     def _run(self, micro: Micro) -> tuple[Tensor, Tensor]:
         """The tuned layers' routing rows [1, Q * P, L, E] at a micro-batch's positions, and the logits at its kept tokens."""
@@ -177,42 +203,66 @@ class Objective:
             batch_tokens=data.batch_tokens,
         )
 
-    def probe(self, rows: Sequence[int]) -> dict[str, float]:
-        """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force (DESIGN 5.7)."""
-        gates = self.masters.parameters()
-        totals = [[torch.zeros_like(g) for g in gates] for _ in range(2)]
-        for micro in self.feed(chunks(rows, self.config.micro_batch_size)):
-            task, penalty, _ = self.losses(micro)
-            for term, total in ((task, totals[0]), (penalty, totals[1])):
-                if term.requires_grad:
-                    grads = torch.autograd.grad(term, gates, retain_graph=term is task, allow_unused=True)
-                    for sum_, grad in zip(total, grads, strict=True):
-                        if grad is not None:
-                            sum_ += grad
-        task_norm, penalty_norm = (float(torch.cat([g.reshape(-1) for g in t]).norm()) / len(rows) for t in totals)
-        regularizer = self.config.regularizer
-        weight = regularizer.weight
+    def probe(self, rows: Sequence[int], weight: float | None = None) -> dict[str, float]:
+        """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force (DESIGN 5.7).
+
+        `weight` is the lambda in force; without it, that of the configuration. Raises TrainingError where `auto` finds nothing
+        to divide by.
+        """
+        task_norm, penalty_norm, scale = self._gradient_norms(rows)
         reach = self._reach(rows[: self.config.micro_batch_size])
-        if regularizer.kind == "none":
-            weight = 0.0
-        elif weight == "auto" and reach < UNREACHED:
-            # There is nothing to weigh the term against, and Adam's steps do not depend on its scale.
-            weight = 1.0
-        elif weight == "auto":
-            if penalty_norm == 0:
-                raise TrainingError(
-                    "finetune.regularizer.weight: auto needs a regularizer with a gradient; give a number instead"
-                )
-            weight = regularizer.gradient_ratio * task_norm / penalty_norm
-        assert isinstance(weight, float | int)
+        noise = penalty_norm <= noise_level(self.head.dtype) * scale
+        if reach >= UNREACHED:
+            noise |= penalty_norm <= _LOST * task_norm
+        if weight is None:
+            weight = self._weight(task_norm, penalty_norm, reach, noise)
         ratio = weight * penalty_norm / task_norm if task_norm and reach >= UNREACHED else 0.0
         return {
             "reach": reach,
             "task_gradient": task_norm,
             "regularizer_gradient": penalty_norm,
+            "regularizer_noise": float(noise),
             "gradient_ratio": ratio,
-            "weight": float(weight),
+            "weight": weight,
         }
+
+    def _weight(self, task_norm: float, penalty_norm: float, reach: float, noise: bool) -> float:
+        """The configured lambda, `auto` resolved. Raises TrainingError."""
+        regularizer = self.config.regularizer
+        if regularizer.kind == "none":
+            return 0.0
+        if regularizer.weight != "auto":
+            return float(regularizer.weight)
+        if reach < UNREACHED:
+            # There is nothing to weigh the term against, and Adam's steps do not depend on its scale.
+            return 1.0
+        if noise:
+            raise TrainingError(
+                f"finetune.regularizer.weight: auto would divide by rounding noise: at the start the regularizer's gradient on the "
+                f"gates is {penalty_norm:.1g}, the task term's {task_norm:.1g}. So it is where every question already has the "
+                "routing that it is pulled to (neighbors.method: self), and where routers are so certain that the squared distance "
+                "has no gradient (then finetune.regularizer.distance: kl has one). Give a number instead."
+            )
+        return regularizer.gradient_ratio * task_norm / penalty_norm
+
+    def _gradient_norms(self, rows: Sequence[int]) -> tuple[float, float, float]:
+        """Gradient norms on the gates, a question: of the task term, of the regularizer, and of the latter's yardstick (else 0)."""
+        gates = self.masters.parameters()
+        kind = self.config.regularizer.kind
+        totals = [[torch.zeros_like(g) for g in gates] for _ in range(3)]
+        for micro in self.feed(chunks(rows, self.config.micro_batch_size)):
+            task, on, _ = self._terms(micro)
+            terms = [task, REGULARIZERS[kind](on), *([yardstick(on)] if kind == "manifold" else [])]
+            for term, total in zip(terms, totals, strict=False):
+                if term.requires_grad:
+                    grads = torch.autograd.grad(term, gates, retain_graph=True, allow_unused=True)
+                    for sum_, grad in zip(total, grads, strict=True):
+                        if grad is not None:
+                            sum_ += grad
+        task_norm, penalty_norm, scale = (
+            float(torch.cat([g.reshape(-1) for g in t]).norm()) / len(rows) for t in totals
+        )
+        return task_norm, penalty_norm, scale
 
     def _reach(self, rows: Sequence[int]) -> float:
         """The least reach of the tuned routers (see `moe/reach.py`), on one micro-batch."""
@@ -229,13 +279,24 @@ class Objective:
 
     def settle(self, probe: dict[str, float]) -> None:
         """Leave the task term out where the probe saw that it reaches no tuned router. Raises TrainingError if nothing does."""
-        self.with_task = probe.get("reach", 1.0) >= UNREACHED
-        if not self.with_task and probe["weight"] * probe["regularizer_gradient"] == 0:
+        self.with_task = not is_unreached(probe)
+        if self.with_task:
+            return
+        unreached = (
+            "the task loss does not reach these routers: the weights that they give their experts do not depend on their logits "
+            f"(d(weights)/d(gate) is {probe['reach']:.1g} of d(r)/d(gate)), as where one expert is taken and its weight scaled "
+            "to 1. "
+        )
+        if is_noise(probe, self.config.regularizer):
             raise TrainingError(
-                "the task loss does not reach these routers: the weights that they give their experts do not depend on their "
-                f"logits (d(weights)/d(gate) is {probe['reach']:.1g} of d(r)/d(gate)), as where one expert is taken and its "
-                "weight scaled to 1. Training would follow rounding noise. The manifold term can move them: set "
-                "finetune.regularizer.kind=manifold with a weight above 0."
+                f"{unreached}And the regularizer's gradient ({probe['regularizer_gradient']:.1g}) is rounding noise: every question "
+                "has the routing that it is pulled to (neighbors.method: self), or the routers are too certain for the distance (try "
+                "finetune.regularizer.distance=kl). Nothing would move them but noise."
+            )
+        if probe["weight"] * probe["regularizer_gradient"] == 0:
+            raise TrainingError(
+                f"{unreached}Training would follow rounding noise (a gradient of {probe['task_gradient']:.1g}). The manifold term can "
+                "move them: set finetune.regularizer.kind=manifold with a weight above 0."
             )
 
     def refresh(self, epoch: int, gates: dict[str, Tensor]) -> None:

@@ -155,9 +155,13 @@ def _finetune(
     if config.select == "best_validation":
         masters.load(state.best_gates)
     _check_moved(masters, pretrained, frozen, head, state)
-    final = {f"final_{key}": value for key, value in objective.probe(probe_rows).items() if key != "weight"}
+    probe = {**state.probe, **_final(objective.probe(probe_rows, state.probe["weight"]))}
     selected = state.best_epoch if config.select == "best_validation" else config.epochs - 1
-    return Outcome(masters.state(), state.epochs, {**state.probe, **final}, selected, state.table())
+    return Outcome(masters.state(), state.epochs, probe, selected, state.table())
+
+
+def _final(probe: dict[str, float]) -> dict[str, float]:
+    return {f"final_{key}": value for key, value in probe.items() if key != "weight"}
 
 
 def _warmup(step: int, total: int, fraction: float) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 from roma_ray.borders.text import figure
 from roma_ray.config.schema import RegularizerConfig
-from roma_ray.engine.objective import is_idle
+from roma_ray.engine.objective import is_idle, is_noise
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant
 from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.run_summary import warnings_of
@@ -79,8 +79,15 @@ def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[st
     probe = summary["probe"]
     if is_unreached(probe):
         lines.append(
-            "the task loss does not reach these routers (one expert a token, its weight scaled to 1), so the task term was left out "
-            "and the manifold term alone moved them"
+            "the task loss does not reach these routers (one expert a token, its weight scaled to 1): its gradient is rounding noise, "
+            f"{probe['task_gradient']:.1g} against {probe['regularizer_gradient']:.2g}. So the task term was left out and the manifold "
+            "term alone moved them"
+        )
+    if is_noise(probe, regularizer):
+        lines.append(
+            f"the regularizer's gradient began as rounding noise ({probe['regularizer_gradient']:.1g} against the task term's "
+            f"{probe['task_gradient']:.2g}): the task term moved the routers first; at the end the ratio was "
+            f"{probe['final_gradient_ratio']:.2%}"
         )
     if is_idle(probe, regularizer):
         lines.append(

@@ -20,7 +20,7 @@ mean as zeros.
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,8 @@ from torch import Tensor
 
 from roma_ray.errors import NeighborError
 from roma_ray.manifold.neighbors import Neighborhoods
+
+DistanceName = Literal["squared", "kl"]
 
 
 class NeighborTargets(NamedTuple):
@@ -143,4 +145,7 @@ def manifold_kl(routing_BLE: Tensor, targets: NeighborTargets) -> Tensor:
     return torch.where(targets.present, kl_B, 0).sum()
 
 
-DISTANCES: Mapping[str, Callable[[Tensor, NeighborTargets], Tensor]] = {"squared": manifold_loss, "kl": manifold_kl}
+DISTANCES: Mapping[DistanceName, Callable[[Tensor, NeighborTargets], Tensor]] = {
+    "squared": manifold_loss,
+    "kl": manifold_kl,
+}

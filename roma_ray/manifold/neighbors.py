@@ -105,11 +105,10 @@ def find_neighbors(
 ) -> Neighborhoods:
     """N(x_i) and W_ij (eq. 3, 4, 6) of the queried questions (all training questions unless given).
 
-    Embeddings are scaled to length 1. `successful_N`, `training_N`, `queried_N` are masks; successful questions must be
-    training questions. `text_keys` are the embedded texts (or digests of them), `ids` are unique. `epsilon` is a
-    similarity. `random` draws k neighbors of S uniformly by (seed, id) alone, whatever the order of the table, and
-    weighs them by their similarity like the others (the paper says nothing else of its control). `shuffled` deals knn's
-    neighborhoods, weights and all, out anew among the queried questions: a derangement by (seed, ids). `self`: no search.
+    Embeddings are scaled to length 1. `successful_N`, `training_N`, `queried_N` are masks; successful questions must be training
+    questions. `text_keys` are the embedded texts (or digests of them), `ids` are unique. `epsilon` is a similarity. `random` draws
+    k of S uniformly by (seed, id) alone, whatever the order of the table, and weighs them by similarity like the others (the paper
+    says nothing else). `shuffled` deals knn's neighborhoods out anew: a derangement by (seed, ids). `self`: no search.
     `knn` is exact up to `exact_up_to` successes; with more, inverted lists find at least 95 % of the neighbors, measured.
     Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises ConfigError for settings out of range,
     EmbeddingError for embeddings without a direction, and NeighborError when S is empty, holds a question outside the
@@ -127,17 +126,14 @@ def find_neighbors(
         found = table.within(rows_Q, epsilon, similarity, sigma, batch_rows)
     elif method == "random":
         found = table.drawn(rows_Q, k, seed, ids)
-    elif len(table.candidates_M) > exact_up_to:
-        found, recall = table.likely(rows_Q, k, batch_rows)
     else:
-        found = table.nearest(rows_Q, k, batch_rows)
+        found, recall = table.near(rows_Q, k, batch_rows, exact_up_to)
     sizes_N = torch.bincount(found.rows, minlength=len(ids))
     empty = int((sizes_N[rows_Q] == 0).sum())
     if empty > EMPTY_LIMIT * len(rows_Q):
-        sample_Q = rows_Q[:: max(1, len(rows_Q) // 1000)]
-        nearest = similarity_of_cosines(table.nearest(sample_Q, 1, batch_rows).cosines, similarity, sigma)
+        nearest = table.nearest(rows_Q[:: max(1, len(rows_Q) // 1000)], 1, batch_rows).cosines
         raise NeighborError(_mostly_empty(method, epsilon, similarity, sigma, empty, len(rows_Q), nearest))
-    neighborhoods = Neighborhoods(
+    near = Neighborhoods(
         offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
         indices=found.others,
         similarities=similarity_of_cosines(found.cosines, similarity, sigma),
@@ -146,10 +142,9 @@ def find_neighbors(
         recall=recall,
     )
     if method == "shuffled":
-        neighborhoods = _dealt(neighborhoods, table.group_N, [row_key(seed, key) for key in ids])
-        cosines_P = table.unit.cosines(neighborhoods.rows, neighborhoods.indices)
-        return replace(neighborhoods, similarities=similarity_of_cosines(cosines_P, similarity, sigma))
-    return neighborhoods
+        near = _dealt(near, table.group_N, [row_key(seed, key) for key in ids])
+        return replace(near, similarities=_own_similarities(near, table, similarity, sigma))
+    return near
 
 
 def own_neighborhoods(queried_N: Tensor) -> Neighborhoods:
@@ -162,6 +157,10 @@ def own_neighborhoods(queried_N: Tensor) -> Neighborhoods:
         weights=torch.ones(count, dtype=torch.float64),
         queried=queried_N.clone(),
     )
+
+
+def _own_similarities(near: Neighborhoods, table: QuestionTable, similarity: SimilarityName, sigma: float) -> Tensor:
+    return similarity_of_cosines(table.unit.cosines(near.rows, near.indices), similarity, sigma)
 
 
 def _dealt(near: Neighborhoods, group_N: Tensor, keys: Sequence[int]) -> Neighborhoods:
@@ -248,13 +247,14 @@ def _check_table(
 
 
 def _mostly_empty(
-    method: str, epsilon: float, similarity: str, sigma: float, empty: int, queried: int, nearest_P: Tensor
+    method: str, epsilon: float, similarity: SimilarityName, sigma: float, empty: int, queried: int, cosines_P: Tensor
 ) -> str:
     text = f"{empty} of {queried} neighborhoods ({empty / queried:.0%}) are empty"
     if method != "epsilon":
         return (
             f"{text}: nearly all successful questions have the same text as the question; use more, or other, questions"
         )
+    nearest_P = similarity_of_cosines(cosines_P, similarity, sigma)
     marks = ", ".join(f"{name} {value:.3f}" for name, value in quantiles(nearest_P, QUANTILES).items())
     width = f" with sigma {sigma:g}" if similarity == "gaussian" else ""
     advice = "set epsilon below the median, or use method `knn`"

@@ -99,6 +99,12 @@ class QuestionTable:
             self.margin = max(self.margin, 4 * seen)
         return pairs[self.group_N[pairs.rows] != self.group_N[pairs.others]]
 
+    def near(self, rows_Q: Tensor, k: int, batch_rows: int, exact_up_to: int) -> tuple[Pairs, float]:
+        """Eq. 3, exact up to so many candidates, else by inverted lists; with the recall."""
+        if len(self.candidates_M) > exact_up_to:
+            return self.likely(rows_Q, k, batch_rows)
+        return self.nearest(rows_Q, k, batch_rows), 1.0
+
     def likely(self, rows_Q: Tensor, k: int, batch_rows: int) -> tuple[Pairs, float]:
         """Eq. 3 by inverted lists: k candidates of each row, nearly always the most similar ones, and the measured recall.
 

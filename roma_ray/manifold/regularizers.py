@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma_ray.manifold.losses import DISTANCES, NeighborTargets
+from roma_ray.manifold.losses import DISTANCES, DistanceName, NeighborTargets
+
+_SEED = 20_253
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,7 @@ class Regularized:
     """What eq. 7 needs of the batch's neighbors."""
     parameters: Sequence[Tensor] = ()
     """Those of the tuned routers, the fp32 masters."""
-    distance: str = "squared"
+    distance: DistanceName = "squared"
     """Of the manifold term: a name of `DISTANCES`."""
 
 
@@ -31,6 +33,17 @@ def manifold(on: Regularized) -> Tensor:
     """Eq. 7, or the same pull by another distance."""
     assert on.targets is not None, "the manifold term needs neighbor targets"
     return DISTANCES[on.distance](on.routing_BLE, on.targets)
+
+
+def yardstick(on: Regularized) -> Tensor:
+    """The manifold term towards targets that lie as far from each r_i as r_i is long, with random signs.
+
+    Its gradient is the scale to which the real one's is held: a tiny part of it is rounding, whatever the gates are.
+    """
+    assert on.targets is not None, "the manifold term needs neighbor targets"
+    signs = torch.randn(on.routing_BLE.shape, generator=torch.Generator().manual_seed(_SEED)).sign()
+    away = on.targets._replace(mean=on.routing_BLE.detach() * (1 + signs.to(on.routing_BLE)))
+    return DISTANCES[on.distance](on.routing_BLE, away)
 
 
 def entropy(on: Regularized) -> Tensor:

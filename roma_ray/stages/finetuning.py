@@ -20,7 +20,7 @@ from roma_ray.engine.cache import ROWS, States, open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.objective import TrainingData, is_idle
+from roma_ray.engine.objective import TrainingData, is_idle, is_noise
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.runners import Runners, Trainer
@@ -213,14 +213,20 @@ def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progr
         return
     if is_unreached(probe):
         progress.say(
-            "note: the task loss does not reach these routers (they give one expert the weight 1 whatever their logits are), so "
-            "the task term was left out: the regularizer alone moved them."
+            "note: the task loss does not reach these routers (they give one expert the weight 1 whatever their logits are): its "
+            f"gradient on the gates is rounding noise, {probe['task_gradient']:.1g} against the regularizer's "
+            f"{probe['regularizer_gradient']:.2g}. So the task term was left out: the regularizer alone moved them."
         )
         return
     progress.say(
         f"gradient norms on the gates (probe): task {probe['task_gradient']:.3g}, regularizer {probe['regularizer_gradient']:.3g}, "
         f"lambda {probe['weight']:.3g}: ratio {probe['gradient_ratio']:.2%} at the start, {probe['final_gradient_ratio']:.2%} at the end"
     )
+    if is_noise(probe, config.regularizer):
+        progress.say(
+            "note: at the start the regularizer's gradient is rounding noise (every question has the routing that it is pulled to, or "
+            "the routers are too certain for the distance): the task term began alone."
+        )
     if is_idle(probe, config.regularizer):
         progress.say(
             "warning: the regularizer is idle (its gradient is under 1 % of the task term's). Raise finetune.regularizer.weight, "

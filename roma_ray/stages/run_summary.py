@@ -8,8 +8,8 @@ and acc_norm must be equal, so that one is left out, figures {measure (`evaluati
 base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
 labels, shift}} (`evaluation/shares.py`);
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
-routing_entropy, validation_accuracy, validation_stderr); `probe` (gradient norms of both terms on the gates, their ratio, lambda);
-`selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties);
+routing_entropy, validation_accuracy, validation_stderr); `probe` (gradient norms of both terms on the gates, whether
+either is noise, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties);
 `diagnostics` of the test questions (routing_kl and selection_overlap by layer; for base and tuned routing_entropy and expert_load by
 layer, task_silhouette, neighbor_overlap), and `manifold_distance` {train, test: {questions, neighbors, random: {base, tuned,
 difference, each with stderr, relative, relative_stderr}, pull}} (`stages/routing_change.py`);

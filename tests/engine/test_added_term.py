@@ -70,6 +70,22 @@ def literal(model: Any, targets: NeighborTargets, weight: float) -> dict[str, Te
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def test_the_term_by_kl_is_the_loop_over_layers() -> None:
+    model, targets = tiny_moe("olmoe", seed=1).eval(), targets_for(len(PROMPTS), 8)
+    train_only_routers(model, LAYERS)
+    term = ManifoldTerm(model, targets, weight=3.0, layers=LAYERS, distance="kl")
+    total = 0.0
+    for row, prompt in enumerate(PROMPTS):
+        with term.reading(torch.ones(1, len(prompt))):
+            model(input_ids=torch.tensor([prompt]))
+        live = routing_rows(model, Ids(), [" ".join(map(str, prompt))], layers=LAYERS)[0]
+        mean = targets.mean[row]
+        expected = 3.0 * float((mean * (mean / live).log()).sum()) if targets.present[row] else 0.0
+        assert term.loss(torch.tensor([row])).item() == pytest.approx(expected, rel=1e-4)
+        total += expected
+    assert total > 0
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_a_stock_trainer_with_the_term_has_our_gradients(tmp_path: Path, accumulation: int) -> None:
     model = tiny_moe("olmoe", seed=1).eval()

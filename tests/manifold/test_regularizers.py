@@ -9,7 +9,7 @@ import torch
 
 from roma_ray.config.schema import RegularizerConfig
 from roma_ray.manifold.losses import DISTANCES, NeighborTargets, manifold_kl, manifold_loss
-from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, entropy, l1, l2
+from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, entropy, l1, l2, yardstick
 from tests.manifold.test_losses import EXPERTS, LAYERS, QUESTIONS, routing
 
 
@@ -72,3 +72,23 @@ def test_every_name_of_the_configuration_is_a_regularizer():
     none = REGULARIZERS["none"](on)
     assert none == 0
     assert not none.requires_grad
+
+
+@pytest.mark.parametrize("distance", ["squared", "kl"])
+def test_the_yardstick_s_gradient_is_that_of_targets_as_far_away_as_r_is_long(distance):
+    logits = torch.randn(QUESTIONS, LAYERS, EXPERTS, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    logits.requires_grad_()
+    live = logits.softmax(-1)
+    targets = NeighborTargets(routing(1), torch.zeros(QUESTIONS), torch.arange(QUESTIONS) > 0)
+    on = Regularized(live, targets, distance=distance)
+    (gradient,) = torch.autograd.grad(yardstick(on), live, retain_graph=True)
+    # Each entry is r away from its target, up or down: 2 |r - m| = 2 r, or m / r = 0 or 2.
+    if distance == "squared":
+        torch.testing.assert_close(gradient[1:].abs(), 2 * live.detach()[1:])
+    else:
+        assert set(gradient[1:].abs().flatten().round(decimals=9).tolist()) == {0.0, 2.0}
+    assert gradient[0].abs().sum() == 0
+    # A target a part of that away has that part of its gradient.
+    near = targets._replace(mean=live.detach() * (1 + 1e-3))
+    (small,) = torch.autograd.grad(DISTANCES["squared"](live, near), live)
+    assert (small.norm() / (2 * live[1:]).norm()).item() == pytest.approx(1e-3)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 
+from roma_ray.engine.progress import Silence
+from roma_ray.engine.setup import resolve
 from roma_ray.errors import NeighborError
+from roma_ray.figures.report_words import notes
 from roma_ray.manifold.neighbors import Neighborhoods
-from roma_ray.runs.pipeline import Run
+from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages import neighborhoods
 from roma_ray.stages.neighborhoods import NEIGHBORS, answered_rightly, read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, Store
@@ -54,3 +58,17 @@ def test_controls_leave_failed_questions_out(letter_run: Run, monkeypatch: pytes
     assert not torch.isin(found.indices, torch.tensor(failed)).any()
     assert found.queried.sum() == usual.queried.sum() - 2
     assert found.sizes[found.queried].tolist() == [2 if method == "shuffled" else 1] * int(found.queried.sum())
+
+
+def test_a_pull_to_the_own_base_routing_is_told_as_what_it_is(letter_run: Run, tmp_path: Path) -> None:
+    settings = letter_run.setup.config.model_copy(update={"storage": str(tmp_path)})
+    setup = with_settings(dataclasses.replace(letter_run.setup, config=settings), "neighbors", method="self")
+    done = run(resolve(setup.config), Silence(), until="evaluate")
+    found = read_neighborhoods(done.stages["neighbors"], 60)
+    assert torch.equal(found.indices, found.queried.nonzero()[:, 0])
+    # It begins at distance 0, of which there is no share.
+    assert done.summary["diagnostics"]["manifold_distance"] == {"train": None, "test": None}
+    told = " ".join(notes(done.summary, setup.config.finetune.regularizer))
+    assert "began as rounding noise" in told
+    assert "was idle" not in told
+    assert done.summary["epochs"][-1]["manifold_loss"] > 0
