@@ -50,7 +50,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Check:
+class Statement:
     """One statement that the control makes, and whether it holds."""
 
     text: str
@@ -65,7 +65,7 @@ class Control:
     base: np.ndarray
     """Verdicts of the base model."""
     arms: Mapping[str, Arm]
-    checks: Sequence[Check]
+    checks: Sequence[Statement]
 
     @property
     def passed(self) -> bool:
@@ -132,16 +132,16 @@ def control(config: Config, progress: Progress) -> Control:
     return Control(base, arms, checks_of(arms, base))
 
 
-def checks_of(arms: Mapping[str, Arm], base: np.ndarray) -> list[Check]:
+def checks_of(arms: Mapping[str, Arm], base: np.ndarray) -> list[Statement]:
     """RoMA gains; no control does; RoMA is above each. One-sided exact tests on the same questions, the controls' by Holm."""
     roma = arms[ROMA]
     gain = gains(base, roma.right)
-    checks = [Check(f"{ROMA} gains over base", gain, roma.paired is not None and significant(gain, _LEVEL))]
+    checks = [Statement(f"{ROMA} gains over base", gain, roma.paired is not None and significant(gain, _LEVEL))]
     others = [name for name in arms if name != ROMA]
     gained = holm({name: gains(base, arms[name].right) for name in others})
     above = holm({name: gains(arms[name].right, roma.right) for name in others})
-    checks += [Check(f"{name} does not gain", gained[name], not significant(gained[name])) for name in others]
-    checks += [Check(f"{ROMA} is above {name}", above[name], significant(above[name])) for name in others]
+    checks += [Statement(f"{name} does not gain", gained[name], not significant(gained[name])) for name in others]
+    checks += [Statement(f"{ROMA} is above {name}", above[name], significant(above[name])) for name in others]
     return checks
 
 
