@@ -18,6 +18,7 @@ _ENCODER_DECODER = (
 )
 _NO_CLASS = "transformers has its language model only inside a multimodal one, in a form that was not checked here"
 _NOT_CAUSAL = "it is no causal language model: its attention looks both ways"
+_NEW = "it came with transformers 5.24 and has not been held against its stock forward pass here"
 _VISION = "it sees pictures and is no language model"
 
 REASONS: dict[str, str] = {
@@ -25,13 +26,14 @@ REASONS: dict[str, str] = {
         ("deepseek_v32", "glm_moe_dsa", "axk2", "dots3_note_text", "minimax_m3_vl_text", "mistral_large4_text"),
         _INDEXER,
     ),
-    **dict.fromkeys(("deepseek_v4", "glm5_next_text", "hy_v4", "qwen4_exp_text"), _STREAMS),
+    **dict.fromkeys(("deepseek_v4", "glm5_next_text", "hy_v4", "hy_v4_vl_text", "qwen4_exp_text"), _STREAMS),
     **dict.fromkeys(("minimax", "beam", "doge", "muse_spark_text"), _SCALED),
     **dict.fromkeys(("bailing_hybrid", "kimi_linear"), _DELTA),
     **dict.fromkeys(("llama4", "llama4_text"), _DENSE_SCORES),
     **dict.fromkeys(("switch_transformers", "nllb-moe"), _ENCODER_DECODER),
     **dict.fromkeys(("step3p5", "mistral4", "unlimited_ocr_text", "deepseek_ocr2_text"), _NO_CLASS),
     **dict.fromkeys(("openai_privacy_filter", "diffusion_gemma_text"), _NOT_CAUSAL),
+    **dict.fromkeys(("lara_mini", "sarvam_mla", "sarvam_moe"), _NEW),
     **dict.fromkeys(("vitpose_backbone", "dots3_note_vision_encoder"), _VISION),
     **dict.fromkeys(
         ("qwen3_omni_moe_text", "qwen3_omni_moe_talker_text"),
@@ -48,5 +50,6 @@ REASONS: dict[str, str] = {
     "kolibri1": "its router scores the chosen experts alone, so its routing cannot be replaced for the methods that do so",
     "inkling_text": "its shared experts share the normalisation of the chosen experts' weights, and short convolutions mix its tokens",
     "inkling2_text": "short convolutions mix its tokens, and its layers attend to the outputs of earlier layers",
+    "inkling2_loop_text": "some of its layers run several times in one pass, so a slice of it is no range of layers",
     "ernie4_5_vl_moe_text": "it has two sets of experts and routers, for text and for pictures",
 }

@@ -25,7 +25,7 @@ def along_the_tree(mixer: nn.Module, packing: Packing) -> Callable[..., Any]:
     def mixed(hidden_states: Tensor, **settings: Any) -> Tensor:
         rows_GSD = hidden_states[0][gather_GS]
         # Padding lies behind each sequence, where a causal mixer cannot see it: no mask is needed.
-        unmasked = {**settings, "attention_mask": None, "cache_params": None}
+        unmasked = {**settings, "attention_mask": None}
         out_GSD = forward(hidden_states=rows_GSD, **unmasked)
         return out_GSD.flatten(0, 1).index_select(0, first_T)[None]
 

@@ -50,6 +50,8 @@ def gate_gradients(routers, loss) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
 def test_trunk_and_head_equal_the_whole(saved, family: str) -> None:
     model, path = saved(family)
+    # On some processors the two round differently; on most they agree to the bit.
+    loose = 100 if family in DELTA_RULE else 1
     for cut, side in ((3, "left"), (2, "right"), (5, "left")):
         ids, mask, last = padded_batch(side=side)
         positions = torch.stack([last, last - 1], dim=1)
@@ -62,7 +64,6 @@ def test_trunk_and_head_equal_the_whole(saved, family: str) -> None:
                 router.gate.weight.requires_grad_(True)
         whole = whole_logits(model, ids, mask, positions)
         parts = slice_logits(head, hidden, mask, positions)
-        loose = 100 if family in DELTA_RULE else 1
         torch.testing.assert_close(parts, whole, rtol=1e-5 * loose, atol=1e-6 * loose)
         targets = torch.tensor([5, 6, 7])
         losses = [torch.nn.functional.cross_entropy(logits[:, 0], targets) for logits in (whole, parts)]
