@@ -31,7 +31,8 @@ _SEED = 20_251
 # Relative difference of a token's states, and of a gate's gradient, that the type's rounding explains. Families that are
 # right stay below 1e-5 in fp32; those that are not differ by 0.1 and more.
 _STATES = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-_GRADIENTS = {torch.float32: 1e-2, torch.bfloat16: 0.3, torch.float16: 0.3}
+# A tie at one of the few kept tokens moves a gate's gradient by 0.2, measured on DeepSeekMoE-16B's shape in bf16.
+_GRADIENTS = {torch.float32: 1e-2, torch.bfloat16: 0.5, torch.float16: 0.5}
 # In half precision two experts' scores may tie, and one token's states then differ by an expert: so many tokens may.
 _TIES = {torch.float32: 0.0, torch.bfloat16: 0.2, torch.float16: 0.2}
 
