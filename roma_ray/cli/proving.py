@@ -6,7 +6,7 @@ import sys
 
 import click
 
-from roma_ray.cli.options import quiet_libraries, said_when_slow
+from roma_ray.cli.options import quiet_libraries, said_when_slow, say
 
 
 @click.command()
@@ -21,17 +21,20 @@ def control(overrides: tuple[str, ...], storage: str | None, quiet: bool, summar
     """
     from roma_ray.assets import assets_path
     from roma_ray.cli.options import check
+    from roma_ray.cli.settings import unused
     from roma_ray.config.loading import load_config
 
     config = load_config(assets_path() / "control.yaml", overrides)
     if storage is not None:
         config = config.model_copy(update={"storage": storage})
+    for line in unused("control", config, overrides, file=False):
+        say(f"note: {line}", error=True)
     quiet_libraries()
     check(config, summary_path)
     with said_when_slow(quiet):
         from roma_ray.runs.control import control as prove
     from roma_ray.store.artifacts import write_json
-    from roma_ray.terminal import open_progress, print_table, say
+    from roma_ray.terminal import open_progress, print_table
 
     found = prove(config, open_progress(quiet))
     if summary_path:

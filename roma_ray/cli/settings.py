@@ -25,6 +25,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "evaluate --tasks": (*_WORK["finetune"], "evaluation", "tracking", "ray"),
     # Of a model that no run tunes, the prompt serves tasks that are question files.
     "evaluate --adapter": ("model", "questions.prompt", "evaluation", "tracking", "ray"),
+    "control": _WORK["finetune"],
     "routing": _PASS,
     "compare": ("tracking",),
 }

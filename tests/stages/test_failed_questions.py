@@ -27,7 +27,7 @@ from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.failed_questions import OriginWork
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage
-from tests.engine.test_streaming import max_layer_gb
+from tests.engine.test_streaming import largest_gb
 from tests.making import made
 from tests.world import make_world
 
@@ -63,7 +63,7 @@ def damaged_word(tmp_path: Path) -> Config:
 
 @pytest.mark.parametrize("streamed", [False, True])
 def test_the_error_names_the_first_layer_and_its_damaged_weight(damaged_layer: Config, streamed: bool) -> None:
-    limit = max_layer_gb(damaged_layer.model.path) if streamed else None
+    limit = largest_gb(damaged_layer.model.path) if streamed else None
     setup = with_extraction(damaged_layer, memory_gb=limit)
     with pytest.raises(ModelError, match=r"questions failed in extraction.*extraction\.max_failed tolerates") as caught:
         run(setup, Silence())
