@@ -2,7 +2,7 @@
 
 A method sees a `Bench`: questions, the activation cache, the base model's routing, neighborhoods, and the head. Unless it
 says that it `sees_labels`, the test questions that it is given carry no answer, so no method can use one by mistake.
-The runner (`runs.py`) chooses the learning rate on the validation questions, over one grid for all methods that train.
+The runner (`method_runs.py`) chooses the learning rate on the validation questions, over one grid for all methods that train.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ def _open(storage: str | None) -> Any:
 @_storage
 def ls(storage: str | None) -> None:
     """List the runs in the storage: name, date, size, and what removing each would free."""
-    from roma_ray.store.contents import KINDS
     from roma_ray.terminal import print_table, say
 
     found = _open(storage)
@@ -37,7 +36,7 @@ def ls(storage: str | None) -> None:
     for run in found.runs():
         parts = found.needs(run)
         size, cache = sum(part.bytes for part in parts), sum(part.cache_bytes for part in parts)
-        what = KINDS[run.kind] + ("" if run.state == "complete" else f" ({run.state})")
+        what = run.title + ("" if run.state == "complete" else f" ({run.state})")
         own = sum(part.bytes for part in found.alone(run))
         rows.append((run.id, what, found.title(run), _date(run.time), _size(size), _size(cache), _size(own)))
     print_table(str(found.store.root), ("id", "what", "name", "date", "size", "cache", "alone"), rows)
@@ -50,7 +49,6 @@ def ls(storage: str | None) -> None:
 @_storage
 def show(run: str, storage: str | None) -> None:
     """Show the stages of RUN (a name, an id or its beginning): where they lie, their size, who else needs them."""
-    from roma_ray.store.contents import KINDS
     from roma_ray.terminal import print_table, say
 
     found = _open(storage)
@@ -65,7 +63,7 @@ def show(run: str, storage: str | None) -> None:
         for p in found.needs(wanted)
     ]
     print_table(
-        f"{found.title(wanted) or 'unnamed'}: {KINDS[wanted.kind]}",
+        f"{found.title(wanted) or 'unnamed'}: {wanted.title}",
         ("stage", "state", "date", "size", "cache", "also in"),
         rows,
     )

@@ -39,7 +39,7 @@ class Layout:
         return self.ends[question] - len(self.prompts[question].prompt_ids) + 1 + position
 
     def routing_positions(self, tokens: str) -> Tensor:
-        """Flat positions [Q, P] of a token rule (Last1 ...) in each prompt; -1 pads. DESIGN 5.1, 5.10."""
+        """Flat positions [Q, P] of a token rule (Last1 ...) in each prompt; -1 pads."""
         rows = [
             [self.prompt_token(q, p) for p in token_positions(tokens, len(prompt.prompt_ids))]
             for q, prompt in enumerate(self.prompts)

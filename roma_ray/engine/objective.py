@@ -204,7 +204,7 @@ class Objective:
         )
 
     def probe(self, rows: Sequence[int], weight: float | None = None) -> dict[str, float]:
-        """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force (DESIGN 5.7).
+        """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force.
 
         `weight` is the lambda in force; without it, that of the configuration. Raises TrainingError where `auto` finds nothing
         to divide by.

@@ -1,4 +1,4 @@
-"""Where the heavy stages run: in this process, or, with the runners of `stages`, on a cluster."""
+"""Where the heavy stages run: in this process, or, with the runners of `cluster`, on a cluster."""
 
 from __future__ import annotations
 

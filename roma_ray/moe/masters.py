@@ -2,7 +2,7 @@
 
 A gate trained in bf16 loses updates smaller than its last bit, and an fp32 gate inside a bf16 model does not run. So each
 chosen router gets fp32 master parameters, and its forward uses `master.to(model dtype)` inside the graph: training sees
-exactly the routing that the exported checkpoint will have. DESIGN 5.8. Everything else of the model stays frozen.
+exactly the routing that the exported checkpoint will have. Everything else of the model stays frozen.
 """
 
 from __future__ import annotations

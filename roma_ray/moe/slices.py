@@ -1,7 +1,7 @@
 """Slices of a model: consecutive layers as a stock transformers model of their own, read alone from the checkpoint.
 
 A trunk (start 0) takes token ids and returns the hidden states that enter layer `stop`; a head takes those and returns
-logits. Chained, slices give what the whole model gives. DESIGN section 2.
+logits. Chained, slices give what the whole model gives.
 
 Shapes: B batch, S sequence, P positions, D width, V vocabulary.
 """

@@ -200,7 +200,7 @@ def _write(
 
 
 def training_rows(table: pa.Table, fraction: float, seed: int) -> list[int]:
-    """Row numbers of the training questions in use: a nested prefix of one seeded permutation (DESIGN 5.10)."""
+    """Row numbers of the training questions in use: a nested prefix of one seeded permutation."""
     from roma_ray.questions.splits import nested_fraction
 
     ids = table.column("id").to_pylist()

@@ -70,6 +70,11 @@ class Item:
         return self.stage.path.parent.name
 
     @property
+    def title(self) -> str:
+        """What a run that ends in this stage is called; of a stage without a title, its own name."""
+        return KINDS.get(self.kind, self.kind)
+
+    @property
     def id(self) -> str:
         """Its fingerprint."""
         return self.stage.fingerprint
@@ -208,13 +213,17 @@ def _trained(item: Item) -> bool:
 
 
 def _items(root: Path) -> Iterator[Item]:
-    for kind in KINDS:
+    others = sorted(folder.name for folder in root.iterdir() if folder.name not in KINDS)
+    for kind in (*KINDS, *others):
         folder = root / kind
         if folder.is_symlink() or not folder.is_dir():
             continue
         for path in sorted(folder.iterdir()):
             if _FINGERPRINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                yield _item(path, kind)
+                item = _item(path, kind)
+                # What has no title here is a stage where it says so itself.
+                if kind in KINDS or item.stage.identity.get("stage") == kind:
+                    yield item
 
 
 def _item(path: Path, kind: str) -> Item:

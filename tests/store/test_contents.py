@@ -71,6 +71,18 @@ def test_runs_are_listed_by_name_with_what_they_need(store: Store) -> None:
     assert found.find("second").id[:6] in shown.output, "who else needs it is named"
 
 
+def test_a_stage_without_a_title_is_seen_and_removed_with_its_run(store: Store) -> None:
+    found = Storage(store)
+    counted = make(store, "word_counts", found.find("first").stage, name="third")
+    (store.root / "notes" / ("0" * 16)).mkdir(parents=True)
+    found = Storage(store)
+    assert found.title(found.find("third")) == "third"
+    assert "word_counts" in command("ls", "--storage", str(store.root)).output
+    assert not ids(found, "notes"), "a folder that says nothing of a stage is not one"
+    assert command("rm", "third", "--yes", "--storage", str(store.root)).exit_code == 0
+    assert not counted.path.exists()
+
+
 def test_nothing_is_removed_without_yes_and_then_what_no_other_run_needs(store: Store) -> None:
     before = {item.id for item in Storage(store).items.values()}
     dry = command("rm", "first", "--storage", str(store.root))
