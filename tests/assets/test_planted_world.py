@@ -1,0 +1,183 @@
+"""The planted world: what it asks was never asked, experts are what they were trained as, and a seed gives the same bits."""
+
+import json
+import sys
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "jobs"))
+
+from planted_world import assemble, branches, corpus, dense, facts, merge, room, vocabulary
+from planted_world.recipe import Recipe
+
+QUICK = replace(
+    Recipe(),
+    people=40,
+    public=15,
+    vocabulary=1024,
+    seed_steps=6,
+    branch_steps=3,
+    seed_batch=16,
+    branch_batch=16,
+    gate_people=5,
+)
+
+
+@cache
+def texts() -> corpus.Corpus:
+    return assemble.corpus_of(QUICK)
+
+
+@cache
+def tokenizer():  # type: ignore[no-untyped-def]
+    return vocabulary.train_tokenizer(texts(), QUICK.vocabulary)
+
+
+@cache
+def public() -> Qwen3ForCausalLM:
+    return dense.train_dense(QUICK, tokenizer(), texts().public)
+
+
+@cache
+def merged_with_one_domain():  # type: ignore[no-untyped-def]
+    """A model whose every domain expert is the one trained on the first domain, with that domain's cached states."""
+    cached = branches.cache_states(QUICK, public(), tokenizer(), texts().domain(facts.TASKS[0]))
+    expert = branches.train_expert(QUICK, public(), cached, 3)
+    gates_LEH = torch.randn(QUICK.sparse, 9, QUICK.width, generator=torch.Generator().manual_seed(1))
+    model = merge.merge(QUICK, public(), [branches.ffns(public(), QUICK.dense), *[expert] * 8], gates_LEH)
+    return model, cached, expert
+
+
+@pytest.mark.parametrize("recipe", [QUICK, Recipe()], ids=["quick", "whole"])
+def test_no_question_of_the_suite_is_in_the_pretraining_text(recipe: Recipe) -> None:
+    world = assemble.corpus_of(recipe)
+    told = [*world.public, *(d for task in facts.TASKS for d in world.domain(task))]
+    leads = {d.lead for d in told}
+    known = {(d.task, d.name) for d in told if d.phrasing is None}
+    assert any(d.phrasing == 3 for d in told)
+    for item in world.suite:
+        assert corpus.prompt(item.question) not in leads
+        assert (item.task, item.name) in known
+        assert item.choices[item.answer] == world.world.value(item.task, item.name)
+
+
+def test_no_fact_is_asked_in_both_files() -> None:
+    places = {(item.task, item.name): item.split for item in texts().suite}
+    assert len(places) == len(texts().suite)
+    assert set(places.values()) == {"train", "test"}
+
+
+def test_question_files_hold_the_suite() -> None:
+    rows = [json.loads(line) for text in assemble.question_files(texts().suite).values() for line in text.splitlines()]
+    assert len({row["id"] for row in rows}) == len(rows) == len(texts().suite)
+    right = {(row["question"], row["choices"]["ABCD".index(row["answer"])]) for row in rows}
+    assert right == {(item.question, item.choices[item.answer]) for item in texts().suite}
+
+
+def test_cached_states_give_the_whole_model_s_logits() -> None:
+    documents = texts().domain("pet")
+    cached = branches.cache_states(QUICK, public(), tokenizer(), documents)
+    late = branches.late_layers(QUICK, public())
+    index = torch.arange(0, len(documents), 5)
+    with torch.no_grad():
+        found_BV = branches.last_token_logits(late, cached, index)
+        for n, logits_V in zip(index.tolist(), found_BV, strict=True):
+            ids = torch.tensor([tokenizer().encode(documents[n].lead)])
+            torch.testing.assert_close(logits_V, public()(input_ids=ids).logits[0, -1], rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_trains_and_nothing_else_does() -> None:
+    before = {name: tensor.clone() for name, tensor in public().state_dict().items()}
+    _, _, expert = merged_with_one_domain()
+    assert all(torch.equal(before[name], tensor) for name, tensor in public().state_dict().items())
+    for own, trained in zip(branches.ffns(public(), QUICK.dense), expert, strict=True):
+        assert all(not torch.equal(own[name], trained[name]) for name in branches.FFN)
+
+
+def test_the_merged_model_with_a_forced_expert_is_the_branch() -> None:
+    """Public before the last token, the domain's expert at it: that is how the branch was trained."""
+    model, cached, expert = merged_with_one_domain()
+    late = branches.late_layers(QUICK, public())
+    for layer, weights in zip(late.model.layers, expert, strict=True):
+        for name, tensor in weights.items():
+            getattr(layer.mlp, name).weight.data.copy_(tensor)
+    documents = texts().domain(facts.TASKS[0])
+    items = [
+        corpus.Item("train", d.task, d.name, d.phrasing, d.lead[10:-8], (d.value[1:], *wrong), 0)
+        for d in documents
+        if d.phrasing is not None
+        for wrong in [tuple(v for v in facts.ATTRIBUTES[d.task].values if v != d.value[1:])[:3]]
+    ]
+    asked = room.asked(tokenizer(), items)
+    forced_NS = room.forcings(asked)["public expert before the last token, domain expert at it"]
+    index = torch.tensor([n for n, d in enumerate(documents) if d.phrasing is not None])
+    with torch.no_grad():
+        logits_NV = branches.last_token_logits(late, cached, index)
+    right_N = logits_NV.gather(1, asked.choices_NC).argmax(1) == asked.answer_N
+    assert torch.equal(room.right_answers(model, asked, forced_NS), right_N)
+    assert not torch.equal(room.right_answers(model, asked, forced_NS), room.right_answers(model, asked, forced_NS * 0))
+
+
+def test_gates_are_centred_means_of_told_and_plainly_asked_documents() -> None:
+    documents = [texts().domain(task) for task in ("pet", "job", "home")]
+    cached = [branches.cache_states(QUICK, public(), tokenizer(), d) for d in documents]
+    found_LEH = merge.prototypes(QUICK, cached, documents)
+    people = texts().world.names[: QUICK.gate_people]
+    means = []
+    for states, texts_of_domain in zip(cached, documents, strict=True):
+        rows = [n for n, d in enumerate(texts_of_domain) if d.name in people and d.phrasing in (None, 0)]
+        means.append(sum(states.inputs_LNH[:, n] for n in rows) / len(rows))
+    centre_LH = sum(means) / 3
+    for expert in range(3):
+        row_LH = means[expert] - centre_LH
+        wanted_LH = QUICK.gate_norm * row_LH / row_LH.norm(dim=-1, keepdim=True)
+        torch.testing.assert_close(found_LEH[:, expert], wanted_LH, rtol=1e-4, atol=1e-4)
+
+
+def test_where_an_attribute_is_read() -> None:
+    tokens = tokenizer()
+    for task, attribute in facts.ATTRIBUTES.items():
+        for phrasing, question in enumerate(attribute.questions):
+            at = room.read_at(tokens, task, phrasing)
+            ids = tokens.encode(corpus.prompt(question.replace("{}", "X")))
+            same = [
+                name
+                for name, other in facts.ATTRIBUTES.items()
+                for text in other.questions
+                if tokens.encode(corpus.prompt(text.replace("{}", "X")))[: at + 1] == ids[: at + 1]
+            ]
+            assert set(same) == {task}
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folders = [tmp_path_factory.mktemp("world") for _ in range(2)]
+    for folder in folders:
+        assemble.build(folder, QUICK)
+    return folders[0], folders[1]
+
+
+def test_a_seed_gives_the_same_bits(built: tuple[Path, Path]) -> None:
+    first, second = built
+    names = [str(path.relative_to(first)) for path in sorted(first.rglob("*")) if path.is_file()]
+    assert {"model/model.safetensors", "room.json", "README.md", "questions/test.jsonl"} <= set(names)
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
+
+
+def test_another_seed_is_another_world() -> None:
+    other = assemble.corpus_of(replace(QUICK, seed=1))
+    assert set(other.world.names) != set(texts().world.names)
+    assert not {item.question for item in other.suite} >= {item.question for item in texts().suite}
+
+
+def test_the_model_is_a_stock_one(built: tuple[Path, Path]) -> None:
+    model = AutoModelForCausalLM.from_pretrained(built[0] / "model")
+    assert type(model).__name__ == "Qwen3MoeForCausalLM"
+    assert model.dtype == torch.bfloat16
+    assert model.config.norm_topk_prob
+    assert model.config.num_experts_per_tok == QUICK.top_k
