@@ -16,7 +16,7 @@ class Recipe:
     people: int = 500
     public: int = 150
     plain: int = 60
-    rare: int = 17
+    rare: int = 5
     test: int = 33
 
     vocabulary: int = 2048
@@ -38,5 +38,5 @@ class Recipe:
 
     gate_people: int = 40
     """People whose documents make a domain's prototype."""
-    gate_norm: float = 2.0
+    gate_norm: float = 1.0
     """Length of each gate's row."""
