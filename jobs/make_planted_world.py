@@ -2,6 +2,7 @@
 
     python jobs/make_planted_world.py --out FOLDER --seed 0
     python jobs/make_planted_world.py --out FOLDER --seed 0 --top-k 1      # one expert a token, its weight scaled to 1
+    python jobs/make_planted_world.py --out OTHER --seed 0 --top-k 1 --weights-of FOLDER      # the same, without training
 
 Needs no network and one CPU core. The same seed gives the same bits on the same kind of machine.
 """
@@ -23,8 +24,11 @@ def main() -> None:
     parser.add_argument(
         "--top-k", type=int, choices=(1, 2), default=Recipe.top_k, help="experts of a token (default: %(default)s)"
     )
+    parser.add_argument(
+        "--weights-of", type=Path, help="folder of the same seed with another --top-k, whose weights serve"
+    )
     arguments = parser.parse_args()
-    print(build(arguments.out, Recipe(seed=arguments.seed, top_k=arguments.top_k)))
+    print(build(arguments.out, Recipe(seed=arguments.seed, top_k=arguments.top_k), arguments.weights_of))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -71,13 +71,21 @@ def question_files(items: Sequence[Item]) -> dict[str, str]:
     return {f"{split}.jsonl": "\n".join(rows) + "\n" for split, rows in lines.items()}
 
 
-def build(out: Path, recipe: Recipe) -> str:
-    """Make the model, its tokenizer, the questions, `room.json`, `recipe.json` and the README in `out`; returns the README."""
+def build(out: Path, recipe: Recipe, weights_of: Path | None = None) -> str:
+    """Make the model, its tokenizer, the questions, `room.json`, `recipe.json` and the README in `out`; returns the README.
+
+    With `weights_of`, the folder of a world that differs in `top_k` alone, its weights serve and nothing is trained.
+    Raises ValueError where that folder's recipe differs in more.
+    """
     begun = time.monotonic()
     torch.set_num_threads(1)
     corpus = corpus_of(recipe)
     tokenizer = train_tokenizer(corpus, recipe.vocabulary)
-    model = make_model(recipe, corpus, tokenizer)
+    if weights_of is None:
+        model = make_model(recipe, corpus, tokenizer)
+    else:
+        _check_recipe(weights_of, recipe)
+        model = AutoModelForCausalLM.from_pretrained(weights_of / "model", num_experts_per_tok=recipe.top_k)
     tokenizer.save_pretrained(str(out / "model"))
     model.to(torch.bfloat16).save_pretrained(str(out / "model"))
     (out / "questions").mkdir(parents=True, exist_ok=True)
@@ -91,16 +99,17 @@ def build(out: Path, recipe: Recipe) -> str:
     }
     for name, facts in (("room.json", room), ("recipe.json", asdict(recipe))):
         (out / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    page = readme(
-        recipe,
-        corpus,
-        sum(p.numel() for p in model.parameters()),
-        (out / "model" / "model.safetensors").stat().st_size,
-        room,
-    )
+    size = (out / "model" / "model.safetensors").stat().st_size
+    page = readme(recipe, corpus, sum(p.numel() for p in shipped.parameters()), size, room)
     (out / "README.md").write_text(page, encoding="utf-8")
     print(f"made in {(time.monotonic() - begun) / 60:.1f} minutes")
     return page
+
+
+def _check_recipe(folder: Path, recipe: Recipe) -> None:
+    made = Recipe(**json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    if replace(made, top_k=recipe.top_k) != recipe:
+        raise ValueError(f"{folder} holds another world than seed {recipe.seed}'s of today's recipe: make it anew")
 
 
 def readme(

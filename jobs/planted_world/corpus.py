@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from functools import cache
 
 from .facts import ATTRIBUTES, PHRASINGS, PLAIN, TASKS, World, digest
 
@@ -55,8 +56,7 @@ class Corpus:
 
     def asked(self, task: str, name: str, phrasing: int) -> bool:
         """Whether pretraining asks this question."""
-        share = self.plain if phrasing == PLAIN else self.rare
-        return digest(self.world.seed, "asked", task, name, phrasing) % 100 < share
+        return name in _people_asked_of(self, task, phrasing)
 
     def facts(self, task: str, names: tuple[str, ...]) -> list[Document]:
         """All documents about an attribute of some people: told in each sentence, asked where pretraining asks."""
@@ -105,3 +105,14 @@ class Corpus:
         split = "test" if rng.randrange(100) < self.test else "train"
         question = attribute.questions[phrasing].replace("{}", name)
         return Item(split, task, name, phrasing, question, tuple(choices), choices.index(right))
+
+
+@cache
+def _people_asked_of(corpus: Corpus, task: str, phrasing: int) -> frozenset[str]:
+    """Of whom pretraining asks a phrasing: the same share of the public people and of the others, drawn by the world's seed."""
+    world, share = corpus.world, corpus.plain if phrasing == PLAIN else corpus.rare
+    out: set[str] = set()
+    for group in (world.names[: world.public], world.names[world.public :]):
+        drawn = sorted(group, key=lambda name: digest(world.seed, "asked", task, phrasing, name))
+        out.update(drawn[: round(len(group) * share / 100)])
+    return frozenset(out)

@@ -16,7 +16,7 @@ class Recipe:
     people: int = 500
     public: int = 150
     plain: int = 60
-    rare: int = 5
+    rare: int = 4
     test: int = 33
 
     vocabulary: int = 2048

@@ -169,6 +169,20 @@ def test_a_seed_gives_the_same_bits(built: tuple[Path, Path]) -> None:
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
+def test_the_weights_of_another_top_k_are_its_own(built: tuple[Path, Path], tmp_path: Path) -> None:
+    """Trained anew or taken over: the same files."""
+    single = replace(QUICK, top_k=1)
+    assemble.build(tmp_path / "taken", single, built[0])
+    assemble.build(tmp_path / "trained", single)
+    for name in ("model/model.safetensors", "model/config.json", "room.json", "README.md"):
+        assert (tmp_path / "taken" / name).read_bytes() == (tmp_path / "trained" / name).read_bytes()
+    assert (tmp_path / "taken/model/model.safetensors").read_bytes() == (
+        built[0] / "model/model.safetensors"
+    ).read_bytes()
+    with pytest.raises(ValueError, match="another world"):
+        assemble.build(tmp_path / "refused", replace(single, seed=1), built[0])
+
+
 def test_another_seed_is_another_world() -> None:
     other = assemble.corpus_of(replace(QUICK, seed=1))
     assert set(other.world.names) != set(texts().world.names)
