@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -93,10 +94,10 @@ def build(out: Path, recipe: Recipe, weights_of: Path | None = None) -> str:
         (out / "questions" / name).write_text(text, encoding="utf-8")
     # The model as it is shipped: weights in bf16, computed in fp32.
     shipped = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32).eval()
-    room = {
-        split: measure(shipped, asked(tokenizer, [item for item in corpus.suite if item.split == split]))
-        for split in ("train", "test")
+    parts = {
+        split: [item for item in corpus.suite if split in ("all", item.split)] for split in ("all", "train", "test")
     }
+    room = {split: measure(shipped, asked(tokenizer, items)) for split, items in parts.items()}
     for name, facts in (("room.json", room), ("recipe.json", asdict(recipe))):
         (out / name).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     size = (out / "model" / "model.safetensors").stat().st_size
@@ -116,8 +117,8 @@ def readme(
     recipe: Recipe, corpus: Corpus, parameters: int, size: int, room: dict[str, dict[str, dict[str, float]]]
 ) -> str:
     """What the folder holds, how it was made and its room."""
-    counts = {split: sum(item.split == split for item in corpus.suite) for split in room}
-    rows = ["| expert that is forced | " + " | ".join(room) + " |", "| --- | --- | --- |"]
+    counts = Counter(item.split for item in corpus.suite)
+    rows = ["| expert that is forced | " + " | ".join(room) + " |", "| --- " * (1 + len(room)) + "|"]
     for name in room["test"]:
         found = [room[split][name] for split in room]
         cells = [
