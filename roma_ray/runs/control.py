@@ -107,15 +107,22 @@ class Control:
 def control(config: Config, progress: Progress) -> Control:
     """Train every arm of the control's configuration on one extraction, in this process, and judge them.
 
-    Raises what the stages raise (RomaError).
+    Raises what the stages raise (RomaError), GuardError where nothing at all could be trained.
     """
+    base, arms = train_arms(config, ARMS, progress)
+    return Control(base, arms, checks_of(arms, base))
+
+
+def train_arms(
+    config: Config, settings: Mapping[str, Sequence[str]], progress: Progress
+) -> tuple[np.ndarray, dict[str, Arm]]:
+    """The base model's verdicts on the test questions, and each arm: the configuration with its settings on top."""
     base: np.ndarray | None = None
     arms: dict[str, Arm] = {}
-    for name, settings in ARMS.items():
+    for name, overrides in settings.items():
         progress.say(f"{name}:")
-        setup = resolve(with_overrides(config, settings))
         try:
-            finished = run(setup, progress)
+            finished = run(resolve(with_overrides(config, overrides)), progress)
         except (TrainingError, GuardError) as error:
             # Nothing to follow, or nothing that changed an answer's likelihood.
             arms[name] = Arm(name, None, np.array([]), str(error))
@@ -125,11 +132,8 @@ def control(config: Config, progress: Progress) -> Control:
         base, right = (judged.values(which)[RULES[judged.asked.rule]] == 1 for which in ("base", "tuned"))
         arms[name] = Arm(name, pair(base, right), right)
     if base is None:
-        raise GuardError(
-            "nothing could be trained in the control: neither the manifold term nor any control moved a gate"
-        )
-    arms = {n: arm if arm.paired else Arm(n, None, base, arm.reason) for n, arm in arms.items()}
-    return Control(base, arms, checks_of(arms, base))
+        raise GuardError("nothing could be trained: neither the manifold term nor any other moved a gate")
+    return base, {n: arm if arm.paired else Arm(n, None, base, arm.reason) for n, arm in arms.items()}
 
 
 def checks_of(arms: Mapping[str, Arm], base: np.ndarray) -> list[Statement]:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
 
+from roma_ray.assets import assets_path
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "jobs"))
 
 from planted_world import assemble, branches, corpus, dense, facts, merge, room, vocabulary
@@ -195,3 +197,16 @@ def test_the_model_is_a_stock_one(built: tuple[Path, Path]) -> None:
     assert model.dtype == torch.bfloat16
     assert model.config.norm_topk_prob
     assert model.config.num_experts_per_tok == QUICK.top_k
+
+
+def test_the_shipped_control_is_what_the_script_makes() -> None:
+    """Its questions and facts to the letter; the weights take minutes, and are told of in its README."""
+    shipped = assets_path() / "control"
+    recipe = Recipe(**json.loads((shipped / "recipe.json").read_text()))
+    assert recipe == Recipe(seed=0, top_k=1)
+    for name, text in assemble.question_files(assemble.corpus_of(recipe).suite).items():
+        assert (shipped / "questions" / name).read_text(encoding="utf-8") == text
+    config = json.loads((shipped / "model" / "config.json").read_text())
+    assert (config["num_experts_per_tok"], config["norm_topk_prob"]) == (1, True)
+    found = json.loads((shipped / "room.json").read_text())
+    assert found["test"]["domain expert at the last token"]["room"] >= 10

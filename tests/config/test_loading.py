@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 # Space files, which hold no model, have tests of their own.
 SHIPPED = sorted(p for p in (ROOT / "configs").glob("*.yaml") if "\nmodel:" in p.read_text())
 # One stands for a kind of routing and two for an invented world, not for a model of the paper.
-PAPERS = [path for path in SHIPPED if path.stem not in ("switch_style", "planted", "control")]
+PAPERS = [path for path in SHIPPED if path.stem not in ("switch_style", "planted")]
 MINIMAL: dict[str, Any] = {"model": {"path": "m"}, "questions": {"sources": [{"path": "q.jsonl"}]}}
 
 
