@@ -17,12 +17,16 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from roma_ray.cluster.environment import quiet_libraries  # noqa: E402
+
+# Before the libraries that it quiets.
+quiet_libraries()
+
 from planted_world.assemble import build  # noqa: E402
 from planted_world.recipe import Recipe  # noqa: E402
 
 from roma_ray.assets import assets_path  # noqa: E402
 from roma_ray.borders.text import with_error  # noqa: E402
-from roma_ray.cluster.environment import quiet_libraries  # noqa: E402
 from roma_ray.config.loading import load_config  # noqa: E402
 from roma_ray.config.schema import Config  # noqa: E402
 from roma_ray.engine.progress import Progress, Silence  # noqa: E402
@@ -100,7 +104,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", required=True, help="seeds of worlds")
     parser.add_argument("--out", type=Path, required=True, help="folder for worlds and storage")
     arguments = parser.parse_args()
-    quiet_libraries()
     for top_k, title in ((2, "two experts a token"), (1, "one expert a token, its weight scaled to 1")):
         print(f"\n### {title}\n", *judge(arguments.seeds, top_k, arguments.out, Silence()), sep="\n", flush=True)
 
