@@ -298,6 +298,9 @@ def _content_digest(content: Mapping[str, Any]) -> str:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check `folder/manifest.json`. Raises ArtifactError."""
     path = Path(folder) / MANIFEST
+    if path.exists() and not path.is_file():
+        # A named pipe would be waited for without end.
+        raise ArtifactError(f"{path} is no file; remove the folder and run the stage again")
     try:
         value = read_json(path)
     except FileNotFoundError:

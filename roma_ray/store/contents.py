@@ -98,11 +98,17 @@ class Storage:
     """A storage as it lies on the disk now."""
 
     def __init__(self, store: Store) -> None:
-        """Look through it. Raises StorageError when there is none."""
+        """Look through it. Raises StorageError when there is none, or none that may be read."""
         self.store = store
         if not store.root.is_dir():
             raise StorageError(f"there is no storage at {store.root}: name one with --storage")
-        self.items = {item.id: item for item in _items(store.root)}
+        try:
+            self.items = {item.id: item for item in _items(store.root)}
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {error.filename or store.root}: {error.strerror or error}. Make it readable, or name another "
+                "storage with --storage"
+            ) from error
         for item in self.items.values():
             for fingerprint in item.inputs:
                 if fingerprint in self.items and fingerprint != item.id:
@@ -120,15 +126,21 @@ class Storage:
     def needs(self, *runs: Item) -> list[Item]:
         """The runs and everything that they are built on, each before what it is built on."""
         found: dict[str, Item] = {}
-
-        def visit(item: Item) -> None:
-            for fingerprint in item.inputs:
-                if fingerprint in self.items and fingerprint not in found:
-                    visit(self.items[fingerprint])
-            found.setdefault(item.id, item)
-
+        # Not by recursion: identities are read from files, which may name one another in a circle or in a long row.
+        seen: set[str] = set()
         for run in runs:
-            visit(run)
+            way = [] if run.id in seen else [(run, iter(run.inputs))]
+            seen.add(run.id)
+            while way:
+                item, inputs = way[-1]
+                fingerprint = next((one for one in inputs if one in self.items and one not in seen), None)
+                if fingerprint is None:
+                    found.setdefault(item.id, item)
+                    way.pop()
+                else:
+                    seen.add(fingerprint)
+                    below = self.items[fingerprint]
+                    way.append((below, iter(below.inputs)))
         return list(reversed(found.values()))
 
     def alone(self, *runs: Item) -> list[Item]:
@@ -218,7 +230,13 @@ def _items(root: Path) -> Iterator[Item]:
         folder = root / kind
         if folder.is_symlink() or not folder.is_dir():
             continue
-        for path in sorted(folder.iterdir()):
+        try:
+            paths = sorted(folder.iterdir())
+        except OSError:
+            if kind in KINDS:
+                raise
+            continue  # not ours, as the lost+found of a mounted file system
+        for path in paths:
             if _FINGERPRINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
                 item = _item(path, kind)
                 # What has no title here is a stage where it says so itself.
@@ -238,7 +256,8 @@ def _item(path: Path, kind: str) -> Item:
             state = "damaged"
     inputs, settings = (_mapping(identity.get(key)) for key in ("inputs", "settings"))
     members = _plain(path / MEMBERS)
-    fingerprints = [*inputs.values(), *(members.get("stages", []) if kind == "sweep" else [])]
+    trials = members.get("stages") if kind == "sweep" else None
+    fingerprints = [*inputs.values(), *(trials if isinstance(trials, list) else [])]
     name = settings.get("name") if kind in ("report", "comparison") else _configured_name(path)
     sizes = dict(_sizes(path))
     caches = {str(path / name) for name in _cache_names(path)} if kind == "extract" else set()
@@ -260,12 +279,14 @@ def _cache_names(path: Path) -> list[str]:
 
 def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
     """Every file below a folder with its bytes; links are not followed."""
-    with suppress(OSError), os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                yield from _sizes(Path(entry.path))
-            else:
-                yield entry.path, entry.stat(follow_symlinks=False).st_size
+    waiting = [str(folder)]
+    while waiting:
+        with suppress(OSError), os.scandir(waiting.pop()) as entries:
+            for entry in entries:
+                if entry.is_dir(follow_symlinks=False):
+                    waiting.append(entry.path)
+                else:
+                    yield entry.path, entry.stat(follow_symlinks=False).st_size
 
 
 def _plain(path: Path) -> dict[str, Any]:
@@ -286,9 +307,9 @@ def _configured_name(path: Path) -> str:
     try:
         for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
             if line.startswith("name:"):
-                value = yaml.safe_load(line)
-                return str(value["name"]) if isinstance(value, dict) else ""
-    except (OSError, ValueError, yaml.YAMLError):
+                name = _mapping(yaml.safe_load(line)).get("name")
+                return name if isinstance(name, str) else ""
+    except (OSError, ValueError, RecursionError, yaml.YAMLError):
         pass
     return ""
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,10 +13,10 @@ from click.testing import CliRunner, Result
 from roma_ray.cli.commands import main
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.errors import ArtifactError, BusyError, ConfigError
+from roma_ray.errors import ArtifactError, BusyError, ConfigError, StorageError
 from roma_ray.runs.pipeline import run
 from roma_ray.stages.finetuning import ADAPTER
-from roma_ray.store.artifacts import CONFIG, Stage, Store, write_text
+from roma_ray.store.artifacts import CONFIG, IDENTITY, MANIFEST, MEMBERS, Stage, Store, read_manifest, write_text
 from roma_ray.store.contents import Storage
 from tests.world import make_world
 
@@ -153,6 +156,58 @@ def test_links_and_strange_folders_are_left_alone(store: Store, tmp_path: Path) 
     assert (outside / "precious").exists()
     assert (store.root / "evaluate" / "notes").exists()
     assert not first.exists()
+
+
+def stated(store: Store, kind: str, name: str, **identity: object) -> Path:
+    """The folder of an unfinished stage that says of itself what a stranger wrote."""
+    folder = store.root / kind / name
+    folder.mkdir(parents=True)
+    (folder / IDENTITY).write_text(json.dumps({"stage": kind, **identity}))
+    return folder
+
+
+def test_stages_that_name_one_another_in_a_circle_or_a_long_row_are_listed(store: Store) -> None:
+    one, two, three, own = (letter * 16 for letter in "abcd")
+    for kind, name, below in (("questions", one, two), ("questions", two, one), ("extract", three, one)):
+        stated(store, kind, name, inputs={"x": below})
+    stated(store, "questions", own, inputs={"x": own})
+    row = [f"{number:016x}" for number in range(1200)]
+    for name, below in zip(row, [*row[1:], own], strict=True):
+        stated(store, "questions", name, inputs={"x": below})
+    found = Storage(store)
+    assert [item.id for item in found.needs(found.items[three])] == [three, one, two]
+    assert [item.id for item in found.needs(found.items[row[0]])] == [*row, own]
+    assert [item.id for item in found.needs(found.items[row[1]], found.items[row[0]])] == [*row, own]
+    assert command("ls", "--storage", str(store.root)).exit_code == 0
+
+
+def test_files_that_a_stranger_wrote_name_no_run_and_stop_no_list(store: Store) -> None:
+    (stated(store, "sweep", "a" * 16) / MEMBERS).write_text('{"stages": 5}')
+    for letter, name in (("b", "[" * 5000), ("c", "[&a [x, x], *a]"), ("d", "{")):
+        (stated(store, "evaluate", letter * 16) / CONFIG).write_text(f"name: {name}\n")
+    os.mkfifo(stated(store, "extract", "e" * 16) / MANIFEST)
+    found = Storage(store)
+    assert {letter * 16 for letter in "abcde"} < set(found.items)
+    assert [found.items[letter * 16].name for letter in "bcd"] == ["", "", ""]
+    with pytest.raises(ArtifactError, match="is no file"):
+        read_manifest(store.root / "extract" / ("e" * 16))
+
+
+def test_a_folder_that_may_not_be_read_is_passed_over_or_told(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    (store.root / "lost+found").mkdir()
+    known, real = len(Storage(store).items), Path.iterdir
+    closed = ["lost+found"]
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        if path.name in closed:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert len(Storage(store).items) == known
+    closed.append("extract")
+    with pytest.raises(StorageError, match=r"extract: Permission denied.*--storage"):
+        Storage(store)
 
 
 def test_gc_frees_caches_first_and_unfinished_work_only_when_told(store: Store) -> None:
