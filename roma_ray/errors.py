@@ -57,8 +57,16 @@ class TrainingError(RomaError, RuntimeError):
     """Finetuning produced a non-finite loss or gradient, or a frozen weight moved."""
 
 
+class UnmovedError(TrainingError):
+    """Nothing but rounding noise would move the gates."""
+
+
 class GuardError(RomaError, RuntimeError):
-    """A result that must not be reported as one: for example a tuned model equal to its base."""
+    """A result that must not be reported as one."""
+
+
+class IdenticalError(GuardError):
+    """A tuned model is equal to its base."""
 
 
 class WorkerError(RomaError, RuntimeError):

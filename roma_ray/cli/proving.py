@@ -37,10 +37,10 @@ def control(overrides: tuple[str, ...], storage: str | None, quiet: bool, summar
     from roma_ray.terminal import open_progress, print_table
 
     found = prove(config, open_progress(quiet))
-    if summary_path:
-        write_json(summary_path, found.plain())
     print_table("trained by", ("", "n", "base %", "tuned %", "difference", "p"), found.rows(), names=1)
     for line in found.words():
         say(line)
+    if summary_path:
+        write_json(summary_path, found.plain())
     if not found.passed:
         sys.exit(1)

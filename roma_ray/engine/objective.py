@@ -17,7 +17,7 @@ from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.scoring import Scores, score_rows
-from roma_ray.errors import TrainingError
+from roma_ray.errors import TrainingError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, yardstick
@@ -237,7 +237,7 @@ class Objective:
             # There is nothing to weigh the term against, and Adam's steps do not depend on its scale.
             return 1.0
         if noise:
-            raise TrainingError(
+            raise UnmovedError(
                 f"finetune.regularizer.weight: auto would divide by rounding noise: at the start the regularizer's gradient on the "
                 f"gates is {penalty_norm:.1g}, the task term's {task_norm:.1g}. So it is where every question already has the "
                 "routing that it is pulled to (neighbors.method: self), and where routers are so certain that the squared distance "
@@ -288,13 +288,13 @@ class Objective:
             "to 1. "
         )
         if is_noise(probe, self.config.regularizer):
-            raise TrainingError(
+            raise UnmovedError(
                 f"{unreached}And the regularizer's gradient ({probe['regularizer_gradient']:.1g}) is rounding noise: every question "
                 "has the routing that it is pulled to (neighbors.method: self), or the routers are too certain for the distance (try "
                 "finetune.regularizer.distance=kl). Nothing would move them but noise."
             )
         if probe["weight"] * probe["regularizer_gradient"] == 0:
-            raise TrainingError(
+            raise UnmovedError(
                 f"{unreached}Training would follow rounding noise (a gradient of {probe['task_gradient']:.1g}). The manifold term can "
                 "move them: set finetune.regularizer.kind=manifold with a weight above 0."
             )

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from roma_ray.errors import GuardError
+from roma_ray.errors import IdenticalError
 
 TRUNCATED_LIMIT = 0.01
 Text = tuple[str, Sequence[str]]
@@ -17,9 +17,9 @@ Key = TypeVar("Key")
 
 
 def check_not_identical(base: Sequence[Sequence[float]], tuned: Sequence[Sequence[float]]) -> None:
-    """Raise GuardError when every score of the tuned model equals the base's: the tuning did not reach the evaluation."""
+    """Raise IdenticalError when every score of the tuned model equals the base's: the tuning did not reach the evaluation."""
     if all(list(b) == list(t) for b, t in zip(base, tuned, strict=True)):
-        raise GuardError(
+        raise IdenticalError(
             "the tuned model's scores equal the base model's on every question: the exported routers are not those that were "
             "trained, or nothing was. Inspect the adapter with `roma-ray inspect`."
         )

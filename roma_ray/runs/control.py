@@ -17,7 +17,7 @@ from roma_ray.config.loading import with_overrides
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve
-from roma_ray.errors import GuardError, TrainingError
+from roma_ray.errors import ConfigError, GuardError, IdenticalError, UnmovedError
 from roma_ray.evaluation.measures import MEASURES, RULES
 from roma_ray.evaluation.results_file import read_judged
 from roma_ray.evaluation.statistics import Paired, changes, holm, p_value, pair, significant
@@ -107,8 +107,14 @@ class Control:
 def control(config: Config, progress: Progress) -> Control:
     """Train every arm of the control's configuration on one extraction, in this process, and judge them.
 
-    Raises what the stages raise (RomaError), GuardError where nothing at all could be trained.
+    Raises what the stages raise (RomaError), ConfigError where RoMA would be trained as one of its controls is, GuardError where
+    nothing at all could be trained.
     """
+    for name, overrides in ARMS.items():
+        if name != ROMA and overrides and with_overrides(config, overrides) == config:
+            raise ConfigError(
+                f'{", ".join(overrides)} is what the control "{name}" is trained with, beside {ROMA}: leave that setting out'
+            )
     base, arms = train_arms(config, ARMS, progress)
     return Control(base, arms, checks_of(arms, base))
 
@@ -123,8 +129,8 @@ def train_arms(
         progress.say(f"{name}:")
         try:
             finished = run(resolve(with_overrides(config, overrides)), progress)
-        except (TrainingError, GuardError) as error:
-            # Nothing to follow, or nothing that changed an answer's likelihood.
+        except (UnmovedError, IdenticalError) as error:
+            # Nothing to follow, or nothing that changed an answer's likelihood. What failed otherwise proves nothing.
             arms[name] = Arm(name, None, np.array([]), str(error))
             progress.say(f"nothing was trained: {error}")
             continue

@@ -20,6 +20,7 @@ from roma_ray.config.schema import Config
 from roma_ray.engine import objective
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
+from roma_ray.errors import ConfigError, GuardError, RomaError, TrainingError
 from roma_ray.evaluation.statistics import pair
 from roma_ray.manifold.losses import NeighborTargets
 from roma_ray.manifold.regularizers import REGULARIZERS
@@ -96,6 +97,25 @@ def test_it_fails_without_the_manifold_term(storage: Path, monkeypatch: pytest.M
     found = control(small(storage), Silence())
     assert not found.passed
     assert found.words()[-1] == "control: FAILED"
+
+
+@pytest.mark.parametrize("setting", [*(setting for settings in ARMS.values() for setting in settings)])
+def test_roma_is_not_trained_as_one_of_its_controls(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(ConfigError, match=f"{setting} is what the control .* leave that setting out"):
+        control(small(tmp_path, setting), Silence())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("failure", [TrainingError, GuardError])
+def test_a_control_that_fails_is_no_control_without_a_gain(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: type[RomaError]
+) -> None:
+    def fails(*_: Any) -> None:
+        raise failure("the loss is not finite")
+
+    monkeypatch.setattr(controls, "run", fails)
+    with pytest.raises(failure, match="not finite"):
+        control(small(tmp_path), Silence())
 
 
 def arms(**right: np.ndarray) -> Mapping[str, Arm]:
