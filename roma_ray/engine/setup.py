@@ -13,7 +13,7 @@ from typing import Any
 
 from roma_ray.config.schema import Config, ModelConfig
 from roma_ray.engine.model_spec import ModelSpec, model_facts_of
-from roma_ray.errors import ModelError
+from roma_ray.errors import ConfigError, ModelError
 from roma_ray.store.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
 from roma_ray.store.files import exists, read_text
 
@@ -145,11 +145,19 @@ def resolve_device(config: Config) -> str:
 
 
 def resolve_path(path: str) -> str:
-    """A model or file path with `assets:` names replaced by their place in the package; local folders made absolute."""
+    """A model or file path with `assets:` names replaced by their place in the package; local folders made absolute.
+
+    Raises ConfigError for a path that the system does not take: too long, of an unknown user's home, or not to be looked at.
+    """
     if path.startswith("assets:"):
         return str(Path(__file__).parents[1] / "assets" / path.removeprefix("assets:"))
-    expanded = Path(path).expanduser()
-    return str(expanded.absolute()) if expanded.exists() else path
+    try:
+        expanded = Path(path).expanduser()
+        return str(expanded.absolute()) if expanded.exists() else path
+    except (OSError, RuntimeError, ValueError) as error:
+        shown = path if len(path) <= 100 else f"{path[:100]}..."
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"the path {shown} cannot be looked up ({why}): give another, or make it readable") from None
 
 
 def model_identity(model: ModelConfig, path: str) -> str:

@@ -62,6 +62,14 @@ def test_a_path_is_taken_as_it_is(name: str, tmp_path: Path, monkeypatch: pytest
     assert list((tmp_path / f"storage {name}" / "checks").iterdir())
 
 
+@pytest.mark.parametrize("path", ["a" * 300, "a/" * 4000, "~no-such-user/model"])
+def test_a_path_that_the_system_does_not_take_is_told(path: str, tmp_path: Path) -> None:
+    (refused,) = examine_model(path, str(tmp_path))
+    assert refused.state == "broken"
+    assert "cannot be looked up" in refused.detail
+    assert len(refused.detail) < 300
+
+
 @pytest.mark.parametrize("scheme", ["FP8", "MXFP4"])
 def test_how_a_quantized_model_is_stored_is_told(scheme: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if scheme == "FP8":
