@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -41,8 +42,12 @@ Judged = tuple[np.ndarray, Mapping[str, Arm]]
 def world(seed: int, top_k: int, out: Path) -> Path:
     """The folder of one world, made where it is not there."""
     folder = out / f"seed-{seed}-top-{top_k}"
-    if not (folder / "room.json").exists():
-        build(folder, Recipe(seed=seed, top_k=top_k), None if top_k == 2 else world(seed, 2, out))
+    recipe = Recipe(seed=seed, top_k=top_k)
+    # Written last but for its README.
+    if not (folder / "recipe.json").exists():
+        build(folder, recipe, None if top_k == 2 else world(seed, 2, out))
+    if json.loads((folder / "recipe.json").read_text()) != asdict(recipe):
+        sys.exit(f"{folder} is of another recipe: give another --out, or remove it")
     return folder
 
 
@@ -105,7 +110,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for worlds and storage")
     arguments = parser.parse_args()
     for top_k, title in ((2, "two experts a token"), (1, "one expert a token, its weight scaled to 1")):
-        print(f"\n### {title}\n", *judge(arguments.seeds, top_k, arguments.out, Silence()), sep="\n", flush=True)
+        print(
+            f"\n### {title}\n",
+            *judge(list(dict.fromkeys(arguments.seeds)), top_k, arguments.out, Silence()),
+            sep="\n",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -138,7 +138,10 @@ def train_arms(
         base, right = (judged.values(which)[RULES[judged.asked.rule]] == 1 for which in ("base", "tuned"))
         arms[name] = Arm(name, pair(base, right), right)
     if base is None:
-        raise GuardError("nothing could be trained: neither the manifold term nor any other moved a gate")
+        raise GuardError(
+            "nothing could be trained: neither the manifold term nor any other moved a gate. Leave out the settings that were "
+            "given; with none of them this is a fault of the program or of its installation"
+        )
     return base, {n: arm if arm.paired else Arm(n, None, base, arm.reason) for n, arm in arms.items()}
 
 

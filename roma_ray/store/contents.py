@@ -204,6 +204,10 @@ class Storage:
                 with stage.exclusive():
                     if removal.cache_alone:
                         stage.release(_cache_names(stage.path))
+                    elif (stage.path / MANIFEST).is_dir():
+                        raise StorageError(
+                            f"{stage.path / MANIFEST} is a folder, which no stage writes: remove it by hand"
+                        )
                     else:
                         stage.discard()
                 if not removal.cache_alone and stage.path.exists():

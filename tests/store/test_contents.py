@@ -86,6 +86,15 @@ def test_a_stage_without_a_title_is_seen_and_removed_with_its_run(store: Store) 
     assert not counted.path.exists()
 
 
+def test_a_manifest_that_is_a_folder_ends_in_words(store: Store) -> None:
+    stage = Storage(store).find("first").stage
+    (stage.path / MANIFEST).unlink()
+    (stage.path / MANIFEST).mkdir()
+    done = command("rm", stage.fingerprint, "--yes", "--storage", str(store.root))
+    assert done.exit_code == 1
+    assert "is a folder, which no stage writes" in done.output
+
+
 def test_nothing_is_removed_without_yes_and_then_what_no_other_run_needs(store: Store) -> None:
     before = {item.id for item in Storage(store).items.values()}
     dry = command("rm", "first", "--storage", str(store.root))
