@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,10 +21,18 @@ MOST_DIGITS = 400
 """Most characters of a number: one written to base 60, as YAML allows, takes time by the square of its length."""
 MOST_LEVELS = 64
 """Most sections within sections: PyYAML looks at every open one again at each token."""
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with a limit on nesting."""
+    """PyYAML's safe loader with a limit on nesting, that reads JSON's escapes as JSON does."""
+
+    def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
+        """Join what JSON writes as two escapes: a character beyond the 16-bit plane."""
+        node: yaml.ScalarNode = super().compose_scalar_node(anchor)
+        if _SURROGATE.search(node.value):
+            node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+        return node
 
     def fetch_flow_collection_start(self, TokenClass: type[Any]) -> None:
         """Count an opened { or [."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tracemalloc
 from collections.abc import Callable
@@ -192,3 +193,11 @@ def test_only_regular_files_are_read(tmp_path: Path) -> None:
     for name in ("pipe", "zero"):
         with pytest.raises(ConfigError, match="no regular file"):
             load_config(tmp_path / name)
+
+
+def test_characters_that_json_escapes_in_two_halves_are_one() -> None:
+    """A configuration may be JSON; its writers escape what lies beyond the 16-bit plane as two halves."""
+    value = {"storage": "\U00010000", "\U0001f600 key": ["a\U0001f600b", "\ud800", "\ud800x\udc00"]}
+    assert load_yaml(json.dumps(value)) == value
+    with pytest.raises(ValueError, match="stands twice"):
+        load_yaml('{"\\ud800\\udc00": 1, "\U00010000": 2}')
