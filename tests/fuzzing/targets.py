@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
+from pydantic import TypeAdapter
 
 from roma_ray.ablations.space import load_space
 from roma_ray.config.loading import load_config, parse_config
@@ -179,6 +180,9 @@ def _nothing_swallowed(given: Any, got: Any, place: str) -> None:
             _nothing_swallowed(part, got[number], f"{place}.{number}")
     elif isinstance(got, float) or (isinstance(got, int) and not isinstance(got, bool)):
         assert float(given) == float(got), f"{place}: {given!r} became {got!r}"
+    elif isinstance(got, bool):
+        # Quoted, as 'no' or '0', it is the same to pydantic.
+        assert TypeAdapter(bool).validate_python(given) is got, f"{place}: {given!r} became {got!r}"
     else:
         assert given == got, f"{place}: {given!r} became {got!r}"
 
