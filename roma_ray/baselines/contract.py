@@ -7,6 +7,7 @@ The runner (`method_runs.py`) chooses the learning rate on the validation questi
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,7 +31,7 @@ class Fitted:
 NOTHING = Fitted()
 
 
-class Method:
+class Method(ABC):
     """A method of the comparison; the defaults are those of one that has nothing to learn."""
 
     name: str
@@ -57,9 +58,9 @@ class Method:
         """Learn from the training questions; leaves the bench as it was. Raises TrainingError, CacheError."""
         return NOTHING
 
+    @abstractmethod
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """Log-likelihoods of every choice of the questions `rows`; leaves the bench as it was. Raises CacheError."""
-        raise NotImplementedError
 
 
 def budget(config: Config) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -67,11 +68,13 @@ class SoftPrompt(Method):
             prompts = [bench.data.prompts[row] for row in rows]
             return Answers(list(rows), score_padded(bench, model, prompts, before=self.before(bench)))
 
+    @abstractmethod
     def _peft_config(self, bench: Bench) -> Any:
-        raise NotImplementedError
+        """The kind of positions and their number."""
 
+    @abstractmethod
     def _start(self, bench: Bench, weight: Tensor, seed: int) -> Tensor:
-        raise NotImplementedError
+        """Their values before training."""
 
 
 class PrefixTuning(SoftPrompt):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -61,47 +62,48 @@ class RunState:
     metrics: set[str]
 
 
-class Backend:
+class Backend(ABC):
     """A connection to one experiment of a tracker. Every method raises Unavailable and OwnFault and nothing else."""
 
     title: str
     """What users call it."""
 
     @staticmethod
+    @abstractmethod
     def address(config: Config, store: Store) -> str:
         """Where it is."""
-        raise NotImplementedError
 
     @classmethod
+    @abstractmethod
     def connect(cls, config: Config, store: Store) -> Self:
         """Connect, making the experiment where it is missing."""
-        raise NotImplementedError
 
     @staticmethod
     def shown_as_table(file: str) -> Mapping[str, str]:
         """Tags by which a file of a run, {columns, data} as JSON, is shown as a table."""
         return {}
 
+    @abstractmethod
     def place(self, run: RunState | None = None) -> str:
         """Where the interface shows a run, or all of them; without a server also the command that starts one."""
-        raise NotImplementedError
 
+    @abstractmethod
     def page(self, run: RunState | None = None) -> str:
         """The place of a run, or of all, within the interface."""
-        raise NotImplementedError
 
+    @abstractmethod
     def runs(self, tag: str, value: str) -> list[RunState]:
         """The experiment's runs that have this tag, oldest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     def run(self, id: str) -> RunState:
         """The run of this id."""
-        raise NotImplementedError
 
+    @abstractmethod
     def create(self, name: str, tags: Mapping[str, str], start: int) -> RunState:
         """A new run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log(
         self,
         run: RunState,
@@ -111,43 +113,42 @@ class Backend:
         tags: Mapping[str, str] | None = None,
     ) -> None:
         """Write metrics, parameters and tags; `run` is kept up to date."""
-        raise NotImplementedError
 
+    @abstractmethod
     def steps(self, run: RunState, key: str) -> set[int]:
         """The steps at which a metric has a value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def add_inputs(self, run: RunState, inputs: Sequence[Input]) -> None:
         """Name the data sets that a run used; those already named are kept as they are."""
-        raise NotImplementedError
 
+    @abstractmethod
     def upload(self, run: RunState, path: Path, folder: str | None = None) -> None:
         """Store a file, or a folder's content, among the run's artifacts. Raises OwnFault where it is not there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log_model(self, run: RunState, name: str, folder: Path, params: Mapping[str, str]) -> str:
         """Make the folder a model that the run has put out, with a page of its own; its id. Raises OwnFault."""
-        raise NotImplementedError
 
+    @abstractmethod
     def register(self, run: RunState, model: str, name: str) -> str:
         """Make a model that was logged a version of a registered one, which is made where it is missing; the version."""
-        raise NotImplementedError
 
+    @abstractmethod
     def set_status(self, run: RunState, status: str, end: int | None = None) -> None:
         """RUNNING, or FINISHED, FAILED or KILLED with the time of the end."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rename(self, run: RunState, name: str) -> None:
         """Give a run another name."""
-        raise NotImplementedError
 
+    @abstractmethod
     def remove_tag(self, run: RunState, key: str) -> None:
         """Take a tag off a run."""
-        raise NotImplementedError
 
+    @abstractmethod
     def monitor(self, run: RunState) -> Callable[[], None]:
         """Start recording the machine's load, going on where an earlier process ended; the value stops it (Unavailable)."""
-        raise NotImplementedError
 
 
 @contextmanager

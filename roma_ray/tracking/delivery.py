@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -39,7 +40,7 @@ FINGERPRINT, REUSED, MADE_IN = "roma.fingerprint", "roma.reused", "roma.made_in"
 _DELIVERED, _ERROR = "roma.delivered", "roma.error"
 
 
-class Delivery:
+class Delivery(ABC):
     """A parent run and its children in a tracker, closed at the end of a `with` block, whatever the end is.
 
     No method raises for MLflow's sake.
@@ -81,33 +82,33 @@ class Delivery:
 
     # What a subclass says of its runs.
 
+    @abstractmethod
     def _title(self, name: str) -> str:
         """A run's name in MLflow."""
-        raise NotImplementedError
 
     def _tags(self, name: str) -> Mapping[str, str]:
         """Tags that a run has from its beginning, beside those by which it is found."""
         return {}
 
+    @abstractmethod
     def _start(self, name: str) -> int:
         """When a run began."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self, name: str, run: RunState) -> int:
         """When a run ended."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _receipt(self, name: str) -> str:
         """What, once noted on a run, says that all of it is there; empty for what is not complete."""
-        raise NotImplementedError
 
     def _error(self, name: str) -> str:
         """What went wrong with a run that failed or was stopped."""
         return self.failure
 
+    @abstractmethod
     def _write(self, name: str, run: RunState) -> None:
         """Write what MLflow lacks of a run. Raises Unavailable, and ArtifactError or OSError where a file of ours is damaged."""
-        raise NotImplementedError
 
     # What holds for all of them.
 

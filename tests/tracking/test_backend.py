@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -13,7 +13,7 @@ import roma_ray
 from roma_ray.config.schema import Config
 from roma_ray.evaluation.run_comparison import Cell, Comparison, Row
 from roma_ray.store.artifacts import Store
-from roma_ray.tracking.backend import Backend, MetricValue, OwnFault, RunState, Unavailable
+from roma_ray.tracking.backend import Backend, Input, MetricValue, OwnFault, RunState, Unavailable
 from roma_ray.tracking.delivery import Delivery
 from roma_ray.tracking.tracked_benchmarks import record_comparison
 
@@ -63,6 +63,35 @@ class Notebook(Backend):
     def set_status(self, run: RunState, status: str, end: int | None = None) -> None:
         run.status = status
 
+    def page(self, run: RunState | None = None) -> str:
+        return "page 1"
+
+    def run(self, id: str) -> RunState:
+        return self.kept[id]
+
+    def rename(self, run: RunState, name: str) -> None:
+        run.tags["name"] = name
+
+    def remove_tag(self, run: RunState, key: str) -> None:
+        run.tags.pop(key, None)
+
+    # What a notebook has no pages for.
+
+    def steps(self, run: RunState, key: str) -> set[int]:
+        return set()
+
+    def add_inputs(self, run: RunState, inputs: Sequence[Input]) -> None:
+        pass
+
+    def log_model(self, run: RunState, name: str, folder: Path, params: Mapping[str, str]) -> str:
+        return ""
+
+    def register(self, run: RunState, model: str, name: str) -> str:
+        return ""
+
+    def monitor(self, run: RunState) -> Callable[[], None]:
+        return lambda: None
+
 
 class Said:
     def __init__(self) -> None:
@@ -73,6 +102,14 @@ class Said:
 
     def meter(self, *arguments: Any, **named: Any) -> Any:
         raise AssertionError("nothing is counted here")
+
+
+def test_a_tracker_that_lacks_a_method_is_told_before_any_run() -> None:
+    class Half(Backend):
+        title = "half"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Half()  # type: ignore[abstract]
 
 
 def test_another_tracker_is_one_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
