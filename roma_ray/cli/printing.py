@@ -62,11 +62,16 @@ def print_result(summary: Mapping[str, Any]) -> None:
     from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
     from roma_ray.stages.routing_change import describe_distance
     from roma_ray.stages.run_summary import result_rows, warnings_of
+    from roma_ray.stages.task_loss_alone import HEADER as STEPS
+    from roma_ray.stages.task_loss_alone import added_rows, added_words
     from roma_ray.terminal import print_table, say
 
     header = ("task", "n", "base %", "RoMA %", "difference", "p")
     title = f"{summary['name']}: accuracy on test questions, standard errors over questions, McNemar's exact p"
     print_table(title, header, result_rows(summary["splits"]["test"]))
+    if summary["task_loss_alone"]:
+        print_table("what the regularizer adds", STEPS, added_rows(summary["task_loss_alone"]))
+        say(added_words(summary["task_loss_alone"]))
     print_table("all measures on the same questions", HEADER, measure_rows(summary["measures"]))
     for line in filter(None, (LEGEND, coincidence(summary["measures"]))):
         say(line)

@@ -258,7 +258,11 @@ class FinetuneConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """How benchmarks are run (`roma-ray evaluate --tasks`)."""
+    """How tuned routers are judged: beside what, and how benchmarks are run (`roma-ray evaluate --tasks`)."""
+
+    task_loss_alone: bool = False
+    """Also train the same head by the task loss alone (lambda = 0) and report, paired, what the regularizer adds. Of a run; no part of
+    any fingerprint but the report's."""
 
     batch_tokens: int = Field(default=4096, ge=16)
     """Tokens of a planned batch of log-likelihoods; what requests begin with in common counts once."""

@@ -61,9 +61,16 @@ def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
 
 
 def aged(data: dict[str, Any]) -> dict[str, Any]:
-    """A whole configuration's plain data as it was before its youngest settings, wherever those have their defaults."""
-    tuned = data["finetune"]
-    return {**data, "finetune": {**tuned, "regularizer": _aged(tuned["regularizer"])}}
+    """A whole configuration's plain data as it was before its youngest settings, wherever those have their defaults.
+
+    Whether the task loss alone is judged beside it decides nothing of the run itself.
+    """
+    tuned, judged = data["finetune"], data["evaluation"]
+    return {
+        **data,
+        "finetune": {**tuned, "regularizer": _aged(tuned["regularizer"])},
+        "evaluation": {name: value for name, value in judged.items() if name != "task_loss_alone"},
+    }
 
 
 def _aged(term: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
 from roma_ray.evaluation.statistics import Paired
 from roma_ray.figures.escaping import csv_text
 from roma_ray.stages.run_summary import ordered, result_rows
+from roma_ray.stages.task_loss_alone import HEADER as STEPS
+from roma_ray.stages.task_loss_alone import added_rows
 from roma_ray.store.files import write_text
 
 _MOST_ANSWERS = 6
@@ -59,6 +61,11 @@ def measure_tables(found: Mapping[str, Any]) -> dict[str, Table]:
             rows.append(("mean of the tasks", str(figures["macro"]["n"]), *figure_cells(name, figures["macro"])))
         tables[f"{form.title}, {form.unit}"] = Table(("task", "n", *HEADER[1:]), rows)
     return tables
+
+
+def added_table(found: Mapping[str, Any] | None) -> Table | None:
+    """From base to the task loss alone, and from there to both terms; None where that was not judged."""
+    return Table(STEPS, added_rows(found)) if found else None
 
 
 def share_table(shares: Mapping[str, Any]) -> Table:
@@ -174,6 +181,13 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
         if one
     ]
     write_csv(folder / "measures.csv", ("measure", "task", *(f.name for f in fields(Paired))), measured)
+    if alone := summary["task_loss_alone"]:
+        added = [("base", "task loss alone", "all", *alone["alone"].values())]
+        added += [
+            ("task loss alone", "both terms", task, *one.values())
+            for task, one in {"all": alone["added"], **alone["tasks"]}.items()
+        ]
+        write_csv(folder / "task_loss_alone.csv", ("from", "to", "task", *(f.name for f in fields(Paired))), added)
     shares = [
         (task, by, name, *one.values())
         for task, found in summary["shares"].items()

@@ -13,6 +13,7 @@ from roma_ray.engine.objective import is_idle, is_noise
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant
 from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.run_summary import warnings_of
+from roma_ray.stages.task_loss_alone import added_words
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
         f"{figure(figures, 'tuned')} %: {figure(figures, 'difference')} percentage points (standard errors). Answers won: "
         f"{figures['won']}, lost: {figures['lost']}; McNemar's exact p is {p_value(p)}."
     )
+    if summary["task_loss_alone"]:
+        detail += f" {added_words(summary['task_loss_alone'])}"
     both, guards = {"base/all", "tuned/all"}, summary["guards"]
     if both <= set(guards["below_chance"]):
         return Verdict(

@@ -81,6 +81,7 @@ def report(job: Job, runners: Runners, progress: Progress) -> Facts:
         "verdict": verdict.kind,
         "headline": verdict.headline,
         "detail": verdict.detail,
+        "task_loss_alone": summary["task_loss_alone"],
     }
 
 
@@ -230,6 +231,7 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "commands": report_words.next_commands(summary, str(setup.store.root), str(stage.path / CONFIG)),
         "pictures": pictures,
         "splits": {split: report_tables.result_table(figures) for split, figures in summary["splits"].items()},
+        "added": report_tables.added_table(summary["task_loss_alone"]),
         "measures": report_tables.Table(HEADER, measure_rows(summary["measures"])),
         "measure_legend": " ".join(filter(None, (LEGEND, coincidence(summary["measures"])))),
         "measure_tables": report_tables.measure_tables(summary["measures"]),

@@ -15,12 +15,13 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, save_config
 from roma_ray.engine.steps import Step, complete, order
-from roma_ray.errors import ArtifactError
+from roma_ray.errors import ArtifactError, IdenticalError, UnmovedError
 from roma_ray.figures.run_report import ORACLE, REPORT
 from roma_ray.stages.extraction import bring_back
 from roma_ray.stages.finetuning import FINETUNE
 from roma_ray.stages.paired_evaluation import EVALUATE
 from roma_ray.stages.run_summary import summarise_run
+from roma_ray.stages.task_loss_alone import ALONE, without_regularizer
 from roma_ray.store.artifacts import CONFIG, Stage, run_identity
 from roma_ray.store.files import exists
 
@@ -40,7 +41,22 @@ def oracle_answers(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage
     return found if all(stage.complete for stage in found.values()) else {}
 
 
-LAST = replace(REPORT, others=oracle_answers)
+def task_loss_alone(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """The evaluation of the same run without regularizer, where one is asked for and finished; else nothing."""
+    other = without_regularizer(setup)
+    if other is None:
+        return {}
+    known = {step.name: stages[step.name] for step in order(FINETUNE)[:-1]}
+    stage = steps.locate(EVALUATE, other, known)[EVALUATE.name]
+    return {ALONE: stage} if stage.complete else {}
+
+
+def beside(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
+    """What else a report shows: the oracle's answers, and the task loss alone."""
+    return {**oracle_answers(setup, stages), **task_loss_alone(setup, stages)}
+
+
+LAST = replace(REPORT, others=beside)
 STEPS = {step.name: step for step in order(LAST)}
 """The steps of a run by name, in their order."""
 
@@ -83,10 +99,23 @@ def run(
         for line in told(step, stage, "already complete" if skipped else "done"):
             progress.say(line)
         observer.stage_finished(stage)
+        if step is EVALUATE and (other := without_regularizer(setup)) is not None:
+            _run_alone(other, progress, runners)
+            stages |= task_loss_alone(setup, planned)
+            planned[LAST.name] = LAST.at(setup, planned)
     save_config(stages[until], setup.config)
     summary = summarise_run(setup, stages, time.monotonic() - started) if "evaluate" in stages else {}
     observer.finished()
     return Run(setup, stages, summary)
+
+
+def _run_alone(other: Setup, progress: Progress, runners: Runners) -> None:
+    """The run without regularizer, where something can be trained so. Raises what the stages raise."""
+    progress.say("beside it, the task loss alone:")
+    try:
+        run(other, progress, replace(runners, on_epoch=NOBODY.epoch))
+    except (UnmovedError, IdenticalError) as error:
+        progress.say(f"nothing was trained by the task loss alone: {error}")
 
 
 def told(step: Step, stage: Stage, how: str) -> list[str]:

@@ -6,7 +6,8 @@ won, mcnemar_p}}}, by the configured rule; `validation` {n, base_accuracy, base_
 ones of the exported epoch; `measures` of the test questions {configured: the one by which answers are chosen, coincide: whether acc
 and acc_norm must be equal, so that one is left out, figures {measure (`evaluation/measures.py`): {micro, macro, tasks {task}: {n,
 base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
-labels, shift}} (`evaluation/shares.py`);
+labels, shift}} (`evaluation/shares.py`); `task_loss_alone`, where the same run without regularizer was judged beside this one,
+else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/task_loss_alone.py`);
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
 routing_entropy, validation_accuracy, validation_stderr); `probe` (gradient norms of both terms on the gates, whether
 either is noise, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties);
@@ -34,6 +35,7 @@ from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import p_value
 from roma_ray.stages.finetuning import epochs_of
 from roma_ray.stages.paired_evaluation import read_evaluation
+from roma_ray.stages.task_loss_alone import ALONE, what_it_adds
 from roma_ray.store.artifacts import Stage
 from roma_ray.versions import library_versions
 
@@ -59,6 +61,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "validation": evaluation["validation"],
         "measures": evaluation["measures"],
         "shares": evaluation["shares"],
+        "task_loss_alone": what_it_adds(stages[ALONE], stages["evaluate"]) if ALONE in stages else None,
         "epochs": epochs_of(stages["finetune"]),
         "probe": outcome["probe"],
         "selected_epoch": outcome["selected_epoch"],

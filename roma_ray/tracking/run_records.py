@@ -108,6 +108,11 @@ def headline(evaluation: Stage) -> list[MetricValue]:
     ]
 
 
+def added(report: Stage) -> list[MetricValue]:
+    """What the regularizer adds to the task loss, where that was judged (`task_loss_alone/added/difference`)."""
+    return [value for value in stage_metrics(report) if value.key.startswith("task_loss_alone/")]
+
+
 def _epoch_metrics(stage: Stage, at: int) -> list[MetricValue]:
     """The epochs so far, numbered from 1, at the time when each was reported."""
     records = {record["epoch"]: record for record in live_epochs(stage)}

@@ -43,6 +43,7 @@ class Tracker(Delivery, RunObserver):
     def stage_started(self, stage: Stage) -> None:
         """A stage begins or goes on."""
         self._working = True
+        self.planned[stage.name] = stage
         self.status |= {PIPELINE: "RUNNING", stage.name: "RUNNING"}
         self._deliver(PIPELINE, stage.name)
 
@@ -52,6 +53,8 @@ class Tracker(Delivery, RunObserver):
 
     def stage_finished(self, stage: Stage) -> None:
         """A stage is complete."""
+        # Where the report lies is known once all that it shows is finished.
+        self.planned[stage.name] = stage
         self.status[stage.name] = "FINISHED"
         self._deliver(stage.name)
 
@@ -115,6 +118,8 @@ class Tracker(Delivery, RunObserver):
         client.add_inputs(run, run_records.inputs(self.setup, self.planned, PIPELINE))
         if evaluation.complete:
             self._log_metrics(run, run_records.headline(evaluation))
+        if report.complete:
+            self._log_metrics(run, run_records.added(report))
         if report.complete and self.status.get(PIPELINE) == "FINISHED":
             for part in ("report.html", "report.md", "model_card.md"):
                 self._upload(run, report.path / part)

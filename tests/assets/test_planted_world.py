@@ -2,13 +2,15 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Qwen3ForCausalLM
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3ForCausalLM
 
 from roma_ray.assets import assets_path
 
@@ -199,14 +201,43 @@ def test_the_model_is_a_stock_one(built: tuple[Path, Path]) -> None:
     assert model.config.num_experts_per_tok == QUICK.top_k
 
 
-def test_the_shipped_control_is_what_the_script_makes() -> None:
-    """Its questions and facts to the letter; the weights take minutes, and are told of in its README."""
-    shipped = assets_path() / "control"
+@pytest.mark.parametrize(("folder", "top_k"), [(".", 2), ("control", 1)])
+def test_the_shipped_worlds_are_what_the_script_makes(folder: str, top_k: int) -> None:
+    """Their questions and facts to the letter; the weights take minutes, and are told of in their README."""
+    shipped = assets_path() / folder
     recipe = Recipe(**json.loads((shipped / "recipe.json").read_text()))
-    assert recipe == Recipe(seed=0, top_k=1)
+    assert recipe == Recipe(seed=0, top_k=top_k)
     for name, text in assemble.question_files(assemble.corpus_of(recipe).suite).items():
         assert (shipped / "questions" / name).read_text(encoding="utf-8") == text
     config = json.loads((shipped / "model" / "config.json").read_text())
-    assert (config["num_experts_per_tok"], config["norm_topk_prob"]) == (1, True)
-    found = json.loads((shipped / "room.json").read_text())
-    assert found["test"]["domain expert at the last token"]["room"] >= 10
+    assert (config["num_experts_per_tok"], config["norm_topk_prob"]) == (top_k, True)
+    room = json.loads((shipped / "room.json").read_text())
+    assert room["test"]["domain expert at the last token"]["room"] >= 10
+    assert 40 <= room["test"]["own routing"]["accuracy"] <= 65
+
+
+def test_both_shipped_worlds_have_the_same_weights() -> None:
+    """They differ in how many experts a token takes."""
+    weights = [assets_path() / folder / "model" / "model.safetensors" for folder in (".", "control")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    assert weights[0].stat().st_size <= 10e6
+    with safe_open(weights[0], "pt") as file:
+        assert {file.get_slice(key).get_dtype() for key in file.keys()} == {"BF16"}  # noqa: SIM118
+
+
+def test_the_suite_is_well_formed() -> None:
+    rows = [
+        json.loads(line)
+        for split in ("train", "test")
+        for line in (assets_path() / "questions" / f"{split}.jsonl").read_text().splitlines()
+    ]
+    assert all(len(set(row["choices"])) == 4 and all(row["choices"]) and row["question"].strip() for row in rows)
+    letters = Counter(row["answer"] for row in rows)
+    assert min(letters[x] for x in "ABCD") > 0.2 * len(rows)
+
+
+@pytest.mark.parametrize("text", ["Grüße, 世界 🙂\tx\n\n y", "What is 12+7?\nA. nineteen", "\x00\x7f  two  spaces"])
+def test_tokenizer_takes_any_text(text: str) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(assets_path() / "model")
+    ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+    assert tokenizer.decode(ids, clean_up_tokenization_spaces=False) == text

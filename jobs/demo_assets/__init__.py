@@ -1,1 +1,0 @@
-"""Generation of the embedded default: question families, tokenizer, pretraining and its measurements."""
