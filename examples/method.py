@@ -25,7 +25,7 @@ from roma_ray.questions.readers import read_questions
 from roma_ray.questions.splits import assign_splits
 from roma_ray.stages.embedding import encode, load_encoder
 
-QUESTIONS, TUNED_LAYERS, TOKENS, RULE = 900, 5, "Last1", "normalized"
+QUESTIONS, TUNED_LAYERS, TOKENS, RULE = 900, 5, "Last1", "raw"
 EPOCHS, BATCH, LEARNING_RATE, STRENGTH = 2, 32, 5e-3, 0.8
 torch.manual_seed(0)
 torch.set_num_threads(2)
@@ -37,7 +37,7 @@ MODEL = assets_path() / "model"
 sources = [QuestionSource(path=f"assets:questions/{part}.jsonl", limit=QUESTIONS // 2) for part in ("train", "test")]
 questions, _ = read_questions(sources)
 questions = assign_splits(questions, validation_fraction=0.1, test_fraction=0.2, seed=0)
-builder = PromptBuilder(AutoTokenizer.from_pretrained(MODEL), PromptConfig(format="cloze", max_tokens=256))
+builder = PromptBuilder(AutoTokenizer.from_pretrained(MODEL), PromptConfig(format="cloze", max_tokens=64))
 prompts, _ = build_prompts(questions, builder)
 by_id = {question.id: question for question in questions}
 train, test = ([n for n, p in enumerate(prompts) if p.split == split] for split in ("train", "test"))

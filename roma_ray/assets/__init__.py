@@ -1,4 +1,4 @@
-"""The embedded default: a small OLMoE model with its tokenizer, and a question suite (see README.md beside this file)."""
+"""The embedded default: a small merged model with its tokenizer, and a question suite (see README.md beside this file)."""
 
 from pathlib import Path
 
