@@ -146,12 +146,16 @@ def significant(p: float | None, level: float = SIGNIFICANCE) -> bool:
     return p is not None and p < level
 
 
-def holm(p_values: Mapping[Name, float]) -> dict[Name, float]:
-    """Holm's step-down correction: each name's corrected p, to be held against the level by `significant`."""
+def holm(p_values: Mapping[Name, float], most_true: int | None = None) -> dict[Name, float]:
+    """Holm's step-down correction: each name's corrected p, to be held against the level by `significant`.
+
+    `most_true`: how many of the hypotheses can be true at once, where that is fewer than all (Shaffer 1986).
+    """
     corrected: dict[Name, float] = {}
     highest = 0.0
+    most = len(p_values) if most_true is None else most_true
     for rank, name in enumerate(sorted(p_values, key=lambda name: p_values[name])):
-        highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[name]))
+        highest = max(highest, min(1.0, min(most, len(p_values) - rank) * p_values[name]))
         corrected[name] = highest
     return corrected
 
