@@ -70,7 +70,7 @@ def test_the_recipe_of_ones_own_questions_works_first_time(tmp_path: Path, monke
     recipe, _ = blocks(TUTORIAL, "yaml")
     (tmp_path / "mine.yaml").write_text(recipe)
     rows = [json.loads(line) for line in (ROOT / "roma_ray/assets/questions/train.jsonl").read_text().splitlines()]
-    known = [row for row in rows if row["task"] in ("home", "job")][:150]
+    known = [row for row in rows if row["task"] in ("color", "food")][:150]
     with open(tmp_path / "my-rows.jsonl", "w") as stream:
         for row in known:
             options = [{"text": text, "key": str(n + 1)} for n, text in enumerate(row["choices"])]
@@ -83,10 +83,10 @@ def test_the_recipe_of_ones_own_questions_works_first_time(tmp_path: Path, monke
     assert "chance" not in done.output
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["rejected"] == 0
-    assert summary["splits"]["test"]["all"]["base_accuracy"] > 0.8
+    assert summary["splits"]["test"]["all"]["base_accuracy"] > 0.5
     (terminal,) = blocks(README, "text")
     shown, printed = terminal.splitlines()[1:], [shape(line) for line in done.output.splitlines()]
-    assert len(shown) in (10, 11, 12)
+    assert len(shown) in (13, 14, 15)
     for line in shown:
         assert any(other.startswith(shape(line.removesuffix("…").rstrip())) for other in printed), line
 
@@ -94,7 +94,7 @@ def test_the_recipe_of_ones_own_questions_works_first_time(tmp_path: Path, monke
 def shape(line: str) -> str:
     """A line that is printed, without what differs from run to run: figures, widths, names of files and tasks."""
     line = re.sub(r"^│ \w+ ", "│ task ", line)
-    return re.sub(r" +", " ", re.sub(r"[-+]?\d[\d.,]*", "#", re.sub(r"[\w-]+\.jsonl", "FILE", line)))
+    return re.sub(r" +", " ", re.sub(r"(< )?[-+]?\d[\d.,]*(e-\d+)?", "#", re.sub(r"[\w-]+\.jsonl", "FILE", line)))
 
 
 def test_every_set_in_the_documents_is_a_setting() -> None:

@@ -237,7 +237,10 @@ def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
             ["questions.prompt.instruction=Hi"],
             "questions.prompt.instruction does nothing here: questions.prompt.format is cloze",
         ),
-        (["finetune.regularizer.gradient_ratio=0.5"], "finetune.regularizer.gradient_ratio does nothing here: "),
+        (
+            ["finetune.regularizer.gradient_ratio=0.5", "finetune.regularizer.weight=0.8"],
+            "finetune.regularizer.gradient_ratio does nothing here: ",
+        ),
         (["finetune.regularizer={kind: none, weight: 2}"], "finetune.regularizer.weight does nothing here: "),
         # What only the identities knew before.
         (

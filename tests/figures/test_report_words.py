@@ -30,6 +30,7 @@ def summary(
             "test_questions_in_training": {"normalised": 0, "exact": 0},
         },
         "shares": {},
+        "task_loss_alone": None,
         "rejected": 0,
         "errors": 0,
         "probe": {"gradient_ratio": 0.5},
