@@ -67,6 +67,8 @@ class ArmsFile(Section):
         grids = [self.grid, *(arm.grid for arm in self.arms.values())]
         if any(not values for grid in grids for values in grid.values()):
             raise ValueError("a setting of `grid` has no values")
+        if any("seed" in keys for keys in (*grids, *(arm.set for arm in self.arms.values()))):
+            raise ValueError("`seed` is varied by `seeds: [0, 1, 2]`, not by an arm or a grid")
         for name, arm in self.arms.items():
             if both := arm.set.keys() & arm.grid.keys():
                 raise ValueError(f"`arms`: {name} has {min(both)} in `set` and in `grid`")
@@ -94,8 +96,13 @@ class Arms:
         """The space of each arm at its chosen trial's settings with all seeds, the judged arm its centre where it has one; and the tag
         of each arm's trials there.
         """
-        settings = {arm: {key: (value_of(trial, key),) for key in self.grids[arm]} for arm, trial in chosen.items()}
-        centre = {key: value for key, (value,) in settings.get(self.file.judged, {}).items()}
+        # Every key that the centre changes is set in every arm, so that each is its chosen trial to the last idle setting.
+        judged = self.grids[self.file.judged] if self.file.judged in chosen else {}
+        settings = {
+            arm: {key: (value_of(trial, key),) for key in {**self.grids[arm], **judged}}
+            for arm, trial in chosen.items()
+        }
+        centre = {key: value_of(chosen[self.file.judged], key) for key in judged}
         grid = tuple(settings.values())
         file = _file(self.file, "chosen settings", {**self.file.set, **centre}, grid, self.file.seeds)
         return make_space(file, self.source, self.overrides, self.storage), {

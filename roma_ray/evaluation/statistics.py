@@ -190,7 +190,7 @@ def bootstrap_interval(
 
 
 def hierarchical_interval(
-    differences_SN: np.ndarray, *, seed: int, resamples: int = 10_000, level: float = 0.95
+    differences_SN: np.ndarray, *, seed: int, resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float]:
     """Percentile interval of a mean difference over seeds of training and questions, [seeds, N]: both are drawn with replacement.
 

@@ -47,7 +47,7 @@ def test_factors_show_their_levels_and_for_all_others_the_centre_s(tmp_path: Pat
             "layers": {"setting": "routing.layers", "values": ["L1", "L2"]},
             "neighbors": {"levels": {"random": {"neighbors.method": "random"}, "k = 1": {"neighbors.k": 1}}},
         },
-        grid={"finetune.learning_rate": [0.001, 0.01], "finetune.epochs": [3]},
+        grid={"finetune.learning_rate": [0.001, 0.01], "finetune.epochs": [4]},
     )
     assert [column.name for column in columns(found)] == ["layers", "neighbors", "learning_rate"]
     centre = found.trials[0].config.routing.layers
