@@ -18,7 +18,7 @@ from roma_ray.ablations.arms import Arms, value_of
 from roma_ray.ablations.space import Trial
 from roma_ray.ablations.sweep import DONE, FAILED, Sweep
 from roma_ray.ablations.sweep_results import FinishedTrial, SeededMean, read_finished
-from roma_ray.cluster.ray_runners import open_place
+from roma_ray.cluster.ray_runners import Place, open_place
 from roma_ray.engine.progress import Progress
 from roma_ray.errors import ArtifactError, TrainingError
 from roma_ray.evaluation.equivalence import Finding, findings
@@ -86,14 +86,18 @@ class Verdict:
 def run(arms: Arms, progress: Progress, address: str | None = None) -> tuple[Verdict, tuple[Sweep, Sweep]]:
     """Run what is missing of the grid and of the chosen settings with all seeds, on one cluster. Raises RomaError."""
     with open_place(arms.space.centre, address, progress) as place:
-        grid = sweep_command.run_at(place, arms.space, progress)
-        chosen = choose(arms, grid)
-        if not chosen:
-            raise TrainingError(
-                "no arm could be trained, so there is nothing to judge: " + "; ".join(sweep_command.failures(grid))
-            )
-        space, tags = arms.chosen_space(chosen)
-        sweep = sweep_command.run_at(place, space, progress)
+        return run_at(place, arms, progress)
+
+
+def run_at(place: Place, arms: Arms, progress: Progress) -> tuple[Verdict, tuple[Sweep, Sweep]]:
+    """As `run`, on a cluster that is open."""
+    grid = sweep_command.run_at(place, arms.space, progress)
+    chosen = choose(arms, grid)
+    if not chosen:
+        failed = "; ".join(sweep_command.failures(grid))
+        raise TrainingError(f"no arm could be trained, so there is nothing to judge: {failed}")
+    space, tags = arms.chosen_space(chosen)
+    sweep = sweep_command.run_at(place, space, progress)
     return judge(arms, grid, chosen, sweep, tags), (grid, sweep)
 
 
@@ -115,12 +119,12 @@ def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, ta
         trials = arms.trials_of(arm)
         if arm not in chosen:
             failed = [s.error for s in grid.having(FAILED) if s.trial.id in {trial.id for trial in trials}]
-            missing[arm] = failed[0] if failed else "nothing of it is finished"
+            missing[arm] = _first_line(failed[0]) if failed else "nothing of it is finished"
             continue
         states = [s for s in sweep.states.values() if tags[arm] in dict(s.trial.factors)]
         broken = [s for s in states if s.state != DONE]
         if broken:
-            missing[arm] = f"seed {broken[0].trial.seed}: {broken[0].error or broken[0].state}"
+            missing[arm] = f"seed {broken[0].trial.seed}: {_first_line(broken[0].error) or broken[0].state}"
             continue
         finished = tuple(sorted(map(read_finished, states), key=lambda f: f.trial.seed))
         done = {s.trial.id: s for s in grid.having(DONE)}
@@ -135,6 +139,11 @@ def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, ta
         raise TrainingError(f"{arms.file.judged} could not be trained: {missing.get(arms.file.judged)}")
     tried = tried_on(sweep.plan.store, results)
     return state_of(results, missing, arms.file.judged, (arms.file.margin / 100, arms.file.margin_nats), tried)
+
+
+def _first_line(error: str) -> str:
+    """Without the place of a traceback, which is another each time."""
+    return error.partition("\n")[0]
 
 
 def state_of(

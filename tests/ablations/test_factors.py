@@ -61,7 +61,7 @@ def test_factors_show_their_levels_and_for_all_others_the_centre_s(tmp_path: Pat
         (centre, "method=knn, k=3", "0.01"),
     ]
     assert centre_text(found) == f"layers={centre}, neighbors: method=knn, k=3, learning_rate=0.001"
-    assert [trial.name for trial in found.trials][-2:] == ["neighbors: k = 1", "learning_rate=0.01, epochs=3"]
+    assert [trial.name for trial in found.trials][-2:] == ["neighbors: k = 1", "learning_rate=0.01, epochs=4"]
 
 
 def test_a_column_knows_its_numbers(tmp_path: Path) -> None:
