@@ -110,10 +110,18 @@ class Arms:
         }
 
 
-def load_arms(path: str | Path | None = None, overrides: Sequence[str] = (), storage: str | None = None) -> Arms:
-    """Read a file (default: the embedded one) and check every trial of its grid. Raises ConfigError, before any work."""
+def load_arms(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    storage: str | None = None,
+    base: str | None = None,
+) -> Arms:
+    """Read a file (default: the embedded one) and check every trial of its grid; `base` takes the place of the file's.
+
+    Raises ConfigError, before any work.
+    """
     source = Path(path) if path is not None else Path(__file__).parents[1] / "assets" / "verdict.yaml"
-    file = read_form(ArmsFile, source)
+    file = read_form(ArmsFile, source, base)
     centre = make_space(_file(file, "grid", file.set, (), file.seeds[:1]), source, overrides, storage).centre
     data = centre.model_dump(mode="json")
     grids = {name: _grid(file, arm, data, f"{source}: {name}") for name, arm in file.arms.items()}

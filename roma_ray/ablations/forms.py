@@ -15,9 +15,15 @@ from roma_ray.errors import ConfigError
 Form = TypeVar("Form", bound=Section)
 
 
-def read_form(form: type[Form], source: Path) -> Form:
-    """A file of this form; its name is by default the file's own. Raises ConfigError."""
+def read_form(form: type[Form], source: Path, base: str | None = None) -> Form:
+    """A file of this form; its name is by default the file's own. `base`, a path as a command has it, takes the place of the file's.
+
+    Raises ConfigError.
+    """
     data = read_settings(source)
+    if base is not None:
+        # The file's own lies beside it, a command's in the folder where it is given.
+        data["base"] = base if base.startswith("assets:") else str(Path(base).absolute())
     if "name" not in data:
         data["name"] = default_name(source.stem)
     try:

@@ -228,10 +228,18 @@ class Space:
         return _trial(self.centre, {**values, "seed": seed}, (("sample", _joined(values)),), self.centre)
 
 
-def load_space(path: str | Path | None = None, overrides: Sequence[str] = (), storage: str | None = None) -> Space:
-    """Read a space file (default: the embedded one) and check every trial of it. Raises ConfigError, before any work."""
+def load_space(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    storage: str | None = None,
+    base: str | None = None,
+) -> Space:
+    """Read a space file (default: the embedded one) and check every trial of it; `base` takes the place of the file's.
+
+    Raises ConfigError, before any work.
+    """
     source = Path(path) if path is not None else Path(__file__).parents[1] / "assets" / "ablations-demo.yaml"
-    return make_space(read_form(SpaceFile, source), source, overrides, storage)
+    return make_space(read_form(SpaceFile, source, base), source, overrides, storage)
 
 
 def make_space(file: SpaceFile, source: Path, overrides: Sequence[str] = (), storage: str | None = None) -> Space:

@@ -103,6 +103,9 @@ def report(config: Any, sweep: str | None) -> None:
 @main.command()
 @click.option("--space", type=click.Path(), help="YAML space file; default: the embedded one.")
 @click.option(
+    "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
+)
+@click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
 )
 @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
@@ -113,6 +116,7 @@ def report(config: Any, sweep: str | None) -> None:
 @click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the trials' results as JSON.")
 def tune(
     space: str | None,
+    base: str | None,
     overrides: tuple[str, ...],
     storage: str | None,
     address: str | None,
@@ -126,7 +130,7 @@ def tune(
     from roma_ray.cli.preflight import check_place
 
     check_place(summary_path)
-    loaded = load_space(space, overrides, storage)
+    loaded = load_space(space, overrides, storage, base)
     if (address or loaded.centre.ray.address) == "local":
         raise click.UsageError(
             "a sweep's trials run on Ray Tune, also on one machine: --address new starts a cluster here"
@@ -146,6 +150,9 @@ def tune(
 @main.command()
 @click.option("--arms", "arms_path", type=click.Path(), help="YAML file of the arms; default: the embedded one.")
 @click.option(
+    "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
+)
+@click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
 )
 @click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
@@ -155,6 +162,7 @@ def tune(
 @click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was found as JSON.")
 def verdict(
     arms_path: str | None,
+    base: str | None,
     overrides: tuple[str, ...],
     storage: str | None,
     address: str | None,
@@ -170,7 +178,7 @@ def verdict(
     from roma_ray.cli.preflight import check_place
 
     check_place(summary_path)
-    loaded = load_arms(arms_path, overrides, storage)
+    loaded = load_arms(arms_path, overrides, storage, base)
     if (address or loaded.space.centre.ray.address) == "local":
         raise click.UsageError("its trials run on Ray Tune, also on one machine: --address new starts a cluster here")
     if not dry_run:
