@@ -21,7 +21,6 @@ Trials whose configurations are equal are one trial: so the centre is counted on
 from __future__ import annotations
 
 import copy
-import difflib
 import itertools
 import math
 import random
@@ -31,18 +30,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from roma_ray.ablations import paper
+from roma_ray.ablations.forms import read_form
 from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.config.loading import (
-    MOST_FAULTS,
-    default_name,
     load_config,
     meant,
     overridden,
     parse_config,
-    read_settings,
 )
 from roma_ray.config.schema import Config, Section
 from roma_ray.config.section import Name
@@ -231,16 +228,22 @@ class Space:
         return _trial(self.centre, {**values, "seed": seed}, (("sample", _joined(values)),), self.centre)
 
 
-def load_space(path: str | Path | None = None, overrides: Sequence[str] = (), storage: str | None = None) -> Space:
-    """Read a space file (default: the embedded one) and check every trial of it. Raises ConfigError, before any work."""
+def load_space(
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    storage: str | None = None,
+    base: str | None = None,
+) -> Space:
+    """Read a space file (default: the embedded one) and check every trial of it; `base` takes the place of the file's.
+
+    Raises ConfigError, before any work.
+    """
     source = Path(path) if path is not None else Path(__file__).parents[1] / "assets" / "ablations-demo.yaml"
-    data = read_settings(source)
-    if "name" not in data:
-        data["name"] = default_name(source.stem)
-    try:
-        file = SpaceFile.model_validate(data)
-    except ValidationError as error:
-        raise ConfigError(f"{source}: {_faults(error)}") from None
+    return make_space(read_form(SpaceFile, source, base), source, overrides, storage)
+
+
+def make_space(file: SpaceFile, source: Path, overrides: Sequence[str] = (), storage: str | None = None) -> Space:
+    """The space of a file's settings, every trial checked; `source` is where its base lies beside. Raises ConfigError."""
     centre = _centre(file, source, overrides, storage)
     if _size(file) > MOST_TRIALS:
         raise ConfigError(f"{source}: more than {MOST_TRIALS} trials; a smaller grid, or `sample`, says as much")
@@ -383,15 +386,3 @@ def _flat(data: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
 def _joined(changes: Values) -> str:
     """Several settings as one level."""
     return ", ".join(map(assigned, short_names(list(changes)), map(level_name, changes.values())))
-
-
-def _faults(error: ValidationError) -> str:
-    lines = []
-    for fault in error.errors(include_url=False)[:MOST_FAULTS]:
-        where = ".".join(str(part) for part in fault["loc"])
-        message = fault["msg"].removeprefix("Value error, ")
-        if fault["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(fault["loc"][-1]), list(SpaceFile.model_fields), n=1, cutoff=0.4)
-            message = "unknown" + (f"; did you mean `{near[0]}`?" if near else "")
-        lines.append(f"{where}: {message}" if where else message)
-    return "; ".join(lines)

@@ -17,7 +17,7 @@ from roma_ray.ablations.sweep_report import PAGE, write_report
 from roma_ray.ablations.sweep_results import read_findings
 from roma_ray.ablations.sweep_tracker import SweepTracker
 from roma_ray.ablations.sweep_words import headline, notes
-from roma_ray.cluster.ray_runners import open_place
+from roma_ray.cluster.ray_runners import Place, open_place
 from roma_ray.engine import hub
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import resolve_path
@@ -50,11 +50,19 @@ def run(
     space: Space, progress: Progress, board: Board | None, address: str | None = None, *, stop_on_failure: bool = False
 ) -> Sweep:
     """Run what is missing of a sweep and write its report. Failed trials are in its states. Raises RomaError."""
-    with open_place(space.centre, address, progress) as place, ExitStack() as open_until_the_end:
-        assert place.cluster is not None, "a sweep's trials run on Ray"
-        assert place.measure is not None
-        plan = make_plan(space, place.device, place.measure)
-        Store(space.centre.storage).check()
+    with open_place(space.centre, address, progress) as place:
+        return run_at(place, space, progress, board, stop_on_failure=stop_on_failure)
+
+
+def run_at(
+    place: Place, space: Space, progress: Progress, board: Board | None = None, *, stop_on_failure: bool = False
+) -> Sweep:
+    """As `run`, on a cluster that is open."""
+    assert place.cluster is not None, "a sweep's trials run on Ray"
+    assert place.measure is not None
+    plan = make_plan(space, place.device, place.measure)
+    Store(space.centre.storage).check()
+    with ExitStack() as open_until_the_end:
         followers: list[SweepObserver] = [LiveTable(board) if board is not None else Lines(progress)]
         if space.centre.tracking.enabled:
             followers.append(open_until_the_end.enter_context(SweepTracker(plan, progress)))

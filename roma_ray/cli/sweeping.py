@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-from roma_ray.ablations import sweep_command
+from roma_ray.ablations import sweep_command, verdict, verdict_page
+from roma_ray.ablations.arms import Arms
 from roma_ray.ablations.space import Space, load_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.ablations.sweep_report import PAGE, find_sweep_file
@@ -31,6 +32,26 @@ def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: 
     if exists(sweep.stage.path / PAGE):
         say(f"report: {sweep.stage.path / PAGE}")
     return 1 if sweep_command.failures(sweep) else 0
+
+
+def judge_arms(arms: Arms, address: str | None, quiet: bool, summary_path: str | None) -> int:
+    """Run what is missing of a verdict, print and write it; the exit code: 1 where an arm could not be trained."""
+    found, sweeps = verdict.run(arms, open_progress(quiet), address)
+    page = verdict_page.write_page(found, sweeps)
+    if summary_path:
+        write_json(summary_path, verdict_page.plain(found))
+    table = verdict_page.arm_table(found)
+    print_table(
+        f"{arms.file.name}: arms on test questions, ± standard error over questions", table.header, table.rows, 2
+    )
+    table = verdict_page.finding_table(found, found.measure)
+    print_table(f"{found.judged} against the others", table.header, table.rows)
+    for line in verdict_page.notes(found):
+        say(f"note: {line}")
+    for line in verdict_page.sentences(found):
+        say(line)
+    say(f"report: {page.path / PAGE}")
+    return 1 if found.missing else 0
 
 
 def report_sweep(place: str, overrides: Sequence[str], storage: str | None) -> None:

@@ -187,3 +187,16 @@ def test_faults_are_told_before_anything_starts(tmp_path: Path, content: dict[st
 def test_a_space_without_a_name_has_its_files(tmp_path: Path) -> None:
     (tmp_path / "rates.yaml").write_text("grid: {finetune.epochs: [1, 2]}\n")
     assert load_space(tmp_path / "rates.yaml").file.name == "rates"
+
+
+def test_another_base_takes_the_place_of_the_file_s(tmp_path: Path) -> None:
+    """As a command names it: from the folder where the command is given, not from the file's."""
+    (tmp_path / "grids").mkdir()
+    grid = tmp_path / "grids" / "grid.yaml"
+    grid.write_text("base: assets:demo.yaml\ngrid: {finetune.epochs: [1, 2]}\n")
+    found = load_space(grid, base=str(ROOT / "configs" / "olmoe.yaml"))
+    assert found.centre.model.path == "allenai/OLMoE-1B-7B-0125-Instruct"
+    assert len(found.trials) == 3
+    assert load_space(grid, base="assets:control.yaml").centre.model.path == "assets:control/model"
+    with pytest.raises(ConfigError, match="nowhere"):
+        load_space(grid, base=str(tmp_path / "nowhere.yaml"))

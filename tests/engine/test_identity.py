@@ -36,6 +36,7 @@ WITHOUT_EFFECT = [
     (["neighbors.method=epsilon"], "neighbors.k=7"),
     (["neighbors.method=epsilon"], "neighbors.exact_up_to=7"),
     (["neighbors.method=random"], "neighbors.exact_up_to=7"),
+    *((["neighbors.method=task"], f"neighbors.{setting}") for setting in ("epsilon=0.7", "exact_up_to=7")),
     (["neighbors.similarity=cosine"], "neighbors.sigma=0.7"),
     (["neighbors.method=shuffled"], "neighbors.epsilon=0.7"),
     *((["neighbors.method=self"], f"neighbors.{s}") for s in ("k=7", "sigma=0.7", "similarity=cosine", "epsilon=0.7")),
@@ -52,6 +53,8 @@ WITHOUT_EFFECT = [
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.distance=kl"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.positions=sum"),
+    *(([], f"finetune.regularizer.{s}") for s in ("prior=task", "entropy_sign=lower", "entropy_target=0.5")),
+    (["finetune.regularizer.kind=entropy"], "finetune.regularizer.prior=task"),
     (["finetune.regularizer.distance=kl"], "finetune.regularizer.gradient_ratio=0.7"),
     (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
     (["finetune.epochs=1"], "finetune.select=best_validation"),
@@ -80,7 +83,9 @@ WITH_EFFECT = [
     (["neighbors.method=epsilon"], "neighbors.epsilon=0.7", NEAR),
     (["neighbors.method=epsilon", "neighbors.epsilon=0.7"], "neighbors.sigma=0.7", NEAR),
     ([], "neighbors.exact_up_to=7", NEAR),
-    *(([], f"neighbors.method={method}", NEAR) for method in ("random", "shuffled", "self")),
+    *(([], f"neighbors.method={method}", NEAR) for method in ("random", "task", "shuffled", "self")),
+    *((["neighbors.method=task", "questions.seed=0"], setting, NEAR) for setting in ("neighbors.k=7", "seed=3")),
+    (["neighbors.method=task"], "neighbors.sigma=0.7", NEAR),
     (["neighbors.method=shuffled"], "neighbors.k=7", NEAR),
     (["neighbors.method=shuffled", "questions.seed=0"], "seed=3", NEAR),
     (["neighbors.method=self", "questions.seed=0"], "seed=3", TUNED),
@@ -96,6 +101,12 @@ WITH_EFFECT = [
     ([], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.regularizer.distance=kl", TUNED),
     ([], "finetune.regularizer.positions=sum", TUNED),
+    ([], "finetune.regularizer.kind=base", TUNED),
+    (["finetune.regularizer.kind=prior"], "finetune.regularizer.prior=task", TUNED),
+    *(
+        (["finetune.regularizer.kind=entropy"], f"finetune.regularizer.entropy_{s}", TUNED)
+        for s in ("sign=lower", "target=0.5")
+    ),
     # Its own term still reads them, in the curves.
     (["finetune.regularizer.weight=0"], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.select=best_validation", TUNED),
