@@ -37,7 +37,7 @@ from roma_ray.engine.identity import idle_settings
 Grid = dict[str, tuple[Any, ...]]
 
 
-class Arm(Section):
+class ArmSettings(Section):
     """One way of training."""
 
     set: dict[str, Any] = Field(default_factory=dict)
@@ -50,7 +50,7 @@ class ArmsFile(Section):
     name: Name = Field(default="verdict", min_length=1, max_length=180)
     base: str | dict[str, Any] = "assets:demo.yaml"
     set: dict[str, Any] = Field(default_factory=dict)
-    arms: dict[Name, Arm] = Field(min_length=2)
+    arms: dict[Name, ArmSettings] = Field(min_length=2)
     grid: Grid = Field(default_factory=dict)
     judged: Name = "RoMA"
     seeds: tuple[int, ...] = Field(default=(0, 1, 2), min_length=1)
@@ -142,7 +142,7 @@ def _file(
     )
 
 
-def _grid(file: ArmsFile, arm: Arm, centre: Mapping[str, Any], origin: str) -> Grid:
+def _grid(file: ArmsFile, arm: ArmSettings, centre: Mapping[str, Any], origin: str) -> Grid:
     """An arm's settings: its own, then those of the common grid that act beside them. Raises ConfigError."""
     own = {**{key: (value,) for key, value in arm.set.items()}, **arm.grid}
     common = {key: values for key, values in file.grid.items() if key not in own}

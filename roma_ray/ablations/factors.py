@@ -38,6 +38,8 @@ class VariedSetting:
 
     def level(self, trial: Trial) -> str:
         """What a trial has of it, as a cell."""
+        if not self.keys:
+            return CENTRE
         named = [level for factor, level in trial.factors if factor == self.factor and level != CENTRE]
         if named:
             # Two names of one configuration, such as All and L5 of a model with five layers.
@@ -67,7 +69,8 @@ def columns(space: Space) -> tuple[VariedSetting, ...]:
         column = VariedSetting(names[key], (key,), None, ())
         if key in space.file.sample or len({str(column.values(trial.config)) for trial in space.trials}) > 1:
             found.append(column)
-    return tuple(found)
+    # Seeds alone: one setting, which needs a name in every table.
+    return tuple(found) or (VariedSetting("setting", (), None, ()),)
 
 
 def centre_text(space: Space) -> str:

@@ -242,6 +242,22 @@ def load_space(
     return make_space(read_form(SpaceFile, source, base), source, overrides, storage)
 
 
+def seeds_space(config: Config, count: int) -> Space:
+    """One configuration with `count` seeds, its own and those after it; the task loss alone beside it where that is asked for.
+
+    Raises ConfigError.
+    """
+    levels = {"task loss alone": {"finetune.regularizer.kind": "none"}}
+    beside = config.evaluation.task_loss_alone and config.finetune.regularizer.kind != "none"
+    file = SpaceFile(
+        name=f"{config.name}, {count} seeds",
+        base=config.model_dump(mode="json"),
+        one_at_a_time={"trained by": Factor(levels=levels)} if beside else {},
+        seeds=tuple(range(config.seed, config.seed + count)),
+    )
+    return make_space(file, Path())
+
+
 def make_space(file: SpaceFile, source: Path, overrides: Sequence[str] = (), storage: str | None = None) -> Space:
     """The space of a file's settings, every trial checked; `source` is where its base lies beside. Raises ConfigError."""
     centre = _centre(file, source, overrides, storage)

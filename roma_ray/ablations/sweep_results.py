@@ -19,7 +19,7 @@ from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.evaluation.measures import RULES, ByTask, pair_by_task
 from roma_ray.evaluation.results_file import Judged, read_judged
 from roma_ray.evaluation.shares import answer_shares, shift_notes
-from roma_ray.evaluation.statistics import Paired, accuracy, holm, significant, standard_error
+from roma_ray.evaluation.statistics import Paired, accuracy, hierarchical_interval, holm, significant, standard_error
 from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.paired_evaluation import read_evaluation
 
@@ -73,6 +73,8 @@ class Compared:
     """By every measure that both have."""
     seeds: float | None
     """Standard error of the judged difference over seeds; None for a single one."""
+    interval: tuple[float, float] | None = None
+    """95 % of the judged difference, seeds and questions both drawn; None for a single seed."""
     corrected: Mapping[str, float] = field(default_factory=dict)
     """Holm's p over all settings that are compared to the centre, by measure; under the empty name the judged accuracy's."""
 
@@ -258,7 +260,9 @@ def _compared(before: Sequence[Values], after: Sequence[FinishedTrial], measures
         for name in names
     }
     judged = pair_by_task(np.mean([a for a, _ in verdicts], axis=0), np.mean([b for _, b in verdicts], axis=0), tasks)
-    return Compared(judged, paired, _over_seeds([accuracy(b - a) for a, b in verdicts]))
+    differences_SN = np.array([after - before for before, after in verdicts])
+    interval = hierarchical_interval(differences_SN, seed=0) if len(verdicts) > 1 else None
+    return Compared(judged, paired, _over_seeds(differences_SN.mean(1).tolist()), interval)
 
 
 def _over_seeds(values: Sequence[float]) -> float | None:

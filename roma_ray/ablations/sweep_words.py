@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from roma_ray.ablations.sweep import FAILED, STOPPED, Sweep
 from roma_ray.ablations.sweep_results import Findings, SettingResult
-from roma_ray.ablations.sweep_tables import SHIFTED, percent, points
+from roma_ray.ablations.sweep_tables import SHIFTED, interval, percent, points
 from roma_ray.evaluation.measures import coincidence
 from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import SIGNIFICANCE, p_value, significant
@@ -17,6 +17,12 @@ _MOST_NAMED = 5
 def headline(findings: Findings) -> str:
     """The sweep in a few sentences: the best by validation, what it is worth on test questions, what is better and worse."""
     best, centre = findings.results[0], findings.centre
+    if len(findings.results) == 1 and len(best.seeds) > 1:
+        return (
+            f"Over {len(best.seeds)} seeds the tuned routers differ from the base model by {points(best.gain)} points on "
+            f"{findings.questions:,} test questions (p {p_value(best.gain.p)}); with seeds and questions both drawn, 95 % lie in "
+            f"{interval(best.gain)}."
+        )
     equal = sum(result.validation.mean == best.validation.mean for result in findings.results) - 1
     drawn = f"of {findings.first.validation_questions:,} validation questions"
     first = f"Best on validation questions: {best.name} ({percent(best.validation)} % {drawn}"
@@ -73,7 +79,7 @@ def notes(sweep: Sweep, findings: Findings) -> list[str]:
     else:
         lines.append(
             "behind ±: the standard error over questions, of the mean over seeds; in columns of their own: over seeds, the "
-            "training's own randomness. Neither holds the other"
+            "training's own randomness. Neither holds the other; “95 %, both” draws seeds and questions (a few seeds say little of all)"
         )
         if len(seeds) > 1:
             lines.append("not all settings have the same number of seeds: their errors are not alike")

@@ -60,7 +60,7 @@ class ArmResult:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ArmsVerdict:
     """What the arms' answers say."""
 
     arms: Mapping[str, ArmResult]
@@ -83,13 +83,13 @@ class Verdict:
         return next(iter(self.arms.values())).trials[0]
 
 
-def run(arms: Arms, progress: Progress, address: str | None = None) -> tuple[Verdict, tuple[Sweep, Sweep]]:
+def run(arms: Arms, progress: Progress, address: str | None = None) -> tuple[ArmsVerdict, tuple[Sweep, Sweep]]:
     """Run what is missing of the grid and of the chosen settings with all seeds, on one cluster. Raises RomaError."""
     with open_place(arms.space.centre, address, progress) as place:
         return run_at(place, arms, progress)
 
 
-def run_at(place: Place, arms: Arms, progress: Progress) -> tuple[Verdict, tuple[Sweep, Sweep]]:
+def run_at(place: Place, arms: Arms, progress: Progress) -> tuple[ArmsVerdict, tuple[Sweep, Sweep]]:
     """As `run`, on a cluster that is open."""
     grid = sweep_command.run_at(place, arms.space, progress)
     chosen = choose(arms, grid)
@@ -112,7 +112,7 @@ def choose(arms: Arms, grid: Sweep) -> dict[str, Trial]:
     return found
 
 
-def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, tags: Mapping[str, str]) -> Verdict:
+def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, tags: Mapping[str, str]) -> ArmsVerdict:
     """What the finished trials say. Raises ArtifactError, TrainingError where the judged arm or a seed of it is missing."""
     results, missing = {}, {}
     for arm in arms.grids:
@@ -152,7 +152,7 @@ def state_of(
     judged: str,
     margins: tuple[float, float],
     tried: Mapping[str, Mapping[str, Paired]],
-) -> Verdict:
+) -> ArmsVerdict:
     """Every arm against the base model, and the judged one against every other. `tried` by measure: what else the storage holds."""
     first = arms[judged].trials[0]
     pairs: list[Pair] = [(BASE, arm) for arm in arms] + [(arm, judged) for arm in arms if arm != judged]
@@ -174,7 +174,9 @@ def state_of(
         after = arms[b].values(first.measure)
         before = np.broadcast_to(first.base[first.measure], after.shape) if a == BASE else arms[a].values(first.measure)
         intervals[a, b] = hierarchical_interval(after - before, seed=0)
-    return Verdict(arms, missing, judged, first.measure, found, by_task, intervals, len(tried.get(first.measure, {})))
+    return ArmsVerdict(
+        arms, missing, judged, first.measure, found, by_task, intervals, len(tried.get(first.measure, {}))
+    )
 
 
 def tried_on(store: Store, arms: Mapping[str, ArmResult]) -> dict[str, dict[str, Paired]]:

@@ -8,7 +8,7 @@ from typing import Any
 from roma_ray.ablations import paper
 from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.ablations.sweep import Sweep
-from roma_ray.ablations.verdict import BASE, ArmResult, Pair, Verdict
+from roma_ray.ablations.verdict import BASE, ArmResult, ArmsVerdict, Pair
 from roma_ray.borders.text import figure
 from roma_ray.engine.steps import Facts, make
 from roma_ray.evaluation.equivalence import Finding
@@ -25,7 +25,7 @@ ARMS = ("arm", "settings", "validation %", "test %", "± seeds", "gain", "95 %, 
 FINDINGS = ("compared with", "difference", "95 %, with seeds", "p", "p, equal", "finding")
 
 
-def arm_table(found: Verdict) -> Table:
+def arm_table(found: ArmsVerdict) -> Table:
     """Each arm with what was chosen for it, its accuracy and its gain on the base model."""
     base = found.first
     rows = [(BASE, "", figure(vars_of(base.base_validation), "it"), _accuracy(found, None), "", "", "", "")]
@@ -53,7 +53,7 @@ def vars_of(value: Any) -> dict[str, float]:
     return {"it": value.mean, "it_stderr": value.questions}
 
 
-def _accuracy(found: Verdict, arm: ArmResult | None) -> str:
+def _accuracy(found: ArmsVerdict, arm: ArmResult | None) -> str:
     one = next(iter(found.found[found.measure].items()))
     if arm is not None:
         return figure(vars_of(arm.accuracy), "it")
@@ -66,12 +66,12 @@ def settings(arm: ArmResult) -> str:
     return ", ".join(map(assigned, short_names(keys), map(level_name, arm.settings.values())))
 
 
-def _interval(found: Verdict, key: Pair) -> str:
+def _interval(found: ArmsVerdict, key: Pair) -> str:
     low, high = found.intervals[key]
     return f"{100 * low:+.2f} to {100 * high:+.2f}"
 
 
-def finding_table(found: Verdict, measure: str) -> Table:
+def finding_table(found: ArmsVerdict, measure: str) -> Table:
     """The judged arm against every other arm by one measure."""
     form, accuracy = MEASURES[measure], measure == found.measure
     rows = [
@@ -104,7 +104,7 @@ def _margin(one: Finding, measure: str) -> str:
     return f"{form.scale * one.margin:g} {unit}"
 
 
-def sentences(found: Verdict) -> list[str]:
+def sentences(found: ArmsVerdict) -> list[str]:
     """What a reader takes away: the judged arm against base and against each other arm, and what the manifold is good for."""
     name, measure = found.judged, found.measure
     gain = found.found[measure][BASE, name]
@@ -151,7 +151,7 @@ def _beyond_start(one: Finding, arm: str, measure: str) -> str:
     return f"That the manifold adds anything beyond a pull to the start ({arm}) is not shown."
 
 
-def notes(found: Verdict) -> list[str]:
+def notes(found: ArmsVerdict) -> list[str]:
     """What a reader must know of the statements."""
     statements = len(found.found[found.measure])
     lines = [
@@ -166,7 +166,7 @@ def notes(found: Verdict) -> list[str]:
     return [*lines, *shifts(found)]
 
 
-def shifts(found: Verdict) -> list[str]:
+def shifts(found: ArmsVerdict) -> list[str]:
     """Tasks whose difference between two arms lives in a shift between answers alone, with the first seed."""
     after, lines = found.arms[found.judged].trials[0], []
     for name, arm in found.arms.items():
@@ -182,7 +182,7 @@ def shifts(found: Verdict) -> list[str]:
     return lines
 
 
-def task_table(found: Verdict, measure: str) -> Table:
+def task_table(found: ArmsVerdict, measure: str) -> Table:
     """The judged arm's differences to the others by task, and their mean."""
     pairs = {a: one for (a, b), one in found.by_task[measure].items() if b == found.judged}
     form = MEASURES[measure]
@@ -208,14 +208,14 @@ def paper_table() -> Table:
     return Table(("the paper's", "base", "random neighbors", "L2", "entropy", "RoMA"), rows)
 
 
-def measure_tables(found: Verdict) -> Iterator[tuple[str, Table]]:
+def measure_tables(found: ArmsVerdict) -> Iterator[tuple[str, Table]]:
     """The judged arm against the others by every further measure."""
     for measure in found.found:
         if measure != found.measure:
             yield f"{MEASURES[measure].title}, {MEASURES[measure].unit}", finding_table(found, measure)
 
 
-def plain(found: Verdict) -> dict[str, Any]:
+def plain(found: ArmsVerdict) -> dict[str, Any]:
     """As data: {judged, measure, arms {name: settings, validation, accuracy, seeds}, missing, statements [by measure], sentences}."""
     return {
         "format": 1,
@@ -254,7 +254,7 @@ def plain(found: Verdict) -> dict[str, Any]:
     }
 
 
-def write_page(found: Verdict, sweeps: tuple[Sweep, Sweep]) -> Stage:
+def write_page(found: ArmsVerdict, sweeps: tuple[Sweep, Sweep]) -> Stage:
     """Write the page, as HTML and Markdown, with its tables and data. Raises StorageError."""
     grid, chosen = sweeps
     data = plain(found)

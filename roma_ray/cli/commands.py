@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 import roma_ray
+from roma_ray.cli.grids import tune, verdict
 from roma_ray.cli.housekeeping import explain, gc, ls, rm, show
 from roma_ray.cli.options import (
     Commands,
@@ -101,98 +102,6 @@ def report(config: Any, sweep: str | None) -> None:
 
 
 @main.command()
-@click.option("--space", type=click.Path(), help="YAML space file; default: the embedded one.")
-@click.option(
-    "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
-)
-@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-@click.option("--address", help="A Ray cluster (host:6379); `new` starts one here. Default: the one in sight.")
-@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
-@click.option("--stop-on-failure", is_flag=True, help="End the sweep with the first failed trial.")
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
-@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the trials' results as JSON.")
-def tune(
-    space: str | None,
-    base: str | None,
-    overrides: tuple[str, ...],
-    storage: str | None,
-    address: str | None,
-    dry_run: bool,
-    stop_on_failure: bool,
-    quiet: bool,
-    summary_path: str | None,
-) -> None:
-    """Run a grid of trials on Ray Tune and compare them; run it again to finish what is missing."""
-    from roma_ray.ablations.space import load_space
-    from roma_ray.cli.preflight import check_place
-
-    check_place(summary_path)
-    loaded = load_space(space, overrides, storage, base)
-    if (address or loaded.centre.ray.address) == "local":
-        raise click.UsageError(
-            "a sweep's trials run on Ray Tune, also on one machine: --address new starts a cluster here"
-        )
-    if not dry_run:
-        for config in {trial.config.model: trial.config for trial in loaded.trials}.values():
-            check(config)
-    quiet_ray()
-    from roma_ray.cli.sweeping import say_what, tune_space
-
-    if dry_run:
-        say_what(loaded)
-    else:
-        sys.exit(tune_space(loaded, address, quiet, stop_on_failure, summary_path))
-
-
-@main.command()
-@click.option("--arms", "arms_path", type=click.Path(), help="YAML file of the arms; default: the embedded one.")
-@click.option(
-    "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
-)
-@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-@click.option("--address", help="A Ray cluster (host:6379); `new` starts one here. Default: the one in sight.")
-@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
-@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was found as JSON.")
-def verdict(
-    arms_path: str | None,
-    base: str | None,
-    overrides: tuple[str, ...],
-    storage: str | None,
-    address: str | None,
-    dry_run: bool,
-    quiet: bool,
-    summary_path: str | None,
-) -> None:
-    """Judge whether the manifold adds anything to the task loss alone, and to pulls elsewhere: better, worse, equal, or not known.
-
-    Each arm chooses its settings on validation questions within a grid of its own, and trains with every seed.
-    """
-    from roma_ray.ablations.arms import load_arms
-    from roma_ray.cli.preflight import check_place
-
-    check_place(summary_path)
-    loaded = load_arms(arms_path, overrides, storage, base)
-    if (address or loaded.space.centre.ray.address) == "local":
-        raise click.UsageError("its trials run on Ray Tune, also on one machine: --address new starts a cluster here")
-    if not dry_run:
-        check(loaded.space.centre)
-    quiet_ray()
-    from roma_ray.cli.sweeping import judge_arms, say_what
-
-    if dry_run:
-        say_what(loaded.space)
-    else:
-        sys.exit(judge_arms(loaded, address, quiet, summary_path))
-
-
-@main.command()
 @run_options
 def track(config: Any) -> None:
     """Deliver to MLflow what it lacks of a run, finished or not (after an outage, or of a run that was not recorded)."""
@@ -212,8 +121,23 @@ def track(config: Any) -> None:
 
 @main.command()
 @ray_options
-def run(config: Any, address: str | None, summary_path: str | None, quiet: bool) -> None:
+@click.option(
+    "--seeds",
+    type=click.IntRange(min=2),
+    help="Train with so many seeds, on one extraction, and tell both sources of error.",
+)
+def run(config: Any, address: str | None, summary_path: str | None, quiet: bool, seeds: int | None) -> None:
     """Run the whole method, on Ray where that is worth it, and print base against tuned routers."""
+    if seeds is not None:
+        if address == "local":
+            raise click.UsageError(
+                "several seeds train on Ray Tune, also on one machine: --address new starts a cluster here"
+            )
+        check(config, summary_path)
+        quiet_ray()
+        from roma_ray.cli.sweeping import run_seeds
+
+        sys.exit(run_seeds(config, seeds, address, quiet, summary_path))
     _say_result(_on_ray(config, address, summary_path, quiet, "report"))
 
 
@@ -427,5 +351,5 @@ def routing(config: Any, out: str, split: str | None, force: bool) -> None:
     say(f"written: {out} ({count} questions, {len(setup.moe_layers)} layers)")
 
 
-for _command in (control, ls, show, explain, rm, gc):
+for _command in (tune, verdict, control, ls, show, explain, rm, gc):
     main.add_command(_command)

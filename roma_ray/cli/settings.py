@@ -16,11 +16,15 @@ _WORK = {
     "neighbors": (*_PASS, "embedding", "neighbors"),
     "finetune": (*_PASS, "embedding", "neighbors", "finetune"),
 }
+_BESIDE = "evaluation.task_loss_alone"
 # Command -> the sections and settings that it reads besides `_ALL`.
 _READS: dict[str, tuple[str, ...]] = {
     **{stage: (*sections, "tracking", "ray") for stage, sections in _WORK.items()},
-    **dict.fromkeys(("run", "evaluate", "report", "track", "tune", "explain"), (*_WORK["finetune"], "tracking", "ray")),
-    "local": (*_WORK["finetune"], "tracking"),
+    **dict.fromkeys(("tune", "verdict"), (*_WORK["finetune"], "tracking", "ray")),
+    **dict.fromkeys(
+        ("run", "evaluate", "report", "track", "explain"), (*_WORK["finetune"], _BESIDE, "tracking", "ray")
+    ),
+    "local": (*_WORK["finetune"], _BESIDE, "tracking"),
     "baselines": (*_WORK["finetune"], "baselines", "tracking", "ray"),
     "evaluate --tasks": (*_WORK["finetune"], "evaluation", "tracking", "ray"),
     # Of a model that no run tunes, the prompt serves tasks that are question files.
@@ -43,15 +47,16 @@ _NOT: dict[str, tuple[str, ...]] = {
     "extract": (*_STAGE_OF_RAY["embed"], *_UP_TO_NEIGHBORS),
     "embed": _UP_TO_NEIGHBORS,
     "neighbors": _UP_TO_NEIGHBORS,
-    **dict.fromkeys(("finetune", "run", "evaluate", "tune"), _UP_TO_FINETUNE),
+    **dict.fromkeys(("finetune", "run", "evaluate", "tune", "verdict"), _UP_TO_FINETUNE),
     # Every method's learning rate comes from one grid, its micro-batches from `baselines`.
     "baselines": (
         *("finetune.learning_rate", "finetune.micro_batch_size", "finetune.checkpoint_steps"),
         *(*_STAGE_OF_RAY["finetune"], *_STAGE_OF_RAY["evaluate"]),
     ),
-    "evaluate --tasks": _STAGE_OF_RAY["baselines"],
-    "evaluate --adapter": tuple(
-        n for stage in ("extract", "embed", "finetune", "baselines") for n in _STAGE_OF_RAY[stage]
+    "evaluate --tasks": (_BESIDE, *_STAGE_OF_RAY["baselines"]),
+    "evaluate --adapter": (
+        _BESIDE,
+        *(n for stage in ("extract", "embed", "finetune", "baselines") for n in _STAGE_OF_RAY[stage]),
     ),
 }
 

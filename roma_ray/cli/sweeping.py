@@ -7,9 +7,10 @@ from contextlib import nullcontext
 
 from roma_ray.ablations import sweep_command, verdict, verdict_page
 from roma_ray.ablations.arms import Arms
-from roma_ray.ablations.space import Space, load_space
+from roma_ray.ablations.space import Space, load_space, seeds_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.ablations.sweep_report import PAGE, find_sweep_file
+from roma_ray.config.schema import Config
 from roma_ray.evaluation.measures import LEGEND
 from roma_ray.store.artifacts import write_json
 from roma_ray.store.files import exists
@@ -32,6 +33,11 @@ def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: 
     if exists(sweep.stage.path / PAGE):
         say(f"report: {sweep.stage.path / PAGE}")
     return 1 if sweep_command.failures(sweep) else 0
+
+
+def run_seeds(config: Config, count: int, address: str | None, quiet: bool, summary_path: str | None) -> int:
+    """Run a configuration with several seeds and print what they say together; the exit code: 1 where one failed."""
+    return tune_space(seeds_space(config, count), address, quiet, False, summary_path)
 
 
 def judge_arms(arms: Arms, address: str | None, quiet: bool, summary_path: str | None) -> int:

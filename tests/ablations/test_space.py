@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from roma_ray.ablations import paper
-from roma_ray.ablations.space import Space, load_space
+from roma_ray.ablations.factors import columns
+from roma_ray.ablations.space import Space, load_space, seeds_space
 from roma_ray.ablations.sweep_report import title
 from roma_ray.ablations.sweep_results import find
 from roma_ray.ablations.sweep_tables import factor_table
@@ -200,3 +201,16 @@ def test_another_base_takes_the_place_of_the_file_s(tmp_path: Path) -> None:
     assert load_space(grid, base="assets:control.yaml").centre.model.path == "assets:control/model"
     with pytest.raises(ConfigError, match="nowhere"):
         load_space(grid, base=str(tmp_path / "nowhere.yaml"))
+
+
+def test_several_seeds_of_one_configuration() -> None:
+    """All that is drawn from the data stays: the first seed's; the task loss alone stands beside it where that is asked for."""
+    config = load_config(None, ["seed=4"])
+    found = seeds_space(config, 3)
+    assert {(t.name.partition(", seed")[0], t.seed) for t in found.trials} == {
+        (name, seed) for name in ("centre", "trained by=task loss alone") for seed in (4, 5, 6)
+    }
+    assert {t.config.questions.seed for t in found.trials} == {4}
+    alone = seeds_space(load_config(None, ["evaluation.task_loss_alone=false"]), 2)
+    assert [t.name for t in alone.trials] == ["centre", "centre, seed 1"]
+    assert [column.level(alone.trials[0]) for column in columns(alone)] == ["centre"]

@@ -15,7 +15,7 @@ from roma_ray.ablations.space import Space
 from roma_ray.ablations.sweep_report import draw
 from roma_ray.ablations.sweep_results import Findings, FinishedTrial, find
 from roma_ray.ablations.sweep_words import headline, notes
-from roma_ray.evaluation.statistics import mcnemar, pair
+from roma_ray.evaluation.statistics import hierarchical_interval, mcnemar, pair
 from tests.ablations.made import CHOICES, finished, scores_of, space_of, sweep_of
 
 QUESTIONS = 400
@@ -98,6 +98,35 @@ def test_several_seeds_average_each_question_first_and_have_an_error_of_their_ow
 
 def told(made: Made, *others: FinishedTrial, centre: bool = True) -> str:
     return headline(find([*([[made.trial("centre")]] if centre else []), *([f] for f in others)]))
+
+
+def test_seeds_alone_are_one_setting_with_both_sources_of_error(tmp_path: Path) -> None:
+    made = Made(space_of(tmp_path, seeds=[0, 1, 2]))
+    gains = (40, 20, 60)
+    found = find(
+        [
+            [
+                made.trial(name, made.with_(won))
+                for name, won in zip(("centre", "centre, seed 1", "centre, seed 2"), gains, strict=True)
+            ]
+        ]
+    )
+    (only,) = found.results
+    wanted = [(made.with_(won).astype(float) - made.right) for won in gains]
+    assert only.gain.interval == hierarchical_interval(np.array(wanted), seed=0)
+    low, high = only.gain.interval
+    over_questions = pair(made.right, np.mean([made.with_(won) for won in gains], axis=0)).difference_stderr
+    assert high - low > 2 * 1.96 * over_questions, "the seeds' part is in it"
+    table = sweep_tables.ranking(sweep_of(made.space), found)
+    assert table.rows[0][0] == "centre"
+    assert len(table.header) == len(table.rows[0])
+    assert "difference to centre" not in table.header
+    assert "95 %, both" in table.header
+    assert f"Over 3 seeds the tuned routers differ from the base model by {sweep_tables.points(only.gain)}" in headline(
+        found
+    )
+    for _, shares in sweep_tables.share_tables(sweep_of(made.space), found):
+        assert {len(row) for row in shares.rows} == {len(shares.header)}
 
 
 def test_the_headline_names_the_setting_and_says_no_more_than_was_found(space: Space) -> None:

@@ -13,7 +13,7 @@ import yaml
 
 from roma_ray.ablations.arms import Arms, load_arms
 from roma_ray.ablations.sweep_results import FinishedTrial
-from roma_ray.ablations.verdict import BASE, ArmResult, Verdict, state_of
+from roma_ray.ablations.verdict import BASE, ArmResult, ArmsVerdict, state_of
 from roma_ray.ablations.verdict_page import arm_table, finding_table, notes, plain, sentences, task_table
 from roma_ray.errors import ConfigError
 from roma_ray.evaluation.statistics import hierarchical_interval, pair
@@ -79,7 +79,7 @@ def test_a_wrong_file_is_told(tmp_path: Path, content: Mapping[str, Any], wanted
         load_arms(file_of(tmp_path, **content))
 
 
-def world(arms: Arms, right: Mapping[str, float], count: int = 900, seeds: int = 3, tied: float = 0.9) -> Verdict:
+def world(arms: Arms, right: Mapping[str, float], count: int = 900, seeds: int = 3, tied: float = 0.9) -> ArmsVerdict:
     """A verdict on simulated answers: each arm right with a probability of its own, all sharing `tied` of the questions' luck."""
     rng = np.random.default_rng(7)
     gold = rng.integers(CHOICES, size=count)

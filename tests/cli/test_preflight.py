@@ -222,6 +222,17 @@ def test_of_a_file_what_differs_from_the_default_is_said(tmp_path: Path) -> None
     assert unused("run", load_config(), [], file=False) == [], "the embedded default says nothing"
 
 
+def test_who_reads_whether_the_task_loss_is_judged_alone() -> None:
+    override = "evaluation.task_loss_alone=true"
+    config = load_config(None, [override])
+    readers = {
+        name
+        for name in ("run", "local", "report", "tune", "verdict", "control", "baselines", "evaluate --tasks")
+        if not unused(name, config, [override], file=False)
+    }
+    assert readers == {"run", "local", "report"}
+
+
 def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
     overrides = ["questions.prompt.format=letter"]
     (said,) = unused("run", load_config(None, overrides), overrides, file=False)
