@@ -27,6 +27,7 @@ KINDS = {
     "evaluate": "run, without report",
     "finetune": "finetuning",
     "sweep": "sweep",
+    "verdict": "verdict",
     "comparison": "methods",
     "baselines": "method",
     "benchmarks": "benchmarks",
