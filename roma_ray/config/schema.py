@@ -111,7 +111,7 @@ class QuestionsConfig(Section):
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     """Seed of all that is drawn from the data: splits, data sets' samples, `fraction`; default: the run's own. With it set,
-    `seed` varies the training alone, and with it neighbors that are drawn (`random`, `shuffled`)."""
+    `seed` varies the training alone, and with it neighbors that are drawn (`random`, `task`, `shuffled`)."""
     prompt: PromptConfig = PromptConfig()
 
 
@@ -183,10 +183,11 @@ def check_epsilon(epsilon: float) -> None:
 class NeighborsConfig(Section):
     """The successful neighborhood N(x_i) of eq. 3-4 and its weights, eq. 5-6."""
 
-    method: Literal["knn", "epsilon", "random", "shuffled", "self"] = "knn"
-    """Controls: `random` successes; `shuffled`, knn's neighborhoods dealt out anew; `self`, each question's own base routing."""
+    method: Literal["knn", "epsilon", "random", "task", "shuffled", "self"] = "knn"
+    """Controls: `random` successes; `task`, random ones of the same task; `shuffled`, knn's neighborhoods dealt out anew; `self`,
+    each question's own base routing."""
     k: int = Field(default=3, ge=1, le=10_000)
-    """Neighbors of a question (knn, random, shuffled)."""
+    """Neighbors of a question (knn, random, task, shuffled)."""
     epsilon: float = 0.5
     """Least similarity (epsilon), above 0 and at most 1."""
     similarity: Literal["gaussian", "cosine"] = "gaussian"

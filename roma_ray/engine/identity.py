@@ -43,7 +43,7 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
     """
     chosen = config.neighbors
     settings = chosen.model_dump(mode="json", exclude={"backend", *_idle_neighbors(chosen)})
-    if chosen.method in ("random", "shuffled"):
+    if chosen.method in ("random", "task", "shuffled"):
         settings["seed"] = config.seed
     settings["fraction"] = config.questions.fraction
     if config.questions.fraction < 1:

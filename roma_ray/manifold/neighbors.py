@@ -1,8 +1,9 @@
 """Successful neighborhoods N(x_i) (eq. 2-4, 6): k-nearest, epsilon-ball, and the controls.
 
-Controls: `random` draws from S, `shuffled` gives each question another one's neighborhood, `self` the question's own stored
-routing. Rules for all others: neighbors come from S, the training questions that the base model answers rightly; a question
-is never its own neighbor, nor is one whose embedded text is equal; neighbors are listed by falling similarity, ties by id.
+Controls: `random` draws from S, `task` from the same task's S, `shuffled` gives each question another one's neighborhood, `self`
+the question's own stored routing. Rules for all others: neighbors come from S, the training questions that the base model
+answers rightly; a question is never its own neighbor, nor is one whose embedded text is equal; neighbors are listed by falling
+similarity, ties by id.
 The answer is the same to the bit for every backend and block size (see `ranking.py`).
 
 Shapes: N questions, M successful ones, C embedding width, P (question, neighbor) pairs, B a block of questions.
@@ -27,7 +28,7 @@ from roma_ray.manifold.similarity import (
     similarity_of_cosines,
 )
 
-Method = Literal["knn", "epsilon", "random", "shuffled", "self"]
+Method = Literal["knn", "epsilon", "random", "task", "shuffled", "self"]
 # Questions whose scores against all successes are held at once.
 BLOCK_ROWS = 2048
 EXACT_UP_TO = 200_000
@@ -91,6 +92,7 @@ def find_neighbors(
     training_N: Tensor,
     ids: Sequence[str],
     text_keys: Sequence[str],
+    tasks: Sequence[str] | None = None,
     queried_N: Tensor | None = None,
     method: Method = "knn",
     k: int = 3,
@@ -108,7 +110,8 @@ def find_neighbors(
     Embeddings are scaled to length 1. `successful_N`, `training_N`, `queried_N` are masks; successful questions must be training
     questions. `text_keys` are the embedded texts (or digests of them), `ids` are unique. `epsilon` is a similarity. `random` draws
     k of S uniformly by (seed, id) alone, whatever the order of the table, and weighs them by similarity like the others (the paper
-    says nothing else). `shuffled` deals knn's neighborhoods out anew: a derangement by (seed, ids). `self`: no search.
+    says nothing else); `task` does so among the successes of the question's own task (`tasks`, a name a question). `shuffled`
+    deals knn's neighborhoods out anew: a derangement by (seed, ids). `self`: no search.
     `knn` is exact up to `exact_up_to` successes; with more, inverted lists find at least 95 % of the neighbors, measured.
     Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises ConfigError for settings out of range,
     EmbeddingError for embeddings without a direction, and NeighborError when S is empty, holds a question outside the
@@ -117,6 +120,8 @@ def find_neighbors(
     _check_settings(method, k, epsilon, similarity, sigma, batch_rows)
     queried_N = training_N if queried_N is None else queried_N
     _check_table(embeddings_NC, successful_N, training_N, queried_N, ids, text_keys)
+    if method == "task" and (tasks is None or len(tasks) != len(ids)):
+        raise ConfigError("neighbor method `task` needs `tasks`: the name of each question's task")
     if method == "self":
         return own_neighborhoods(queried_N)
     table = QuestionTable(embeddings_NC, successful_N, ids, text_keys, backend, device)
@@ -124,8 +129,8 @@ def find_neighbors(
     recall = 1.0
     if method == "epsilon":
         found = table.within(rows_Q, epsilon, similarity, sigma, batch_rows)
-    elif method == "random":
-        found = table.drawn(rows_Q, k, seed, ids)
+    elif method in ("random", "task"):
+        found = table.drawn(rows_Q, k, seed, ids, tasks if method == "task" else None)
     else:
         found, recall = table.near(rows_Q, k, batch_rows, exact_up_to)
     sizes_N = torch.bincount(found.rows, minlength=len(ids))
@@ -250,6 +255,8 @@ def _mostly_empty(
     method: str, epsilon: float, similarity: SimilarityName, sigma: float, empty: int, queried: int, cosines_P: Tensor
 ) -> str:
     text = f"{empty} of {queried} neighborhoods ({empty / queried:.0%}) are empty"
+    if method == "task":
+        return f"{text}: their tasks have no successful question of another text; use more questions, or method `knn`"
     if method != "epsilon":
         return (
             f"{text}: nearly all successful questions have the same text as the question; use more, or other, questions"

@@ -9,6 +9,7 @@ them, F candidates fetched a row, G groups of equal text.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,7 +79,7 @@ class QuestionTable:
 
     @cached_property
     def search(self) -> CandidateSearch:
-        """The index over S, made when first asked: the random control needs none."""
+        """The index over S, made when first asked: neighbors that are drawn need none."""
         if len(self.candidates_M) > inverted.SHARD_ROWS:
             return inverted.ShardedSearch(self.unit, self.candidates_M, resolve_backend(*self.place)[1])
         unit_MC = torch.cat([self.unit.take(part).float() for part in self.candidates_M.split(8192)])
@@ -183,16 +184,23 @@ class QuestionTable:
             found.append(self.ranked(pairs))
         return Pairs.joined(found)
 
-    def drawn(self, rows_Q: Tensor, k: int, seed: int, ids: Sequence[str]) -> Pairs:
-        """The control: k candidates of each row, uniform without replacement, a function of (seed, id) and S alone."""
-        group_M = self.group_N[self.candidates_M].tolist()
+    def drawn(self, rows_Q: Tensor, k: int, seed: int, ids: Sequence[str], tasks: Sequence[str] | None = None) -> Pairs:
+        """The controls: k candidates of each row, uniform without replacement, a function of (seed, id) and S alone.
+
+        With `tasks` (a name a question) only of the row's own task.
+        """
+        names = ["" for _ in ids] if tasks is None else tasks
+        members: dict[str, list[int]] = {}
+        for pick, row in enumerate(self.candidates_M.tolist()):
+            members.setdefault(names[row], []).append(pick)
+        pools = {
+            name: _Pool(own, self.group_N[self.candidates_M[torch.tensor(own)]].tolist())
+            for name, own in members.items()
+        }
+        nobody = _Pool([], [])
         picks = [
-            _draw(
-                k,
-                int(self.eligible_N[row]),
-                group_M,
-                int(self.group_N[row]),
-                torch.Generator().manual_seed(row_key(seed, ids[row])),
+            pools.get(names[row], nobody).draw(
+                k, int(self.group_N[row]), torch.Generator().manual_seed(row_key(seed, ids[row]))
             )
             for row in rows_Q.tolist()
         ]
@@ -207,19 +215,26 @@ def row_key(seed: int, row_id: str) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def _draw(k: int, eligible: int, group_M: list[int], own: int, generator: torch.Generator) -> list[int]:
-    """Up to k distinct candidate numbers, uniform among those of another text."""
-    if eligible <= 4 * k or eligible < len(group_M) // 4:
-        allowed = [pick for pick, group in enumerate(group_M) if group != own]
-        order = torch.randperm(len(allowed), generator=generator)[:k].tolist()
-        return [allowed[place] for place in order]
-    chosen: list[int] = []
-    while len(chosen) < k:
-        # Skipping refused draws leaves the rest uniform; here about a fifth of all draws or more is accepted.
-        for pick in torch.randint(len(group_M), (2 * k,), generator=generator).tolist():
-            if group_M[pick] != own and pick not in chosen and len(chosen) < k:
-                chosen.append(pick)
-    return chosen
+class _Pool:
+    """Candidates to draw from: their numbers, and the group of equal texts that each belongs to."""
+
+    def __init__(self, picks: list[int], groups: list[int]) -> None:
+        self.picks, self.groups, self.sizes = picks, groups, Counter(groups)
+
+    def draw(self, k: int, own: int, generator: torch.Generator) -> list[int]:
+        """Up to k distinct candidate numbers, uniform among those of another text than group `own`."""
+        groups, eligible = self.groups, len(self.groups) - self.sizes[own]
+        if eligible <= 4 * k or eligible < len(groups) // 4:
+            allowed = [place for place, group in enumerate(groups) if group != own]
+            chosen = [allowed[at] for at in torch.randperm(len(allowed), generator=generator)[:k].tolist()]
+        else:
+            chosen = []
+            while len(chosen) < k:
+                # Skipping refused draws leaves the rest uniform; here about a fifth of all draws or more is accepted.
+                for place in torch.randint(len(groups), (2 * k,), generator=generator).tolist():
+                    if groups[place] != own and place not in chosen and len(chosen) < k:
+                        chosen.append(place)
+        return [self.picks[place] for place in chosen]
 
 
 def _too_many(epsilon: float) -> str:

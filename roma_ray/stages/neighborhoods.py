@@ -76,12 +76,14 @@ def search(
     """Neighborhoods by the configured rule, of the training questions or of those that are asked for. Raises NeighborError."""
     config = setup.config
     settings = config.neighbors
+    table = read_table(questions.path / TABLE, ["id", "task"])
     return find_neighbors(
         read_embeddings(embeddings),
         successful_N,
         training_N=training_N,
         queried_N=queried_N,
-        ids=read_table(questions.path / TABLE, ["id"]).column("id").to_pylist(),
+        ids=table.column("id").to_pylist(),
+        tasks=table.column("task").to_pylist(),
         text_keys=embedding_texts(questions, config.embedding.context),
         method=settings.method,
         k=settings.k,

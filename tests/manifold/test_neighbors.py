@@ -55,7 +55,7 @@ def test_neighbors_are_those_of_the_literal_loop(backend, kind, distinct, method
     assert len(set(sizes)) > 1, "the table should make neighborhoods of several sizes"
 
 
-@pytest.mark.parametrize("method", ["knn", "epsilon", "random"])
+@pytest.mark.parametrize("method", ["knn", "epsilon", "random", "task"])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_never_itself_never_an_equal_text_only_successes(method, backend):
     table = literal.make_table(rows=120, distinct=5)
@@ -75,7 +75,7 @@ def test_never_itself_never_an_equal_text_only_successes(method, backend):
     k=st.integers(1, 12),
     seed=st.integers(0, 10_000),
     block=st.integers(1, 100),
-    method=st.sampled_from(["knn", "epsilon", "random"]),
+    method=st.sampled_from(["knn", "epsilon", "random", "task"]),
     kind=st.sampled_from(["gaussian", "cosine"]),
     epsilon=st.sampled_from([0.05, 0.2, 0.5]),
 )
@@ -208,9 +208,58 @@ def test_random_is_uniform_over_other_texts(successes, k):
     assert 0 not in got.of(1)[0].tolist()
 
 
-def test_random_neighbors_are_weighted_by_similarity():
+@pytest.mark.parametrize(("per_task", "k"), [(40, 2), (6, 3)])
+def test_task_is_uniform_over_other_texts_of_the_own_task(per_task, k):
+    """`k` far below and near the number of the task's successes: two ways to draw."""
+    rows = 3000
+    table = literal.make_table(rows=rows, equal_texts=False)
+    table.training[:] = True
+    tasks = torch.tensor([int(name.split()[1]) for name in table.tasks])
+    table.successful = torch.zeros(rows, dtype=torch.bool)
+    for task in (0, 1):
+        table.successful[(tasks == task).nonzero()[:per_task, 0]] = True
+    first, second = table.successful.nonzero()[:, 0][tasks[table.successful] == 0][:2].tolist()
+    table.texts[second] = table.texts[first]
+    got = found(table, method="task", k=k, seed=3)
+    # The third task has no success, hence no neighbors.
+    assert got.sizes.tolist() == [0 if task == 2 else k for task in tasks.tolist()]
+    assert torch.equal(tasks[got.indices], tasks[got.rows])
+    assert first not in got.of(second)[0].tolist()
+    for row in (tasks < 2).nonzero()[:, 0].tolist():
+        assert got.of(row)[0].unique().numel() == k
+        assert row not in got.of(row)[0].tolist()
+    counts = torch.bincount(got.indices[~table.successful[got.rows]], minlength=rows).double()
+    for task in (0, 1):
+        expected = ((tasks == task).sum() - per_task) * k / per_task
+        drawn = counts[table.successful & (tasks == task)]
+        assert ((drawn - expected).abs() < 5 * expected**0.5).all()
+    assert not torch.equal(got.indices, found(table, method="task", k=k, seed=4).indices)
+
+
+def test_where_all_are_of_one_task_task_is_random():
+    table = literal.make_table(rows=80, distinct=20)
+    options = {**table.columns, "similarity": "cosine", "sigma": 0.4, "k": 4, "seed": 5}
+    random, task = (
+        find_neighbors(table.embeddings, table.successful, **{**options, "method": method, "tasks": ["one"] * 80})
+        for method in ("random", "task")
+    )
+    assert_same(random, task)
+
+
+def test_tasks_without_another_success_are_refused():
+    table = literal.make_table(rows=60)
+    settings_ = {"method": "task", "similarity": "cosine", "sigma": 0.4}
+    with pytest.raises(NeighborError, match="their tasks have no successful question of another text"):
+        find_neighbors(table.embeddings, table.successful, **{**table.columns, "tasks": table.ids}, **settings_)
+    for tasks in (None, table.tasks[1:]):
+        with pytest.raises(ConfigError, match="needs `tasks`"):
+            find_neighbors(table.embeddings, table.successful, **{**table.columns, "tasks": tasks}, **settings_)
+
+
+@pytest.mark.parametrize("method", ["random", "task"])
+def test_drawn_neighbors_are_weighted_by_similarity(method):
     table = literal.make_table(rows=40)
-    got = found(table, method="random", k=4, similarity="gaussian")
+    got = found(table, method=method, k=4, similarity="gaussian")
     vectors = table.embeddings.double().tolist()
     for row in table.training.nonzero()[:, 0].tolist():
         indices, _, weights = got.of(row)
@@ -373,7 +422,7 @@ def test_successful_questions_must_be_training_questions():
 @pytest.mark.parametrize(
     ("option", "word"),
     [
-        ({"method": "nearest"}, "knn, epsilon, random, shuffled, self"),
+        ({"method": "nearest"}, "knn, epsilon, random, task, shuffled, self"),
         ({"similarity": "dot"}, "gaussian, cosine"),
         ({"k": 0}, "k must"),
         ({"method": "epsilon", "epsilon": 0.0}, "epsilon"),

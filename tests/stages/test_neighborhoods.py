@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import NeighborError
 from roma_ray.figures.report_words import notes
@@ -40,7 +41,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.Monke
         neighborhoods._write(stage, FOUND)
 
 
-@pytest.mark.parametrize("method", ["shuffled", "self"])
+@pytest.mark.parametrize("method", ["task", "shuffled", "self"])
 def test_controls_leave_failed_questions_out(letter_run: Run, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     usual = read_neighborhoods(letter_run.stages["neighbors"], 60)
     correct = answered_rightly(letter_run.stages["extract"])
@@ -57,7 +58,16 @@ def test_controls_leave_failed_questions_out(letter_run: Run, monkeypatch: pytes
     assert not found.queried[failed].any()
     assert not torch.isin(found.indices, torch.tensor(failed)).any()
     assert found.queried.sum() == usual.queried.sum() - 2
-    assert found.sizes[found.queried].tolist() == [2 if method == "shuffled" else 1] * int(found.queried.sum())
+    if method != "task":
+        assert found.sizes[found.queried].tolist() == [2 if method == "shuffled" else 1] * int(found.queried.sum())
+        return
+    tasks = [p.task for p in read_prompts(letter_run.stages["questions"].path / TABLE)]
+    successes = (found.queried & correct).nonzero()[:, 0].tolist()
+    for row in found.queried.nonzero()[:, 0].tolist():
+        able = [other for other in successes if other != row and tasks[other] == tasks[row]]
+        own = found.of(row)[0].tolist()
+        assert set(own) <= set(able)
+        assert len(own) == min(2, len(able))
 
 
 def test_a_pull_to_the_own_base_routing_is_told_as_what_it_is(letter_run: Run, tmp_path: Path) -> None:
