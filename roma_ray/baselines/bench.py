@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,12 @@ import torch
 from torch import Tensor
 
 from roma_ray.config.baseline_settings import BaselinesConfig
-from roma_ray.config.schema import Config, FinetuneConfig
+from roma_ray.config.finetune_settings import FinetuneConfig
+from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import plan_batches
-from roma_ray.engine.cache import ROWS
 from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.objective import TrainingData
-from roma_ray.engine.question_table import read_table
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.engine.setup import Setup
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
@@ -57,8 +55,6 @@ class Bench:
     data: TrainingData
     rows: dict[str, list[int]]
     """Usable rows of each split; `train` are the training questions in use."""
-    successful_N: Tensor
-    """S of eq. 2: bool [N]."""
     embeddings_NC: Tensor
     trunk: QuestionCost | None = None
     """What the trunk costs a question, once it was measured."""
@@ -131,7 +127,7 @@ class Bench:
         queried_N[list(rows)] = True
         return find_neighbors(
             self.embeddings_NC,
-            self.successful_N,
+            self.data.successful_N,
             training_N=training_mask(self),
             queried_N=queried_N,
             ids=[p.id for p in self.data.prompts],
@@ -185,8 +181,4 @@ def open_bench(setup: Setup, stages: dict[str, Stage]) -> Bench:
     usable = usable_rows(stages["extract"]).tolist()
     rows = {"train": data.train, "validation": data.validation}
     rows["test"] = [n for n, p in enumerate(data.prompts) if p.split == "test" and usable[n]]
-    correct = read_table(Path(stages["extract"].path) / ROWS, ["is_correct"]).column("is_correct").to_pylist()
-    successful_N = torch.zeros(len(data.prompts), dtype=torch.bool)
-    successful_N[data.train] = True
-    successful_N &= torch.tensor(correct)
-    return Bench(setup, stages, data, rows, successful_N, read_embeddings(stages["embed"]))
+    return Bench(setup, stages, data, rows, read_embeddings(stages["embed"]))

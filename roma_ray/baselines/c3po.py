@@ -105,7 +105,7 @@ class C3poMode(C3po):
 
     def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
         """Routing rows r [S, L, E] of the reference set, at the last prompt token."""
-        return {"references": reference_routing(bench, bench.successful_N.nonzero()[:, 0].tolist())}
+        return {"references": reference_routing(bench, bench.data.successful_N.nonzero()[:, 0].tolist())}
 
     def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
         """Keep the reference set."""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from roma_ray.config.schema import Config, FinetuneConfig, NeighborsConfig, PromptConfig, RegularizerConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
+from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
 
 # Settings of the regularizer that came after storages were filled: their defaults stand in no identity.
-_YOUNGER = ("distance", "positions")
+_YOUNGER = ("distance", "positions", "prior", "entropy_sign", "entropy_target")
 
 
 def is_cloze(config: Config) -> bool:
@@ -120,6 +121,10 @@ def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:
     found = {}
     if term.weight != "auto":
         found["gradient_ratio"] = "finetune.regularizer.weight is a number"
+    if term.kind != "prior":
+        found["prior"] = f"finetune.regularizer.kind is {term.kind}"
+    if term.kind != "entropy":
+        found |= dict.fromkeys(("entropy_sign", "entropy_target"), f"finetune.regularizer.kind is {term.kind}")
     if term.weight == 0:
         found["warmup_fraction"] = "finetune.regularizer.weight is 0"
     # The neighbors' routing is recomputed at the start of each epoch but the first, and only eq. 7 reads it.

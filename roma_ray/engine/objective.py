@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from roma_ray.config.schema import FinetuneConfig, RegularizerConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
@@ -20,6 +20,7 @@ from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
+from roma_ray.manifold.priors import base_targets, task_targets, uniform_targets
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, yardstick
 from roma_ray.moe.layers import aligned_positions
 from roma_ray.moe.masters import RouterMasters
@@ -35,6 +36,15 @@ IDLE_RATIO = 0.01
 
 # Beside the other term a gradient of this part of it, or less, is lost in fp32.
 _LOST = 1e-6
+
+# Where a regularizer begins without a gradient.
+_FLAT = {
+    "manifold": "So it is where every question has the routing that it is pulled to (neighbors.method: self), and where routers are "
+    "so certain that the squared distance has no gradient (then finetune.regularizer.distance: kl has one).",
+    "base": "So it always is before the first step: kind `base` pulls each question to its own routing at the start.",
+    "prior": "So it is where every question has the prior's routing.",
+    "entropy": "So it is where the entropy of every row is past finetune.regularizer.entropy_target, or at its own end.",
+}
 
 
 def is_idle(probe: Mapping[str, float], regularizer: RegularizerConfig) -> bool:
@@ -73,6 +83,8 @@ class TrainingData:
     neighborhoods: Neighborhoods
     routing_NLE: Tensor
     """The base model's r of every question at the tuned layers, fp32; r_j of eq. 7 unless refreshed."""
+    successful_N: Tensor
+    """Mask of S (eq. 2)."""
     tokens: str
     rule: str
     cloze: bool
@@ -107,7 +119,7 @@ class Objective:
             self.over = "continuation"
         else:
             self.over = config.task_loss
-        self.targets = self._targets_of_each() if self.each else neighbor_targets(data.neighborhoods, data.routing_NLE)
+        self.targets = self._targets()
 
     def feed(self, parts: Sequence[Sequence[int]]) -> Iterator[Micro]:
         """The micro-batches of these rows, each read while the one before is computed."""
@@ -138,7 +150,10 @@ class Objective:
         task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
         targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
         rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
-        on = Regularized(rows, targets, self.masters.parameters(), self.config.regularizer.distance)
+        term = self.config.regularizer
+        on = Regularized(
+            rows, targets, self.masters.parameters(), term.distance, term.entropy_sign, term.entropy_target
+        )
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, on, entropy
 
@@ -156,6 +171,17 @@ class Objective:
                 vocabulary_rows=micro.vocabulary_V,
             )
         return tape.routing_BPLE, out.states
+
+    def _targets(self) -> NeighborTargets:
+        """What the regularizer pulls each question to."""
+        term, data = self.config.regularizer, self.data
+        if term.kind == "base":
+            return base_targets(data.routing_NLE)
+        if term.kind == "prior" and term.prior == "uniform":
+            return uniform_targets(data.routing_NLE)
+        if term.kind == "prior":
+            return task_targets(data.routing_NLE, [prompt.task for prompt in data.prompts], data.successful_N)
+        return self._targets_of_each() if self.each else neighbor_targets(data.neighborhoods, data.routing_NLE)
 
     @torch.no_grad()
     def _targets_of_each(self) -> NeighborTargets:
@@ -239,9 +265,8 @@ class Objective:
         if noise:
             raise UnmovedError(
                 f"finetune.regularizer.weight: auto would divide by rounding noise: at the start the regularizer's gradient on the "
-                f"gates is {penalty_norm:.1g}, the task term's {task_norm:.1g}. So it is where every question already has the "
-                "routing that it is pulled to (neighbors.method: self), and where routers are so certain that the squared distance "
-                "has no gradient (then finetune.regularizer.distance: kl has one). Give a number instead."
+                f"gates is {penalty_norm:.1g}, the task term's {task_norm:.1g}. {_FLAT.get(regularizer.kind, '')} Give a "
+                "number instead: the run prints the ratio of the two gradients at its end, by which to correct it."
             )
         return regularizer.gradient_ratio * task_norm / penalty_norm
 
@@ -252,9 +277,8 @@ class Objective:
         totals = [[torch.zeros_like(g) for g in gates] for _ in range(3)]
         for micro in self.feed(chunks(rows, self.config.micro_batch_size)):
             task, on, _ = self._terms(micro)
-            terms = [task, REGULARIZERS[kind](on), *([yardstick(on)] if kind == "manifold" else [])]
-            for term, total in zip(terms, totals, strict=False):
-                if term.requires_grad:
+            for term, total in zip((task, REGULARIZERS[kind](on), yardstick(kind, on)), totals, strict=True):
+                if term is not None and term.requires_grad:
                     grads = torch.autograd.grad(term, gates, retain_graph=True, allow_unused=True)
                     for sum_, grad in zip(total, grads, strict=True):
                         if grad is not None:
@@ -289,9 +313,8 @@ class Objective:
         )
         if is_noise(probe, self.config.regularizer):
             raise UnmovedError(
-                f"{unreached}And the regularizer's gradient ({probe['regularizer_gradient']:.1g}) is rounding noise: every question "
-                "has the routing that it is pulled to (neighbors.method: self), or the routers are too certain for the distance (try "
-                "finetune.regularizer.distance=kl). Nothing would move them but noise."
+                f"{unreached}And the regularizer's gradient ({probe['regularizer_gradient']:.1g}) is rounding noise. "
+                f"{_FLAT.get(self.config.regularizer.kind, '')} Nothing would move them but noise."
             )
         if probe["weight"] * probe["regularizer_gradient"] == 0:
             raise UnmovedError(
@@ -301,7 +324,8 @@ class Objective:
 
     def refresh(self, epoch: int, gates: dict[str, Tensor]) -> None:
         """With `refresh`, rebuild r_j from the routers as they were at the start of this epoch (epoch 0: the base's)."""
-        if not self.config.regularizer.refresh or epoch == 0:
+        term = self.config.regularizer
+        if term.kind != "manifold" or not term.refresh or epoch == 0:
             return
         now = self.masters.state()
         self.masters.load(gates)

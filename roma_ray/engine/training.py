@@ -20,7 +20,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from roma_ray.config.schema import FinetuneConfig
+from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from roma_ray.engine.objective import Objective, TrainingData

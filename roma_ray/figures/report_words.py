@@ -8,7 +8,7 @@ from shlex import quote
 from typing import Any
 
 from roma_ray.borders.text import figure
-from roma_ray.config.schema import RegularizerConfig
+from roma_ray.config.finetune_settings import RegularizerConfig
 from roma_ray.engine.objective import is_idle, is_noise
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant
 from roma_ray.moe.reach import is_unreached
@@ -83,8 +83,8 @@ def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[st
     if is_unreached(probe):
         lines.append(
             "the task loss does not reach these routers (one expert a token, its weight scaled to 1): its gradient is rounding noise, "
-            f"{probe['task_gradient']:.1g} against {probe['regularizer_gradient']:.2g}. So the task term was left out and the manifold "
-            "term alone moved them"
+            f"{probe['task_gradient']:.1g} against {probe['regularizer_gradient']:.2g}. So the task term was left out and the "
+            "regularizer alone moved them"
         )
     if is_noise(probe, regularizer):
         lines.append(

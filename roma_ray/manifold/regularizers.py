@@ -1,16 +1,18 @@
 """The second term of eq. 9 by name: the manifold term, and those that the paper compares it with (its Figure 10 and Table 7).
 
-Another one is a function and a line of `REGULARIZERS`, and its name in `config/schema.py` (`RegularizerConfig.kind`).
+Another one is a function and a line of `REGULARIZERS`, and its name in `config/finetune_settings.py` (`RegularizerConfig.kind`).
 Shapes: B questions of a batch, L tuned layers, E experts. Each is a SUM over the batch, a scalar.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from roma_ray.manifold.losses import DISTANCES, DistanceName, NeighborTargets
+from roma_ray.manifold.priors import routing_kl
 
 _SEED = 20_253
 
@@ -22,11 +24,14 @@ class Regularized:
     routing_BLE: Tensor
     """The live routing rows of the batch, with gradient."""
     targets: NeighborTargets | None = None
-    """What eq. 7 needs of the batch's neighbors."""
+    """What the batch's questions are pulled to: eq. 7's neighbors, their own base routing (`base`) or the prior (`prior`)."""
     parameters: Sequence[Tensor] = ()
     """Those of the tuned routers, the fp32 masters."""
     distance: DistanceName = "squared"
     """Of the manifold term: a name of `DISTANCES`."""
+    entropy_sign: Literal["raise", "lower"] = "raise"
+    entropy_target: float | None = None
+    """Of `entropy`: which way, and up to where, as a part of log E."""
 
 
 def manifold(on: Regularized) -> Tensor:
@@ -35,28 +40,44 @@ def manifold(on: Regularized) -> Tensor:
     return DISTANCES[on.distance](on.routing_BLE, on.targets)
 
 
-def yardstick(on: Regularized) -> Tensor:
-    """The manifold term towards targets that lie as far from each r_i as r_i is long, with random signs.
+def fixed(on: Regularized) -> Tensor:
+    """KL(r_i || q_i) to what does not move: the own base routing, or a prior. Uniform, it is `entropy`."""
+    assert on.targets is not None, "a pull needs targets"
+    return routing_kl(on.routing_BLE, on.targets)
 
-    Its gradient is the scale to which the real one's is held: a tiny part of it is rounding, whatever the gates are.
+
+def yardstick(kind: str, on: Regularized) -> Tensor | None:
+    """A pull towards targets that lie as far from each r_i as r_i is long, with random signs; None of a term that pulls to none.
+
+    Its gradient is the scale to which the real one's is held: a tiny part of it is rounding, whatever the gates are. Far is a
+    factor e either way for KL(r_i || q_i), which is infinite where q_i is 0.
     """
-    assert on.targets is not None, "the manifold term needs neighbor targets"
-    signs = torch.randn(on.routing_BLE.shape, generator=torch.Generator().manual_seed(_SEED)).sign()
-    away = on.targets._replace(mean=on.routing_BLE.detach() * (1 + signs.to(on.routing_BLE)))
-    return DISTANCES[on.distance](on.routing_BLE, away)
+    if kind not in ("manifold", "base", "prior"):
+        return None
+    assert on.targets is not None, "a pull needs targets"
+    signs = torch.randn(on.routing_BLE.shape, generator=torch.Generator().manual_seed(_SEED)).sign().to(on.routing_BLE)
+    factors = 1 + signs if kind == "manifold" else signs.exp()
+    away = on.targets._replace(mean=on.routing_BLE.detach() * factors)
+    return REGULARIZERS[kind](replace(on, targets=away))
 
 
 def entropy(on: Regularized) -> Tensor:
     """KL(r || uniform) = log E - H(r), summed over tuned layers and the batch: a scalar >= 0, zero for equal routing.
 
     Its gradient is that of -H: minimising it RAISES the routing entropy, the usual meaning of entropy regularization
-    (a confidence penalty). The paper names neither sign nor source.
+    (a confidence penalty). The paper names neither sign nor source. Sign `lower`: H(r). With a target t it is the way that each
+    layer's row has left to t log E: max(0, t log E - H), or max(0, H - t log E).
     """
     routing_BLE = on.routing_BLE
     # The floor stands for an expert whose probability underflowed to 0, where log r and its gradient are infinite.
     log_BLE = routing_BLE.clamp_min(torch.finfo(routing_BLE.dtype).tiny).log()
     layers, experts = routing_BLE.shape[1:]
     log_experts = torch.tensor(float(experts), dtype=routing_BLE.dtype, device=routing_BLE.device).log()
+    if on.entropy_target is not None:
+        left_BL = on.entropy_target * log_experts + (routing_BLE * log_BLE).sum(-1)
+        return (left_BL if on.entropy_sign == "raise" else -left_BL).clamp_min(0).sum()
+    if on.entropy_sign == "lower":
+        return -(routing_BLE * log_BLE).sum()
     return (routing_BLE * log_BLE).sum() + len(routing_BLE) * layers * log_experts
 
 
@@ -87,4 +108,6 @@ REGULARIZERS: dict[str, Callable[[Regularized], Tensor]] = {
     "l2": l2,
     "entropy": entropy,
     "manifold": manifold,
+    "base": fixed,
+    "prior": fixed,
 }

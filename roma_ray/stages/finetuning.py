@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 
 from roma_ray.borders.text import figure
-from roma_ray.config.schema import FinetuneConfig
+from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.cache import ROWS, States, open_states
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
@@ -34,7 +34,7 @@ from roma_ray.moe.adapters import save_adapter
 from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 from roma_ray.stages.extraction import EXTRACT
-from roma_ray.stages.neighborhoods import NEIGHBORS, read_neighborhoods, usable_rows
+from roma_ray.stages.neighborhoods import NEIGHBORS, answered_rightly, read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, note_device, write_json, write_text
 from roma_ray.store.files import exists, read_json, remove
 from roma_ray.store.logs import append_line, whole_lines
@@ -97,6 +97,7 @@ class TrainJob(Job):
             validation=validation,
             neighborhoods=neighborhoods,
             routing_NLE=read_routing_rows(extraction.path, config.routing.tokens)[:, self.setup.layer_columns],
+            successful_N=answered_rightly(extraction) & neighborhoods.queried,
             tokens=config.routing.tokens,
             rule=answer_rule(config.questions.prompt),
             cloze=is_cloze(config),
@@ -225,7 +226,7 @@ def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progr
     if is_noise(probe, config.regularizer):
         progress.say(
             "note: at the start the regularizer's gradient is rounding noise (every question has the routing that it is pulled to, or "
-            "the routers are too certain for the distance): the task term began alone."
+            "its target, or the routers are too certain for the distance): the task term began alone."
         )
     if is_idle(probe, config.regularizer):
         progress.say(

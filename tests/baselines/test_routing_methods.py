@@ -125,7 +125,7 @@ def test_c3po_lowers_the_neighbors_loss(letter: Bench) -> None:
     own_QLE = HeadRun(letter, rows).own_routing()
     core_QLE = core_experts(letter, own_QLE)
     near = Neighborhood(letter, rows, letter.neighbors_of(rows))
-    assert set(near.rows) <= set(letter.successful_N.nonzero()[:, 0].tolist())
+    assert set(near.rows) <= set(letter.data.successful_N.nonzero()[:, 0].tolist())
     with torch.no_grad():
         start_Q = near.losses(own_QLE)
         kernel_Q = near.losses(METHODS["c3po_kernel"].remix(near, own_QLE, core_QLE))  # type: ignore[attr-defined]
@@ -187,7 +187,7 @@ def test_of_equally_good_mixtures_the_nearest_to_the_own_routing_is_taken(
 
 
 def test_mean_shift_against_a_literal_step(letter: Bench) -> None:
-    references_SLE = reference_routing(letter, letter.successful_N.nonzero()[:, 0].tolist())
+    references_SLE = reference_routing(letter, letter.data.successful_N.nonzero()[:, 0].tolist())
     own_QLE = HeadRun(letter, letter.rows["test"][:4]).own_routing()
     core_QLE = torch.ones_like(own_QLE, dtype=torch.bool)
     settings = C3poConfig(steps=1, neighbors=2, mode_alpha=0.25)

@@ -53,6 +53,8 @@ WITHOUT_EFFECT = [
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.distance=kl"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.positions=sum"),
+    *(([], f"finetune.regularizer.{s}") for s in ("prior=task", "entropy_sign=lower", "entropy_target=0.5")),
+    (["finetune.regularizer.kind=entropy"], "finetune.regularizer.prior=task"),
     (["finetune.regularizer.distance=kl"], "finetune.regularizer.gradient_ratio=0.7"),
     (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
     (["finetune.epochs=1"], "finetune.select=best_validation"),
@@ -99,6 +101,12 @@ WITH_EFFECT = [
     ([], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.regularizer.distance=kl", TUNED),
     ([], "finetune.regularizer.positions=sum", TUNED),
+    ([], "finetune.regularizer.kind=base", TUNED),
+    (["finetune.regularizer.kind=prior"], "finetune.regularizer.prior=task", TUNED),
+    *(
+        (["finetune.regularizer.kind=entropy"], f"finetune.regularizer.entropy_{s}", TUNED)
+        for s in ("sign=lower", "target=0.5")
+    ),
     # Its own term still reads them, in the curves.
     (["finetune.regularizer.weight=0"], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.select=best_validation", TUNED),

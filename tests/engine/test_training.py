@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.config.schema import FinetuneConfig, RegularizerConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.cache import FrozenLayers
 from roma_ray.engine.forward import lay_out, letter_rows
@@ -26,6 +26,7 @@ from roma_ray.moe.reading import read_routing
 from roma_ray.moe.routers import find_routers
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import TrainJob
+from roma_ray.stages.neighborhoods import answered_rightly
 from tests.making import train_job
 
 
@@ -231,13 +232,28 @@ def gradients_of(run: Run, kind: str, **others: Any) -> tuple[Objective, RouterM
 
 @pytest.mark.parametrize(
     ("kind", "others"),
-    [("manifold", {}), ("manifold", {"distance": "kl"}), ("l1", {}), ("l2", {}), ("entropy", {})],
+    [
+        ("manifold", {}),
+        ("manifold", {"distance": "kl"}),
+        ("l1", {}),
+        ("l2", {}),
+        ("entropy", {}),
+        ("entropy", {"entropy_sign": "lower", "entropy_target": 0.1}),
+        ("base", {}),
+        ("prior", {}),
+        ("prior", {"prior": "task"}),
+    ],
     ids=str,
 )
 def test_each_regularizer_reaches_every_tuned_gate_and_nothing_else(
     letter_run: Run, kind: str, others: dict[str, Any]
 ) -> None:
     objective, masters, head, data = gradients_of(letter_run, kind, **others)
+    if kind == "base":
+        # It has no slope where training starts.
+        with torch.no_grad():
+            for gate in masters.parameters():
+                gate.mul_(1.5)
     _, penalty, _ = objective.losses(objective.prepare(data.train[:6]))
     penalty.backward()
     for gate in masters.parameters():
@@ -285,6 +301,33 @@ def test_the_kl_equals_the_loop_over_layers_and_trains(letter_run: Run) -> None:
     assert penalty.item() == pytest.approx(total, rel=1e-4)
     outcome = train(train_job(letter_run, epochs=3, regularizer=RegularizerConfig(weight=30.0, distance="kl")))
     assert outcome.epochs[-1]["manifold_loss"] < outcome.epochs[0]["manifold_loss"]
+
+
+@pytest.mark.parametrize("term", [{"kind": "base"}, {"kind": "prior"}, {"kind": "prior", "prior": "task"}], ids=str)
+def test_a_fixed_pull_equals_the_loop_over_questions_and_trains(letter_run: Run, term: dict[str, Any]) -> None:
+    objective, masters, _, data = gradients_of(letter_run, **term)
+    correct = answered_rightly(letter_run.stages["extract"])
+    rows, total = data.train[:6], 0.0
+    with torch.no_grad():
+        for gate in masters.parameters():
+            gate.mul_(1.5)
+    scored = torch.from_numpy(objective._score(rows).routing_NLE[:, objective.columns]).double()
+    for live, row in zip(scored, rows, strict=True):
+        task = [n for n in data.train if data.prompts[n].task == data.prompts[row].task and correct[n]]
+        for layer in range(live.shape[0]):
+            for expert in range(live.shape[1]):
+                if term["kind"] == "base":
+                    q = float(data.routing_NLE[row, layer, expert])
+                elif "prior" in term:
+                    q = sum(float(data.routing_NLE[n, layer, expert]) for n in task) / len(task)
+                else:
+                    q = 1 / live.shape[1]
+                total += float(live[layer, expert]) * math.log(float(live[layer, expert]) / q)
+    assert objective.losses(objective.prepare(rows))[1].item() == pytest.approx(total, rel=1e-4)
+    ends = [
+        train(train_job(letter_run, epochs=3, regularizer=RegularizerConfig(weight=w, **term))) for w in (0.0, 30.0)
+    ]
+    assert ends[1].epochs[-1]["manifold_loss"] < ends[0].epochs[-1]["manifold_loss"]
 
 
 def literal_pull_of_each(job: TrainJob, data: TrainingData, rows: list[int]) -> tuple[float, dict[int, torch.Tensor]]:
@@ -366,8 +409,17 @@ def test_training_lowers_the_regularizer_when_lambda_is_large(letter_run: Run) -
     assert strong.probe["final_regularizer_gradient"] != strong.probe["regularizer_gradient"]
 
 
-def test_auto_weight_meets_the_gradient_ratio(letter_run: Run) -> None:
-    outcome = train(train_job(letter_run, regularizer=RegularizerConfig(weight="auto", gradient_ratio=0.25)))
+@pytest.mark.parametrize(
+    "term",
+    [
+        *({"kind": kind} for kind in ("manifold", "l1", "l2", "entropy", "prior")),
+        {"kind": "entropy", "entropy_sign": "lower"},
+        {"kind": "prior", "prior": "task"},
+    ],
+    ids=str,
+)
+def test_auto_weight_meets_the_gradient_ratio(letter_run: Run, term: dict[str, Any]) -> None:
+    outcome = train(train_job(letter_run, regularizer=RegularizerConfig(weight="auto", gradient_ratio=0.25, **term)))
     assert outcome.probe["gradient_ratio"] == pytest.approx(0.25, rel=1e-6)
     assert outcome.epochs[-1]["lambda"] == pytest.approx(outcome.probe["weight"])
 

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from roma_ray.config.schema import Config, RegularizerConfig
+from roma_ray.config.finetune_settings import RegularizerConfig
+from roma_ray.config.schema import Config
 from roma_ray.engine.objective import Objective, is_idle, is_noise, noise_level
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
@@ -110,7 +111,7 @@ def test_noise_beside_an_unreached_task_is_refused_with_the_reason(
     job: TrainJob, weight: float | str, distance: str
 ) -> None:
     with pytest.raises(
-        TrainingError, match=r"does not reach these routers.*rounding noise: every question has the routing"
+        TrainingError, match=r"does not reach these routers.*is rounding noise.*every question has the routing"
     ):
         tuned(job, weight, own=True, distance=distance)
 
@@ -149,6 +150,35 @@ def test_the_pull_to_the_start_holds_the_gates(letter_run: Run) -> None:
 def test_auto_does_not_divide_by_noise(letter_run: Run) -> None:
     with pytest.raises(TrainingError, match=r"would divide by rounding noise.*neighbors.method: self"):
         tuned(train_job(letter_run), "auto", own=True)
+
+
+@pytest.mark.parametrize(
+    ("term", "reason"),
+    [
+        ({"kind": "base"}, "kind `base` pulls each question to its own routing at the start"),
+        (
+            {"kind": "entropy", "entropy_target": 0.0},
+            "the entropy of every row is past finetune.regularizer.entropy_target",
+        ),
+    ],
+    ids=str,
+)
+def test_a_term_that_begins_flat_is_told_with_its_own_reason(
+    job: TrainJob, letter_run: Run, term: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(TrainingError, match=f"would divide by rounding noise.*{reason}.*Give a number instead"):
+        tuned(train_job(letter_run), "auto", **term)
+    # Alone it would be followed into noise, with any weight.
+    with pytest.raises(
+        TrainingError, match=f"does not reach these routers.*{reason}.*Nothing would move them but noise"
+    ):
+        tuned(job, 0.8, **term)
+    # Beside a task loss that carries it trains, and is no idle regularizer.
+    _, probe = tuned(train_job(letter_run), 0.8, **term)
+    asked = RegularizerConfig(weight=0.8, **term)
+    assert is_noise(probe, asked)
+    assert not is_idle(probe, asked)
+    assert (probe["final_gradient_ratio"] > 1e-3) is (term["kind"] == "base")
 
 
 def test_auto_says_the_ratio_at_the_end_of_the_weight_in_force(letter_run: Run) -> None:

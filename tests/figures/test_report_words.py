@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from roma_ray.config.schema import RegularizerConfig
+from roma_ray.config.finetune_settings import RegularizerConfig
 from roma_ray.evaluation.statistics import compare, p_value
 from roma_ray.figures.report_words import by_task, notes, safety, verdict
 

@@ -1,0 +1,68 @@
+"""Settings of router finetuning, eq. 8-10 (`finetune`)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, field_validator
+
+from roma_ray.config.section import Section
+
+
+class RegularizerConfig(Section):
+    """The second term of eq. 9."""
+
+    kind: Literal["manifold", "none", "l1", "l2", "entropy", "base", "prior"] = "manifold"
+    """`manifold` is RoMA; the others are what it is compared with. `base`: KL(r_i || the base model's r of that question), a pull
+    to the start. `prior`: KL(r_i || q) to a fixed q."""
+    prior: Literal["uniform", "task"] = "uniform"
+    """q of `prior`: every expert alike, or the mean base routing of the task's successes."""
+    entropy_sign: Literal["raise", "lower"] = "raise"
+    """Where `entropy` moves the entropy of r_i: up by KL(r_i || uniform), or down by the entropy itself."""
+    entropy_target: float | None = Field(default=None, ge=0, le=1)
+    """Where `entropy` ends, as a part of log E: a row whose entropy is past it is not moved. Default: nowhere."""
+    distance: Literal["squared", "kl"] = "squared"
+    """Of r_i to its neighbors (manifold): eq. 7, or KL(m_i || r_i) to their mean row, whose gradient in the logits, r_i - m_i,
+    does not vanish where the router is nearly certain (not the paper's)."""
+    positions: Literal["mean", "sum"] = "mean"
+    """Of several `routing.tokens` (manifold): pull their mean row, or each one's own to the neighbors' at the same place."""
+    weight: float | Literal["auto"] = 0.8
+    """lambda. `auto` sets it on a probe batch so that this term's gradient on the gates is `gradient_ratio` of the task
+    term's."""
+    gradient_ratio: float = Field(default=0.3, gt=0)
+    """Used by `weight: auto` only."""
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Part of all steps over which lambda rises linearly from 0."""
+    refresh: bool = False
+    """Recompute the neighbors' routing r_j from the tuned routers at the start of each epoch."""
+
+    @field_validator("weight")
+    @classmethod
+    def _not_negative(cls, value: float | str) -> float | str:
+        if not isinstance(value, str) and not 0 <= value < float("inf"):
+            raise ValueError("lambda is a finite number of at least 0, or `auto`")
+        return value
+
+
+class FinetuneConfig(Section):
+    """Router finetuning, eq. 8-10."""
+
+    epochs: int = Field(default=3, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    """Questions of one optimizer step, over all workers."""
+    micro_batch_size: int = Field(default=8, ge=1)
+    """Questions of one forward pass. Part of the result's identity; independent of the number of workers."""
+    learning_rate: float = Field(default=7e-5, gt=0)
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Part of all steps over which the learning rate rises linearly from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decay pulls pretrained gates to zero, hence 0."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    task_loss: Literal["choices", "vocabulary"] = "choices"
+    """`letter`: cross-entropy over the choice letters or over the whole vocabulary. `cloze` always uses the gold
+    continuation over the whole vocabulary."""
+    select: Literal["last", "best_validation"] = "last"
+    """Which epoch's routers are exported."""
+    checkpoint_steps: int = Field(default=25, ge=1)
+    """Optimizer steps between checkpoints."""
+    regularizer: RegularizerConfig = RegularizerConfig()
