@@ -15,9 +15,12 @@ from roma_ray.baselines.bench import Bench
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.head_passes import loss_kind, task_loss
 from roma_ray.baselines.whole_model import padded_likelihoods, score_padded
+from roma_ray.config.finetune_settings import ScheduleConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import chunks, epoch_order
+from roma_ray.engine.identity import finetune_settings, is_cloze
+from roma_ray.engine.schedules import factor
 from roma_ray.errors import TrainingError
 
 # Random keys and values of size 1 would drown the real ones.
@@ -33,7 +36,10 @@ class SoftPrompt(Method):
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The budget, the number of positions, and the loop's settings."""
-        settings = config.finetune.model_dump(mode="json", include={"warmup_fraction", "weight_decay", "clip_norm"})
+        tuning = finetune_settings(config.finetune, cloze=is_cloze(config))
+        settings = {
+            name: tuning[name] for name in ("weight_decay", "clip_norm", *ScheduleConfig.model_fields) if name in tuning
+        }
         settings["task_loss"] = loss_kind(config)
         return {**super().configure(config), "finetune": settings, "virtual_tokens": config.baselines.virtual_tokens}
 
@@ -143,7 +149,7 @@ def train(
     learning_rate: float,
     seed: int,
 ) -> list[float]:
-    """The budget's epochs of AdamW on one tensor, in the order and with the warm-up that finetuning has; mean losses.
+    """The budget's epochs of AdamW on one tensor, in the order and with the schedule that finetuning has; mean losses.
 
     `loss` gives the sum over some rows. Raises TrainingError.
     """
@@ -164,11 +170,9 @@ def train(
                 weight.grad += gradient / len(rows)
                 summed += float(value.detach())
             torch.nn.utils.clip_grad_norm_([weight], base.clip_norm)
-            step += 1
-            optimizer.param_groups[0]["lr"] = learning_rate * min(
-                1.0, step / max(1, round(base.warmup_fraction * total))
-            )
+            optimizer.param_groups[0]["lr"] = learning_rate * factor(base, step, total)
             optimizer.step()
+            step += 1
             bench.advance(len(rows), f"loss {summed:.3f}")
         means.append(summed / len(rows_of_training))
     return means

@@ -9,8 +9,28 @@ from pydantic import Field, field_validator
 from roma_ray.config.section import Section
 
 
-class RegularizerConfig(Section):
-    """The second term of eq. 9."""
+class ScheduleConfig(Section):
+    """A value over the training's steps: it rises linearly from 0, stays, or falls from there to a floor at the last step."""
+
+    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
+    """Part of all steps over which it rises."""
+    warmup_steps: int | None = Field(default=None, ge=0)
+    """The same as a number of steps."""
+    anneal: Literal["none", "linear", "cosine"] = "none"
+    """How it falls after the rise."""
+    anneal_floor: float = Field(default=0.0, ge=0, le=1)
+    """Part of the whole value that is left at the last step."""
+
+
+class TaskScheduleConfig(ScheduleConfig):
+    """The schedule of the task loss in eq. 9."""
+
+    warmup_fraction: float = Field(default=0.0, ge=0, le=1)
+    """Above 0 the regularizer comes first (its own warm-up is `finetune.regularizer.warmup_fraction`)."""
+
+
+class RegularizerConfig(ScheduleConfig):
+    """The second term of eq. 9; the schedule is lambda's."""
 
     kind: Literal["manifold", "none", "l1", "l2", "entropy", "base", "prior"] = "manifold"
     """`manifold` is RoMA; the others are what it is compared with. `base`: KL(r_i || the base model's r of that question), a pull
@@ -31,8 +51,6 @@ class RegularizerConfig(Section):
     term's."""
     gradient_ratio: float = Field(default=0.3, gt=0)
     """Used by `weight: auto` only."""
-    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Part of all steps over which lambda rises linearly from 0."""
     refresh: bool = False
     """Recompute the neighbors' routing r_j from the tuned routers at the start of each epoch."""
 
@@ -44,8 +62,8 @@ class RegularizerConfig(Section):
         return value
 
 
-class FinetuneConfig(Section):
-    """Router finetuning, eq. 8-10."""
+class FinetuneConfig(ScheduleConfig):
+    """Router finetuning, eq. 8-10; the schedule is the learning rate's."""
 
     epochs: int = Field(default=3, ge=1)
     batch_size: int = Field(default=32, ge=1)
@@ -53,14 +71,13 @@ class FinetuneConfig(Section):
     micro_batch_size: int = Field(default=8, ge=1)
     """Questions of one forward pass. Part of the result's identity; independent of the number of workers."""
     learning_rate: float = Field(default=7e-5, gt=0)
-    warmup_fraction: float = Field(default=0.1, ge=0, le=1)
-    """Part of all steps over which the learning rate rises linearly from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decay pulls pretrained gates to zero, hence 0."""
     clip_norm: float = Field(default=1.0, gt=0)
     task_loss: Literal["choices", "vocabulary"] = "choices"
     """`letter`: cross-entropy over the choice letters or over the whole vocabulary. `cloze` always uses the gold
     continuation over the whole vocabulary."""
+    task_schedule: TaskScheduleConfig = TaskScheduleConfig()
     select: Literal["last", "best_validation"] = "last"
     """Which epoch's routers are exported."""
     checkpoint_steps: int = Field(default=25, ge=1)

@@ -7,13 +7,17 @@ doing again what would come out the same costs time, the other mistake costs the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
-from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig, ScheduleConfig, TaskScheduleConfig
 from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
+from roma_ray.config.section import Section
 
-# Settings of the regularizer that came after storages were filled: their defaults stand in no identity.
-_YOUNGER = ("distance", "positions", "prior", "entropy_sign", "entropy_target")
+# Settings that came after storages were filled: their defaults stand in no identity.
+_YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
+_YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_sign", "entropy_target")
+_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "task_schedule")
 
 
 def is_cloze(config: Config) -> bool:
@@ -54,11 +58,14 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
 
 def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
     """What decides the tuned routers and their curves; how often a checkpoint is written does not."""
-    term, epochs = config.regularizer, config.epochs
-    outside = {"checkpoint_steps", "regularizer", *_idle_finetune(config, cloze=cloze)}
-    settings = config.model_dump(mode="json", exclude=outside)
-    acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, epochs)))
-    return {**settings, "regularizer": _aged(acting)}
+    term, task = config.regularizer, config.task_schedule
+    outside = {"checkpoint_steps", "regularizer", "task_schedule", *_idle_finetune(config, cloze=cloze)}
+    settings = _aged(config.model_dump(mode="json", exclude=outside), FinetuneConfig, _YOUNGER_TUNING)
+    acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, config.epochs)))
+    settings["regularizer"] = _aged(acting, RegularizerConfig, _YOUNGER_TERM)
+    of_task = task.model_dump(mode="json", exclude=set(_idle_schedule(task, "finetune.task_schedule")))
+    of_task = _aged(of_task, TaskScheduleConfig, ("warmup_fraction", *_YOUNGER_SCHEDULE))
+    return {**settings, "task_schedule": of_task} if of_task else settings
 
 
 def aged(data: dict[str, Any]) -> dict[str, Any]:
@@ -69,14 +76,18 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
     tuned, judged = data["finetune"], data["evaluation"]
     return {
         **data,
-        "finetune": {**tuned, "regularizer": _aged(tuned["regularizer"])},
+        "finetune": {
+            **_aged(tuned, FinetuneConfig, _YOUNGER_TUNING),
+            "regularizer": _aged(tuned["regularizer"], RegularizerConfig, _YOUNGER_TERM),
+        },
         "evaluation": {name: value for name, value in judged.items() if name != "task_loss_alone"},
     }
 
 
-def _aged(term: dict[str, Any]) -> dict[str, Any]:
-    usual = {name: RegularizerConfig.model_fields[name].default for name in _YOUNGER}
-    return {name: value for name, value in term.items() if name not in usual or value != usual[name]}
+def _aged(data: dict[str, Any], section: type[Section], younger: Sequence[str]) -> dict[str, Any]:
+    usual = {name: section.model_fields[name].default for name in younger}
+    usual |= {name: value.model_dump(mode="json") for name, value in usual.items() if isinstance(value, Section)}
+    return {name: value for name, value in data.items() if name not in usual or value != usual[name]}
 
 
 def idle_settings(config: Config) -> dict[str, str]:
@@ -88,6 +99,7 @@ def idle_settings(config: Config) -> dict[str, str]:
         "neighbors": _idle_neighbors(config.neighbors),
         "finetune": _idle_finetune(tuned, cloze=is_cloze(config)),
         "finetune.regularizer": _idle_regularizer(tuned.regularizer, tuned.epochs),
+        "finetune.task_schedule": _idle_schedule(tuned.task_schedule, "finetune.task_schedule"),
     }
     return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
 
@@ -109,16 +121,23 @@ def _idle_neighbors(chosen: NeighborsConfig) -> dict[str, str]:
 
 
 def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
-    found = {"task_loss": "questions.prompt.format is cloze"} if cloze else {}
+    found = _idle_schedule(config, "finetune")
+    if cloze:
+        found["task_loss"] = "questions.prompt.format is cloze"
     # The last epoch is the best one.
     return found if config.epochs > 1 else {**found, "select": "finetune.epochs is 1"}
+
+
+def _idle_schedule(schedule: ScheduleConfig, name: str) -> dict[str, str]:
+    found = {} if schedule.warmup_steps is None else {"warmup_fraction": f"{name}.warmup_steps is given"}
+    return found if schedule.anneal != "none" else {**found, "anneal_floor": f"{name}.anneal is none"}
 
 
 def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:
     if term.kind == "none":
         others = set(RegularizerConfig.model_fields) - {"kind"}
         return dict.fromkeys(others, "finetune.regularizer.kind is none")
-    found = {}
+    found = _idle_schedule(term, "finetune.regularizer")
     if term.weight != "auto":
         found["gradient_ratio"] = "finetune.regularizer.weight is a number"
     if term.kind != "prior":
@@ -126,7 +145,7 @@ def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:
     if term.kind != "entropy":
         found |= dict.fromkeys(("entropy_sign", "entropy_target"), f"finetune.regularizer.kind is {term.kind}")
     if term.weight == 0:
-        found["warmup_fraction"] = "finetune.regularizer.weight is 0"
+        found |= dict.fromkeys(("warmup_fraction", *_YOUNGER_SCHEDULE), "finetune.regularizer.weight is 0")
     # The neighbors' routing is recomputed at the start of each epoch but the first, and only eq. 7 reads it.
     if term.kind != "manifold":
         found |= dict.fromkeys(("distance", "positions", "refresh"), f"finetune.regularizer.kind is {term.kind}")

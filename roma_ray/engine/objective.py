@@ -16,6 +16,7 @@ from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
+from roma_ray.engine.schedules import Moment
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
@@ -196,14 +197,14 @@ class Objective:
             routing_NPLE[micro.rows] = routing_1PLE[0].unflatten(0, (len(micro.rows), -1)).float().cpu()
         return position_targets(data.neighborhoods, routing_NPLE, places_NP >= 0)
 
-    def gradients(self, micro: Micro, strength: float) -> Tensor:
+    def gradients(self, micro: Micro, now: Moment) -> Tensor:
         """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
         task, penalty, entropy = self.losses(micro)
         # Adding an unused term would still be exact, but a run without one must be readable as such.
-        loss = task if strength == 0 else task + strength * penalty
+        loss = now.task * task if now.strength == 0 else now.task * task + now.strength * penalty
         if not self.with_task:
             # Its gradient is rounding noise, which Adam would make steps of.
-            loss = strength * penalty
+            loss = now.strength * penalty
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is not finite (task {task.item()}, regularizer {penalty.item()}). Lower finetune.learning_rate or "

@@ -24,6 +24,7 @@ from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoint
 from roma_ray.engine.objective import Objective, TrainingData
+from roma_ray.engine.schedules import moment
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.slices import Slice
@@ -136,14 +137,12 @@ def _finetune(
         planned = [chunks(rows, config.micro_batch_size) for rows in batches]
         feed = objective.feed([part for micro in planned for part in micro[world.rank :: world.size]])
         for rows, micro in zip(batches, planned, strict=True):
-            # lambda(t) and the learning rate rise over a fraction of the steps that the run really has.
-            rate = config.learning_rate * _warmup(state.step, total, config.warmup_fraction)
-            strength = state.probe["weight"] * _warmup(state.step, total, config.regularizer.warmup_fraction)
-            mine = [objective.gradients(next(feed), strength) for _ in micro[world.rank :: world.size]]
+            now = moment(config, state.probe["weight"], state.step, total)
+            mine = [objective.gradients(next(feed), now) for _ in micro[world.rank :: world.size]]
             facts = _apply(gates, _add(world.gather(mine, len(micro))) / len(rows), config.clip_norm)
-            optimizer.param_groups[0]["lr"] = rate
+            optimizer.param_groups[0]["lr"] = now.rate
             optimizer.step()
-            state.record(facts, strength, rate, len(rows))
+            state.record(facts, now.strength, now.rate, len(rows))
             if state.step % config.checkpoint_steps == 0 and state.step % per_epoch:
                 save(state)
             questions += len(rows)
@@ -162,11 +161,6 @@ def _finetune(
 
 def _final(probe: dict[str, float]) -> dict[str, float]:
     return {f"final_{key}": value for key, value in probe.items() if key != "weight"}
-
-
-def _warmup(step: int, total: int, fraction: float) -> float:
-    """Linear from 0 over a fraction of the run's real steps, then 1."""
-    return min(1.0, (step + 1) / max(1, round(fraction * total)))
 
 
 def _add(parts: Sequence[Tensor]) -> Tensor:

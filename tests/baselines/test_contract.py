@@ -98,6 +98,7 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
     training = {name for name, method in METHODS.items() if method.trains}
     c3po = {"c3po", "c3po_kernel", "c3po_mode"}
     oracles = {"oracle", "oracle_control", "oracle_tuning"}
+    gates = {"router_tuning", "roma", "oracle_tuning", "dense_backprop"}
     cases = {
         "baselines.learning_rates=[0.5]": training,
         "finetune.epochs=7": training,
@@ -114,6 +115,10 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
         "finetune.regularizer.weight=7": {"roma", "oracle_tuning"},
         "finetune.clip_norm=7": training,
         "finetune.regularizer.warmup_fraction=0.7": {"roma", "oracle_tuning"},
+        "finetune.regularizer.anneal=linear": {"roma", "oracle_tuning"},
+        "finetune.warmup_steps=7": training,
+        "finetune.anneal=cosine": training,
+        "finetune.task_schedule.warmup_fraction=0.7": gates,
         # Oracle tuning keeps the distance of its title, to targets that are no routing of the model's.
         "finetune.regularizer.distance=kl": {"roma"},
         "finetune.regularizer.positions=sum": {"roma"},
@@ -122,6 +127,7 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
         # Without effect: a fixed lambda, answers by continuations, a grid of rates.
         "finetune.regularizer.gradient_ratio=7": set(),
         "finetune.task_loss=vocabulary": set(),
+        "finetune.anneal_floor=0.7": set(),
         "finetune.learning_rate=7": set(),
         "baselines.seeds=7": set(),
     }

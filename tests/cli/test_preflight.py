@@ -253,6 +253,10 @@ def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
             "finetune.regularizer.gradient_ratio does nothing here: ",
         ),
         (["finetune.regularizer={kind: none, weight: 2}"], "finetune.regularizer.weight does nothing here: "),
+        (
+            ["finetune.task_schedule.anneal_floor=0.5"],
+            "finetune.task_schedule.anneal_floor does nothing here: finetune.task",
+        ),
         # What only the identities knew before.
         (
             ["neighbors.sigma=0.7", "neighbors.similarity=cosine"],

@@ -46,9 +46,18 @@ WITHOUT_EFFECT = [
     ([], "questions.test_fraction=0.5"),
     ([CLOZE], "finetune.task_loss=vocabulary"),
     ([], "finetune.regularizer.gradient_ratio=0.7"),
-    (["finetune.regularizer.weight=0"], "finetune.regularizer.warmup_fraction=0.7"),
+    *(
+        (["finetune.regularizer.weight=0"], f"finetune.regularizer.{setting}")
+        for setting in ("warmup_fraction=0.7", "warmup_steps=7", "anneal=linear")
+    ),
     (["finetune.regularizer.kind=none"], "finetune.regularizer.weight=7"),
     (["finetune.regularizer.kind=none"], "finetune.regularizer.warmup_fraction=0.7"),
+    (["finetune.regularizer.kind=none"], "finetune.regularizer.anneal=linear"),
+    *(([], f"finetune.{section}anneal_floor=0.5") for section in ("", "regularizer.", "task_schedule.")),
+    *(
+        ([f"finetune.{section}warmup_steps=7"], f"finetune.{section}warmup_fraction=0.7")
+        for section in ("", "regularizer.", "task_schedule.")
+    ),
     (["finetune.regularizer.kind=none"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.refresh=true"),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.distance=kl"),
@@ -96,7 +105,15 @@ WITH_EFFECT = [
     ([], "questions.seed=3", QUESTIONS),
     ([], "finetune.task_loss=vocabulary", TUNED),
     (["finetune.regularizer.weight=auto"], "finetune.regularizer.gradient_ratio=0.7", TUNED),
-    ([], "finetune.regularizer.warmup_fraction=0.7", TUNED),
+    *(
+        (context, f"finetune.{section}{setting}", TUNED)
+        for section in ("", "regularizer.", "task_schedule.")
+        for context, setting in [
+            *(([], setting) for setting in ("warmup_fraction=0.7", "warmup_steps=7", "anneal=cosine")),
+            ([f"finetune.{section}anneal=cosine"], "anneal_floor=0.5"),
+            ([f"finetune.{section}anneal=cosine"], "anneal=linear"),
+        ]
+    ),
     (["finetune.regularizer.kind=l2"], "finetune.regularizer.weight=7", TUNED),
     ([], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.regularizer.distance=kl", TUNED),
@@ -110,7 +127,6 @@ WITH_EFFECT = [
     # Its own term still reads them, in the curves.
     (["finetune.regularizer.weight=0"], "finetune.regularizer.refresh=true", TUNED),
     ([], "finetune.select=best_validation", TUNED),
-    ([], "finetune.warmup_fraction=0.7", TUNED),
 ]
 
 
@@ -245,6 +261,8 @@ def test_what_is_not_drawn_depends_on_no_fraction_and_no_seed(
         (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
         (["finetune.regularizer.kind=l2", "finetune.regularizer.weight=1e-4"], "finetune.regularizer.refresh=true"),
         (["finetune.regularizer.weight=0"], "finetune.regularizer.warmup_fraction=0.7"),
+        (["finetune.warmup_steps=2"], "finetune.warmup_fraction=0.7"),
+        (["finetune.task_schedule.warmup_steps=2"], "finetune.task_schedule.anneal_floor=0.5"),
         (["finetune.regularizer.kind=none"], "finetune.regularizer.weight=7"),
     ],
     ids=str,

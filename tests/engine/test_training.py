@@ -12,11 +12,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig, TaskScheduleConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.cache import FrozenLayers
 from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective, TrainingData
+from roma_ray.engine.schedules import Moment
 from roma_ray.engine.training import Outcome, finetune
 from roma_ray.errors import CheckpointError, TrainingError
 from roma_ray.moe.layers import token_positions
@@ -431,6 +432,44 @@ def test_schedules_reach_their_targets_within_the_run(letter_run: Run) -> None:
     assert rates[0] == pytest.approx(job.settings.learning_rate / round(0.5 * len(rates)))
     assert rates[-1] == pytest.approx(job.settings.learning_rate)
     assert outcome.step_table[-1, 2] == pytest.approx(outcome.probe["weight"])
+
+
+def test_a_warm_up_in_steps_is_that_of_the_fraction_to_the_bit(letter_run: Run) -> None:
+    usual = train(train_job(letter_run, warmup_fraction=0.5))
+    steps = len(usual.step_table)
+    told = train(train_job(letter_run, warmup_fraction=0.1, warmup_steps=round(0.5 * steps)))
+    assert_same(usual, told)
+    # Neither a floor that nothing falls to nor a task loss that is whole from the first step changes a bit.
+    floor = TaskScheduleConfig(warmup_steps=1, anneal_floor=0.5)
+    assert_same(usual, train(train_job(letter_run, warmup_fraction=0.5, anneal_floor=0.5, task_schedule=floor)))
+
+
+def test_what_anneals_ends_at_its_floor(letter_run: Run) -> None:
+    term = RegularizerConfig(weight=2.0, anneal="cosine", anneal_floor=0.25)
+    outcome = train(train_job(letter_run, anneal="linear", anneal_floor=0.1, regularizer=term))
+    assert outcome.step_table[-1, 2].item() == pytest.approx(0.5)
+    assert outcome.step_table[-1, 3].item() == pytest.approx(0.1 * 0.01)
+    assert outcome.epochs[-1]["lambda"] == outcome.step_table[-1, 2]
+
+
+def test_the_step_s_gradient_is_the_weighed_sum_of_both_terms(letter_run: Run) -> None:
+    objective, masters, _, data = gradients_of(letter_run, "manifold")
+    micro = objective.prepare(data.train[:4])
+    task, penalty, _ = objective.losses(micro)
+    parts = [torch.autograd.grad(term, masters.parameters(), retain_graph=True) for term in (task, penalty)]
+    found = objective.gradients(micro, Moment(rate=1.0, strength=3.0, task=0.25))
+    expected = torch.cat([(0.25 * a + 3.0 * b).reshape(-1) for a, b in zip(*parts, strict=True)])
+    torch.testing.assert_close(found[: len(expected)], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_with_a_warm_up_of_the_task_loss_the_manifold_comes_first(letter_run: Run) -> None:
+    term = RegularizerConfig(weight=1.0, warmup_fraction=0.0)
+    together, later = (
+        train(train_job(letter_run, epochs=1, regularizer=term, task_schedule=TaskScheduleConfig(warmup_fraction=f)))
+        for f in (0.0, 1.0)
+    )
+    assert later.epochs[-1]["manifold_loss"] < together.epochs[-1]["manifold_loss"]
+    assert later.epochs[-1]["task_loss"] > together.epochs[-1]["task_loss"]
 
 
 def test_best_validation_exports_its_epoch(letter_run: Run) -> None:

@@ -16,6 +16,7 @@ from roma_ray.config.finetune_settings import RegularizerConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.objective import Objective, is_idle, is_noise, noise_level
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.schedules import Moment
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.training import finetune
 from roma_ray.errors import TrainingError
@@ -94,7 +95,7 @@ def test_the_manifold_term_alone_moves_them(job: TrainJob) -> None:
     micro = next(objective.feed([objective.data.train[:4]]))
     _, penalty, _ = objective.losses(micro)
     alone = torch.cat([g.reshape(-1) for g in torch.autograd.grad(0.8 * penalty, masters.parameters())])
-    assert torch.equal(objective.gradients(micro, 0.8)[: len(alone)], alone)
+    assert torch.equal(objective.gradients(micro, Moment(rate=1e-3, strength=0.8))[: len(alone)], alone)
     moved = masters.state()
     assert all(not torch.equal(gates[name], moved[name]) for name in moved)
 
