@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from roma_ray.baselines.bench import Bench
-from roma_ray.baselines.contract import Fitted, Method
-from roma_ray.baselines.head_passes import HeadRun, as_lists, loss_kind, task_loss
+from roma_ray.baselines.contract import NOTHING, Fitted, Method
+from roma_ray.baselines.head_passes import LEAST, HeadRun, as_lists, check_reach, loss_kind, task_loss
 from roma_ray.config.baseline_settings import C3poConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.manifold.neighbors import Neighborhoods
-
-_LEAST = 1e-6
 
 
 class C3po(Method):
@@ -40,6 +38,11 @@ class C3po(Method):
         """The surrogate's settings, the kernel's width and the loss."""
         settings = config.baselines.c3po.model_dump(mode="json", include=set(self.reads))
         return {"c3po": settings, "sigma": config.neighbors.sigma, "task_loss": loss_kind(config)}
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """Look whether there is a gradient to follow. Raises UnmovedError."""
+        check_reach(bench, self.name)
+        return NOTHING
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The answers under the re-mixed routing; a question without neighbors keeps its own."""
@@ -57,7 +60,7 @@ class C3po(Method):
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The new routing [Q, L, E] of the batch's questions."""
         settings = near.bench.config.c3po
-        start_QLE = own_QLE.clamp_min(_LEAST).log()
+        start_QLE = own_QLE.clamp_min(LEAST).log()
         z_QLE = start_QLE.clone().requires_grad_()
         adam = torch.optim.Adam([z_QLE], lr=settings.step_size)
         for _ in range(settings.steps):
@@ -73,6 +76,10 @@ class C3poKernel(C3po):
     name = "c3po_kernel"
     title = "test-time re-mixing towards the neighbors' mean routing (kernel regression)"
     reads = frozenset({"neighbors", "core_fraction", "alphas"})
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """It tries mixtures, and follows no gradient."""
+        return NOTHING
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The best of alpha ω + (1 - alpha) ω̂ under the neighbors' kernel-weighted loss, for each question.
@@ -189,7 +196,7 @@ def mean_shift(own_QLE: Tensor, references_SLE: Tensor, core_QLE: Tensor, settin
     count = min(settings.neighbors, len(flat_SF))
     for _ in range(settings.steps):
         near_Qk, index_Qk = torch.cdist(routing_QLE.flatten(1), flat_SF).topk(count, dim=1, largest=False)
-        width_Q1 = near_Qk[:, -1:].clamp_min(_LEAST)
+        width_Q1 = near_Qk[:, -1:].clamp_min(LEAST)
         weights_Qk = torch.softmax(-0.5 * (near_Qk / width_Q1).square(), dim=1)
         mean_QLE = (weights_Qk[:, :, None, None] * references_SLE[index_Qk]).sum(1)
         routing_QLE = mixed(routing_QLE, mean_QLE, settings.mode_alpha, core_QLE)

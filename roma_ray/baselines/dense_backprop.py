@@ -47,6 +47,8 @@ class DefaultVectors:
         # Nemotron's experts work in a narrower space than its layers.
         width = getattr(config, "moe_latent_size", None) or config.hidden_size
         self.vectors_ED = {r.layer: torch.zeros(r.num_experts, width, device=device) for r in routers}
+        self.weights_TE: dict[int, Tensor] | None = None
+        """Where `read_weights` wants them, with their graph."""
 
     def state(self) -> dict[str, Tensor]:
         """The vectors on the CPU, fp32, by `default.{layer}`."""
@@ -65,6 +67,18 @@ class DefaultVectors:
             for router in self.routers:
                 stack.enter_context(self._around(router, rule))
             yield
+
+    @contextmanager
+    def read_weights(self, _routers: Sequence[Router]) -> Iterator[dict[int, Tensor]]:
+        """Inside the block a forward pass leaves the weights [T, E] of all experts here, by layer: the default vectors' too.
+
+        They depend on a router's logits also where it scales its one expert's weight to 1.
+        """
+        self.weights_TE = {}
+        try:
+            yield self.weights_TE
+        finally:
+            self.weights_TE = None
 
     @contextmanager
     def _around(self, router: Router, rule: Family) -> Iterator[None]:
@@ -102,6 +116,8 @@ class DefaultVectors:
             self._move(vectors_ED, given_TKD.detach().flatten(0, 1).float(), index_TK.reshape(-1))
         scale_T1 = weights_TK.float().sum(1, keepdim=True) / routing_TE.gather(1, index_TK).sum(1, keepdim=True)
         inactive_TE = scale_T1 * routing_TE.scatter(1, index_TK, 0.0)
+        if self.weights_TE is not None:
+            self.weights_TE[layer] = inactive_TE.scatter(1, index_TK, weights_TK.float())
         active_TD = (weights_TK[:, :, None].to(given_TKD.dtype) * given_TKD).sum(1)
         # A copy: the next pass moves the vectors in place, the backward pass of this one still needs them.
         return active_TD + (inactive_TE @ vectors_ED.clone()).to(active_TD.dtype)
@@ -139,7 +155,7 @@ class DenseBackprop(RouterMethod):
         """Finetune with default vectors, which are kept."""
         vectors = self._vectors(bench)
         with vectors.installed():
-            fitted = super().fit(bench, prepared, learning_rate, seed)
+            fitted = self.train(bench, prepared, learning_rate, seed, vectors.read_weights)
         return Fitted({**fitted.tensors, **vectors.state()}, fitted.trained_parameters, fitted.facts)
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:

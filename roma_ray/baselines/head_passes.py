@@ -15,10 +15,16 @@ from roma_ray.baselines.bench import Bench
 from roma_ray.config.schema import Config
 from roma_ray.engine.forward import Layout, lay_out
 from roma_ray.engine.identity import is_cloze
+from roma_ray.errors import UnmovedError
 from roma_ray.moe.overriding import override_routing
 from roma_ray.moe.passes import run_packed
+from roma_ray.moe.reach import UNREACHED, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
 from roma_ray.questions.prompts import Prompt
+
+LEAST = 1e-6
+"""In place of 0, whose logarithm has no gradient to move along."""
+_LOOKED_AT = 32
 
 
 class HeadRun:
@@ -55,9 +61,31 @@ class HeadRun:
             self._run()
         return tape.routing_BPLE[0]
 
+    def reach(self) -> float:
+        """The least reach of a loss on log r at the last prompt token, over the tuned layers (see `moe/reach.py`)."""
+        z_QLE = self.own_routing().clamp_min(LEAST).log().requires_grad_()
+        routing_QLE = z_QLE.softmax(-1)
+        with read_weights(self.routers) as weights:
+            self.likelihoods(routing_QLE)
+        return min(
+            reach_of(weights[router.layer].flatten(0, -2), routing_QLE[:, n], [z_QLE])
+            for n, router in enumerate(self.routers)
+        )
+
     def _run(self) -> Tensor:
         out = run_packed(self.head, self.layout.packing, self.states_TD, resume=True, keep=self.keep)
         return out.states
+
+
+def check_reach(bench: Bench, name: str) -> None:
+    """Refuse a method that would follow rounding noise. Raises UnmovedError."""
+    reach = HeadRun(bench, bench.batches(bench.rows["train"][:_LOOKED_AT])[0]).reach()
+    if reach < UNREACHED:
+        raise UnmovedError(
+            f"{name} moves routing weights along the gradient of the task loss, and the weights that these routers give their "
+            f"experts do not depend on them (d(weights)/d(r) is {reach:.1g}), as where one expert is taken and its weight scaled "
+            "to 1. It would follow rounding noise: leave it out of --methods"
+        )
 
 
 class ChoiceReading:

@@ -17,14 +17,11 @@ import torch
 from torch import Tensor
 
 from roma_ray.baselines.bench import HIDDEN, Bench
-from roma_ray.baselines.contract import Fitted, Method
-from roma_ray.baselines.head_passes import HeadRun, as_lists, loss_kind, task_loss
+from roma_ray.baselines.contract import NOTHING, Fitted, Method
+from roma_ray.baselines.head_passes import LEAST, HeadRun, as_lists, check_reach, loss_kind, task_loss
 from roma_ray.config.baseline_settings import OracleConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
-
-# log 0 has no gradient to move along.
-_LEAST = 1e-6
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ def optimise(bench: Bench, rows: Sequence[int], aims: Sequence[int], settings: O
 
 def _descend(run: HeadRun, losses: Callable[[Tensor], tuple[Tensor, Tensor]], steps: int, step_size: float) -> Optimum:
     """The best of `steps` + 1 iterates for each question."""
-    start_QLE = run.own_routing().clamp_min(_LEAST)
+    start_QLE = run.own_routing().clamp_min(LEAST)
     z_QLE = start_QLE.log().requires_grad_()
     adam = torch.optim.Adam([z_QLE], lr=step_size)
     best_Q = first_Q = torch.full((len(z_QLE),), torch.inf, device=z_QLE.device)
@@ -105,6 +102,11 @@ class Oracle(Method):
     def configure(self, config: Config) -> dict[str, Any]:
         """Steps and step size."""
         return {"oracle": config.baselines.oracle.model_dump(), "task_loss": loss_kind(config)}
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """Look whether there is a gradient to follow. Raises UnmovedError."""
+        check_reach(bench, self.name)
+        return NOTHING
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """Towards the right choice."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.baselines.bench import Bench, training_mask
+from roma_ray.baselines.head_passes import check_reach
 from roma_ray.baselines.oracle import optimise
 from roma_ray.baselines.router_tuning import RouterMethod
 from roma_ray.config.schema import Config
@@ -35,7 +36,8 @@ class OracleTuning(RouterMethod):
         return {**super().configure(config), "oracle": config.baselines.oracle.model_dump()}
 
     def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
-        """r* [N, L, E] of the training questions, zero elsewhere (eq. 1)."""
+        """r* [N, L, E] of the training questions, zero elsewhere (eq. 1). Raises UnmovedError."""
+        check_reach(bench, self.name)
         routing_NLE = torch.zeros_like(bench.data.routing_NLE)
         for batch in bench.batches(bench.rows["train"]):
             aims = [bench.data.prompts[row].answer for row in batch]

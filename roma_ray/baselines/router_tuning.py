@@ -14,6 +14,7 @@ from roma_ray.engine.answers import Answers
 from roma_ray.engine.identity import finetune_settings, is_cloze
 from roma_ray.engine.objective import TrainingData
 from roma_ray.engine.training import finetune
+from roma_ray.moe.reach import WeightsReader, read_weights
 
 
 class RouterMethod(Method):
@@ -37,6 +38,12 @@ class RouterMethod(Method):
 
     def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
         """Finetune the gates of the tuned layers (eq. 8-10)."""
+        return self.train(bench, prepared, learning_rate, seed, read_weights)
+
+    def train(
+        self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int, weights: WeightsReader
+    ) -> Fitted:
+        """As `fit`, with what reads the experts' weights. Raises UnmovedError where nothing but noise would move a gate."""
         outcome = finetune(
             bench.head,
             self.data(bench, prepared),
@@ -44,6 +51,7 @@ class RouterMethod(Method):
             layers=bench.setup.layers,
             seed=seed,
             advance=bench.advance,
+            weights=weights,
         )
         facts = {"epochs": outcome.epochs, "probe": outcome.probe}
         return Fitted(outcome.gates, sum(gate.numel() for gate in outcome.gates.values()), facts)

@@ -26,7 +26,7 @@ from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, yardstick
 from roma_ray.moe.layers import aligned_positions
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
-from roma_ray.moe.reach import UNREACHED, is_unreached, reach_of, read_weights
+from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -106,8 +106,16 @@ class Micro:
 class Objective:
     """The objective of eq. 9 on some rows, as sums over questions."""
 
-    def __init__(self, config: FinetuneConfig, head: Slice, data: TrainingData, masters: RouterMasters) -> None:
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        head: Slice,
+        data: TrainingData,
+        masters: RouterMasters,
+        weights: WeightsReader = read_weights,
+    ) -> None:
         self.config, self.head, self.data, self.masters = config, head, data, masters
+        self.read_weights = weights
         self.device = str(next(head.model.parameters()).device)
         self.columns = [n for n, router in enumerate(head.routers) if router.layer in masters.layers]
         term = config.regularizer
@@ -294,7 +302,10 @@ class Objective:
         micro = next(self.feed([list(rows)]))
         reading = micro.reading
         routers = [self.head.routers[n] for n in self.columns]
-        with read_routing(self.head.model, routers, reading.flat_positions) as tape, read_weights(routers) as weights:
+        with (
+            read_routing(self.head.model, routers, reading.flat_positions) as tape,
+            self.read_weights(routers) as weights,
+        ):
             run_packed(self.head, reading.layout.packing, micro.states_TD, resume=True, keep=reading.keep)
         rows_PLE, gates = tape.routing_BPLE[0], self.masters.parameters_by_layer
         return min(

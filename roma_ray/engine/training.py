@@ -27,6 +27,7 @@ from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import moment
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
+from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.slices import Slice
 from roma_ray.store.files import exists
 
@@ -86,14 +87,16 @@ def finetune(
     checkpoint: Path | None = None,
     report: Callable[[dict[str, Any]], None] = lambda epoch: None,
     advance: Callable[[int, str], None] = lambda count, note: None,
+    weights: WeightsReader = read_weights,
 ) -> Outcome:
     """Finetune the gates of `layers`; resumes from `checkpoint` where it exists. Raises TrainingError, CacheError.
 
-    The head is left as it was, so that one that is loaded serves any number of runs.
+    The head is left as it was, so that one that is loaded serves any number of runs. `weights` reads what the experts are
+    weighed by, where that is not what the routers give.
     """
     masters = RouterMasters(head, layers)
     try:
-        return _finetune(head, masters, data, config, seed, world, checkpoint, report, advance)
+        return _finetune(head, masters, data, config, seed, world, checkpoint, report, advance, weights)
     finally:
         masters.detach()
 
@@ -108,11 +111,12 @@ def _finetune(
     checkpoint: Path | None,
     report: Callable[[dict[str, Any]], None],
     advance: Callable[[int, str], None],
+    weights: WeightsReader,
 ) -> Outcome:
     gates = masters.parameters()
     pretrained, frozen = masters.state(), frozen_digest(head.model)
     optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
-    objective = Objective(config, head, data, masters)
+    objective = Objective(config, head, data, masters, weights)
     probe_rows = epoch_order(data.train, seed, 0)[:PROBE_QUESTIONS]
     if checkpoint and exists(checkpoint):
         state = load_checkpoint(checkpoint, masters, optimizer)

@@ -9,8 +9,8 @@ Shapes: T flat tokens, K chosen experts, E experts, P positions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ from roma_ray.moe.routers import Router
 # Reached gates have ratios near 1, unreached ones below 1e-6 in fp32 and 1e-3 in bf16.
 UNREACHED = 1e-2
 _SEED = 20_252
+
+WeightsReader = Callable[[Sequence[Router]], AbstractContextManager[Mapping[int, Tensor]]]
+"""Shaped as `read_weights`: what a router's experts are weighed by in the passes inside the block."""
 
 
 def is_unreached(probe: Mapping[str, float]) -> bool:
