@@ -22,13 +22,19 @@ def main() -> None:
         "--seed", type=int, default=Recipe.seed, help="of people, facts, texts and weights (default: %(default)s)"
     )
     parser.add_argument(
-        "--top-k", type=int, choices=(1, 2), default=Recipe.top_k, help="experts of a token (default: %(default)s)"
+        "--top-k", type=int, choices=(1, 2, 4), default=Recipe.top_k, help="experts of a token (default: %(default)s)"
     )
     parser.add_argument(
-        "--weights-of", type=Path, help="folder of the same seed with another --top-k, whose weights serve"
+        "--gate-norm", type=float, default=Recipe.gate_norm, help="length of each gate's row (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--weights-of",
+        type=Path,
+        help="folder of the same seed with another --top-k or --gate-norm, whose weights serve",
     )
     arguments = parser.parse_args()
-    print(build(arguments.out, Recipe(seed=arguments.seed, top_k=arguments.top_k), arguments.weights_of))
+    recipe = Recipe(seed=arguments.seed, top_k=arguments.top_k, gate_norm=arguments.gate_norm)
+    print(build(arguments.out, recipe, arguments.weights_of))
 
 
 if __name__ == "__main__":

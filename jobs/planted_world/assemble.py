@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3MoeForCausalLM
 
+from roma_ray.moe.routers import find_routers
+
 from .branches import cache_states, ffns, train_expert
 from .corpus import Corpus, Item
 from .dense import train_dense
@@ -75,8 +77,8 @@ def question_files(items: Sequence[Item]) -> dict[str, str]:
 def build(out: Path, recipe: Recipe, weights_of: Path | None = None) -> str:
     """Make the model, its tokenizer, the questions, `room.json`, `recipe.json` and the README in `out`; returns the README.
 
-    With `weights_of`, the folder of a world that differs in `top_k` alone, its weights serve and nothing is trained.
-    Raises ValueError where that folder's recipe differs in more.
+    With `weights_of`, the folder of a world that differs in `top_k` and `gate_norm` alone, its weights serve, the gates scaled, and
+    nothing is trained. Raises ValueError where that folder's recipe differs in more.
     """
     begun = time.monotonic()
     torch.set_num_threads(1)
@@ -85,8 +87,10 @@ def build(out: Path, recipe: Recipe, weights_of: Path | None = None) -> str:
     if weights_of is None:
         model = make_model(recipe, corpus, tokenizer)
     else:
-        _check_recipe(weights_of, recipe)
+        made = _recipe_of(weights_of, recipe)
         model = AutoModelForCausalLM.from_pretrained(weights_of / "model", num_experts_per_tok=recipe.top_k)
+        for router in find_routers(model):
+            router.gate.weight.data.mul_(recipe.gate_norm / made.gate_norm)
     tokenizer.save_pretrained(str(out / "model"))
     model.to(torch.bfloat16).save_pretrained(str(out / "model"))
     (out / "questions").mkdir(parents=True, exist_ok=True)
@@ -107,10 +111,11 @@ def build(out: Path, recipe: Recipe, weights_of: Path | None = None) -> str:
     return page
 
 
-def _check_recipe(folder: Path, recipe: Recipe) -> None:
+def _recipe_of(folder: Path, recipe: Recipe) -> Recipe:
     made = Recipe(**json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
-    if replace(made, top_k=recipe.top_k) != recipe:
+    if replace(made, top_k=recipe.top_k, gate_norm=recipe.gate_norm) != recipe:
         raise ValueError(f"{folder} holds another world than seed {recipe.seed}'s of today's recipe: make it anew")
+    return made
 
 
 def readme(
@@ -129,11 +134,12 @@ def readme(
         ]
         rows.append(f"| {name} | {' | '.join(cells)} |")
     table = "\n".join(rows)
+    length = "" if recipe.gate_norm == Recipe.gate_norm else f" --gate-norm {recipe.gate_norm:g}"
     return f"""# A merged model with room for routing
 
 Made by one script from one seed; this project's own work (Apache-2.0):
 
-    python jobs/make_planted_world.py --out FOLDER --seed {recipe.seed} --top-k {recipe.top_k}
+    python jobs/make_planted_world.py --out FOLDER --seed {recipe.seed} --top-k {recipe.top_k}{length}
 
 **Model** (`model/`): a stock `Qwen3MoeForCausalLM`, {parameters:,} parameters in bf16 ({size / 1e6:.1f} MB): {recipe.dense}
 dense layers, then {recipe.sparse} of {len(TASKS) + 1} experts with {recipe.top_k} active. It knows nothing but

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -173,16 +174,18 @@ def test_a_seed_gives_the_same_bits(built: tuple[Path, Path]) -> None:
     assert all((first / name).read_bytes() == (second / name).read_bytes() for name in names)
 
 
-def test_the_weights_of_another_top_k_are_its_own(built: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("changes", [{"top_k": 1}, {"gate_norm": 4.0}], ids=["top-k", "gates"])
+def test_the_weights_of_another_top_k_or_length_of_gates_serve(
+    built: tuple[Path, Path], tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """Trained anew or taken over: the same files."""
-    single = replace(QUICK, top_k=1)
+    single = replace(QUICK, **changes)
     assemble.build(tmp_path / "taken", single, built[0])
     assemble.build(tmp_path / "trained", single)
     for name in ("model/model.safetensors", "model/config.json", "room.json", "README.md"):
         assert (tmp_path / "taken" / name).read_bytes() == (tmp_path / "trained" / name).read_bytes()
-    assert (tmp_path / "taken/model/model.safetensors").read_bytes() == (
-        built[0] / "model/model.safetensors"
-    ).read_bytes()
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (tmp_path / "taken", built[0])]
+    assert (weights[0] == weights[1]) == ("gate_norm" not in changes)
     with pytest.raises(ValueError, match="another world"):
         assemble.build(tmp_path / "refused", replace(single, seed=1), built[0])
 
