@@ -228,7 +228,11 @@ def cost(plan: Plan, known: Counts) -> WorkLeft:
 def _passes(planned: Planned, known: Counts) -> float:
     """One trial: training steps, a validation each epoch, and the tuned answers to the test questions, all on the head alone."""
     questions = planned.setup.config.questions
-    held_out = {"validation": questions.validation_fraction, "test": questions.test_fraction}
+    parts = questions.splits
+    held_out = {
+        "validation": questions.validation_fraction if parts is None else parts.validation,
+        "test": questions.test_fraction if parts is None else parts.test,
+    }
     if sources := known[planned.stages["questions"].fingerprint]:
         total = sum(c.train + c.validation + c.test for c in sources)
         held_out = {name: sum(getattr(c, name) for c in sources) / total for name in held_out}

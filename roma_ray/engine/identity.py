@@ -14,6 +14,7 @@ from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
 
 # Settings of the regularizer that came after storages were filled: their defaults stand in no identity.
 _YOUNGER = ("distance", "positions", "prior", "entropy_sign", "entropy_target")
+_YOUNGER_QUESTIONS = ("splits",)
 
 
 def is_cloze(config: Config) -> bool:
@@ -66,9 +67,10 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
 
     Whether the task loss alone is judged beside it decides nothing of the run itself.
     """
-    tuned, judged = data["finetune"], data["evaluation"]
+    asked, tuned, judged = data["questions"], data["finetune"], data["evaluation"]
     return {
         **data,
+        "questions": {k: v for k, v in asked.items() if v or k not in _YOUNGER_QUESTIONS},
         "finetune": {**tuned, "regularizer": _aged(tuned["regularizer"])},
         "evaluation": {name: value for name, value in judged.items() if name != "task_loss_alone"},
     }
@@ -83,6 +85,7 @@ def idle_settings(config: Config) -> dict[str, str]:
     """The settings that another one turns off, by full name, and which one does."""
     prompt, tuned = config.questions.prompt, config.finetune
     sections = {
+        "questions": _idle_questions(config),
         "questions.prompt": _idle_prompt(prompt),
         "extraction": {} if config.extraction.cache else {"activation_dtype": "extraction.cache is false"},
         "neighbors": _idle_neighbors(config.neighbors),
@@ -90,6 +93,11 @@ def idle_settings(config: Config) -> dict[str, str]:
         "finetune.regularizer": _idle_regularizer(tuned.regularizer, tuned.epochs),
     }
     return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
+
+
+def _idle_questions(config: Config) -> dict[str, str]:
+    divided = config.questions.splits is not None
+    return dict.fromkeys(("validation_fraction", "test_fraction"), "questions.splits is set") if divided else {}
 
 
 def _idle_prompt(prompt: PromptConfig) -> dict[str, str]:

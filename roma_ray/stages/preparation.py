@@ -27,7 +27,7 @@ from roma_ray.questions.counts import SourceCount, count_sources, describe_sourc
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
 from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
-from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
+from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts, split_by_task
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, fingerprint, read_manifest
 from roma_ray.store.files import listed
 
@@ -43,13 +43,15 @@ def questions_settings(setup: Setup) -> dict[str, Any]:
     chosen = setup.config.questions
     sources = _sources(chosen.sources)
     drawn = drawn_from(setup.store, chosen.sources, sources)
+    by_fraction = chosen.splits is None
     return {
         "sources": sources,
         "prompt": prompt_settings(chosen.prompt),
-        "validation_fraction": chosen.validation_fraction if drawn.validation else None,
-        "test_fraction": chosen.test_fraction if drawn.test else None,
+        "validation_fraction": chosen.validation_fraction if by_fraction and drawn.validation else None,
+        "test_fraction": chosen.test_fraction if by_fraction and drawn.test else None,
+        **({} if chosen.splits is None else {"splits": chosen.splits.model_dump()}),
         "seed": data_seed(setup.config)
-        if drawn.test or drawn.validation or any(source.dataset for source in chosen.sources)
+        if not by_fraction or drawn.test or drawn.validation or any(source.dataset for source in chosen.sources)
         else None,
         "tokenizer": setup.model_identity,
     }
@@ -119,8 +121,11 @@ def split_questions(
     config: QuestionsConfig, read: Sequence[tuple[str, Sequence[Question]]], seed: int
 ) -> list[Question]:
     """All sources' questions in their order, each with its part. Raises QuestionError, ConfigError."""
+    asked = [question for _, questions in read for question in questions]
+    if config.splits is not None:
+        return split_by_task(asked, config.splits.model_dump(), seed=seed)
     return assign_splits(
-        [question for _, questions in read for question in questions],
+        asked,
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         seed=seed,
@@ -171,7 +176,7 @@ def _check_splits(prompts: Sequence[Prompt]) -> None:
     if missing:
         raise QuestionError(
             f"no usable {' and no '.join(missing)} questions among {len(prompts)}: give more rows, or change "
-            "questions.validation_fraction or questions.test_fraction"
+            "questions.validation_fraction or questions.test_fraction (or questions.splits, where that is set)"
         )
 
 
