@@ -112,6 +112,8 @@ class QuestionsConfig(Section):
     splits: SplitsConfig | None = None
     """In place of both fractions: each task divided alike, `{train: 0.7, validation: 0.15, test: 0.15}`. What a task's rows
     declare as validation or test stays so; its other rows are divided among the parts left, in this proportion."""
+    held_out_tasks: tuple[TaskName, ...] = ()
+    """Never trained on, never validated on, never neighbors; their test questions are judged apart from the trained tasks'."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)

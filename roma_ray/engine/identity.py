@@ -14,7 +14,7 @@ from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
 
 # Settings of the regularizer that came after storages were filled: their defaults stand in no identity.
 _YOUNGER = ("distance", "positions", "prior", "entropy_sign", "entropy_target")
-_YOUNGER_QUESTIONS = ("splits",)
+_YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
 
 
 def is_cloze(config: Config) -> bool:
@@ -48,6 +48,9 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
     if chosen.method in ("random", "task", "shuffled"):
         settings["seed"] = config.seed
     settings["fraction"] = config.questions.fraction
+    if config.questions.held_out_tasks:
+        # Their questions are no training questions, nor is a validation question of theirs judged by later stages.
+        settings["held_out_tasks"] = sorted(set(config.questions.held_out_tasks))
     if config.questions.fraction < 1:
         settings["fraction_seed"] = data_seed(config)
     return settings
