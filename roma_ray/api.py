@@ -36,10 +36,15 @@ class Finished:
     """The documented summary (`roma_ray/stages/run_summary.py`); empty when the run ended before its evaluation."""
 
     def results(self, split: str = "test") -> pandas.DataFrame:
-        """Paired figures of base and tuned routers, a row a task and `all` for all of them. Raises KeyError."""
+        """Paired figures of base and tuned routers, a row a task and `all` for all of them; with held-out tasks also a row a group.
+
+        Raises KeyError.
+        """
         import pandas
 
-        return pandas.DataFrame.from_dict(self.summary["splits"][split], orient="index")
+        groups = (self.summary["held_out"] or {"groups": {}})["groups"]
+        rows = {**self.summary["splits"][split], **{name: one["accuracy"] for name, one in groups.items()}}
+        return pandas.DataFrame.from_dict(rows, orient="index")
 
     def answers(self) -> pyarrow.Table:
         """Every judged question with its scores and verdicts before and after. Raises ArtifactError, KeyError."""

@@ -20,6 +20,7 @@ from roma_ray.engine.setup import Setup, resolve, resolve_path
 from roma_ray.engine.steps import locate, order
 from roma_ray.errors import ConfigError, ModelError, UnmeasuredError
 from roma_ray.questions.counts import SourceCount, describe_sources
+from roma_ray.questions.held_out import check_names
 from roma_ray.stages.extraction import EXTRACT, known_extractions
 from roma_ray.stages.neighborhoods import NEIGHBORS
 from roma_ray.stages.paired_evaluation import EVALUATE
@@ -215,6 +216,19 @@ def count_questions(plan: Plan) -> Counts:
     }
 
 
+def check_tasks(plan: Plan, known: Counts) -> None:
+    """Every trial's held-out tasks must be among those that its sources have, as far as these are known. Raises ConfigError."""
+    for planned in plan.trials:
+        sources = known[planned.stages["questions"].fingerprint]
+        if sources:
+            try:
+                check_names(
+                    planned.setup.config.questions.held_out_tasks, (task for one in sources for task in one.tasks)
+                )
+            except ConfigError as error:
+                raise ConfigError(f"{planned.trial.name}: {error}") from None
+
+
 def cost(plan: Plan, known: Counts) -> WorkLeft:
     """Estimate what the trials and stages that are not complete will take."""
     unfinished = [each.stages["extract"] for each in plan.trials if not each.complete]
@@ -228,7 +242,11 @@ def cost(plan: Plan, known: Counts) -> WorkLeft:
 def _passes(planned: Planned, known: Counts) -> float:
     """One trial: training steps, a validation each epoch, and the tuned answers to the test questions, all on the head alone."""
     questions = planned.setup.config.questions
-    held_out = {"validation": questions.validation_fraction, "test": questions.test_fraction}
+    parts = questions.splits
+    held_out = {
+        "validation": questions.validation_fraction if parts is None else parts.validation,
+        "test": questions.test_fraction if parts is None else parts.test,
+    }
     if sources := known[planned.stages["questions"].fingerprint]:
         total = sum(c.train + c.validation + c.test for c in sources)
         held_out = {name: sum(getattr(c, name) for c in sources) / total for name in held_out}
@@ -246,11 +264,12 @@ def describe(plan: Plan) -> list[str]:
     seeds = sorted({setup.config.seed for setup in setups})
     merged = len(space.trials) - len(trials)
     searched = f", and {space.file.samples} that optuna chooses" if space.file.search == "optuna" else ""
+    known = count_questions(plan)
+    check_tasks(plan, known)
     lines = [
         f"{space.file.name}: {len(trials)} trials{searched} ({done} complete), seeds {listed(seeds)}"
         + (f"; {merged} more are the same as others on this model" if merged else "")
     ]
-    known = count_questions(plan)
     told = dict.fromkeys(line for sources in known.values() if sources for line in describe_sources(sources))
     return [*lines, f"centre: {centre_text(space)}", *describe_shared(plan), *told, describe_cost(plan, known)]
 

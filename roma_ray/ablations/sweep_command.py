@@ -16,6 +16,7 @@ from roma_ray.ablations.sweep_observers import Board, Lines, LiveTable
 from roma_ray.ablations.sweep_report import PAGE, write_report
 from roma_ray.ablations.sweep_results import read_findings
 from roma_ray.ablations.sweep_tracker import SweepTracker
+from roma_ray.ablations.sweep_transfer import held_out_table
 from roma_ray.ablations.sweep_words import headline, notes
 from roma_ray.cluster.ray_runners import Place, open_place
 from roma_ray.engine import hub
@@ -106,6 +107,8 @@ class SweepFindings:
     measures: Sequence[tuple[str, Table]]
     """Every measure's differences, by what they are differences to."""
     notes: Sequence[str]
+    held_out: Table | None
+    """What settings that hold tasks out give to them; None where none does."""
 
 
 def result(sweep: Sweep) -> SweepFindings | None:
@@ -114,7 +117,8 @@ def result(sweep: Sweep) -> SweepFindings | None:
     if findings is None:
         return None
     measures = list(sweep_tables.measure_tables(sweep, findings))
-    return SweepFindings(headline(findings), sweep_tables.ranking(sweep, findings), measures, notes(sweep, findings))
+    ranking, told = sweep_tables.ranking(sweep, findings), notes(sweep, findings)
+    return SweepFindings(headline(findings), ranking, measures, told, held_out_table(sweep, findings))
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:

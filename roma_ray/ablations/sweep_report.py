@@ -11,6 +11,7 @@ from roma_ray.ablations.plan import describe_shared
 from roma_ray.ablations.space import CENTRE, grid_tag
 from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
 from roma_ray.ablations.sweep_results import Findings, SettingResult, read_findings
+from roma_ray.ablations.sweep_transfer import TRANSFER_LEGEND, held_out_table
 from roma_ray.ablations.sweep_words import headline, notes
 from roma_ray.borders.text import duration_text
 from roma_ray.engine.progress import Progress
@@ -74,6 +75,8 @@ def write_report(sweep: Sweep, progress: Progress) -> Path | None:
             ],
             "measures": list(sweep_tables.measure_tables(sweep, findings)),
             "legend": LEGEND,
+            "held_out": held_out_table(sweep, findings),
+            "held_out_legend": TRANSFER_LEGEND,
             "tasks": list(sweep_tables.task_tables(sweep, findings)),
             "shares": list(sweep_tables.share_tables(sweep, findings)),
             "shifted": sweep_tables.SHIFTED,

@@ -56,6 +56,8 @@ class FinishedTrial:
     """The regularizer's gradient over the task's, at the start; None where none was asked for (none, or λ = 0)."""
     idle: bool
     pin: str
+    held_out: Mapping[str, Any] | None = None
+    """Its figures of trained and held-out tasks (`evaluation/transfer.py`); None where it holds none out."""
 
     @property
     def measure(self) -> str:
@@ -202,6 +204,7 @@ def read_finished(state: State) -> FinishedTrial:
         gradient_ratio=probe["gradient_ratio"] if asked and not is_unreached(probe) else None,
         idle=is_idle(probe, regularizer),
         pin=evaluation["pin"],
+        held_out=evaluation.get("held_out"),
     )
 
 

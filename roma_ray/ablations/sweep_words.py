@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from roma_ray.ablations.sweep import FAILED, STOPPED, Sweep
 from roma_ray.ablations.sweep_results import Findings, SettingResult
 from roma_ray.ablations.sweep_tables import SHIFTED, interval, percent, points
+from roma_ray.ablations.sweep_transfer import held_out_notes
 from roma_ray.evaluation.measures import coincidence
 from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import SIGNIFICANCE, p_value, significant
@@ -68,7 +69,7 @@ def _named(results: Sequence[SettingResult]) -> str:
 
 def notes(sweep: Sweep, findings: Findings) -> list[str]:
     """What a reader must know."""
-    lines = [*_other_measures(findings), *_shifts(findings)]
+    lines = [*held_out_notes(findings), *_other_measures(findings), *_shifts(findings)]
     if findings.first.judged.asked.coincide:
         lines.append(coincidence({"coincide": True}))
     seeds = {len(result.seeds) for result in findings.results}

@@ -92,8 +92,9 @@ class Bench:
         self._heads.clear()
 
     def blinded(self) -> Bench:
-        """The same bench without the test questions' answers; it shares the loaded models."""
-        prompts = [dataclasses.replace(p, answer=HIDDEN) if p.split == "test" else p for p in self.data.prompts]
+        """The same bench without the answers of test questions and held-out tasks; it shares the loaded models."""
+        seen = ("train", "validation")
+        prompts = [p if p.split in seen else dataclasses.replace(p, answer=HIDDEN) for p in self.data.prompts]
         return dataclasses.replace(self, data=dataclasses.replace(self.data, prompts=prompts))
 
     def score(self, rows: Sequence[int], *, tokens: str = "Last1") -> Scores:

@@ -17,7 +17,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-RESERVED = frozenset({"all", "all tasks", "macro average"})
+RESERVED = frozenset(
+    {"all", "all tasks", "macro average", "trained tasks", "held-out tasks", "other tasks", "all, trained or not"}
+)
 """What tables call lines of our own (`all` also in files); no task may be named so."""
 MOST_NAME = 512
 """Characters of a name."""

@@ -21,11 +21,13 @@ from roma_ray.evaluation.run_comparison import compare_columns, open_columns
 from roma_ray.figures.comparison_page import FORMATS, render
 from roma_ray.runs.pipeline import run as run_pipeline
 from roma_ray.stages.finetuning import ADAPTER
+from roma_ray.stages.preparation import parts_of
 from roma_ray.store.artifacts import MANIFEST, Store, read_manifest, write_text
 from roma_ray.store.files import exists
 from roma_ray.terminal import open_progress, print_table, say
 from roma_ray.tracking import tracked_benchmarks as tracking
 
+LOWER_IS_BETTER = {"perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte", "ter"}
 Texts = list[tuple[str, list[str]]]
 
 
@@ -69,15 +71,19 @@ def training_texts(store: Store, adapter: str) -> Texts | None:
     if not Path(adapter).is_dir() or not exists(manifest):
         return None
     # Finetuning depends on extraction, which depends on the questions.
-    extraction = read_manifest(manifest.parent)["identity"]["inputs"].get("extract", "")
+    inputs = read_manifest(manifest.parent)["identity"]["inputs"]
+    extraction = inputs.get("extract", "")
     folder = store.root / "extract" / extraction
     if not extraction or not exists(folder / MANIFEST):
         return None
     questions = store.root / "questions" / read_manifest(folder)["identity"]["inputs"]["questions"]
     if not exists(questions / MANIFEST):
         return None
-    table = read_table(questions / TABLE, ["question", "choices", "split"]).to_pylist()
-    return [(row["question"], row["choices"]) for row in table if row["split"] == "train"]
+    near = store.root / "neighbors" / inputs.get("neighbors", "")
+    held_out = read_manifest(near)["identity"]["settings"].get("held_out_tasks", []) if exists(near / MANIFEST) else []
+    table = read_table(questions / TABLE, ["question", "choices", "task", "split"])
+    rows = zip(table.to_pylist(), parts_of(table, held_out), strict=True)
+    return [(row["question"], row["choices"]) for row, part in rows if part == "train"]
 
 
 def print_benchmarks(folder: Path) -> None:
@@ -105,6 +111,12 @@ def print_benchmarks(folder: Path) -> None:
     say(
         "gold_logp: the right choice's log-likelihood, nats a token; choice_logp: its log-probability among the choices, nats"
     )
+    shown_metrics = {metric.partition(",")[0] for figures in shown.values() for metric in figures["metrics"]}
+    if shown_metrics & LOWER_IS_BETTER:
+        say(
+            f"{', '.join(sorted(shown_metrics & LOWER_IS_BETTER))}: lower is better; errors by a bootstrap over documents, paired in "
+            "differences"
+        )
     for line in notes_of(found):
         say(f"note: {line}")
     speed = found["cost"]["questions_per_second"]

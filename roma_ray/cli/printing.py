@@ -60,6 +60,9 @@ def print_result(summary: Mapping[str, Any]) -> None:
     """Print the result table on the test questions, diagnostics, and what a reader must know."""
     from roma_ray.borders.text import figure
     from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
+    from roma_ray.evaluation.transfer import HEADER as CTGI
+    from roma_ray.evaluation.transfer import LEGEND as CTGI_LEGEND
+    from roma_ray.evaluation.transfer import ctgi_rows, transfer_words
     from roma_ray.stages.routing_change import describe_distance
     from roma_ray.stages.run_summary import result_rows, warnings_of
     from roma_ray.stages.task_loss_alone import HEADER as STEPS
@@ -68,7 +71,11 @@ def print_result(summary: Mapping[str, Any]) -> None:
 
     header = ("task", "n", "base %", "RoMA %", "difference", "p")
     title = f"{summary['name']}: accuracy on test questions, standard errors over questions, McNemar's exact p"
-    print_table(title, header, result_rows(summary["splits"]["test"]))
+    print_table(title, header, result_rows(summary["splits"]["test"], summary["held_out"]))
+    if summary["held_out"]:
+        print_table("held-out tasks", CTGI, ctgi_rows(summary["held_out"]))
+        say(CTGI_LEGEND)
+        say(transfer_words(summary["held_out"]))
     if summary["task_loss_alone"]:
         print_table("what the regularizer adds", STEPS, added_rows(summary["task_loss_alone"]))
         say(added_words(summary["task_loss_alone"]))

@@ -10,6 +10,7 @@ from roma_ray.ablations.arms import Arms
 from roma_ray.ablations.space import Space, load_space, seeds_space
 from roma_ray.ablations.sweep import Sweep
 from roma_ray.ablations.sweep_report import PAGE, find_sweep_file
+from roma_ray.ablations.sweep_transfer import TRANSFER_LEGEND
 from roma_ray.config.schema import Config
 from roma_ray.evaluation.measures import LEGEND
 from roma_ray.store.artifacts import write_json
@@ -80,6 +81,9 @@ def print_sweep(sweep: Sweep) -> None:
         heading, measures = found.measures[0]
         print_table(f"{heading} on test questions, by every measure", measures.header, measures.rows, measures.names)
         say(LEGEND)
+        if found.held_out is not None:
+            print_table("held-out tasks", found.held_out.header, found.held_out.rows, found.held_out.names)
+            say(TRANSFER_LEGEND)
         for line in found.notes:
             say(f"note: {line}")
         say(found.headline)

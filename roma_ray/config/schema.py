@@ -15,6 +15,7 @@ from roma_ray.borders.addresses import has_secret
 from roma_ray.config.baseline_settings import BaselinesConfig
 from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.config.section import Name, Section, TaskName
+from roma_ray.config.split_settings import SplitsConfig
 from roma_ray.errors import ConfigError
 
 EMBEDDED = "assets:model"
@@ -108,6 +109,11 @@ class QuestionsConfig(Section):
     """Part of the training questions held out by seed: never trained on, never a neighbor; settings are chosen on it."""
     test_fraction: float = Field(default=0.2, gt=0, lt=0.9)
     """Part held out for testing, by seed, when the sources declare no test rows."""
+    splits: SplitsConfig | None = None
+    """In place of both fractions: each task divided alike, `{train: 0.7, validation: 0.15, test: 0.15}`. What a task's rows
+    declare as validation or test stays so; its other rows are divided among the parts left, in this proportion."""
+    held_out_tasks: tuple[TaskName, ...] = ()
+    """Never trained on, never validated on, never neighbors; their test questions are judged apart from the trained tasks'."""
     fraction: float = Field(default=1.0, gt=0, le=1)
     """Part of the training questions to use: nested prefixes of one seeded permutation (Figure 9)."""
     seed: int | None = Field(default=None, ge=0, lt=2**63)

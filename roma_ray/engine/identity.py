@@ -18,6 +18,7 @@ from roma_ray.config.section import Section
 _YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
 _YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_sign", "entropy_target")
 _YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "task_schedule")
+_YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
 
 
 def is_cloze(config: Config) -> bool:
@@ -51,6 +52,9 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
     if chosen.method in ("random", "task", "shuffled"):
         settings["seed"] = config.seed
     settings["fraction"] = config.questions.fraction
+    if config.questions.held_out_tasks:
+        # Their questions are no training questions, nor is a validation question of theirs judged by later stages.
+        settings["held_out_tasks"] = sorted(set(config.questions.held_out_tasks))
     if config.questions.fraction < 1:
         settings["fraction_seed"] = data_seed(config)
     return settings
@@ -73,9 +77,10 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
 
     Whether the task loss alone is judged beside it decides nothing of the run itself.
     """
-    tuned, judged = data["finetune"], data["evaluation"]
+    asked, tuned, judged = data["questions"], data["finetune"], data["evaluation"]
     return {
         **data,
+        "questions": {k: v for k, v in asked.items() if v or k not in _YOUNGER_QUESTIONS},
         "finetune": {
             **_aged(tuned, FinetuneConfig, _YOUNGER_TUNING),
             "regularizer": _aged(tuned["regularizer"], RegularizerConfig, _YOUNGER_TERM),
@@ -94,6 +99,7 @@ def idle_settings(config: Config) -> dict[str, str]:
     """The settings that another one turns off, by full name, and which one does."""
     prompt, tuned = config.questions.prompt, config.finetune
     sections = {
+        "questions": _idle_questions(config),
         "questions.prompt": _idle_prompt(prompt),
         "extraction": {} if config.extraction.cache else {"activation_dtype": "extraction.cache is false"},
         "neighbors": _idle_neighbors(config.neighbors),
@@ -102,6 +108,11 @@ def idle_settings(config: Config) -> dict[str, str]:
         "finetune.task_schedule": _idle_schedule(tuned.task_schedule, "finetune.task_schedule"),
     }
     return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
+
+
+def _idle_questions(config: Config) -> dict[str, str]:
+    divided = config.questions.splits is not None
+    return dict.fromkeys(("validation_fraction", "test_fraction"), "questions.splits is set") if divided else {}
 
 
 def _idle_prompt(prompt: PromptConfig) -> dict[str, str]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
 
+from roma_ray.questions.held_out import parts_in_force
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.tables import WRITING as WRITING
 from roma_ray.store.tables import matrix as matrix
@@ -35,12 +37,14 @@ QUESTIONS = pa.schema(
 REJECTED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
 
 
-def read_prompts(path: str | Path, rows: Sequence[int] | None = None) -> list[Prompt]:
-    """The encoded prompts of a question table, all or some rows, in the order asked for."""
+def read_prompts(path: str | Path, rows: Sequence[int] | None = None, *, held_out: Sequence[str] = ()) -> list[Prompt]:
+    """The encoded prompts of a question table, all or some rows, in the order asked for; parts as with tasks `held_out`."""
     table = read_table(path, [f.name for f in QUESTIONS if f.name not in {"question", "choices", "context"}])
     if rows is not None:
         table = table.take(pa.array(rows, pa.int64()))
-    return list(_prompts(table))
+    prompts = list(_prompts(table))
+    parts = parts_in_force([(p.task, p.split) for p in prompts], held_out)
+    return [p if p.split == part else replace(p, split=part) for p, part in zip(prompts, parts, strict=True)]
 
 
 def _prompts(table: pa.Table) -> Iterator[Prompt]:

@@ -173,7 +173,13 @@ def bootstrap_interval(
     Questions are drawn with replacement, within each array. Equal differences are drawn together: their counts are
     multinomial, which is the same draw.
     """
-    generator = np.random.default_rng(seed)
+    total = bootstrap_means(differences, np.random.default_rng(seed), resamples)
+    low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_means(differences: Sequence[np.ndarray], generator: np.random.Generator, resamples: int) -> np.ndarray:
+    """[resamples] means of the arrays' means, each of questions drawn with replacement within their array."""
     total = np.zeros(resamples)
     for values in differences:
         kinds, counts = np.unique(np.asarray(values, dtype=float), return_counts=True)
@@ -185,8 +191,7 @@ def bootstrap_interval(
             for part in np.array_split(np.arange(resamples), max(1, resamples * len(own) // _DRAWN_AT_ONCE)):
                 total[part] += own[generator.integers(len(own), size=(len(part), len(own)))].mean(1)
     total /= len(differences)
-    low, high = np.quantile(total, [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return total
 
 
 def hierarchical_interval(

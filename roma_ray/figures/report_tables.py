@@ -10,8 +10,10 @@ from typing import Any
 from roma_ray.borders.text import figure
 from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
 from roma_ray.evaluation.statistics import Paired
+from roma_ray.evaluation.transfer import HEADER as CTGI
+from roma_ray.evaluation.transfer import ctgi_rows, listed
 from roma_ray.figures.escaping import csv_text
-from roma_ray.stages.run_summary import ordered, result_rows
+from roma_ray.stages.run_summary import result_rows
 from roma_ray.stages.task_loss_alone import HEADER as STEPS
 from roma_ray.stages.task_loss_alone import added_rows
 from roma_ray.store.files import write_text
@@ -41,11 +43,11 @@ class Table:
     """How many of the columns hold names."""
 
 
-def result_table(figures: Mapping[str, Mapping[str, Any]]) -> Table:
+def result_table(figures: Mapping[str, Mapping[str, Any]], held_out: Mapping[str, Any] | None = None) -> Table:
     """One split's comparisons for a reader: percent with standard errors."""
     rows = [
-        ("all tasks" if name == "all" else name, *middle, f"{figures[name]['lost']} / {figures[name]['won']}", p)
-        for name, *middle, p in result_rows(figures)
+        ("all tasks" if name == "all" else name, *middle, f"{one['lost']} / {one['won']}", p)
+        for (name, *middle, p), (_, one) in zip(result_rows(figures, held_out), listed(figures, held_out), strict=True)
     ]
     return Table(("task", "n", "base %", "tuned %", "difference", "lost / won", "McNemar p"), rows)
 
@@ -66,6 +68,11 @@ def measure_tables(found: Mapping[str, Any]) -> dict[str, Table]:
 def added_table(found: Mapping[str, Any] | None) -> Table | None:
     """From base to the task loss alone, and from there to both terms; None where that was not judged."""
     return Table(STEPS, added_rows(found)) if found else None
+
+
+def ctgi_table(found: Mapping[str, Any] | None) -> Table | None:
+    """The cross-task generalization index by measure; None where no task was held out."""
+    return Table(CTGI, ctgi_rows(found)) if found else None
 
 
 def share_table(shares: Mapping[str, Any]) -> Table:
@@ -169,9 +176,9 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
 def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
     """The unrounded figures as CSV files. Raises StorageError."""
     results = [
-        (split, name, *(figures[name][key] for key in _FIGURES))
+        (split, name, *(one[key] for key in _FIGURES))
         for split, figures in summary["splits"].items()
-        for name in ordered(figures)
+        for name, one in listed(figures, summary["held_out"])
     ]
     write_csv(folder / "results.csv", ("split", "task", *_FIGURES), results)
     measured = [
@@ -188,6 +195,9 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
             for task, one in {"all": alone["added"], **alone["tasks"]}.items()
         ]
         write_csv(folder / "task_loss_alone.csv", ("from", "to", "task", *(f.name for f in fields(Paired))), added)
+    if transfer := summary["held_out"]:
+        indices = [(measure, *one.values()) for measure, one in transfer["ctgi"].items()]
+        write_csv(folder / "ctgi.csv", ("measure", *next(iter(transfer["ctgi"].values()))), indices)
     shares = [
         (task, by, name, *one.values())
         for task, found in summary["shares"].items()

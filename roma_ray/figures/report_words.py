@@ -11,6 +11,7 @@ from roma_ray.borders.text import figure
 from roma_ray.config.finetune_settings import RegularizerConfig
 from roma_ray.engine.objective import is_idle, is_noise
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant
+from roma_ray.evaluation.transfer import transfer_words
 from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.run_summary import warnings_of
 from roma_ray.stages.task_loss_alone import added_words
@@ -34,6 +35,8 @@ def verdict(summary: Mapping[str, Any]) -> Verdict:
         f"{figure(figures, 'tuned')} %: {figure(figures, 'difference')} percentage points (standard errors). Answers won: "
         f"{figures['won']}, lost: {figures['lost']}; McNemar's exact p is {p_value(p)}."
     )
+    if summary["held_out"]:
+        detail += f" {transfer_words(summary['held_out'])}"
     if summary["task_loss_alone"]:
         detail += f" {added_words(summary['task_loss_alone'])}"
     both, guards = {"base/all", "tuned/all"}, summary["guards"]

@@ -9,19 +9,20 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from roma_ray.evaluation.transfer import listed
 from roma_ray.figures.style import BASE, PALETTE, TUNED, new_figure, shorten, styled
-from roma_ray.stages.run_summary import ordered
 
 MOST_TASKS = 40
 
 
 @styled
-def accuracy_bars(figures: Mapping[str, Mapping[str, Any]]) -> Figure:
+def accuracy_bars(figures: Mapping[str, Mapping[str, Any]], held_out: Mapping[str, Any] | None = None) -> Figure:
     """Accuracy of base and tuned routers on each task with standard errors; `figures` is one split's comparisons.
 
     Beyond `MOST_TASKS` tasks, those with most questions are drawn; the table has all.
     """
-    names = ordered(figures)
+    figures = dict(listed(figures, held_out))
+    names = list(figures)
     if len(names) > MOST_TASKS:
         largest = sorted(names, key=lambda name: -figures[name]["n"])[:MOST_TASKS]
         names = [name for name in names if name in largest]

@@ -27,6 +27,8 @@ from roma_ray.engine.work import Job
 from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
 from roma_ray.evaluation.method_table import describe_oracle, oracle_and_control
 from roma_ray.evaluation.results_file import RESULTS
+from roma_ray.evaluation.transfer import LEGEND as CTGI_LEGEND
+from roma_ray.evaluation.transfer import listed
 from roma_ray.figures import projection, report_tables, report_words, result_figures, routing, training_figures
 from roma_ray.figures.escaping import markdown
 from roma_ray.figures.style import save
@@ -36,7 +38,7 @@ from roma_ray.stages.finetuning import STEPS
 from roma_ray.stages.neighborhoods import PAIRS
 from roma_ray.stages.paired_evaluation import EVALUATE
 from roma_ray.stages.routing_change import describe_distance
-from roma_ray.stages.run_summary import ordered, summarise_run
+from roma_ray.stages.run_summary import summarise_run
 from roma_ray.store.artifacts import CONFIG, Stage
 from roma_ray.store.files import write_text
 
@@ -112,7 +114,7 @@ def draw(
     sizes = np.array([len(n) for n in near.column("neighbors").to_pylist()])
     similarities = near.column("similarities").combine_chunks().flatten().to_numpy(zero_copy_only=False)
     figures: dict[str, Callable[[], Figure]] = {
-        "accuracy": lambda: result_figures.accuracy_bars(test),
+        "accuracy": lambda: result_figures.accuracy_bars(test, summary["held_out"]),
         "loss_curves": lambda: training_figures.loss_curves(steps, epochs),
         "validation_accuracy": lambda: training_figures.validation_accuracy(epochs, base, summary["selected_epoch"]),
         "routing_entropy": lambda: routing.routing_entropy(found),
@@ -230,7 +232,12 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "safety": report_words.safety(summary),
         "commands": report_words.next_commands(summary, str(setup.store.root), str(stage.path / CONFIG)),
         "pictures": pictures,
-        "splits": {split: report_tables.result_table(figures) for split, figures in summary["splits"].items()},
+        "splits": {
+            split: report_tables.result_table(figures, summary["held_out"])
+            for split, figures in summary["splits"].items()
+        },
+        "ctgi": report_tables.ctgi_table(summary["held_out"]),
+        "ctgi_legend": CTGI_LEGEND,
         "added": report_tables.added_table(summary["task_loss_alone"]),
         "measures": report_tables.Table(HEADER, measure_rows(summary["measures"])),
         "measure_legend": " ".join(filter(None, (LEGEND, coincidence(summary["measures"])))),
@@ -273,8 +280,7 @@ def card_header(setup: Setup, summary: Mapping[str, Any]) -> str:
     """The model card's YAML header in Hugging Face form, with every test result."""
     test = summary["splits"]["test"]
     entries = []
-    for name in ordered(test):
-        figures = test[name]
+    for name, figures in listed(test, summary["held_out"]):
         entries.append(
             {
                 "task": {"type": "multiple-choice", "name": "Multiple-choice question answering"},

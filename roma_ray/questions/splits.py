@@ -9,6 +9,8 @@ What rows declare:
 * `validation` rows are validation rows. A task that declares some has no more split off; from every other task's
   training rows `validation_fraction` is split off. So a suite whose sources declare validation rows for one task of ten
   still validates on all ten. A file whose "validation" rows are to be trained on says so: `split: train` on its source.
+
+`questions.splits` divides each task by itself instead (`split_by_task`): there, test rows too are declared task by task.
 """
 
 from __future__ import annotations
@@ -59,7 +61,55 @@ def assign_splits(
     test = set() if declares_test else _draw(by_task, test_fraction, seed, "test")
     open_tasks = {task: ids for task, ids in by_task.items() if task not in validated}
     validation = _draw(open_tasks, validation_fraction, seed, "validation", without=test)
-    parts = dict.fromkeys(test, "test") | dict.fromkeys(validation, "validation")
+    return _assigned(questions, dict.fromkeys(test, "test") | dict.fromkeys(validation, "validation"))
+
+
+def split_by_task(questions: Sequence[Question], shares: Mapping[str, float], *, seed: int) -> list[Question]:
+    """The questions, in their order, with `split` one of train, validation and test: each task divided by the three `shares`.
+
+    What a task's rows declare as validation or test stays so; its other rows are divided among the parts left, in the
+    proportion of their shares (`divide`).
+
+    Raises:
+        QuestionError: no question is left for training.
+    """
+    free: dict[str, list[str]] = defaultdict(list)
+    declared: dict[str, set[str]] = defaultdict(set)
+    for question in questions:
+        if question.split == "train":
+            free[question.task].append(question.id)
+        else:
+            declared[question.task].add(question.split)
+    parts: dict[str, str] = {}
+    for task, ids in free.items():
+        sizes = divide(len(ids), {part: share for part, share in shares.items() if part not in declared[task]})
+        for part in ("test", "validation"):
+            open_ids = [id for id in ids if id not in parts]
+            parts |= dict.fromkeys(_permuted(open_ids, seed, part)[: sizes.get(part, 0)], part)
+    return _assigned(questions, parts)
+
+
+def divide(count: int, shares: Mapping[str, float]) -> dict[str, int]:
+    """Whole numbers in the proportion of the positive `shares` that sum to `count` (largest remainders, ties in their order).
+
+    Each part has at least 1 where there are as many as parts.
+    """
+    total = sum(shares.values())
+    # Rounded: neither a whole number nor a tie may depend on last bits.
+    exact = {part: round(count * share / total, 9) for part, share in shares.items()}
+    sizes = {part: math.floor(value) for part, value in exact.items()}
+    by_remainder = sorted(shares, key=lambda part: round(sizes[part] - exact[part], 9))
+    for part in by_remainder[: count - sum(sizes.values())]:
+        sizes[part] += 1
+    for part in shares if count >= len(shares) else ():
+        largest = max(sizes, key=lambda name: sizes[name])
+        if sizes[part] == 0:
+            sizes[part], sizes[largest] = 1, sizes[largest] - 1
+    return sizes
+
+
+def _assigned(questions: Sequence[Question], parts: Mapping[str, str]) -> list[Question]:
+    """The questions with the drawn parts, by id. Raises QuestionError where none is left for training."""
     result = [replace(q, split=parts[q.id]) if q.split == "train" and q.id in parts else q for q in questions]
     if not any(question.split == "train" for question in result):
         counts = Counter(question.split for question in result)

@@ -37,6 +37,7 @@ _NAMES = {
     "rule": "questions.prompt (the answer rule)",
     "fraction": "questions.fraction",
     "fraction_seed": "questions.seed",
+    "held_out_tasks": "questions.held_out_tasks",
 }
 _NO_SETTING = object()
 

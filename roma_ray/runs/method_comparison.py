@@ -59,17 +59,16 @@ def compare(
         failed = next((found for stage in planned[name] if (found := read_failure(stage))), None)
         failure = f"{failed['kind']}: {failed['text']}" if failed else ""
         entries.append(Entry(name, METHODS[name].title, METHODS[name].sees_labels, planned[name], failure))
-    counts = stages["questions"].manifest()["facts"]["splits"]
+    prompts = read_prompts(stages["questions"].path / TABLE, held_out=setup.config.questions.held_out_tasks)
+    validation = sum(prompt.split == "validation" for prompt in prompts)
     training = stages["neighbors"].manifest()["facts"]["training"]
-    common = {**budget(setup.config), "training_questions": training, "validation_questions": counts["validation"]}
+    common = {**budget(setup.config), "training_questions": training, "validation_questions": validation}
     summary = {
         "name": setup.config.name,
         "seed": setup.config.seed,
         "seeds": seeds,
         "layers": list(setup.layers),
-        **compare_methods(
-            entries, common, read_prompts(stages["questions"].path / TABLE), setup.config.questions.prompt
-        ),
+        **compare_methods(entries, common, prompts, setup.config.questions.prompt),
         "other_versions": other_versions([*stages.values(), *(stage for found in planned.values() for stage in found)]),
         "seconds": round(time.monotonic() - started, 3),
     }

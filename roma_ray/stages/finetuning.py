@@ -81,7 +81,7 @@ class TrainJob(Job):
     def open_data(self) -> TrainingData:
         """Open cache, prompts and neighborhoods. Raises ArtifactError, CacheError."""
         config, extraction = self.setup.config, self.stages["extract"]
-        prompts = read_prompts(self.stages["questions"].path / TABLE)
+        prompts = read_prompts(self.stages["questions"].path / TABLE, held_out=config.questions.held_out_tasks)
         neighborhoods = read_neighborhoods(self.stages["neighbors"], len(prompts))
         usable = usable_rows(extraction).tolist()
         validation = [n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]]

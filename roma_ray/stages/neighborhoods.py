@@ -46,9 +46,10 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Find every training question's successful neighbors. Raises NeighborError, ArtifactError."""
     setup, config = job.setup, job.setup.config
     questions, extraction, embeddings = (job.stages[name] for name in ("questions", "extract", "embed"))
-    table = read_table(questions.path / TABLE, ["id", "split"])
+    table = read_table(questions.path / TABLE, ["id", "task", "split"])
     training_N = torch.zeros(len(table), dtype=torch.bool)
-    training_N[training_rows(table, config.questions.fraction, data_seed(config))] = True
+    asked = config.questions
+    training_N[training_rows(table, asked.fraction, data_seed(config), asked.held_out_tasks)] = True
     training_N &= usable_rows(extraction)
     correct_N = answered_rightly(extraction)
     embeddings_NC = read_embeddings(embeddings)

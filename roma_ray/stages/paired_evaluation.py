@@ -25,6 +25,7 @@ from roma_ray.evaluation.measures import RULES, pair_measures
 from roma_ray.evaluation.results_file import RESULTS, read_judged, write_results
 from roma_ray.evaluation.shares import answer_shares
 from roma_ray.evaluation.statistics import compare
+from roma_ray.evaluation.transfer import by_group
 from roma_ray.moe.adapters import load_adapter
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
@@ -48,9 +49,13 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     """
     setup, stage, stages = job.setup, job.stage, job.stages
     questions, extraction, tuned = (stages[name] for name in ("questions", "extract", "finetune"))
-    prompts = read_prompts(questions.path / TABLE)
-    of_split = _judged_rows(prompts, usable_rows(extraction).tolist())
-    test, judged = of_split["test"], sorted(of_split["validation"] + of_split["test"])
+    held_out = setup.config.questions.held_out_tasks
+    usable = usable_rows(extraction).tolist()
+    # The base's scores are shared by runs that hold out other tasks, so they are of all questions that any of them judges.
+    every = _judged_rows(read_prompts(questions.path / TABLE), usable)
+    prompts = read_prompts(questions.path / TABLE, held_out=held_out)
+    of_split = _judged_rows(prompts, usable)
+    test, judged = of_split["test"], sorted(every["validation"] + every["test"])
     near = read_neighborhoods(stages["neighbors"], len(prompts))
     trained = routing_change.sampled(near.queried & (near.sizes > 0))
     prompt, arguments = setup.config.questions.prompt, scoring(setup)
@@ -81,7 +86,9 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     result = {
         "splits": {"test": by_task(tasks, base.correct, after.correct)},
         "validation": _validation(validation, tuned),
-        **_test_figures(stage, questions),
+        **_test_figures(
+            stage, questions, {prompts[row].task for row in near.queried.nonzero()[:, 0].tolist()}, held_out
+        ),
         "guards": _guards(questions, prompts, test, base, after),
         "diagnostics": {**changed, "manifold_distance": distance},
         "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
@@ -162,13 +169,19 @@ def _by_lm_eval(
     return metric
 
 
-def _test_figures(stage: Stage, questions: Stage) -> dict[str, Any]:
-    """The test questions by every measure, and which answers were given; from what is stored, as any reader has it."""
+def _test_figures(stage: Stage, questions: Stage, trained: set[str], held_out: Sequence[str]) -> dict[str, Any]:
+    """The test questions by every measure, and which answers were given; from what is stored, as any reader has it.
+
+    Where tasks are `held_out`, also by group: beside them the tasks that were `trained` on.
+    """
     found = read_judged(stage.path)
     table = read_table(questions.path / TABLE, ["choices"]).column("choices")
     choices = table.take(pa.array(found.rows, pa.int64())).to_pylist()
-    paired = pair_measures(found.values("base"), found.values("tuned"), found.asked.tasks)
+    base, tuned, tasks = found.values("base"), found.values("tuned"), found.asked.tasks
+    paired = pair_measures(base, tuned, tasks)
+    groups = by_group(base, tuned, tasks, trained, held_out, RULES[found.asked.rule]) if held_out else None
     return {
+        **({} if groups is None else {"held_out": groups}),
         "measures": {
             "configured": RULES[found.asked.rule],
             "coincide": found.asked.coincide,
@@ -197,10 +210,10 @@ def _guards(
     questions: Stage, prompts: Sequence[Any], rows: Sequence[int], base: Scores, tuned: Scores
 ) -> dict[str, Any]:
     """Findings that a reader of the table must know; empty lists and zeros are good news."""
-    table = read_table(questions.path / TABLE, ["question", "choices", "split"]).to_pylist()
-    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "validation": [], "test": []}
-    for row in table:
-        parts[row["split"]].append((row["question"], row["choices"]))
+    table = read_table(questions.path / TABLE, ["question", "choices"]).to_pylist()
+    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
+    for row, asked in zip(table, prompts, strict=True):
+        parts.setdefault(asked.split, []).append((row["question"], row["choices"]))
     chance: list[tuple[str, str | None]] = []
     for name, scores in (("base", base), ("tuned", tuned)):
         for task in ["all", *sorted({prompts[row].task for row in rows})]:

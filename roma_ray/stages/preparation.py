@@ -16,7 +16,7 @@ from roma_ray.config.schema import QuestionsConfig, QuestionSource
 from roma_ray.engine.identity import data_seed, prompt_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import QUESTIONS as COLUMNS
-from roma_ray.engine.question_table import REJECTED, TABLE, write_table
+from roma_ray.engine.question_table import REJECTED, TABLE, read_table, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -24,10 +24,11 @@ from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, QuestionError
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
+from roma_ray.questions.held_out import check_held_out, parts_in_force
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
 from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
-from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts
+from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts, split_by_task
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, fingerprint, read_manifest
 from roma_ray.store.files import listed
 
@@ -43,13 +44,15 @@ def questions_settings(setup: Setup) -> dict[str, Any]:
     chosen = setup.config.questions
     sources = _sources(chosen.sources)
     drawn = drawn_from(setup.store, chosen.sources, sources)
+    by_fraction = chosen.splits is None
     return {
         "sources": sources,
         "prompt": prompt_settings(chosen.prompt),
-        "validation_fraction": chosen.validation_fraction if drawn.validation else None,
-        "test_fraction": chosen.test_fraction if drawn.test else None,
+        "validation_fraction": chosen.validation_fraction if by_fraction and drawn.validation else None,
+        "test_fraction": chosen.test_fraction if by_fraction and drawn.test else None,
+        **({} if chosen.splits is None else {"splits": chosen.splits.model_dump()}),
         "seed": data_seed(setup.config)
-        if drawn.test or drawn.validation or any(source.dataset for source in chosen.sources)
+        if not by_fraction or drawn.test or drawn.validation or any(source.dataset for source in chosen.sources)
         else None,
         "tokenizer": setup.model_identity,
     }
@@ -84,6 +87,7 @@ def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
         reasons = "; ".join(sorted({r.reason for r in rejected})[:3])
         raise QuestionError(f"no question can be used: {reasons}")
     _check_splits(prompts)
+    check_held_out(config.questions.held_out_tasks, [(p.task, p.split) for p in prompts])
     _write(stage, questions, prompts, rejected)
     if rejected:
         common = Counter(r.reason for r in rejected).most_common(3)
@@ -119,8 +123,11 @@ def split_questions(
     config: QuestionsConfig, read: Sequence[tuple[str, Sequence[Question]]], seed: int
 ) -> list[Question]:
     """All sources' questions in their order, each with its part. Raises QuestionError, ConfigError."""
+    asked = [question for _, questions in read for question in questions]
+    if config.splits is not None:
+        return split_by_task(asked, config.splits.model_dump(), seed=seed)
     return assign_splits(
-        [question for _, questions in read for question in questions],
+        asked,
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         seed=seed,
@@ -171,7 +178,7 @@ def _check_splits(prompts: Sequence[Prompt]) -> None:
     if missing:
         raise QuestionError(
             f"no usable {' and no '.join(missing)} questions among {len(prompts)}: give more rows, or change "
-            "questions.validation_fraction or questions.test_fraction"
+            "questions.validation_fraction or questions.test_fraction (or questions.splits, where that is set)"
         )
 
 
@@ -199,14 +206,29 @@ def _write(
     write_table(stage.path / FAULTS, faults, REJECTED)
 
 
-def training_rows(table: pa.Table, fraction: float, seed: int) -> list[int]:
-    """Row numbers of the training questions in use: a nested prefix of one seeded permutation."""
+def training_rows(table: pa.Table, fraction: float, seed: int, held_out: Sequence[str] = ()) -> list[int]:
+    """Row numbers of the training questions in use, none of a held-out task: a nested prefix of one seeded permutation."""
     from roma_ray.questions.splits import nested_fraction
 
     ids = table.column("id").to_pylist()
-    splits = table.column("split").to_pylist()
+    splits = parts_of(table, held_out)
     row_of = {ids[row]: row for row in range(len(ids)) if splits[row] == "train"}
     return sorted(row_of[key] for key in nested_fraction(list(row_of), fraction, seed))
+
+
+def parts_of(table: pa.Table, held_out: Sequence[str]) -> list[str]:
+    """Each question's part where some tasks are held out; the table's columns `split`, and then `task`, tell."""
+    if not held_out:
+        return list(table.column("split").to_pylist())
+    return parts_in_force(zip(*(table.column(name).to_pylist() for name in ("task", "split")), strict=True), held_out)
+
+
+def _accept(job: Job, runners: Runners) -> None:
+    """Finished questions serve whatever is held out, where they have it. Raises ConfigError, QuestionError."""
+    held_out = job.setup.config.questions.held_out_tasks
+    if held_out:
+        rows = read_table(job.stage.path / TABLE, ["task", "split"]).to_pylist()
+        check_held_out(held_out, [(row["task"], row["split"]) for row in rows])
 
 
 QUESTIONS = Step(
@@ -215,6 +237,7 @@ QUESTIONS = Step(
     (),
     questions_settings,
     prepare,
+    accept=_accept,
     lines=lambda stage: describe_sources(sources_of(stage)),
     shown=((FAULTS, None),),
 )

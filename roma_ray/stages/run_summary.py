@@ -7,7 +7,8 @@ ones of the exported epoch; `measures` of the test questions {configured: the on
 and acc_norm must be equal, so that one is left out, figures {measure (`evaluation/measures.py`): {micro, macro, tasks {task}: {n,
 base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
 labels, shift}} (`evaluation/shares.py`); `task_loss_alone`, where the same run without regularizer was judged beside this one,
-else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/task_loss_alone.py`);
+else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/task_loss_alone.py`); `held_out`, where tasks were
+held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`);
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
 routing_entropy, validation_accuracy, validation_stderr); `probe` (gradient norms of both terms on the gates, whether
 either is noise, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties);
@@ -33,6 +34,7 @@ from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import p_value
+from roma_ray.evaluation.transfer import held_out_notes, listed
 from roma_ray.stages.finetuning import epochs_of
 from roma_ray.stages.paired_evaluation import read_evaluation
 from roma_ray.stages.task_loss_alone import ALONE, what_it_adds
@@ -62,6 +64,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "measures": evaluation["measures"],
         "shares": evaluation["shares"],
         "task_loss_alone": what_it_adds(stages[ALONE], stages["evaluate"]) if ALONE in stages else None,
+        "held_out": evaluation.get("held_out"),
         "epochs": epochs_of(stages["finetune"]),
         "probe": outcome["probe"],
         "selected_epoch": outcome["selected_epoch"],
@@ -88,28 +91,25 @@ def peak_memory() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def ordered(figures: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Tasks by name, `all` last."""
-    return [*(name for name in figures if name != "all"), *(name for name in figures if name == "all")]
-
-
-def result_rows(figures: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def result_rows(
+    figures: Mapping[str, Mapping[str, Any]], held_out: Mapping[str, Any] | None = None
+) -> list[tuple[str, ...]]:
     """One split's comparisons as text: task, n, base, tuned, difference, p. Accuracies in percent with standard errors."""
     return [
         (
             name,
-            str(figures[name]["n"]),
-            *(figure(figures[name], which) for which in ("base", "tuned", "difference")),
-            p_value(figures[name]["mcnemar_p"]),
+            str(one["n"]),
+            *(figure(one, which) for which in ("base", "tuned", "difference")),
+            p_value(one["mcnemar_p"]),
         )
-        for name in ordered(figures)
+        for name, one in listed(figures, held_out)
     ]
 
 
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know, in sentences."""
     guards = summary["guards"]
-    lines = chance_notes(guards)
+    lines = held_out_notes(summary["held_out"]) + chance_notes(guards)
     if guards["too_many_truncated"]:
         lines.append(f"{guards['truncated']} prompts were shortened (over 1 %): raise questions.prompt.max_tokens")
     found = guards["test_questions_in_training"]

@@ -79,7 +79,9 @@ def stage_metrics(stage: Stage) -> list[MetricValue]:
 
 
 def accuracies(evaluation: Stage) -> list[MetricValue]:
-    """All comparisons: by split and task (`test/all/difference`), and by measure (`measures/gold_logp/micro/difference`)."""
+    """All comparisons: by split and task (`test/all/difference`), by measure (`measures/gold_logp/micro/difference`), and of held-out
+    tasks (`transfer/held-out_tasks/difference`, `transfer/ctgi/acc/value`).
+    """
     at = finish_time(evaluation)
     found = read_evaluation(evaluation)
     named = [
@@ -90,6 +92,10 @@ def accuracies(evaluation: Stage) -> list[MetricValue]:
     for name, figures in found["measures"]["figures"].items():
         named += [(f"measures/{name}/{over}", figures[over]) for over in ("micro", "macro") if figures[over]]
     named.append(("validation", found["validation"]))
+    if transfer := found.get("held_out"):
+        for group, one in transfer["groups"].items():
+            named.append((f"transfer/{group.replace(' ', '_')}", one["accuracy"]))
+        named += [(f"transfer/ctgi/{name}", one) for name, one in transfer["ctgi"].items()]
     return [
         MetricValue(f"{place}/{key}", float(number), 0, at)
         for place, figures in named
@@ -99,11 +105,11 @@ def accuracies(evaluation: Stage) -> list[MetricValue]:
 
 
 def headline(evaluation: Stage) -> list[MetricValue]:
-    """What a table of pipelines shows: the whole test comparison by every measure, and the difference of each task."""
+    """What a table of pipelines shows: the whole test comparison by every measure, the difference of each task, held-out tasks."""
     return [
         value
         for value in accuracies(evaluation)
-        if value.key.startswith(("test/all/", "measures/"))
+        if value.key.startswith(("test/all/", "measures/", "transfer/"))
         or (value.key.startswith("test/") and value.key.endswith("/difference"))
     ]
 
@@ -228,14 +234,16 @@ def git_tags() -> dict[str, str]:
 
 def note(report: Stage, evaluation: Stage) -> str:
     """The run's description, in Markdown: the verdict and the figures behind it."""
-    facts, figures = report.manifest()["facts"], read_evaluation(evaluation)["splits"]["test"]
+    facts, found = report.manifest()["facts"], read_evaluation(evaluation)
     lines = [
         f"**{markdown(facts['headline'])}** {markdown(facts['detail'])}",
         "",
         "| task | n | base | tuned | difference | p |",
     ]
     lines.append("| --- | ---: | ---: | ---: | ---: | ---: |")
-    lines += [f"| {' | '.join(map(markdown, row))} |" for row in result_rows(figures)]
+    lines += [
+        f"| {' | '.join(map(markdown, row))} |" for row in result_rows(found["splits"]["test"], found.get("held_out"))
+    ]
     return "\n".join([*lines, "", "Open report.html among the artifacts for figures and limits."])[:7900]
 
 

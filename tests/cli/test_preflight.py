@@ -243,6 +243,10 @@ def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
     ("overrides", "line"),
     [
         (["neighbors.epsilon=0.3"], "neighbors.epsilon does nothing here: neighbors.method is knn"),
+        (
+            ["questions.test_fraction=0.3", "questions.splits={train: 0.7, validation: 0.15, test: 0.15}"],
+            "questions.test_fraction does nothing here: questions.splits is set",
+        ),
         (["neighbors.k=4", "neighbors.method=epsilon"], "neighbors.k does nothing here: neighbors.method is epsilon"),
         (
             ["questions.prompt.instruction=Hi"],

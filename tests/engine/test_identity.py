@@ -30,6 +30,7 @@ from roma_ray.stages.preparation import training_rows
 from tests.world import make_world
 
 CLOZE = "questions.prompt.format=cloze"
+SPLITS_SET = "questions.splits={train: 0.6, validation: 0.2, test: 0.2}"
 WITHOUT_EFFECT = [
     (["neighbors.method=knn"], "neighbors.epsilon=0.7"),
     (["neighbors.method=random"], "neighbors.epsilon=0.7"),
@@ -44,6 +45,7 @@ WITHOUT_EFFECT = [
     ([CLOZE], "questions.prompt.instruction=Choose."),
     ([], "questions.prompt.cloze_score=raw"),
     ([], "questions.test_fraction=0.5"),
+    *(([SPLITS_SET], f"questions.{name}_fraction=0.3") for name in ("validation", "test")),
     ([CLOZE], "finetune.task_loss=vocabulary"),
     ([], "finetune.regularizer.gradient_ratio=0.7"),
     *(
@@ -75,6 +77,7 @@ WITHOUT_EFFECT = [
     ([], "model.experts_backend=eager"),
     ([], "routing.layers=[4, 5]"),
     (["seed=3"], "questions.seed=3"),
+    (["questions.held_out_tasks=[pick, copy]"], "questions.held_out_tasks=[copy, pick, copy]"),
     ([], "evaluation.batch_tokens=77"),
     ([], "baselines.micro_batch_size=7"),
     ([], "name=another"),
@@ -103,6 +106,11 @@ WITH_EFFECT = [
     ([CLOZE], "questions.prompt.cloze_score=raw", ["extract", *NEAR]),
     ([], "questions.validation_fraction=0.3", QUESTIONS),
     ([], "questions.seed=3", QUESTIONS),
+    ([], "questions.held_out_tasks=[copy]", NEAR),
+    (["questions.held_out_tasks=[copy]"], "questions.held_out_tasks=[pick]", NEAR),
+    ([], SPLITS_SET, QUESTIONS),
+    ([SPLITS_SET], "questions.splits={train: 0.7, validation: 0.15, test: 0.15}", QUESTIONS),
+    ([SPLITS_SET], "questions.seed=3", QUESTIONS),
     ([], "finetune.task_loss=vocabulary", TUNED),
     (["finetune.regularizer.weight=auto"], "finetune.regularizer.gradient_ratio=0.7", TUNED),
     *(

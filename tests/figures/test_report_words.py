@@ -30,6 +30,7 @@ def summary(
             "test_questions_in_training": {"normalised": 0, "exact": 0},
         },
         "shares": {},
+        "held_out": None,
         "task_loss_alone": None,
         "rejected": 0,
         "errors": 0,

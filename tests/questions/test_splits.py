@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.records import Question
-from roma_ray.questions.splits import apportion, assign_splits, nested_fraction, seeded_key
+from roma_ray.questions.splits import apportion, assign_splits, divide, nested_fraction, seeded_key, split_by_task
 
 
 def suite(**sizes: int) -> list[Question]:
@@ -102,6 +102,72 @@ def test_apportioned_numbers_add_up_and_are_proportional(sizes: dict[str, int], 
     for name, size in sizes.items():
         assert 0 <= quotas[name] <= size
         assert abs(quotas[name] - fraction * size) < 1 + 1e-9
+
+
+SHARES = {"train": 0.7, "validation": 0.15, "test": 0.15}
+
+
+def counted(questions: list[Question]) -> dict[str, tuple[int, ...]]:
+    """How many questions of each task are train, validation and test."""
+    found = Counter((q.task, q.split) for q in questions)
+    return {task: tuple(found[task, part] for part in SHARES) for task in sorted({q.task for q in questions})}
+
+
+def test_each_task_is_divided_by_itself_in_the_same_proportion() -> None:
+    questions = suite(a=100, b=20, c=7, d=3, e=2, f=1)
+    result = split_by_task(questions, SHARES, seed=0)
+    assert [q.id for q in result] == [q.id for q in questions]
+    assert counted(result) == {
+        "a": (70, 15, 15), "b": (14, 3, 3), "c": (5, 1, 1), "d": (1, 1, 1), "e": (2, 0, 0), "f": (1, 0, 0),
+    }  # fmt: skip
+    # A task's parts do not depend on which other tasks there are, nor on the order; they do on the seed.
+    assert parts(split_by_task(suite(b=20), SHARES, seed=0)).items() <= parts(result).items()
+    assert parts(split_by_task(questions[::-1], SHARES, seed=0)) == parts(result)
+    assert parts(split_by_task(questions, SHARES, seed=1)) != parts(result)
+
+
+def test_the_division_of_a_task_is_pinned() -> None:
+    # A change here changes the parts of every run that was ever made with `questions.splits`.
+    held = {id: part for id, part in parts(split_by_task(suite(a=10), SHARES, seed=7)).items() if part != "train"}
+    assert held == PINNED_BY_TASK
+
+
+PINNED_BY_TASK = {"a-3": "test", "a-5": "validation", "a-9": "validation"}
+
+
+def test_what_a_task_declares_stays_and_its_other_rows_are_divided_among_the_parts_left() -> None:
+    test = [replace(q, id=f"t-{q.id}", split="test") for q in suite(a=50, d=4)]
+    validation = [replace(q, id=f"v-{q.id}", split="validation") for q in suite(b=9, d=5)]
+    result = split_by_task([*suite(a=85, b=85, c=100, d=10), *test, *validation], SHARES, seed=0)
+    # .70 : .15 of 85 rows are 70 and 15; c declares nothing, d everything.
+    assert counted(result) == {"a": (70, 15, 50), "b": (70, 9, 15), "c": (70, 15, 15), "d": (10, 5, 4)}
+    held = parts(result)
+    assert all(held[q.id] == q.split for q in (*test, *validation))
+
+
+def test_a_divided_suite_without_training_rows_is_an_error() -> None:
+    with pytest.raises(QuestionError, match=r"no training question is left \(3 test\)"):
+        split_by_task([replace(q, split="test") for q in suite(a=3)], SHARES, seed=0)
+
+
+def test_one_question_more_moves_few_others_of_its_task() -> None:
+    before = parts(split_by_task(suite(a=200), SHARES, seed=0))
+    after = parts(split_by_task(suite(a=201), SHARES, seed=0))
+    assert sum(after[id] != part for id, part in before.items()) <= 4
+
+
+@given(st.integers(0, 300), st.lists(st.floats(0.01, 1), min_size=1, max_size=3))
+def test_divided_numbers_add_up_and_are_proportional(count: int, weights: list[float]) -> None:
+    shares = dict(zip("xyz", weights, strict=False))
+    sizes = divide(count, shares)
+    assert sum(sizes.values()) == count
+    assert all(size >= 0 for size in sizes.values())
+    if count >= len(shares):
+        assert all(size >= 1 for size in sizes.values())
+    for part, size in sizes.items():
+        exact = count * shares[part] / sum(shares.values())
+        # A part that had none takes one from the largest: never more than one for each other part.
+        assert exact - len(shares) < size <= max(1, exact + 1)
 
 
 @given(st.sets(st.text(max_size=5), max_size=40), st.floats(0.01, 1), st.floats(0.01, 1), st.integers(0, 5))
