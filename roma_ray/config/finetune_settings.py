@@ -29,6 +29,18 @@ class TaskScheduleConfig(ScheduleConfig):
     """Above 0 the regularizer comes first (its own warm-up is `finetune.regularizer.warmup_fraction`)."""
 
 
+class LogitsConfig(Section):
+    """What the tuned routers' logits go through in training alone: exported routers need none of it."""
+
+    temperature: float = Field(default=1.0, gt=0)
+    """What they are divided by at first; it reaches 1 at the last step."""
+    anneal: Literal["linear", "cosine"] = "linear"
+    """How it gets there."""
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Part of them that is set to 0, the others scaled up, at each token of a question (not of the instruction that all share):
+    drawn by seed, step and question id, whatever the number of workers."""
+
+
 class RegularizerConfig(ScheduleConfig):
     """The second term of eq. 9; the schedule is lambda's."""
 
@@ -72,12 +84,15 @@ class FinetuneConfig(ScheduleConfig):
     """Questions of one forward pass. Part of the result's identity; independent of the number of workers."""
     learning_rate: float = Field(default=7e-5, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
-    """Decay pulls pretrained gates to zero, hence 0."""
+    """Decoupled, as in AdamW: each step moves the gates by this part of the learning rate times the way to `decay_to`."""
+    decay_to: Literal["zero", "base"] = "zero"
+    """Zero, as usual, which pretrained gates are far from; or the pretrained gates themselves. (Soft prompts decay to zero.)"""
     clip_norm: float = Field(default=1.0, gt=0)
     task_loss: Literal["choices", "vocabulary"] = "choices"
     """`letter`: cross-entropy over the choice letters or over the whole vocabulary. `cloze` always uses the gold
     continuation over the whole vocabulary."""
     task_schedule: TaskScheduleConfig = TaskScheduleConfig()
+    logits: LogitsConfig = LogitsConfig()
     select: Literal["last", "best_validation"] = "last"
     """Which epoch's routers are exported."""
     checkpoint_steps: int = Field(default=25, ge=1)

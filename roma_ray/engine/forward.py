@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,6 +59,11 @@ class Layout:
                 for q, x in enumerate(self.prompts)
             ]
         )
+
+    def spans(self) -> list[range]:
+        """The flat tokens of each question, its continuations among them; those of the shared segment are nobody's."""
+        firsts = [self.prompt_token(q, self.prefix) for q in range(len(self.prompts))]
+        return [range(start, stop) for start, stop in pairwise([*firsts, len(self.packing)])]
 
     def keep(self, *positions: Tensor) -> list[int]:
         """The flat tokens that anything is read at, ascending: the scores' and the given routing positions."""

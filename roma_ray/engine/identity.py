@@ -10,14 +10,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig, ScheduleConfig, TaskScheduleConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, LogitsConfig, RegularizerConfig, ScheduleConfig
 from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
 from roma_ray.config.section import Section
 
 # Settings that came after storages were filled: their defaults stand in no identity.
 _YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
 _YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_sign", "entropy_target")
-_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "task_schedule")
+_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits")
 _YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
 
 
@@ -62,14 +62,19 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
 
 def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
     """What decides the tuned routers and their curves; how often a checkpoint is written does not."""
-    term, task = config.regularizer, config.task_schedule
-    outside = {"checkpoint_steps", "regularizer", "task_schedule", *_idle_finetune(config, cloze=cloze)}
+    term = config.regularizer
+    younger = {
+        "task_schedule": (config.task_schedule, _idle_schedule(config.task_schedule, "finetune.task_schedule")),
+        "logits": (config.logits, _idle_logits(config.logits)),
+    }
+    outside = {"checkpoint_steps", "regularizer", *younger, *_idle_finetune(config, cloze=cloze)}
     settings = _aged(config.model_dump(mode="json", exclude=outside), FinetuneConfig, _YOUNGER_TUNING)
     acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, config.epochs)))
     settings["regularizer"] = _aged(acting, RegularizerConfig, _YOUNGER_TERM)
-    of_task = task.model_dump(mode="json", exclude=set(_idle_schedule(task, "finetune.task_schedule")))
-    of_task = _aged(of_task, TaskScheduleConfig, ("warmup_fraction", *_YOUNGER_SCHEDULE))
-    return {**settings, "task_schedule": of_task} if of_task else settings
+    for name, (section, idle) in younger.items():
+        own = _aged(section.model_dump(mode="json", exclude=set(idle)), type(section), list(type(section).model_fields))
+        settings |= {name: own} if own else {}
+    return settings
 
 
 def aged(data: dict[str, Any]) -> dict[str, Any]:
@@ -106,6 +111,7 @@ def idle_settings(config: Config) -> dict[str, str]:
         "finetune": _idle_finetune(tuned, cloze=is_cloze(config)),
         "finetune.regularizer": _idle_regularizer(tuned.regularizer, tuned.epochs),
         "finetune.task_schedule": _idle_schedule(tuned.task_schedule, "finetune.task_schedule"),
+        "finetune.logits": _idle_logits(tuned.logits),
     }
     return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
 
@@ -133,6 +139,8 @@ def _idle_neighbors(chosen: NeighborsConfig) -> dict[str, str]:
 
 def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
     found = _idle_schedule(config, "finetune")
+    if config.weight_decay == 0:
+        found["decay_to"] = "finetune.weight_decay is 0"
     if cloze:
         found["task_loss"] = "questions.prompt.format is cloze"
     # The last epoch is the best one.
@@ -142,6 +150,10 @@ def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
 def _idle_schedule(schedule: ScheduleConfig, name: str) -> dict[str, str]:
     found = {} if schedule.warmup_steps is None else {"warmup_fraction": f"{name}.warmup_steps is given"}
     return found if schedule.anneal != "none" else {**found, "anneal_floor": f"{name}.anneal is none"}
+
+
+def _idle_logits(logits: LogitsConfig) -> dict[str, str]:
+    return {"anneal": "finetune.logits.temperature is 1"} if logits.temperature == 1 else {}
 
 
 def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:

@@ -6,6 +6,7 @@ Q questions of a micro-batch, T flat tokens, P read positions, D width, V vocabu
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +29,7 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
+from roma_ray.moe.scaling import scaled_logits
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 
@@ -145,15 +147,18 @@ class Objective:
         places = layout.aligned_positions(tokens, self.longest) if self.each else layout.routing_positions(tokens)
         return Micro(list(rows), Reading.at(layout, {tokens: places}), states_TD, vocabulary)
 
-    def losses(self, micro: Micro) -> tuple[Tensor, Tensor, Tensor]:
-        """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph."""
-        task, on, entropy = self._terms(micro)
+    def losses(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph.
+
+        `now` is the step whose temperature and dropout the router logits go through; without it they stay as they are.
+        """
+        task, on, entropy = self._terms(micro, now)
         return task, REGULARIZERS[self.config.regularizer.kind](on), entropy
 
-    def _terms(self, micro: Micro) -> tuple[Tensor, Regularized, Tensor]:
+    def _terms(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Regularized, Tensor]:
         """As `losses`, with what the regularizer may see in its place."""
         reading = micro.reading
-        routing_1PLE, states = self._run(micro)
+        routing_1PLE, states = self._run(micro, now)
         positions_QP = reading.positions[self.data.tokens].to(self.device)
         routing_QLE = mean_routing(routing_1PLE, positions_QP)
         task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
@@ -166,11 +171,16 @@ class Objective:
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, on, entropy
 
-    def _run(self, micro: Micro) -> tuple[Tensor, Tensor]:
+    def _run(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Tensor]:
         """The tuned layers' routing rows [1, Q * P, L, E] at a micro-batch's positions, and the logits at its kept tokens."""
         reading = micro.reading
         routers = [self.head.routers[n] for n in self.columns]
-        with read_routing(self.head.model, routers, reading.flat_positions) as tape:
+        with ExitStack() as stack:
+            shape = len(routers), routers[0].num_experts
+            factors = None if now is None else now.logit_factors(reading.layout, *shape)
+            if factors is not None:
+                stack.enter_context(scaled_logits(routers, factors.to(self.device)))
+            tape = stack.enter_context(read_routing(self.head.model, routers, reading.flat_positions))
             out = run_packed(
                 self.head,
                 reading.layout.packing,
@@ -207,7 +217,7 @@ class Objective:
 
     def gradients(self, micro: Micro, now: Moment) -> Tensor:
         """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
-        task, penalty, entropy = self.losses(micro)
+        task, penalty, entropy = self.losses(micro, now)
         # Adding an unused term would still be exact, but a run without one must be readable as such.
         loss = now.task * task if now.strength == 0 else now.task * task + now.strength * penalty
         if not self.with_task:

@@ -115,7 +115,9 @@ def _finetune(
 ) -> Outcome:
     gates = masters.parameters()
     pretrained, frozen = masters.state(), frozen_digest(head.model)
-    optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=config.weight_decay, foreach=False)
+    base, decay = [gate.detach().clone() for gate in gates], config.weight_decay
+    to_zero = decay if config.decay_to == "zero" else 0.0
+    optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=to_zero, foreach=False)
     objective = Objective(config, head, data, masters, weights)
     probe_rows = epoch_order(data.train, seed, 0)[:PROBE_QUESTIONS]
     if checkpoint and exists(checkpoint):
@@ -141,10 +143,12 @@ def _finetune(
         planned = [chunks(rows, config.micro_batch_size) for rows in batches]
         feed = objective.feed([part for micro in planned for part in micro[world.rank :: world.size]])
         for rows, micro in zip(batches, planned, strict=True):
-            now = moment(config, state.probe["weight"], state.step, total)
+            now = moment(config, state.probe["weight"], seed, state.step, total)
             mine = [objective.gradients(next(feed), now) for _ in micro[world.rank :: world.size]]
             facts = _apply(gates, _add(world.gather(mine, len(micro))) / len(rows), config.clip_norm)
             optimizer.param_groups[0]["lr"] = now.rate
+            if decay and config.decay_to == "base":
+                masters.approach(base, now.rate * decay)
             optimizer.step()
             state.record(facts, now.strength, now.rate, len(rows))
             if state.step % config.checkpoint_steps == 0 and state.step % per_epoch:

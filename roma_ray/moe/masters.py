@@ -46,6 +46,12 @@ class RouterMasters:
         """The masters in a fixed order: by layer, `weight` before `bias`."""
         return [parameter for layer in self.layers for parameter in self.parameters_by_layer[layer].values()]
 
+    @torch.no_grad()
+    def approach(self, goals: Sequence[Tensor], part: float) -> None:
+        """Move each master, in the order of `parameters()`, a part of the way to a tensor of its shape."""
+        for parameter, goal in zip(self.parameters(), goals, strict=True):
+            parameter.lerp_(goal, part)
+
     def detach(self) -> None:
         """Give the model its original routers back. Masters keep their values; a second call does nothing."""
         while self._undo:

@@ -25,6 +25,7 @@ from roma_ray.moe.families import Family, Scoring, family
 from roma_ray.moe.packing import seen_positions
 from roma_ray.moe.routers import Router
 
+LINEAR = (functional.linear,)
 _SIGMOIDS = (torch.sigmoid, torch.Tensor.sigmoid, torch.special.expit, functional.sigmoid)
 
 
@@ -85,12 +86,13 @@ class _Replacement:
                 # One token, in as many dimensions as this family's router takes.
                 sample = hidden_states.flatten(0, -2)[:1].reshape(*[1] * (hidden_states.dim() - 1), -1)
                 usual = forward(sample, *args, **kwargs)
-            with _Interception(self) as interception:
+            if self.rule.scoring is Scoring.SIGMOID:
+                interception = Interception(_SIGMOIDS, self.router, self.scores)
+            else:
+                interception = Interception(LINEAR, self.router, self.logits)
+            with interception:
                 output = forward(hidden_states, *args, **kwargs)
-            if not interception.done:
-                raise ModelError(
-                    f"the router {self.router.name} does not compute as a {self.rule.model_type} router should"
-                )
+            interception.check()
             return tuple(value.to(known.dtype) for value, known in zip(output, usual, strict=True))
 
         return replaced
@@ -121,13 +123,18 @@ class _Replacement:
         return index_R, self.rows_RE.to(flat_TE.device)[present_R]
 
 
-class _Interception(TorchFunctionMode):
-    """Catches the one call inside a router's forward whose result is to be replaced; all else passes untouched."""
+class Interception(TorchFunctionMode):
+    """Changes the result of the one call inside a router's forward that is wanted; all else passes untouched."""
 
-    def __init__(self, replacement: _Replacement) -> None:
+    def __init__(self, functions: Sequence[Any], router: Router, change: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.replacement = replacement
+        self.functions, self.router, self.change = functions, router, change
         self.done = False
+
+    def check(self) -> None:
+        """Raise ModelError where the call did not come."""
+        if not self.done:
+            raise ModelError(f"the router {self.router.name} does not compute as a router of its family should")
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -135,10 +142,7 @@ class _Interception(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self.done or not isinstance(result, Tensor):
             return result
-        experts = self.replacement.router.num_experts
-        sigmoid = self.replacement.rule.scoring is Scoring.SIGMOID
-        wanted = func in _SIGMOIDS if sigmoid else func is functional.linear
-        if not wanted or result.dim() != 2 or result.shape[-1] != experts:
+        if func not in self.functions or result.dim() != 2 or result.shape[-1] != self.router.num_experts:
             return result
         self.done = True
-        return self.replacement.scores(result) if sigmoid else self.replacement.logits(result)
+        return self.change(result)

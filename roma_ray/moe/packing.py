@@ -221,12 +221,18 @@ def trimmed_layer(layer: int, keep_N: Tensor) -> Iterator[None]:
         _trim.reset(token)
 
 
+def kept_tokens(layer: int) -> Tensor | None:
+    """The flat tokens that `layer` computes in the running pass, ascending; None for all."""
+    trim = _trim.get()
+    return trim.keep_N if trim is not None and trim.layer == layer else None
+
+
 def seen_positions(layer: int, positions: Tensor) -> Tensor:
     """Where flat token positions lie among the tokens that `layer` computes in the running pass; -1 stays."""
-    trim = _trim.get()
-    if trim is None or trim.layer != layer:
+    keep_N = kept_tokens(layer)
+    if keep_N is None:
         return positions
-    keep_N = trim.keep_N.to(positions.device)
+    keep_N = keep_N.to(positions.device)
     found = torch.searchsorted(keep_N, positions.clamp(min=0)).clamp(max=len(keep_N) - 1)
     present = (keep_N[found] == positions) | (positions < 0)
     assert bool(present.all()), "a token that is read in the last layer must be kept"

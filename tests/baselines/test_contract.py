@@ -119,6 +119,7 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
         "finetune.warmup_steps=7": training,
         "finetune.anneal=cosine": training,
         "finetune.task_schedule.warmup_fraction=0.7": gates,
+        "finetune.logits.dropout=0.1": gates,
         # Oracle tuning keeps the distance of its title, to targets that are no routing of the model's.
         "finetune.regularizer.distance=kl": {"roma"},
         "finetune.regularizer.positions=sum": {"roma"},
@@ -128,6 +129,7 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
         "finetune.regularizer.gradient_ratio=7": set(),
         "finetune.task_loss=vocabulary": set(),
         "finetune.anneal_floor=0.7": set(),
+        "finetune.decay_to=base": set(),
         "finetune.learning_rate=7": set(),
         "baselines.seeds=7": set(),
     }

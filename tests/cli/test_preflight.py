@@ -261,6 +261,11 @@ def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
             ["finetune.task_schedule.anneal_floor=0.5"],
             "finetune.task_schedule.anneal_floor does nothing here: finetune.task",
         ),
+        (["finetune.decay_to=base"], "finetune.decay_to does nothing here: finetune.weight_decay is 0"),
+        (
+            ["finetune.logits.anneal=cosine"],
+            "finetune.logits.anneal does nothing here: finetune.logits.temperature is 1",
+        ),
         # What only the identities knew before.
         (
             ["neighbors.sigma=0.7", "neighbors.similarity=cosine"],

@@ -69,6 +69,8 @@ WITHOUT_EFFECT = [
     (["finetune.regularizer.distance=kl"], "finetune.regularizer.gradient_ratio=0.7"),
     (["finetune.epochs=1"], "finetune.regularizer.refresh=true"),
     (["finetune.epochs=1"], "finetune.select=best_validation"),
+    ([], "finetune.decay_to=base"),
+    ([], "finetune.logits.anneal=cosine"),
     ([], "finetune.checkpoint_steps=7"),
     (["extraction.cache=false"], "extraction.activation_dtype=bfloat16"),
     ([], "extraction.activation_dtype=float32"),
@@ -112,6 +114,9 @@ WITH_EFFECT = [
     ([SPLITS_SET], "questions.splits={train: 0.7, validation: 0.15, test: 0.15}", QUESTIONS),
     ([SPLITS_SET], "questions.seed=3", QUESTIONS),
     ([], "finetune.task_loss=vocabulary", TUNED),
+    (["finetune.weight_decay=0.1"], "finetune.decay_to=base", TUNED),
+    *(([], f"finetune.logits.{setting}", TUNED) for setting in ("dropout=0.1", "temperature=0.5")),
+    (["finetune.logits.temperature=0.5"], "finetune.logits.anneal=cosine", TUNED),
     (["finetune.regularizer.weight=auto"], "finetune.regularizer.gradient_ratio=0.7", TUNED),
     *(
         (context, f"finetune.{section}{setting}", TUNED)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig, TaskScheduleConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, LogitsConfig, RegularizerConfig, TaskScheduleConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.cache import FrozenLayers
 from roma_ray.engine.forward import lay_out, letter_rows
@@ -20,11 +20,13 @@ from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import Moment
 from roma_ray.engine.training import Outcome, finetune
 from roma_ray.errors import CheckpointError, TrainingError
+from roma_ray.manifold.losses import manifold_loss
 from roma_ray.moe.layers import token_positions
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.routers import find_routers
+from roma_ray.moe.scaling import scaled_logits
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import TrainJob
 from roma_ray.stages.neighborhoods import answered_rightly
@@ -60,6 +62,8 @@ def literal_router_tuning(job: TrainJob, *, packed: bool) -> dict[int, torch.Ten
     for gate in gates.values():
         gate.requires_grad_(True)
     parameters = list(gates.values())
+    zero = config.decay_to == "zero"
+    starts = [torch.zeros_like(p) if zero else p.detach().clone() for p in parameters]
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0, foreach=False)
     steps = math.ceil(len(data.train) / config.batch_size) * config.epochs
     step = 0
@@ -93,6 +97,10 @@ def literal_router_tuning(job: TrainJob, *, packed: bool) -> dict[int, torch.Ten
             step += 1
             for group in optimizer.param_groups:
                 group["lr"] = config.learning_rate * min(1.0, step / max(1, round(config.warmup_fraction * steps)))
+            if config.weight_decay:
+                with torch.no_grad():
+                    for parameter, start in zip(parameters, starts, strict=True):
+                        parameter -= optimizer.param_groups[0]["lr"] * config.weight_decay * (parameter - start)
             optimizer.step()
     return {layer: gate.detach() for layer, gate in gates.items()}
 
@@ -105,6 +113,109 @@ def test_lambda_zero_equals_a_literal_torch_loop_bit_for_bit(letter_run: Run, re
     assert outcome.epochs[-1]["lambda"] == 0
     for layer, gate in expected.items():
         assert torch.equal(outcome.gates[f"layers.{layer}.weight"], gate)
+
+
+@pytest.mark.parametrize("decay_to", ["zero", "base"])
+def test_weight_decay_is_decoupled_and_goes_where_it_should(letter_run: Run, decay_to: str) -> None:
+    term = RegularizerConfig(kind="none")
+    job = train_job(letter_run, regularizer=term, weight_decay=5.0, decay_to=decay_to)
+    expected, outcome = literal_router_tuning(job, packed=True), train(job)
+    free = train(train_job(letter_run, regularizer=term))
+    for layer, gate in expected.items():
+        torch.testing.assert_close(outcome.gates[f"layers.{layer}.weight"], gate, rtol=1e-5, atol=1e-6)
+    start = RouterMasters(job.load_head(), job.setup.layers).state()
+    ways = [sum(float((run.gates[key] - start[key]).square().sum()) for key in start) for run in (outcome, free)]
+    assert (ways[0] < ways[1]) is (decay_to == "base")
+
+
+NEUTRAL = [
+    {"logits": LogitsConfig(temperature=1.0, dropout=0.0, anneal="cosine")},
+    {"decay_to": "base"},
+]
+
+
+@pytest.mark.parametrize("settings", NEUTRAL, ids=str)
+def test_neutral_values_change_no_bit(letter_run: Run, settings: dict[str, Any]) -> None:
+    assert_same(train(train_job(letter_run)), train(train_job(letter_run, **settings)))
+
+
+ACTING: dict[str, dict[str, Any]] = {
+    "temperature": {"logits": LogitsConfig(temperature=0.5)},
+    "dropout": {"logits": LogitsConfig(dropout=0.2)},
+    "decay": {"weight_decay": 0.5, "decay_to": "base"},
+    "all": {
+        "logits": LogitsConfig(temperature=2.0, dropout=0.2, anneal="cosine"),
+        "weight_decay": 0.5,
+        "decay_to": "base",
+        "warmup_steps": 2,
+        "anneal": "cosine",
+        "anneal_floor": 0.1,
+        "task_schedule": TaskScheduleConfig(warmup_fraction=0.5),
+        "regularizer": RegularizerConfig(weight=3.0, anneal="linear", anneal_floor=0.3, refresh=True),
+    },
+}
+
+
+@pytest.mark.parametrize("name", ACTING)
+def test_what_acts_is_the_same_bits_on_any_workers_and_after_a_stop(letter_run: Run, tmp_path: Path, name: str) -> None:
+    job = train_job(letter_run, checkpoint_steps=1, **ACTING[name])
+    alone = train(job)
+    usual = train(train_job(letter_run))
+    assert all(not torch.equal(alone.gates[key], usual.gates[key]) for key in usual.gates)
+    for workers in (2, 3):
+        for outcome in train_on(workers, job):
+            assert_same(alone, outcome)
+    left = [3]
+
+    def advance(count: int, note: str) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train(job, checkpoint=tmp_path / "acting.safetensors", advance=advance)
+    for outcome in train_on(2, job, checkpoint=tmp_path / "acting.safetensors"):
+        assert_same(alone, outcome)
+
+
+@pytest.mark.parametrize("run_name", ["letter_run", "cloze_run"])
+def test_temperature_and_dropout_are_those_of_the_stock_model_question_by_question(
+    request: pytest.FixtureRequest, run_name: str
+) -> None:
+    """Through a packing with a shared instruction and a trimmed last layer, and through whole sequences: the same losses."""
+    run: Run = request.getfixturevalue(run_name)
+    objective, _, _, data = gradients_of(run, "manifold")
+    rows, now = data.train[:5], Moment(rate=1.0, strength=1.0, temperature=0.7, dropout=0.3, seed=3, step=11)
+    task, penalty, _ = objective.losses(objective.prepare(rows), now)
+    model = AutoModelForCausalLM.from_pretrained(
+        run.setup.model.path, dtype=torch.float32, experts_implementation="eager"
+    ).eval()
+    routers = [router for router in find_routers(model) if router.layer in run.setup.layers]
+    losses, pulls = 0.0, 0.0
+    for row in rows:
+        prompt = data.prompts[row]
+        layout = lay_out([prompt], prefix=data.states.prefix, gold_only=data.cloze)
+        factors = now.logit_factors(layout, len(routers), routers[0].num_experts)
+        assert factors is not None
+        gold = prompt.choice_ids[prompt.answer]
+        ids = [*prompt.prompt_ids, *gold[:-1]]
+        assert len(ids) == len(factors), "one question alone is a sequence"
+        last = len(prompt.prompt_ids) - 1
+        with (
+            torch.no_grad(),
+            scaled_logits(routers, factors),
+            read_routing(model, routers, torch.tensor([[last]])) as tape,
+        ):
+            logits = model(torch.tensor([ids]), use_cache=False).logits[0, last:]
+        pulls += float(manifold_loss(tape.routing_BPLE[0], objective.targets.take(torch.tensor([row]))))
+        letters = [choice[0] for choice in prompt.choice_ids]
+        scored, aims = (logits, gold) if data.cloze else (logits[:, letters], [prompt.answer])
+        losses += float(torch.nn.functional.cross_entropy(scored, torch.tensor(aims)))
+    assert task.item() == pytest.approx(losses, rel=1e-4)
+    assert penalty.item() == pytest.approx(pulls, rel=1e-4)
+    plain = objective.losses(objective.prepare(rows))
+    assert plain[0].item() != pytest.approx(losses, rel=1e-3)
+    assert plain[1].item() != pytest.approx(pulls, rel=1e-3)
 
 
 def test_lambda_zero_equals_tuning_the_whole_stock_model(letter_run: Run) -> None:
