@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def measured(sample: Mapping[str, Any], task: Task, tokens: Mapping[tuple[str, str], int]) -> dict[str, float]:
     """A question's metrics: lm-eval's own that are numbers, then those of `measures` that lm-eval has not."""
-    found = {metric: _number(sample[metric]) for metric in sample["metrics"]}
+    found = {metric: number(sample[metric]) for metric in sample["metrics"]}
     values = {metric: value for metric, value in found.items() if value is not None}
     gold = _gold(sample, task)
     if gold is not None:
@@ -38,7 +38,8 @@ def _gold(sample: Mapping[str, Any], task: Task) -> int | None:
     return right if isinstance(right, int) and 0 <= right < len(choices) else None
 
 
-def _number(value: Any) -> float | None:
+def number(value: Any) -> float | None:
+    """A metric's value of one question, where it is a number."""
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from roma_ray.benchmarks.aggregated import RESAMPLES, aggregated_figures
 from roma_ray.benchmarks.benchmark_values import measured
 from roma_ray.benchmarks.cost import cost_of
 from roma_ray.benchmarks.findings import findings
@@ -93,9 +94,13 @@ def judge(
     for name in subject.names:
         lm.which, lm.truncated = name, 0
         results[name] = run_lm_eval(lm, tasks, wanted)
+    aggregated = aggregated_figures(results, single)
     pins = {name: pin_of(single[name], samples) for name, samples in results["base"]["samples"].items()}
     known = None if training is None else fingerprint([[text, list(choices)] for text, choices in training])
-    settings = {"pins": pins, "limit": wanted.limit, "training": known}
+    settings: dict[str, Any] = {"pins": pins, "limit": wanted.limit, "training": known}
+    if aggregated:
+        # Figures of theirs came after storages were filled: older evaluations without them are others.
+        settings["aggregated"] = 1
     inputs = {f"requests{n}": a.stage.fingerprint for n, a in enumerate(lm.answered)}
     stage = store.stage("benchmarks", settings, inputs, VERSION)
 
@@ -107,7 +112,7 @@ def judge(
         write_table(stage.path / RESPONSES, response_rows(results), RESPONSE_COLUMNS)
         summary = {
             "model": model_facts(config, subject),
-            "tasks": task_figures(rows, single, pins, results),
+            "tasks": task_figures(rows, single, pins, results, aggregated),
             "groups": group_figures(rows, members_of(tasks), pins, paired="tuned" in results),
             "guards": findings(subject, single, results, lm.truncated, training),
             "cost": cost_of(subject, lm.answered, sum(len(s) for s in _by_doc(results["base"]))),
@@ -174,6 +179,8 @@ def run_lm_eval(lm: Any, tasks: Sequence[Task | Group], wanted: Wanted) -> dict[
             apply_chat_template=wanted.chat_template,
             fewshot_as_multiturn=wanted.chat_template,
             confirm_run_unsafe_code=wanted.allow_code,
+            # Of texts its own errors are drawn so often as ours; as it would by itself they take minutes.
+            **({"bootstrap_iters": RESAMPLES} if any(map(_rolling, single.values())) else {}),
         )
     except TemplateError as error:
         raise ConfigError(f"a template of the tasks or of the model's chat cannot be rendered: {error}") from None
@@ -183,6 +190,10 @@ def run_lm_eval(lm: Any, tasks: Sequence[Task | Group], wanted: Wanted) -> dict[
         raise
     result: dict[str, Any] = dict(found)
     return result
+
+
+def _rolling(task: Task) -> bool:
+    return bool(task.get_config("output_type") == "loglikelihood_rolling")
 
 
 def published(found: Mapping[str, Any], subject: Subject, wanted: Wanted) -> dict[str, Any]:
@@ -291,6 +302,7 @@ def task_figures(
     tasks: Mapping[str, Task],
     pins: Mapping[str, str],
     results: Mapping[str, Mapping[str, Any]],
+    aggregated: Mapping[str, Mapping[str, Any]],
 ) -> dict[str, Any]:
     """{task: {pin, version, num_fewshot, metrics: {"metric,filter": figures}}}; with a tuned model the figures are paired."""
     figures: dict[str, Any] = {
@@ -298,7 +310,7 @@ def task_figures(
             "pin": pins[name],
             "version": results["base"]["versions"].get(name),
             "num_fewshot": task.get_config("num_fewshot"),
-            "metrics": {},
+            "metrics": dict(aggregated.get(name, {})),
         }
         for name, task in tasks.items()
     }

@@ -22,6 +22,7 @@ from lm_eval.tasks import TaskManager
 from lm_eval.tasks._factory import TaskFactory
 
 from roma_ray.benchmarks.local_data import find_files, read_splits
+from roma_ray.benchmarks.own_texts import METRICS, ROWS, TEXT, is_text, read_documents
 from roma_ray.benchmarks.task_files import LimitedEnvironment, check_task_file, sandboxed
 from roma_ray.borders.text import name_fault, printable, reserved
 from roma_ray.config.schema import PromptConfig, QuestionSource
@@ -47,18 +48,18 @@ def load_tasks(
     folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
     if folder is not None and not folder.is_dir():
         raise QuestionError(f"--data-dir {data_dir}: there is no such folder")
-    folders = {_folder_of(name) for name in names if not name.endswith((*QUESTIONS, *TASK_FILES))}
+    folders = {_folder_of(name) for name in names if not name.endswith((*QUESTIONS, *TASK_FILES, TEXT))}
     manager = _manager(tuple(sorted(folders)))
     for name in names:
         if name.endswith(TASK_FILES):
             check_task_file(Path(name), allow_code=allow_code)
-        elif not name.endswith(QUESTIONS) and name not in manager.all_tasks:
+        elif not name.endswith((*QUESTIONS, TEXT)) and name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=3)
             raise ConfigError(
                 f"lm-eval has no task {name!r}"
                 + (f"; near it: {', '.join(near)}" if near else "")
                 + ". Question files end in "
-                f"{', '.join(QUESTIONS)}, your own task files in .yaml"
+                f"{', '.join(QUESTIONS)}, texts in {TEXT}, your own task files in .yaml"
             )
     # Templates can reach Python through attributes; the sandbox renders stock ones just the same. Those of strangers can also loop.
     strangers = [name for name in names if name.endswith(TASK_FILES)]
@@ -70,7 +71,9 @@ def load_tasks(
         lm_eval.utils.env = sandboxed(_STOCK)
     loaded: list[Task | Group] = []
     for name in names:
-        if name.endswith(QUESTIONS):
+        if is_text(name):
+            loaded.append(text_task(name))
+        elif name.endswith(QUESTIONS):
             loaded += question_tasks(QuestionSource(path=name), builder())
         else:
             loaded += _named(manager, name, folder)
@@ -220,6 +223,27 @@ def question_row(question: Question, builder: PromptBuilder) -> dict[str, Any]:
         "options": list(LETTERS[: len(options)]) if config.format == "letter" else options,
         "gold": question.answer,
     }
+
+
+def text_task(name: str) -> Task:
+    """An lm-eval task of a file of texts: their perplexity, by rolling log-likelihoods. Raises QuestionError."""
+    path = Path(name).expanduser()
+    task = next((path.name.removesuffix(end) for end in (TEXT, *ROWS) if path.name.endswith(end)), "") or path.name
+    return ConfigurableTask(
+        config={
+            "task": task,
+            "custom_dataset": question_dataset,
+            "dataset_kwargs": {"rows": [{"text": text} for text in read_documents(path)]},
+            "output_type": "loglikelihood_rolling",
+            "test_split": "test",
+            "doc_to_text": "",
+            # A column's name, not a template: a text is never read as one.
+            "doc_to_target": "text",
+            "metric_list": [{"metric": metric} for metric in METRICS],
+            "num_fewshot": 0,
+            "metadata": {"version": VERSION},
+        }
+    )
 
 
 def question_dataset(rows: list[dict[str, Any]], **_: Any) -> DatasetDict:

@@ -33,7 +33,9 @@ def check_run(config: Config) -> None:
 def check_judged(config: Config, tasks: Sequence[str], adapter: str | None, data_dir: str | None) -> None:
     """The same for a model that is judged by tasks. Raises ConfigError, ModelError, StorageError."""
     files = [
-        ("--tasks", task) for task in tasks if task.endswith((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, ".yaml", ".yml"))
+        ("--tasks", task)
+        for task in tasks
+        if task.endswith((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, ".txt", ".yaml", ".yml"))
     ]
     for option, place in (("--adapter", adapter), ("--data-dir", data_dir), *files):
         if place is not None and not Path(resolve_path(place)).expanduser().exists():

@@ -33,15 +33,18 @@ def print_comparison(summary: Mapping[str, Any]) -> None:
     from roma_ray.evaluation.method_table import (
         COST_LEGEND,
         COSTS,
+        HELD_OUT_HEADER,
         budget_line,
         cost_rows,
         describe_oracle,
+        held_out_rows,
         measure_differences,
         measure_header,
         result_header,
         result_legend,
         result_rows,
     )
+    from roma_ray.evaluation.transfer import LEGEND as CTGI_LEGEND
     from roma_ray.terminal import print_table, say
 
     title = f"{summary['name']}: {summary['questions']} test questions"
@@ -49,6 +52,9 @@ def print_comparison(summary: Mapping[str, Any]) -> None:
     print_table("all measures, differences to the base model", measure_header(summary), measure_differences(summary))
     for line in filter(None, (result_legend(summary), coincidence(summary))):
         say(line)
+    if rows := held_out_rows(summary):
+        print_table("held-out tasks: gains over the base model", HELD_OUT_HEADER, rows)
+        say(CTGI_LEGEND)
     print_table("costs", COSTS, cost_rows(summary))
     say(COST_LEGEND)
     say(budget_line(summary))

@@ -156,9 +156,17 @@ def measure_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return rows
 
 
+_PLAIN = Measure("lm-eval's own scale", "", 1.0, 3, 4)
+_OTHER_FORMS = {
+    **dict.fromkeys(("perplexity", "word_perplexity", "byte_perplexity", "bits_per_byte"), _PLAIN),
+    **dict.fromkeys(("bleu", "chrf", "chrf++", "ter"), Measure("of 100", "", 1.0, 2, 2)),
+}
+
+
 def form_of(metric: str) -> Measure:
-    """How a metric is written; lm-eval's other ones are shares, as accuracy is."""
-    return MEASURES.get(metric, MEASURES["acc"])
+    """How a metric, with or without its filter, is written; lm-eval's other ones are shares, as accuracy is."""
+    name = metric.partition(",")[0]
+    return MEASURES.get(name) or _OTHER_FORMS.get(name, MEASURES["acc"])
 
 
 def figure_cells(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str]:

@@ -10,7 +10,7 @@ methods           one object a method, in order: name, title, sees_labels, seeds
                   difference_stderr (to the base model, paired), first_seed (lost, won and mcnemar_p of the first seed alone: the test
                   takes verdicts, and a mean over seeds is none), tasks (accuracy by task), measures {measure of
                   `evaluation/measures.py`: {micro, macro, tasks}: the mean over seeds as tuned, paired with the base model as base},
-                  learning_rate, validation_accuracy,
+                  held_out (where tasks are held out, else null: see `evaluation/transfer.py`), learning_rate, validation_accuracy,
                   trials (validation accuracy by learning rate),
                   trained_parameters, train_seconds (of the chosen learning rate, preparation included), selection_seconds (of the
                   whole grid), flops_per_question, questions_per_second, fingerprints. A failed one: name, title, failure
@@ -36,6 +36,7 @@ from roma_ray.engine.identity import answer_rule
 from roma_ray.errors import GuardError
 from roma_ray.evaluation.measures import MEASURES, RULES, Asked, measure, pair_measures
 from roma_ray.evaluation.statistics import changes, mcnemar, p_value, pair, standard_error
+from roma_ray.evaluation.transfer import by_group, ctgi_cell, gain_text
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import Stage, fingerprint
 
@@ -64,9 +65,15 @@ class Entry:
 
 
 def compare_methods(
-    entries: Sequence[Entry], budget: Mapping[str, Any], prompts: Sequence[Prompt], prompt: PromptConfig
+    entries: Sequence[Entry],
+    budget: Mapping[str, Any],
+    prompts: Sequence[Prompt],
+    prompt: PromptConfig,
+    held_out: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Judge every method on the questions of the base model; `prompts` is the whole question table, `prompt` how it was made.
+
+    With tasks `held_out` each method is also told by group: what it gives to trained tasks, and to those.
 
     Raises GuardError when a method answered other questions.
     """
@@ -82,6 +89,7 @@ def compare_methods(
             raise GuardError(f"{name} answered other questions than the base model; remove its folder and run again")
     kept = [prompts[row] for row in base.column("row").to_pylist()]
     asked = Asked.of(kept, answer_rule(prompt), letter=prompt.format == "letter")
+    groups = (frozenset(p.task for p in prompts if p.split == "train"), held_out) if held_out else None
     return {
         "pin": fingerprint({"rows": base.select(["id", "task", "answer"]).to_pylist()}),
         "questions": len(base),
@@ -91,7 +99,7 @@ def compare_methods(
         "methods": [
             {"name": entry.name, "title": entry.title, "failure": entry.failure}
             if entry.failure
-            else _row(entry, answers[entry.name], base, asked)
+            else _row(entry, answers[entry.name], base, asked, groups)
             for entry in entries
         ],
         "oracle": oracle_and_control(answers["oracle"][0], answers["oracle_control"], base)
@@ -100,7 +108,13 @@ def compare_methods(
     }
 
 
-def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table, asked: Asked) -> dict[str, Any]:
+def _row(
+    entry: Entry,
+    tables: Sequence[pa.Table],
+    base: pa.Table,
+    asked: Asked,
+    groups: tuple[frozenset[str], Sequence[str]] | None,
+) -> dict[str, Any]:
     right_SN = np.stack([_right(table) for table in tables])
     base_N, mean_N = _right(base), right_SN.mean(0)
     figures = pair(base_N, mean_N)
@@ -123,6 +137,7 @@ def _row(entry: Entry, tables: Sequence[pa.Table], base: pa.Table, asked: Asked)
         "first_seed": {"lost": lost, "won": won, "mcnemar_p": mcnemar(base_N, right_SN[0])},
         "tasks": {str(task): float(mean_N[tasks == task].mean()) for task in sorted(set(tasks))},
         "measures": {name: found.plain() for name, found in pair_measures(before, after, asked.tasks).items()},
+        "held_out": by_group(before, after, asked.tasks, *groups, RULES[asked.rule]) if groups else None,
         **{key: facts.get(key) for key in _FACTS},
         "train_seconds": mean(stage.manifest()["facts"]["train_seconds"] for stage in entry.stages),
         "fingerprints": [stage.fingerprint for stage in entry.stages],
@@ -217,6 +232,26 @@ def measure_differences(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
         cells = (MEASURES[name].figure(one["micro"], which) for name, one in found["measures"].items())
         rows.append((_named(found), *cells))
     return rows
+
+
+HELD_OUT_HEADER = ("method", "trained tasks", "held-out tasks", "CTGI")
+
+
+def held_out_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """What each method gives to trained and to held-out tasks, by the accuracy of the table; no rows where none are held out."""
+    measure = summary["configured"]
+    return [
+        (
+            _named(found),
+            *(
+                gain_text(measure, found["held_out"]["ctgi"][measure], f"{which}_gain")
+                for which in ("trained", "held_out")
+            ),
+            ctgi_cell(found["held_out"]["ctgi"][measure]),
+        )
+        for found in summary["methods"]
+        if found.get("held_out") and found["name"] != "base"
+    ]
 
 
 def _named(found: Mapping[str, Any]) -> str:

@@ -8,7 +8,7 @@ over questions, "measures" {measure: {micro, macro: null for one task}}}}, "ctgi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,13 @@ _SEED = 0
 Values = Mapping[str, np.ndarray]
 
 
-def group_of(task: str, trained: set[str], held_out: Sequence[str]) -> str:
+def group_of(task: str, trained: Set[str], held_out: Sequence[str]) -> str:
     """Which group a task is told in."""
     return HELD_OUT if task in held_out else TRAINED if task in trained else OTHER
 
 
 def by_group(
-    base: Values, tuned: Values, tasks: Sequence[str], trained: set[str], held_out: Sequence[str], configured: str
+    base: Values, tuned: Values, tasks: Sequence[str], trained: Set[str], held_out: Sequence[str], configured: str
 ) -> dict[str, Any]:
     """The groups' figures and the index, from every measure's values of the test questions; `configured` judges the answers."""
     names = np.asarray(tasks)

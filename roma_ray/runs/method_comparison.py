@@ -68,7 +68,9 @@ def compare(
         "seed": setup.config.seed,
         "seeds": seeds,
         "layers": list(setup.layers),
-        **compare_methods(entries, common, prompts, setup.config.questions.prompt),
+        **compare_methods(
+            entries, common, prompts, setup.config.questions.prompt, setup.config.questions.held_out_tasks
+        ),
         "other_versions": other_versions([*stages.values(), *(stage for found in planned.values() for stage in found)]),
         "seconds": round(time.monotonic() - started, 3),
     }

@@ -13,10 +13,12 @@ from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.method_table import (
     COST_LEGEND,
     COSTS,
+    HELD_OUT_HEADER,
     SPLIT,
     budget_line,
     cost_rows,
     describe_oracle,
+    held_out_rows,
     measure_differences,
     measure_header,
     result_header,
@@ -135,11 +137,13 @@ class ComparisonTracker(Delivery, ComparisonObserver):
 def table_text(summary: Mapping[str, Any]) -> str:
     """The comparison as Markdown."""
     lines = [f"{summary['questions']} test questions; {budget_line(summary)}"]
-    tables = (
+    tables = [
         (result_header(summary), result_rows(summary)),
         (measure_header(summary), measure_differences(summary)),
         (COSTS, cost_rows(summary)),
-    )
+    ]
+    if rows := held_out_rows(summary):
+        tables.append((HELD_OUT_HEADER, rows))
     for header, rows in tables:
         lines += ["", *(f"| {' | '.join(map(markdown, cells))} |" for cells in (header, ["---"] * len(header), *rows))]
     lines += ["", result_legend(summary), COST_LEGEND]
@@ -166,6 +170,8 @@ def _row_values(summary: Mapping[str, Any], name: str) -> list[MetricValue]:
     named = {key: found[key] for key in keys if found.get(key) is not None}
     for name, one in found.get("measures", {}).items():
         named |= {f"{name}/{key}": one["micro"][key] for key in ("tuned", "difference", "difference_stderr")}
+    for measure, one in (found.get("held_out") or {"ctgi": {}})["ctgi"].items():
+        named |= {f"transfer/ctgi/{measure}/{key}": value for key, value in one.items() if value is not None}
     named |= {f"first_seed/{key}": value for key, value in found.get("first_seed", {}).items()}
     at = run_records.now()
     return [MetricValue(f"test/{key}", float(value), 0, at) for key, value in named.items()]

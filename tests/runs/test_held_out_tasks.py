@@ -20,12 +20,14 @@ from roma_ray.api import Finished
 from roma_ray.baselines.bench import HIDDEN, open_bench
 from roma_ray.cli.commands import main
 from roma_ray.cli.judging import training_texts
+from roma_ray.cli.printing import print_comparison
 from roma_ray.config.loading import with_overrides
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ConfigError
+from roma_ray.evaluation.method_table import held_out_rows
 from roma_ray.evaluation.results_file import read_judged
 from roma_ray.evaluation.statistics import compare
 from roma_ray.evaluation.transfer import ALL, HELD_OUT, TRAINED
@@ -34,6 +36,7 @@ from roma_ray.runs.pipeline import Run, locate, run
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.stages.neighborhoods import read_neighborhoods
 from roma_ray.tracking import run_records
+from roma_ray.tracking.tracked_comparison import table_text
 from tests.making import train_job
 from tests.world import make_world
 
@@ -153,13 +156,21 @@ def test_a_benchmark_of_a_held_out_task_is_not_searched_in_its_own_questions(con
         assert len(texts) == sum(p.task in tasks and p.split == "train" for p in prompts)
 
 
-def test_methods_see_nothing_of_a_held_out_task(finished: Run) -> None:
+def test_methods_see_nothing_of_a_held_out_task(finished: Run, capsys: pytest.CaptureFixture[str]) -> None:
     bench = open_bench(finished.setup, dict(finished.stages))
     tasks = {part: {bench.data.prompts[row].task for row in rows} for part, rows in bench.rows.items()}
     assert tasks == {"train": {"pick"}, "validation": {"pick"}, "test": {"pick", "copy"}}
     assert {p.answer for p in bench.blinded().data.prompts if p.task == "copy"} == {HIDDEN}
-    found = compare_methods(finished.setup, ["base"], 1, Silence())
-    assert found.summary["budget"]["validation_questions"] == len(bench.rows["validation"])
+    summary = compare_methods(finished.setup, ["base", "icl"], 1, Silence()).summary
+    assert summary["budget"]["validation_questions"] == len(bench.rows["validation"])
+    # Each method is told by group, against the base model.
+    (row,) = held_out_rows(summary)
+    assert row[0] == "icl"
+    (found,) = (one["held_out"] for one in summary["methods"] if one["name"] == "icl")
+    assert {name: one["tasks"] for name, one in found["groups"].items()} == {TRAINED: ["pick"], HELD_OUT: ["copy"]}
+    assert f"| icl | {row[1]}" in table_text(summary)
+    print_comparison(summary)
+    assert "gains over the base model" in capsys.readouterr().out
 
 
 def test_leaving_one_task_out_is_a_factor_of_a_space_file(config: Config, tmp_path: Path) -> None:
