@@ -47,7 +47,7 @@ KL: dict[str, tuple[str, ...]] = {"RoMA, distance kl": ("finetune.regularizer.di
 REGIMES = {2: ROOT / "configs" / "planted.yaml", 1: assets_path() / "control.yaml"}
 """Experts of a token -> the frozen settings."""
 GRID = (1e-4, 1e-3, 5e-3, 2.5e-2, 1e-1)
-"""Learning rates of all methods that train. On the validation questions of seed 0 the best of each method lay within."""
+"""Learning rates of all methods that train, set by validation accuracy on the world of seed 0."""
 Judged = tuple[np.ndarray, Mapping[str, Arm]]
 
 
