@@ -57,15 +57,23 @@ def _to_centre(result: SettingResult, tasks: Sequence[str]) -> str:
     return figure(vars(macro(parts) or parts[0]), "difference")
 
 
+def _held_out(findings: Findings) -> set[tuple[str, ...]]:
+    return {tuple(f.held_out["tasks"]) if f.held_out else () for r in findings.results for f in r.finished}
+
+
+def validated_differently(findings: Findings) -> bool:
+    """Whether settings hold out different tasks, so that their validation questions are not the same."""
+    return len(_held_out(findings)) > 1
+
+
 def held_out_notes(findings: Findings) -> list[str]:
     """Why validation accuracies of settings that hold out different tasks are not comparable, where there are such."""
-    held = {tuple(f.held_out["tasks"]) if f.held_out else () for r in findings.results for f in r.finished}
-    if held == {()}:
+    if _held_out(findings) == {()}:
         return []
     lines = [
         "test accuracies and gains over all questions mix trained and held-out tasks; the table of held-out tasks does not"
     ]
-    if len(held) > 1:
+    if validated_differently(findings):
         lines.append(
             "settings that hold out different tasks have different validation questions: their validation accuracies rank nothing"
         )

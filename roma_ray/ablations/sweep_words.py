@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from roma_ray.ablations.sweep import FAILED, STOPPED, Sweep
 from roma_ray.ablations.sweep_results import Findings, SettingResult
 from roma_ray.ablations.sweep_tables import SHIFTED, interval, percent, points
-from roma_ray.ablations.sweep_transfer import held_out_notes
+from roma_ray.ablations.sweep_transfer import held_out_notes, validated_differently
 from roma_ray.evaluation.measures import coincidence
 from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import SIGNIFICANCE, p_value, significant
@@ -24,6 +24,11 @@ def headline(findings: Findings) -> str:
             f"{findings.questions:,} test questions (p {p_value(best.gain.p)}); with seeds and questions both drawn, 95 % lie in "
             f"{interval(best.gain)}."
         )
+    if validated_differently(findings):
+        return (
+            "Settings that hold out different tasks are validated on different questions, so none is called the best. "
+            f"{_beside_centre(findings)}"
+        ).strip()
     equal = sum(result.validation.mean == best.validation.mean for result in findings.results) - 1
     drawn = f"of {findings.first.validation_questions:,} validation questions"
     first = f"Best on validation questions: {best.name} ({percent(best.validation)} % {drawn}"

@@ -25,6 +25,10 @@ RULES = {"raw": "acc", "normalized": "acc_norm"}
 """The measure of each rule by which an answer is chosen; lm-evaluation-harness's names."""
 
 
+_HUGE = 1e6
+"""From here on digits after the point say nothing: the perplexity of a text that a model cannot read at all."""
+
+
 @dataclass(frozen=True)
 class Measure:
     """How a measure is named and written."""
@@ -42,6 +46,9 @@ class Measure:
 
     def text(self, value: float, error: float | None, *, signed: bool = False) -> str:
         """A figure of this measure with its error; a `signed` one is a difference."""
+        if abs(self.scale * value) >= _HUGE:
+            shown = f"{self.scale * value:{'+' if signed else ''}.3g}"
+            return shown if error is None else f"{shown} ± {self.scale * error:.2g}"
         return with_error(value, error, scale=self.scale, digits=self.finer if signed else self.digits, signed=signed)
 
 
