@@ -2,12 +2,13 @@
 
     python jobs/map_planted_worlds.py --seeds 2 3 4 --space configs/map.yaml --out worlds
 
-Each seed gives one merged model and what the space varies of it. For each level: RoMA, the task loss alone (lambda = 0), dense
-backprop at the same learning rate, and for some the two controls, judged on the same test questions, which are pooled over the seeds. What
-is finished is not made again.
+Each seed gives one merged model and what the space varies of it. For each level RoMA and the task loss alone (lambda = 0), and
+where the model is another dense backprop at the same learning rate and two controls, judged on the same test questions, which are
+pooled over the seeds. What is finished is not made again.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,8 +47,8 @@ MARGIN = 0.015
 """Share of the questions that counts as nothing: under a quarter of what either term gains over base at the centre
 (docs/control.md), and what 2,700 questions can show."""
 
-CONTROLLED = frozenset({"labels", "weight of the term", "length of the gates", "experts a token", "choices"})
-"""Factors whose levels are trained with the controls too, as the centre is; the others vary what the controls do not have."""
+COMPARED = frozenset({"length of the gates", "experts a token"})
+"""Factors whose levels have another model: there, and at the centre, dense backprop and the controls are trained too."""
 
 
 @dataclass(frozen=True)
@@ -88,15 +89,23 @@ def dense_backprop(config: Config, progress: Progress) -> tuple[np.ndarray | Non
     return np.array(read_answers(stage.path / ANSWERS, "test").column("correct").to_pylist()), ""
 
 
-def answer(config: Config, centre: Config, progress: Progress, *, controls: bool = True) -> Answered:
-    """Train and judge every arm of one level on one world."""
-    names = (ROMA, TASK, *(CONTROLS if controls else ()))
-    base, arms = train_arms(config, {name: ARMS[name] for name in names}, progress)
+def task_alone(centre: Config) -> tuple[str, ...]:
+    """Settings of the task loss alone: with the centre's neighbors and tokens, so that one training serves where these vary."""
+    neighbors = [f"neighbors.{name}={json.dumps(value)}" for name, value in centre.neighbors.model_dump().items()]
+    return (*ARMS[TASK], f"routing.tokens={centre.routing.tokens}", *neighbors)
+
+
+def answer(config: Config, centre: Config, progress: Progress, *, others: bool = True) -> Answered:
+    """Train and judge both arms of one level on one world, with `others` dense backprop and the controls too."""
+    settings = {ROMA: ARMS[ROMA], TASK: task_alone(centre)} | {n: ARMS[n] for n in CONTROLS if others}
+    base, arms = train_arms(config, settings, progress)
     right = {name: arm.right for name, arm in arms.items()}
     untrained = {name: arm.reason for name, arm in arms.items() if arm.paired is None}
-    dense, reason = dense_backprop(without_term(config, centre), progress)
-    right[DENSE] = base if dense is None else dense
-    return Answered(base, right, untrained | ({DENSE: reason} if reason else {}))
+    if others:
+        dense, reason = dense_backprop(without_term(config, centre), progress)
+        right[DENSE] = base if dense is None else dense
+        untrained |= {DENSE: reason} if reason else {}
+    return Answered(base, right, untrained)
 
 
 def level_name(trial: Trial) -> str:
@@ -116,11 +125,17 @@ def words(finding: Finding, *, task_trains: bool = True) -> str:
         "better": "adds",
         "worse": "harms",
         "equivalent": f"equals it within {points}",
-        "unresolved": "not resolved" + (f": about {finding.needed:,} questions would" if finding.needed else ""),
+        "unresolved": "not resolved"
+        + (f": about {_rounded(finding.needed):,} questions would" if finding.needed else ""),
     }[finding.kind]
     if finding.within and finding.kind in ("better", "worse"):
         text += f", by less than {points}"
     return text if task_trains else f"{text} (the task loss trains nothing)"
+
+
+def _rounded(count: int) -> int:
+    """To two digits: more are not known."""
+    return int(float(f"{count:.1e}"))
 
 
 def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:
@@ -140,10 +155,10 @@ def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:
     lines += ["", "| level | dense backprop − (λ = 0) | random successes | another question's neighbors |"]
     lines.append("| --- " * 4 + "|")
     for name, worlds in levels.items():
-        cells = [_gain(worlds, DENSE, compared(worlds, DENSE, TASK))]
-        for control in CONTROLS:
-            cells.append(_gain(worlds, control, compared(worlds, control)) if control in worlds[0].right else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+        if DENSE in worlds[0].right:
+            cells = [_gain(worlds, DENSE, compared(worlds, DENSE, TASK))]
+            cells += [_gain(worlds, control, compared(worlds, control)) for control in CONTROLS]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     for kind, title in (
         ("better", "adds"),
@@ -178,8 +193,8 @@ def answers(space: Space, seeds: Sequence[int], out: Path) -> dict[str, list[Ans
         levels[name] = []
         for seed in seeds:
             config, centre = (placed(c, out / f"seed-{seed}", out / "storage") for c in (trial.config, space.centre))
-            controls = trial.centre or not CONTROLLED.isdisjoint(dict(trial.factors))
-            levels[name].append(answer(config, centre, Silence(), controls=controls))
+            others = trial.centre or not COMPARED.isdisjoint(dict(trial.factors))
+            levels[name].append(answer(config, centre, Silence(), others=others))
         print(f"{name}: done", file=sys.stderr, flush=True)
     return levels
 

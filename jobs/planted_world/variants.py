@@ -1,4 +1,4 @@
-"""A world and what is made of it without training: other gates, other numbers of experts a token, other numbers of choices."""
+"""A world and what is made of it without training: other gates, other numbers of experts a token, fewer choices."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from .assemble import build
-from .facts import ATTRIBUTES
+from .assemble import LETTERS, build
 from .recipe import Recipe
 
 WORLD = "planted"
@@ -21,9 +20,8 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
     "planted-top-4": {"top_k": 4},
 }
 """Folder -> in what its recipe differs."""
-CHOICES: Mapping[str, int] = {"planted-choices-2": 2, "planted-choices-12": 12}
+CHOICES: Mapping[str, int] = {"planted-choices-2": 2}
 """Folder -> choices of its training questions."""
-_LETTERS = "ABCDEFGHIJKL"
 
 
 def make_variants(out: Path, seed: int) -> None:
@@ -43,9 +41,8 @@ def make_variants(out: Path, seed: int) -> None:
 
 
 def with_choices(row: Mapping[str, Any], count: int) -> dict[str, Any]:
-    """The question with its last wrong choices left out, or with its attribute's other values after its own choices."""
-    own, right = row["choices"], row["choices"]["ABCD".index(row["answer"])]
-    all_values = [*own, *(value for value in ATTRIBUTES[row["task"]].values if value not in own)]
-    kept = {right, *[value for value in all_values if value != right][: count - 1]}
-    choices = [value for value in all_values if value in kept]
-    return {**row, "choices": choices, "answer": _LETTERS[choices.index(right)]}
+    """The question with so many of its choices: its last wrong ones are left out."""
+    right = row["choices"][LETTERS.index(row["answer"])]
+    kept = {right, *[choice for choice in row["choices"] if choice != right][: count - 1]}
+    choices = [choice for choice in row["choices"] if choice in kept]
+    return {**row, "choices": choices, "answer": LETTERS[choices.index(right)]}
