@@ -3,8 +3,8 @@
     python jobs/map_planted_worlds.py --seeds 2 3 4 --space configs/map.yaml --out worlds
 
 Each seed gives one merged model and what the space varies of it. For each level RoMA and the task loss alone (lambda = 0), and
-where the model is another dense backprop at the same learning rate and two controls, judged on the same test questions, which are
-pooled over the seeds. What is finished is not made again.
+where the model is another dense backprop at the same learning rate, judged on the same test questions, which are pooled over the
+seeds. What is finished is not made again.
 """
 
 import argparse
@@ -42,13 +42,12 @@ from roma_ray.runs.pipeline import run  # noqa: E402
 
 TASK = "lambda = 0"
 DENSE = "dense backprop"
-CONTROLS = ("random successes", "another question's neighbors")
 MARGIN = 0.015
 """Share of the questions that counts as nothing: under a quarter of what either term gains over base at the centre
 (docs/control.md), and what 2,700 questions can show."""
 
 COMPARED = frozenset({"length of the gates", "experts a token"})
-"""Factors whose levels have another model: there, and at the centre, dense backprop and the controls are trained too."""
+"""Factors whose levels have another model: there, and at the centre, dense backprop is trained too."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,15 @@ def task_alone(centre: Config) -> tuple[str, ...]:
     return (*ARMS[TASK], f"routing.tokens={centre.routing.tokens}", *neighbors)
 
 
-def answer(config: Config, centre: Config, progress: Progress, *, others: bool = True) -> Answered:
-    """Train and judge both arms of one level on one world, with `others` dense backprop and the controls too."""
-    settings = {ROMA: ARMS[ROMA], TASK: task_alone(centre)} | {n: ARMS[n] for n in CONTROLS if others}
+def answer(config: Config, centre: Config, progress: Progress, *, dense: bool = True) -> Answered:
+    """Train and judge both arms of one level on one world, with `dense` dense backprop too."""
+    settings = {ROMA: ARMS[ROMA], TASK: task_alone(centre)}
     base, arms = train_arms(config, settings, progress)
     right = {name: arm.right for name, arm in arms.items()}
     untrained = {name: arm.reason for name, arm in arms.items() if arm.paired is None}
-    if others:
-        dense, reason = dense_backprop(without_term(config, centre), progress)
-        right[DENSE] = base if dense is None else dense
+    if dense:
+        answered, reason = dense_backprop(without_term(config, centre), progress)
+        right[DENSE] = base if answered is None else answered
         untrained |= {DENSE: reason} if reason else {}
     return Answered(base, right, untrained)
 
@@ -152,12 +151,11 @@ def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:
         gains = [_gain(worlds, TASK, task), _gain(worlds, ROMA, roma), _points(finding.paired)]
         tests = [p_value(finding.difference_p), p_value(finding.equivalence_p)]
         lines.append(f"| {name} | {100 * roma.base:.1f} | {' | '.join([*gains, *tests, said[name]])} |")
-    lines += ["", "| level | dense backprop − (λ = 0) | random successes | another question's neighbors |"]
-    lines.append("| --- " * 4 + "|")
+    lines += ["", "| level | dense backprop | dense backprop − (λ = 0) |"]
+    lines.append("| --- " * 3 + "|")
     for name, worlds in levels.items():
         if DENSE in worlds[0].right:
-            cells = [_gain(worlds, DENSE, compared(worlds, DENSE, TASK))]
-            cells += [_gain(worlds, control, compared(worlds, control)) for control in CONTROLS]
+            cells = [_gain(worlds, DENSE, compared(worlds, DENSE, before)) for before in (None, TASK)]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
     for kind, title in (
@@ -193,8 +191,8 @@ def answers(space: Space, seeds: Sequence[int], out: Path) -> dict[str, list[Ans
         levels[name] = []
         for seed in seeds:
             config, centre = (placed(c, out / f"seed-{seed}", out / "storage") for c in (trial.config, space.centre))
-            others = trial.centre or not COMPARED.isdisjoint(dict(trial.factors))
-            levels[name].append(answer(config, centre, Silence(), others=others))
+            dense = trial.centre or not COMPARED.isdisjoint(dict(trial.factors))
+            levels[name].append(answer(config, centre, Silence(), dense=dense))
         print(f"{name}: done", file=sys.stderr, flush=True)
     return levels
 

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "jobs"))
 
 import map_planted_worlds as planted_map  # noqa: E402
-from map_planted_worlds import CONTROLS, DENSE, MARGIN, ROMA, TASK, Answered  # noqa: E402
+from map_planted_worlds import DENSE, MARGIN, ROMA, TASK, Answered  # noqa: E402
 from planted_world import variants  # noqa: E402
 
 
@@ -105,7 +105,7 @@ def answers(lost: int, won: int) -> Answered:
     after = before.copy()
     after[np.flatnonzero(before)[:lost]] = False
     after[np.flatnonzero(~before)[:won]] = True
-    return Answered(before, dict.fromkeys((TASK, DENSE, *CONTROLS), before) | {ROMA: after}, {})
+    return Answered(before, dict.fromkeys((TASK, DENSE), before) | {ROMA: after}, {})
 
 
 CHANGES = {"adds": (60, 180), "harms": (180, 60), "equals": (30, 30), "not resolved": (130, 150)}
@@ -154,10 +154,10 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_every_arm_of_a_level_answers_the_same_questions(few: Config) -> None:
     world = planted_map.answer(few, few, Silence())
-    assert set(world.right) == {ROMA, TASK, DENSE, *CONTROLS}
+    assert set(world.right) == {ROMA, TASK, DENSE}
     assert not world.untrained
     assert {len(right) for right in world.right.values()} == {len(world.base)} == {20}
-    alone = planted_map.answer(few, few, Silence(), others=False)
+    alone = planted_map.answer(few, few, Silence(), dense=False)
     assert set(alone.right) == {ROMA, TASK}
 
 
