@@ -124,17 +124,11 @@ def words(finding: Finding, *, task_trains: bool = True) -> str:
         "better": "adds",
         "worse": "harms",
         "equivalent": f"equals it within {points}",
-        "unresolved": "not resolved"
-        + (f": about {_rounded(finding.needed):,} questions would" if finding.needed else ""),
+        "unresolved": "not resolved" + (f": about {finding.needed:,} questions would" if finding.needed else ""),
     }[finding.kind]
     if finding.within and finding.kind in ("better", "worse"):
         text += f", by less than {points}"
     return text if task_trains else f"{text} (the task loss trains nothing)"
-
-
-def _rounded(count: int) -> int:
-    """To two digits: more are not known."""
-    return int(float(f"{count:.1e}"))
 
 
 def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:

@@ -21,43 +21,40 @@ from roma_ray.store.artifacts import MEMBERS, Stage, fingerprint, write_json, wr
 from roma_ray.versions import library_versions
 
 VERSION = 1
-ARMS = ("arm", "settings", "validation %", "test %", "± seeds", "gain", "95 %, with seeds", "to base")
+ARMS = ("arm", "validation %", "test %", "± seeds", "gain", "95 %, with seeds", "to base", "settings")
 FINDINGS = ("compared with", "difference", "95 %, with seeds", "p", "p, equal", "finding")
 
 
 def arm_table(found: ArmsVerdict) -> Table:
     """Each arm with what was chosen for it, its accuracy and its gain on the base model."""
     base = found.first
-    rows = [(BASE, "", figure(vars_of(base.base_validation), "it"), _accuracy(found, None), "", "", "", "")]
+    known = (
+        figure(vars_of(base.base_validation), "it"),
+        figure(vars(found.found[found.measure][BASE, found.judged].paired), "base"),
+    )
+    rows: list[tuple[str, ...]] = [(BASE, *known, *("" for _ in ARMS[3:]))]
     for name, arm in found.arms.items():
         one = found.found[found.measure][BASE, name]
         seeds = "" if arm.accuracy.seeds is None else f"{100 * arm.accuracy.seeds:.2f}"
         rows.append(
             (
                 name,
-                settings(arm),
                 f"{100 * arm.validation:.2f}",
-                _accuracy(found, arm),
+                figure(vars_of(arm.accuracy), "it"),
                 seeds,
                 figure(vars(one.paired), "difference"),
                 _interval(found, (BASE, name)),
                 brief(one, found.measure),
+                settings(arm),
             )
         )
-    rows += [(name, "not trained", "", "", "", "", "", "") for name in found.missing]
-    return Table(ARMS, rows, names=2)
+    rows += [(name, "not trained", *("" for _ in ARMS[2:])) for name in found.missing]
+    return Table(ARMS, rows)
 
 
 def vars_of(value: Any) -> dict[str, float]:
     """A mean with its error over questions as a record's figure `it`."""
     return {"it": value.mean, "it_stderr": value.questions}
-
-
-def _accuracy(found: ArmsVerdict, arm: ArmResult | None) -> str:
-    one = next(iter(found.found[found.measure].items()))
-    if arm is not None:
-        return figure(vars_of(arm.accuracy), "it")
-    return MEASURES[found.measure].figure(vars(one[1].paired), "base")
 
 
 def settings(arm: ArmResult) -> str:

@@ -48,9 +48,7 @@ def judge_arms(arms: Arms, address: str | None, quiet: bool, summary_path: str |
     if summary_path:
         write_json(summary_path, verdict_page.plain(found))
     table = verdict_page.arm_table(found)
-    print_table(
-        f"{arms.file.name}: arms on test questions, ± standard error over questions", table.header, table.rows, 2
-    )
+    print_table(f"{arms.file.name}: arms on test questions, ± standard error over questions", table.header, table.rows)
     table = verdict_page.finding_table(found, found.measure)
     print_table(f"{found.judged} against the others", table.header, table.rows)
     for line in verdict_page.notes(found):

@@ -67,7 +67,8 @@ class Finding:
         inside = norm.isf(level) + norm.isf((1 - POWER) / 2)
         steps = [reach * error / found] if found else []
         steps += [inside * error / (self.margin - found)] if found < self.margin else []
-        return math.ceil(self.paired.n * min(steps) ** 2)
+        # To two digits: more are not known.
+        return int(float(f"{self.paired.n * min(steps) ** 2:.1e}"))
 
 
 def findings(differences: Mapping[Name, Paired], margin: float, level: float = SIGNIFICANCE) -> dict[Name, Finding]:
