@@ -2,7 +2,7 @@
 
     python jobs/judge_planted_worlds.py --seeds 2 3 4 --out worlds
 
-Each seed gives one merged model, run with two experts a token and with one; settings are those of configs/planted.yaml and of
+Each seed gives one merged model, run with two experts a token and with one; settings are those of the embedded default and of
 the control. Of each regime there are two tables: RoMA with its controls, where nothing is chosen, and the methods of `roma-ray
 baselines`, whose learning rate each world's own validation questions choose. Three seeds take about an hour on two cores. What
 is finished is not made again.
@@ -44,7 +44,7 @@ from roma_ray.runs.method_comparison import compare  # noqa: E402
 from roma_ray.store.artifacts import Stage  # noqa: E402
 
 KL: dict[str, tuple[str, ...]] = {"RoMA, distance kl": ("finetune.regularizer.distance=kl",)}
-REGIMES = {2: ROOT / "configs" / "planted.yaml", 1: assets_path() / "control.yaml"}
+REGIMES = {2: assets_path() / "demo.yaml", 1: assets_path() / "control.yaml"}
 """Experts of a token -> the frozen settings."""
 GRID = (1e-4, 1e-3, 5e-3, 2.5e-2, 1e-1)
 """Learning rates of all methods that train, set by validation accuracy on the world of seed 0."""
@@ -82,6 +82,8 @@ def settings(top_k: int, folder: Path, out: Path) -> Config:
         f"questions.sources={json.dumps(sources)}",
         f"storage={out / 'storage'}",
         f"baselines.learning_rates={json.dumps(GRID)}",
+        # It is an arm of its own here.
+        "evaluation.task_loss_alone=false",
     ]
     return load_config(REGIMES[top_k], overrides)
 

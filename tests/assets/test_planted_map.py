@@ -39,13 +39,14 @@ def test_every_level_is_a_trial_of_its_own(space: Space) -> None:
     assert not [name for name in names if name.count(":") > 1], "two levels are one trial"
 
 
-def test_the_centre_is_the_planted_world_s_configuration(space: Space) -> None:
-    planted = load_config(ROOT / "configs" / "planted.yaml").model_dump(mode="json")
-    centre = space.centre.model_dump(mode="json")
-    differing = {section for section in planted if planted[section] != centre[section]}
-    assert differing == {"name", "questions", "finetune"}
-    assert planted["finetune"] | {"micro_batch_size": 32} == centre["finetune"]
-    assert planted["questions"] | {"seed": 0} == centre["questions"]
+def test_the_centre_is_the_embedded_default_s_configuration(space: Space) -> None:
+    default, centre = load_config().model_dump(mode="json"), space.centre.model_dump(mode="json")
+    differing = {section for section in default if default[section] != centre[section]}
+    assert differing == {"name", "model", "questions", "finetune", "evaluation"}
+    assert default["finetune"] | {"micro_batch_size": 32} == centre["finetune"]
+    sources = centre["questions"]["sources"]
+    assert default["questions"] | {"seed": 0, "sources": sources} == centre["questions"]
+    assert default["model"] | {"path": "planted/model"} == centre["model"]
 
 
 def test_every_folder_of_the_space_is_made(space: Space) -> None:
