@@ -54,7 +54,7 @@ class LoopState:
             self.sums[name] = self.sums.get(name, 0.0) + count
 
     def close_epoch(self, epoch: int, validation: Scores, routing: dict[str, Any] | None) -> dict[str, Any]:
-        """Turn the epoch's sums into its record; `routing` are the figures by layer (`engine/guard.py`), without the gradients'."""
+        """Turn the epoch's sums into its record; `routing` are the figures by layer (`engine/collapse.py`), without the gradients'."""
         count = self.sums["count"]
         record: dict[str, Any] = {
             "epoch": epoch,

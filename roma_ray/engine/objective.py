@@ -16,9 +16,9 @@ from torch import Tensor
 from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
+from roma_ray.engine.collapse import routing_figures
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
-from roma_ray.engine.guard import routing_figures
 from roma_ray.engine.schedules import Moment
 from roma_ray.engine.scoring import Scores, score_rows
 from roma_ray.errors import TrainingError, UnmovedError
@@ -241,7 +241,7 @@ class Objective:
         return self._score(self.data.validation)
 
     def routing_figures(self, answers: Scores) -> dict[str, Any] | None:
-        """What the validation pass tells of each tuned layer's routing (`engine/guard.py`); None without the base model's."""
+        """What the validation pass tells of each tuned layer's routing (`engine/collapse.py`); None without the base model's."""
         if self.data.base_NLE is None:
             return None
         tuned_VLE = torch.from_numpy(answers.routing_NLE[:, self.columns])

@@ -23,11 +23,11 @@ from torch import Tensor
 from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from roma_ray.engine.collapse import act, check_kept
 from roma_ray.engine.gradient_step import add, apply
-from roma_ray.engine.guard import act, check_kept
 from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import moment
-from roma_ray.engine.world import ALONE, World
+from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.reach import WeightsReader, read_weights
@@ -137,18 +137,23 @@ def _finetune(
         if state.stopped:
             break
 
-    check_kept(state, config.guard)
-    selected = len(state.epochs) - 1
-    if config.select == "best_validation":
-        selected = state.best_epoch
-        masters.load(state.best_gates)
-    elif state.stopped:
-        # The gates at the start of the collapsed epoch are those of the one before.
-        selected -= 1
-        masters.load(state.epoch_start)
+    selected = _take_exported(config, state, masters)
     _check_moved(masters, pretrained, frozen, head, state)
     probe = {**state.probe, **_final(objective.probe(probe_rows, state.probe["weight"] * state.lambda_factor))}
     return Outcome(masters.state(), state.epochs, probe, selected, state.table())
+
+
+def _take_exported(config: FinetuneConfig, state: LoopState, masters: RouterMasters) -> int:
+    """Give the masters the gates that are exported, and tell of which epoch they are. Raises TrainingError."""
+    check_kept(state, config.guard)
+    if config.select == "best_validation":
+        masters.load(state.best_gates)
+        return state.best_epoch
+    if state.stopped:
+        # The gates at the start of the collapsed epoch are those of the one before.
+        masters.load(state.epoch_start)
+        return len(state.epochs) - 2
+    return len(state.epochs) - 1
 
 
 def _final(probe: dict[str, float]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.borders.text import figure
-from roma_ray.engine.guard import FIGURES
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
 from roma_ray.evaluation.statistics import Paired
 from roma_ray.evaluation.transfer import HEADER as CTGI

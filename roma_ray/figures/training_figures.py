@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from roma_ray.engine.guard import FIGURES
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.figures.style import BASE, PALETTE, SEQUENTIAL, TUNED, new_figure, styled
 
 _MOST_NAMED = 6

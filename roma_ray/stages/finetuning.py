@@ -17,8 +17,8 @@ import torch
 from roma_ray.borders.text import figure
 from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.cache import ROWS, States, open_states
+from roma_ray.engine.collapse import collapsed, describe_collapse, entropy_kept
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.guard import collapsed, describe_collapse, entropy_kept
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.objective import TrainingData, is_idle, is_noise
@@ -30,7 +30,7 @@ from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.training import Outcome, finetune
 from roma_ray.engine.verification import verify_sample
 from roma_ray.engine.work import Job
-from roma_ray.engine.world import ALONE, World
+from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import QuestionError
 from roma_ray.moe.adapters import save_adapter
 from roma_ray.moe.reach import is_unreached

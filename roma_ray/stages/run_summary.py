@@ -11,7 +11,7 @@ else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/tas
 held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`);
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
 routing_entropy, validation_accuracy, validation_stderr; `routing`, figures of the validation questions by layer
-(`engine/guard.py`); `lambda_factor`, `stopped` where the guard acted); `collapse` (what the guard found, in sentences);
+(`engine/collapse.py`); `lambda_factor`, `stopped` where the guard acted); `collapse` (what the guard found, in sentences);
 `probe` (gradient norms of both terms on the gates, whether either is noise, their ratio, lambda); `selected_epoch` (from 0);
 `neighborhoods` (sizes, similarities, empties);
 `diagnostics` of the test questions (routing_kl and selection_overlap by layer; for base and tuned routing_entropy and expert_load by
@@ -31,8 +31,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from roma_ray.borders.text import figure
+from roma_ray.engine.collapse import collapse_notes
 from roma_ray.engine.devices import mixed_devices
-from roma_ray.engine.guard import collapse_notes
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.shares import shift_notes

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.config.schema import Config
-from roma_ray.engine.guard import FIGURES
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import order

@@ -16,7 +16,7 @@ from torch import Tensor
 from roma_ray.config.finetune_settings import FinetuneConfig, GuardConfig
 from roma_ray.engine.checkpoint import LoopState
 from roma_ray.engine.identity import guard_acts
-from roma_ray.engine.world import World
+from roma_ray.engine.workers import World
 from roma_ray.errors import TrainingError
 from roma_ray.manifold import diagnostics
 
