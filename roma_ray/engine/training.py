@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def _finetune(
 
     per_epoch = math.ceil(len(data.train) / config.batch_size)
     total = per_epoch * config.epochs
-    for epoch in () if state.stopped else range(state.step // per_epoch, config.epochs):
+    for epoch in takewhile(lambda _: not state.stopped, range(state.step // per_epoch, config.epochs)):
         first = state.step - epoch * per_epoch
         if first == 0:
             state.epoch_start = masters.state()
@@ -134,8 +135,6 @@ def _finetune(
         state.keep_best(masters.state())
         save(state)
         report({**record, "questions_per_second": questions / max(time.monotonic() - clock, 1e-9)})
-        if state.stopped:
-            break
 
     selected = _take_exported(config, state, masters)
     _check_moved(masters, pretrained, frozen, head, state)
