@@ -73,7 +73,7 @@ def do_trial(
         def told(epoch: dict[str, Any]) -> None:
             report(epoch)
             # The closing record stands for the last one: a scheduler must not stop a trial whose training is done.
-            if epoch["epoch"] + 1 < setup.config.finetune.epochs:
+            if epoch["epoch"] + 1 < setup.config.finetune.epochs and not epoch.get("stopped"):
                 hear({"epoch": epoch["epoch"] + 1, "validation_accuracy": epoch["validation_accuracy"]})
 
         train(job, told, advance)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.config.baseline_settings import BaselinesConfig
-from roma_ray.config.finetune_settings import FinetuneConfig
+from roma_ray.config.finetune_settings import FinetuneConfig, GuardConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
 from roma_ray.engine.batches import plan_batches
@@ -157,12 +157,13 @@ class Bench:
 def within_budget(config: Config, regularizer: Mapping[str, Any]) -> FinetuneConfig:
     """The settings of finetuning within the budget that all methods have, with the method's own settings of the regularizer.
 
-    The rest is as configured for RoMA.
+    The rest is as configured for RoMA, without the guard: a training that it ends or weakens has another budget.
     """
     base = config.finetune
     return base.model_copy(
         update={
             "micro_batch_size": config.baselines.micro_batch_size,
+            "guard": GuardConfig(action="none"),
             "regularizer": base.regularizer.model_copy(update=dict(regularizer)),
         }
     )

@@ -52,5 +52,6 @@ class OracleTuning(RouterMethod):
             neighborhoods=own_neighborhoods(training_mask(bench)),
             routing_NLE=prepared["routing"],
             # The oracle's routing is that of the last prompt token, whatever the run compares.
+            base_NLE=None,
             tokens="Last1",
         )

@@ -74,6 +74,24 @@ class RegularizerConfig(ScheduleConfig):
         return value
 
 
+class GuardConfig(Section):
+    """What watches the routing of the validation questions for a collapse, layer by layer, once an epoch (docs/paper.md)."""
+
+    action: Literal["none", "warn", "halve", "stop"] = "warn"
+    """After an epoch past a threshold: `warn` says so; `halve` also trains on with half the lambda; `stop` also ends the training and
+    keeps the epochs before."""
+    least_entropy: float = Field(default=0.5, ge=0, lt=1)
+    """Of the base model's mean routing entropy: what a layer must keep. Below it fewer experts share a token's weight. 0: off."""
+    most_entropy: float = Field(default=0.9, gt=0, le=1)
+    """Of the way from the base model's mean entropy to that of even weights: past it routers no longer choose. 1: off."""
+    most_unused: float = Field(default=0.25, gt=0, le=1)
+    """Of a layer's experts: how many may fall out of use, beyond those that the base model does not use on these questions. 1: off."""
+    most_load: float = Field(default=0.9, gt=0, le=1)
+    """Of the way from the base model's largest load to the largest there is, one expert selected by all questions. 1: off."""
+    most_gradient: float = Field(default=10.0, gt=1)
+    """Of the first epoch's mean gradient norm on a layer's gate: a healthy one falls."""
+
+
 class FinetuneConfig(ScheduleConfig):
     """Router finetuning, eq. 8-10; the schedule is the learning rate's."""
 
@@ -98,3 +116,4 @@ class FinetuneConfig(ScheduleConfig):
     checkpoint_steps: int = Field(default=25, ge=1)
     """Optimizer steps between checkpoints."""
     regularizer: RegularizerConfig = RegularizerConfig()
+    guard: GuardConfig = GuardConfig()

@@ -18,6 +18,11 @@ from roma_ray.store.tensors import DAMAGED, read_metadata, read_tensors, write_t
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
+def layer_norm(layer: int) -> str:
+    """The name of a layer's gradient norm among a step's facts."""
+    return f"norm of layer {layer}"
+
+
 @dataclass
 class LoopState:
     """Where the loop is, besides gates and optimizer."""
@@ -33,6 +38,10 @@ class LoopState:
     epochs: list[dict[str, Any]] = field(default_factory=list)
     best_epoch: int = -1
     best_gates: dict[str, Tensor] = field(default_factory=dict)
+    lambda_factor: float = 1.0
+    """What the guard has left of lambda."""
+    stopped: bool = False
+    """Whether the guard has ended the training; then the epoch before is the last good one."""
 
     def record(self, facts: dict[str, float], strength: float, rate: float, count: int) -> None:
         """Note one finished step over `count` questions."""
@@ -40,12 +49,14 @@ class LoopState:
         self.steps.append([facts["task"], facts["manifold"], strength, rate, facts["norm"]])
         for key, value in facts.items():
             self.sums[key] = self.sums.get(key, 0.0) + value * count
-        self.sums["count"] = self.sums.get("count", 0.0) + count
+        # An epoch that an earlier version began has measured its layers in a part of its steps alone.
+        for name in ("count", "layers_count"):
+            self.sums[name] = self.sums.get(name, 0.0) + count
 
-    def close_epoch(self, epoch: int, validation: Scores, gates: dict[str, Tensor]) -> dict[str, Any]:
-        """Turn the epoch's sums into its record; keeps the gates if they are the best on validation so far."""
+    def close_epoch(self, epoch: int, validation: Scores, routing: dict[str, Any] | None) -> dict[str, Any]:
+        """Turn the epoch's sums into its record; `routing` are the figures by layer (`engine/collapse.py`), without the gradients'."""
         count = self.sums["count"]
-        record = {
+        record: dict[str, Any] = {
             "epoch": epoch,
             "step": self.step,
             "task_loss": self.sums["task"] / count,
@@ -57,12 +68,22 @@ class LoopState:
             "validation_accuracy": validation.accuracy,
             "validation_stderr": validation.stderr,
         }
+        if routing:
+            norms = [self.sums[layer_norm(layer)] / self.sums["layers_count"] for layer in routing["layers"]]
+            known = (e["routing"]["first_gradient_norm"] for e in self.epochs if "routing" in e)
+            record["routing"] = {**routing, "gradient_norm": norms, "first_gradient_norm": next(known, norms)}
         self.epochs.append(record)
         self.sums = {}
-        # The first of equals: later epochs must earn their place.
-        if self.best_epoch < 0 or validation.accuracy > self.epochs[self.best_epoch]["validation_accuracy"]:
-            self.best_epoch, self.best_gates = epoch, gates
         return record
+
+    def keep_best(self, gates: dict[str, Tensor]) -> None:
+        """Keep the gates of the epoch that just ended if they are the best on validation so far, and no collapsed ones."""
+        last = self.epochs[-1]
+        # The first of equals: later epochs must earn their place.
+        if not self.stopped and (
+            self.best_epoch < 0 or last["validation_accuracy"] > self.epochs[self.best_epoch]["validation_accuracy"]
+        ):
+            self.best_epoch, self.best_gates = last["epoch"], gates
 
     def table(self) -> Tensor:
         """The steps as [steps, 5], fp64."""

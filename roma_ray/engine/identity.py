@@ -10,14 +10,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from roma_ray.config.finetune_settings import FinetuneConfig, LogitsConfig, RegularizerConfig, ScheduleConfig
+from roma_ray.config.finetune_settings import (
+    FinetuneConfig,
+    GuardConfig,
+    LogitsConfig,
+    RegularizerConfig,
+    ScheduleConfig,
+)
 from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
 from roma_ray.config.section import Section
 
 # Settings that came after storages were filled: their defaults stand in no identity.
 _YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
 _YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_sign", "entropy_target")
-_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits")
+_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits", "guard")
 _YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
 
 
@@ -67,14 +73,26 @@ def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
         "task_schedule": (config.task_schedule, _idle_schedule(config.task_schedule, "finetune.task_schedule")),
         "logits": (config.logits, _idle_logits(config.logits)),
     }
-    outside = {"checkpoint_steps", "regularizer", *younger, *_idle_finetune(config, cloze=cloze)}
+    outside = {"checkpoint_steps", "regularizer", "guard", *younger, *_idle_finetune(config, cloze=cloze)}
     settings = _aged(config.model_dump(mode="json", exclude=outside), FinetuneConfig, _YOUNGER_TUNING)
     acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, config.epochs)))
     settings["regularizer"] = _aged(acting, RegularizerConfig, _YOUNGER_TERM)
     for name, (section, idle) in younger.items():
         own = _aged(section.model_dump(mode="json", exclude=set(idle)), type(section), list(type(section).model_fields))
         settings |= {name: own} if own else {}
-    return settings
+    return settings | guard_settings(config) if guard_acts(config) else settings
+
+
+def guard_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """What decides which epochs the guard finds fault with."""
+    acting = config.guard.model_dump(mode="json", exclude=set(_idle_guard(config)))
+    own = _aged(acting, GuardConfig, list(GuardConfig.model_fields))
+    return {"guard": own} if own else {}
+
+
+def guard_acts(config: FinetuneConfig) -> bool:
+    """Whether the guard may change the training. A warning changes no gate and no curve."""
+    return config.guard.action == "stop" or (config.guard.action == "halve" and "action" not in _idle_guard(config))
 
 
 def aged(data: dict[str, Any]) -> dict[str, Any]:
@@ -112,6 +130,7 @@ def idle_settings(config: Config) -> dict[str, str]:
         "finetune.regularizer": _idle_regularizer(tuned.regularizer, tuned.epochs),
         "finetune.task_schedule": _idle_schedule(tuned.task_schedule, "finetune.task_schedule"),
         "finetune.logits": _idle_logits(tuned.logits),
+        "finetune.guard": _idle_guard(tuned),
     }
     return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
 
@@ -154,6 +173,18 @@ def _idle_schedule(schedule: ScheduleConfig, name: str) -> dict[str, str]:
 
 def _idle_logits(logits: LogitsConfig) -> dict[str, str]:
     return {"anneal": "finetune.logits.temperature is 1"} if logits.temperature == 1 else {}
+
+
+def _idle_guard(config: FinetuneConfig) -> dict[str, str]:
+    guard, term = config.guard, config.regularizer
+    if guard.action == "none":
+        return dict.fromkeys(set(GuardConfig.model_fields) - {"action"}, "finetune.guard.action is none")
+    # The first epoch is what gradients are compared with, and the second the first to train with half the lambda.
+    found = {"most_gradient": "finetune.epochs is 1"} if config.epochs == 1 else {}
+    if guard.action == "halve" and (config.epochs == 1 or term.kind == "none" or term.weight == 0):
+        one = "finetune.epochs is 1" if config.epochs == 1 else "there is no lambda"
+        found["action"] = f"{one}, so nothing is halved"
+    return found
 
 
 def _idle_regularizer(term: RegularizerConfig, epochs: int) -> dict[str, str]:

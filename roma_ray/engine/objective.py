@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
+from roma_ray.engine.collapse import routing_figures
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.schedules import Moment
@@ -88,6 +90,8 @@ class TrainingData:
     """The base model's r of every question at the tuned layers, fp32; r_j of eq. 7 unless refreshed."""
     successful_N: Tensor
     """Mask of S (eq. 2)."""
+    base_NLE: Tensor | None
+    """The base model's r again, what an epoch's routing is compared with; None where that of `tokens` is not known."""
     tokens: str
     rule: str
     cloze: bool
@@ -235,6 +239,14 @@ class Objective:
     def validation(self) -> Scores:
         """The answers of the routers as they are now to the validation questions."""
         return self._score(self.data.validation)
+
+    def routing_figures(self, answers: Scores) -> dict[str, Any] | None:
+        """What the validation pass tells of each tuned layer's routing (`engine/collapse.py`); None without the base model's."""
+        if self.data.base_NLE is None:
+            return None
+        tuned_VLE = torch.from_numpy(answers.routing_NLE[:, self.columns])
+        figures = routing_figures(tuned_VLE, self.data.base_NLE[answers.rows], self.head.routers[self.columns[0]].top_k)
+        return {"layers": list(self.masters.layers), **figures}
 
     def _score(self, rows: Sequence[int]) -> Scores:
         data = self.data

@@ -14,8 +14,9 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,8 +24,11 @@ from torch import Tensor
 from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.checkpoint import LoopState, load_checkpoint, save_checkpoint
+from roma_ray.engine.collapse import act, check_kept
+from roma_ray.engine.gradient_step import add, apply
 from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import moment
+from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import TrainingError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.reach import WeightsReader, read_weights
@@ -32,36 +36,6 @@ from roma_ray.moe.slices import Slice
 from roma_ray.store.files import exists
 
 PROBE_QUESTIONS = 64
-
-
-class World(Protocol):
-    """The workers of one training run."""
-
-    @property
-    def rank(self) -> int:
-        """This worker's number, from 0."""
-
-    @property
-    def size(self) -> int:
-        """How many workers there are."""
-
-    def gather(self, mine: list[Tensor], total: int) -> list[Tensor]:
-        """All workers' micro-batch results in plan order; worker r holds the micro-batches r, r + size, ..."""
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A world of one worker."""
-
-    rank: int = 0
-    size: int = 1
-
-    def gather(self, mine: list[Tensor], total: int) -> list[Tensor]:
-        assert len(mine) == total
-        return mine
-
-
-ALONE = Alone()
 
 
 @dataclass
@@ -133,7 +107,7 @@ def _finetune(
 
     per_epoch = math.ceil(len(data.train) / config.batch_size)
     total = per_epoch * config.epochs
-    for epoch in range(state.step // per_epoch, config.epochs):
+    for epoch in takewhile(lambda _: not state.stopped, range(state.step // per_epoch, config.epochs)):
         first = state.step - epoch * per_epoch
         if first == 0:
             state.epoch_start = masters.state()
@@ -143,9 +117,9 @@ def _finetune(
         planned = [chunks(rows, config.micro_batch_size) for rows in batches]
         feed = objective.feed([part for micro in planned for part in micro[world.rank :: world.size]])
         for rows, micro in zip(batches, planned, strict=True):
-            now = moment(config, state.probe["weight"], seed, state.step, total)
+            now = moment(config, state.probe["weight"] * state.lambda_factor, seed, state.step, total)
             mine = [objective.gradients(next(feed), now) for _ in micro[world.rank :: world.size]]
-            facts = _apply(gates, _add(world.gather(mine, len(micro))) / len(rows), config.clip_norm)
+            facts = apply(masters, add(world.gather(mine, len(micro))) / len(rows), config.clip_norm)
             optimizer.param_groups[0]["lr"] = now.rate
             if decay and config.decay_to == "base":
                 masters.approach(base, now.rate * decay)
@@ -155,43 +129,34 @@ def _finetune(
                 save(state)
             questions += len(rows)
             advance(len(rows), f"loss {facts['task']:.3f}")
-        record = state.close_epoch(epoch, objective.validation(), masters.state())
+        answers = objective.validation()
+        record = state.close_epoch(epoch, answers, objective.routing_figures(answers))
+        act(config, state, world)
+        state.keep_best(masters.state())
         save(state)
         report({**record, "questions_per_second": questions / max(time.monotonic() - clock, 1e-9)})
 
+    selected = _take_exported(config, state, masters)
+    _check_moved(masters, pretrained, frozen, head, state)
+    probe = {**state.probe, **_final(objective.probe(probe_rows, state.probe["weight"] * state.lambda_factor))}
+    return Outcome(masters.state(), state.epochs, probe, selected, state.table())
+
+
+def _take_exported(config: FinetuneConfig, state: LoopState, masters: RouterMasters) -> int:
+    """Give the masters the gates that are exported, and tell of which epoch they are. Raises TrainingError."""
+    check_kept(state, config.guard)
     if config.select == "best_validation":
         masters.load(state.best_gates)
-    _check_moved(masters, pretrained, frozen, head, state)
-    probe = {**state.probe, **_final(objective.probe(probe_rows, state.probe["weight"]))}
-    selected = state.best_epoch if config.select == "best_validation" else config.epochs - 1
-    return Outcome(masters.state(), state.epochs, probe, selected, state.table())
+        return state.best_epoch
+    if state.stopped:
+        # The gates at the start of the collapsed epoch are those of the one before.
+        masters.load(state.epoch_start)
+        return len(state.epochs) - 2
+    return len(state.epochs) - 1
 
 
 def _final(probe: dict[str, float]) -> dict[str, float]:
     return {f"final_{key}": value for key, value in probe.items() if key != "weight"}
-
-
-def _add(parts: Sequence[Tensor]) -> Tensor:
-    """Sum in plan order: the order is what makes the bits independent of who computed what."""
-    total = parts[0].clone()
-    for part in parts[1:]:
-        total += part
-    return total
-
-
-def _apply(gates: Sequence[Tensor], mean: Tensor, clip_norm: float) -> dict[str, float]:
-    """Put a step's mean gradient on the gates and clip it; returns the step's figures. Raises TrainingError."""
-    start = 0
-    for gate in gates:
-        gate.grad = mean[start : start + gate.numel()].reshape(gate.shape).clone()
-        start += gate.numel()
-    norm = float(torch.nn.utils.clip_grad_norm_(gates, clip_norm))
-    if not math.isfinite(norm):
-        raise TrainingError(
-            "a gate's gradient is not finite. Lower finetune.learning_rate; the last checkpoint is kept."
-        )
-    task, manifold, entropy = mean[start:].tolist()
-    return {"task": task, "manifold": manifold, "entropy": entropy, "norm": norm}
 
 
 def _check_moved(

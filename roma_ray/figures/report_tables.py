@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.borders.text import figure
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
 from roma_ray.evaluation.statistics import Paired
 from roma_ray.evaluation.transfer import HEADER as CTGI
@@ -173,6 +174,31 @@ def epoch_table(epochs: Sequence[Mapping[str, Any]]) -> Table:
     return Table(header, rows)
 
 
+def routing_table(epochs: Sequence[Mapping[str, Any]]) -> Table | None:
+    """A row an epoch and tuned layer, the base model's before the first epoch; None where no epoch was measured."""
+    rows: list[tuple[str, ...]] = []
+    for epoch in measured(epochs):
+        found = epoch["routing"]
+        for n, layer in enumerate(found["layers"]) if not rows else ():
+            before = {name: _figure(name, found[f"base_{name}"][n]) for name in FIGURES if f"base_{name}" in found}
+            rows.append(("base", f"layer {layer}", *(before.get(name, "") for name in FIGURES)))
+        for n, layer in enumerate(found["layers"]):
+            cells = (_figure(name, found[name][n]) for name in FIGURES)
+            rows.append((str(epoch["epoch"] + 1), f"layer {layer}", *cells))
+    return Table(("epoch", "", *FIGURES.values()), rows, names=2) if rows else None
+
+
+def _figure(name: str, value: float) -> str:
+    if name == "unused_experts":
+        return str(value)
+    return f"{100 * value:.1f}" if name.startswith("load") else f"{value:.3g}"
+
+
+def measured(epochs: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The epochs whose routing was measured: an earlier version did not."""
+    return [epoch for epoch in epochs if "routing" in epoch]
+
+
 def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
     """The unrounded figures as CSV files. Raises StorageError."""
     results = [
@@ -205,8 +231,7 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
         for name, one in names.items()
     ]
     write_csv(folder / "answer_shares.csv", ("task", "by", "answer", "right", "base", "tuned"), shares)
-    epochs = summary["epochs"]
-    write_csv(folder / "epochs.csv", tuple(epochs[0]), [tuple(e.values()) for e in epochs])
+    _write_epochs(folder, summary["epochs"])
     found = summary["diagnostics"]
     layers = [
         (
@@ -228,6 +253,19 @@ def write_csv_files(folder: Path, summary: Mapping[str, Any]) -> None:
     near = summary["neighborhoods"]
     quantiles = [(key, near["sizes"][key], near["similarities"].get(key, "")) for key in near["sizes"]]
     write_csv(folder / "neighborhoods.csv", ("quantile", "size", "similarity"), quantiles)
+
+
+def _write_epochs(folder: Path, epochs: Sequence[Mapping[str, Any]]) -> None:
+    """The epochs, and their routing by layer."""
+    # Where the guard acted, and there alone, a record says so.
+    header = list(dict.fromkeys(key for epoch in epochs for key in epoch if key != "routing"))
+    write_csv(folder / "epochs.csv", header, [tuple(epoch.get(key, "") for key in header) for epoch in epochs])
+    routing = [
+        (epoch["epoch"], layer, *(epoch["routing"][name][n] for name in FIGURES))
+        for epoch in measured(epochs)
+        for n, layer in enumerate(epoch["routing"]["layers"])
+    ]
+    write_csv(folder / "epoch_routing.csv", ("epoch", "layer", *FIGURES), routing)
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

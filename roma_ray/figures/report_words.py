@@ -8,13 +8,18 @@ from shlex import quote
 from typing import Any
 
 from roma_ray.borders.text import figure
-from roma_ray.config.finetune_settings import RegularizerConfig
+from roma_ray.config.finetune_settings import GuardConfig, RegularizerConfig
 from roma_ray.engine.objective import is_idle, is_noise
 from roma_ray.evaluation.statistics import SIGNIFICANCE, holm, p_value, significant
 from roma_ray.evaluation.transfer import transfer_words
 from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.run_summary import warnings_of
 from roma_ray.stages.task_loss_alone import added_words
+
+AUXILIARY = (
+    "Auxiliary loss: 0. The load-balancing loss that mixture-of-experts models are pretrained with is not added to the objective: the "
+    "routers follow the task loss and the regularizer alone, and nothing keeps the load on the experts even. So the load is watched."
+)
 
 
 @dataclass(frozen=True)
@@ -109,6 +114,17 @@ def notes(summary: Mapping[str, Any], regularizer: RegularizerConfig) -> list[st
         "one training seed: the standard errors are those of the questions drawn, not of the training's own randomness"
     )
     return lines
+
+
+def guard_words(summary: Mapping[str, Any], guard: GuardConfig) -> str:
+    """What watched the routing of each epoch, and what it found."""
+    if not any("routing" in epoch for epoch in summary["epochs"]):
+        return "The routing of the epochs was not measured: an earlier version trained these routers."
+    if guard.action == "none":
+        return "Nothing was judged by thresholds (finetune.guard.action: none)."
+    if not summary["collapse"]:
+        return f"No epoch was past a threshold of the guard (finetune.guard.action: {guard.action})."
+    return f"The guard (finetune.guard.action: {guard.action}): {'; '.join(summary['collapse'])}."
 
 
 def next_commands(summary: Mapping[str, Any], storage: str, config: str) -> list[tuple[str, str]]:

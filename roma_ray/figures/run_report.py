@@ -17,7 +17,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from matplotlib.figure import Figure
 
 from roma_ray.engine.answers import ANSWERS, read_answers, read_routing_of
-from roma_ray.engine.identity import data_seed
+from roma_ray.engine.identity import data_seed, guard_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import matrix, read_table, table_facts
 from roma_ray.engine.runners import Runners
@@ -91,8 +91,8 @@ REPORT = Step(
     "report",
     VERSION,
     (EVALUATE,),
-    # The run's name is printed in it.
-    lambda setup: {"name": setup.config.name},
+    # The run's name is printed in it, and what the guard's thresholds say.
+    lambda setup: {"name": setup.config.name, **guard_settings(setup.config.finetune)},
     report,
     shown=((PAGE, None), (CARD, None)),
 )
@@ -113,10 +113,12 @@ def draw(
     near = read_table(stages["neighbors"].path / PAIRS, ["neighbors", "similarities"])
     sizes = np.array([len(n) for n in near.column("neighbors").to_pylist()])
     similarities = near.column("similarities").combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    watched = report_tables.measured(epochs)
     figures: dict[str, Callable[[], Figure]] = {
         "accuracy": lambda: result_figures.accuracy_bars(test, summary["held_out"]),
         "loss_curves": lambda: training_figures.loss_curves(steps, epochs),
         "validation_accuracy": lambda: training_figures.validation_accuracy(epochs, base, summary["selected_epoch"]),
+        **({"routing_by_epoch": lambda: training_figures.routing_by_epoch(watched)} if watched else {}),
         "routing_entropy": lambda: routing.routing_entropy(found),
         "expert_load": lambda: routing.expert_load(found),
         "neighborhoods": lambda: routing.neighborhoods(summary["neighborhoods"], sizes, similarities),
@@ -150,6 +152,12 @@ _CAPTIONS = {
     "validation_accuracy": (
         "Validation accuracy",
         "Questions held out of training and of all neighborhoods. The ring marks the epoch whose routers were exported.",
+    ),
+    "routing_by_epoch": (
+        "Routing by epoch",
+        "What the guard against a collapse of the routing looks at, by tuned layer (dark to light from below): the validation "
+        "questions' routing after each epoch, at the token that training reads, and the mean gradient norm on the layer's gate. A "
+        "load is an expert's share of the selections.",
     ),
     "task_maps": (
         "Task embedding and routing in the plane (Figure 3 of the paper)",
@@ -248,6 +256,9 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "manifold_table": report_tables.manifold_table(summary["diagnostics"]),
         "neighborhood_table": report_tables.neighborhood_table(summary["neighborhoods"]),
         "epoch_table": report_tables.epoch_table(summary["epochs"]),
+        "routing_table": report_tables.routing_table(summary["epochs"]),
+        "auxiliary": report_words.AUXILIARY,
+        "guard": report_words.guard_words(summary, config.finetune.guard),
         "card_header": card_header(setup, summary),
     }
     for name in (PAGE, MARKDOWN, CARD):

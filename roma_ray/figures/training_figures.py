@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from roma_ray.figures.style import BASE, PALETTE, TUNED, new_figure, styled
+from roma_ray.engine.collapse import FIGURES
+from roma_ray.figures.style import BASE, PALETTE, SEQUENTIAL, TUNED, new_figure, styled
+
+_MOST_NAMED = 6
 
 
 @styled
@@ -44,6 +48,35 @@ def loss_curves(steps: Mapping[str, Sequence[float]], epochs: Sequence[Mapping[s
         _whole_numbers(axis)
     for axis in axes[2:]:
         axis.set_xlabel("optimizer step")
+    return figure
+
+
+@styled
+def routing_by_epoch(epochs: Sequence[Mapping[str, Any]]) -> Figure:
+    """Figures of the validation questions' routing and the gates' gradient norm by epoch, a line a tuned layer.
+
+    `epochs` are records of epochs.jsonl that hold `routing`. Epoch 0 is the base model, where it has such a figure.
+    """
+    names = ("entropy", "load_max", "load_p50", "unused_experts", "kl_to_base", "gradient_norm")
+    figure, axes = new_figure(7.2, 6.6, columns=2, rows=3)
+    layers = epochs[0]["routing"]["layers"]
+    colours = matplotlib.colormaps[SEQUENTIAL](np.linspace(0, 0.9, len(layers)))
+    for axis, name in zip(axes, names, strict=True):
+        scale = 100 if name.startswith("load") else 1
+        for n, (layer, colour) in enumerate(zip(layers, colours, strict=True)):
+            line = {epoch["epoch"] + 1: scale * epoch["routing"][name][n] for epoch in epochs}
+            if before := epochs[0]["routing"].get(f"base_{name}"):
+                line = {0: scale * before[n], **line}
+            axis.plot(list(line), list(line.values()), color=colour, marker="o", markersize=4, label=f"layer {layer}")
+        axis.set_title(FIGURES[name])
+        axis.set_ylim(bottom=0)
+        _whole_numbers(axis)
+    for axis in axes[-2:]:
+        axis.set_xlabel("epoch (0: base model)")
+    # Lines in their order from dark to light: with many the ends are enough.
+    shown = range(len(layers)) if len(layers) <= _MOST_NAMED else (0, len(layers) - 1)
+    handles = axes[0].lines
+    figure.legend(handles=[handles[n] for n in shown], loc="outside lower center", ncols=min(len(shown), _MOST_NAMED))
     return figure
 
 

@@ -37,6 +37,11 @@ def expert_load(selected_NLK: Tensor, num_experts: int) -> Tensor:
     return one_hot_LE.double() / (selected_NLK.shape[0] * selected_NLK.shape[2])
 
 
+def load_percentiles(load_LE: Tensor, percents: Sequence[float]) -> Tensor:
+    """Percentiles of each layer's loads over its experts, interpolated linearly: [P, L] fp64."""
+    return torch.quantile(load_LE, torch.tensor(percents, dtype=torch.float64) / 100, dim=-1)
+
+
 def routing_kl(tuned_NLE: Tensor, base_NLE: Tensor) -> Tensor:
     """Mean KL(tuned || base) of each layer: [L] fp64, nats, at least 0 up to rounding.
 

@@ -17,6 +17,7 @@ import torch
 from roma_ray.borders.text import figure
 from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.cache import ROWS, States, open_states
+from roma_ray.engine.collapse import collapsed, describe_collapse, entropy_kept
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
@@ -26,9 +27,10 @@ from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_tab
 from roma_ray.engine.runners import Runners, Trainer
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
-from roma_ray.engine.training import ALONE, Outcome, World, finetune
+from roma_ray.engine.training import Outcome, finetune
 from roma_ray.engine.verification import verify_sample
 from roma_ray.engine.work import Job
+from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import QuestionError
 from roma_ray.moe.adapters import save_adapter
 from roma_ray.moe.reach import is_unreached
@@ -90,14 +92,16 @@ class TrainJob(Job):
                 "no validation question came through extraction, so no epoch can be judged; see `error` in "
                 f"{extraction.path / ROWS}, and give more rows or a larger questions.validation_fraction"
             )
+        routing_NLE = read_routing_rows(extraction.path, config.routing.tokens)[:, self.setup.layer_columns]
         return TrainingData(
             prompts=prompts,
             states=self.open_states(),
             train=neighborhoods.queried.nonzero()[:, 0].tolist(),
             validation=validation,
             neighborhoods=neighborhoods,
-            routing_NLE=read_routing_rows(extraction.path, config.routing.tokens)[:, self.setup.layer_columns],
+            routing_NLE=routing_NLE,
             successful_N=answered_rightly(extraction) & neighborhoods.queried,
+            base_NLE=routing_NLE,
             tokens=config.routing.tokens,
             rule=answer_rule(config.questions.prompt),
             cloze=is_cloze(config),
@@ -179,10 +183,15 @@ def finetune_routers(job: Job, runners: Runners, progress: Progress) -> Facts:
     """
     setup, stage = job.setup, job.stage
     total = job.stages["neighbors"].manifest()["facts"]["training"] * setup.config.finetune.epochs
+    guard = setup.config.finetune.guard
 
     def tell(epoch: dict[str, Any]) -> None:
         progress.say(describe_epoch(epoch))
-        append_line(stage.path / LIVE, json.dumps({**epoch, "time": round(time.time(), 3)}))
+        if warning := describe_collapse(epoch, guard):
+            progress.say(warning)
+        # Thresholds of a warning are no part of the stage's identity, so what they say stands here alone.
+        said = {} if guard.action == "none" else {"collapse_findings": len(collapsed(epoch, guard))}
+        append_line(stage.path / LIVE, json.dumps({**epoch, **said, "time": round(time.time(), 3)}))
         runners.on_epoch(stage)
 
     if not exists(stage.path / OUTCOME):
@@ -205,7 +214,7 @@ def describe_epoch(epoch: dict[str, Any]) -> str:
     return (
         f"epoch {epoch['epoch'] + 1}: task loss {epoch['task_loss']:.4f}, manifold {epoch['manifold_loss']:.5f}, lambda "
         f"{epoch['lambda']:.3g}, gate gradient {epoch['gradient_norm']:.3g}, entropy {epoch['routing_entropy']:.3f}, "
-        f"validation {figure(epoch, 'validation')} %"
+        f"validation {figure(epoch, 'validation')} %{entropy_kept(epoch)}"
     )
 
 

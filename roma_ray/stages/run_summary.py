@@ -10,8 +10,10 @@ labels, shift}} (`evaluation/shares.py`); `task_loss_alone`, where the same run 
 else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/task_loss_alone.py`); `held_out`, where tasks were
 held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`);
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
-routing_entropy, validation_accuracy, validation_stderr); `probe` (gradient norms of both terms on the gates, whether
-either is noise, their ratio, lambda); `selected_epoch` (from 0); `neighborhoods` (sizes, similarities, empties);
+routing_entropy, validation_accuracy, validation_stderr; `routing`, figures of the validation questions by layer
+(`engine/collapse.py`); `lambda_factor`, `stopped` where the guard acted); `collapse` (what the guard found, in sentences);
+`probe` (gradient norms of both terms on the gates, whether either is noise, their ratio, lambda); `selected_epoch` (from 0);
+`neighborhoods` (sizes, similarities, empties);
 `diagnostics` of the test questions (routing_kl and selection_overlap by layer; for base and tuned routing_entropy and expert_load by
 layer, task_silhouette, neighbor_overlap), and `manifold_distance` {train, test: {questions, neighbors, random: {base, tuned,
 difference, each with stderr, relative, relative_stderr}, pull}} (`stages/routing_change.py`);
@@ -29,6 +31,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from roma_ray.borders.text import figure
+from roma_ray.engine.collapse import collapse_notes
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.setup import Setup
 from roma_ray.evaluation.guards import chance_notes
@@ -46,7 +49,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
     """The documented summary of a finished run."""
     evaluation = read_evaluation(stages["evaluate"])
     manifests = {name: stage.manifest() for name, stage in stages.items()}
-    outcome = manifests["finetune"]["facts"]
+    outcome, epochs = manifests["finetune"]["facts"], epochs_of(stages["finetune"])
     return {
         "format": 1,
         "name": setup.config.name,
@@ -65,7 +68,8 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "shares": evaluation["shares"],
         "task_loss_alone": what_it_adds(stages[ALONE], stages["evaluate"]) if ALONE in stages else None,
         "held_out": evaluation.get("held_out"),
-        "epochs": epochs_of(stages["finetune"]),
+        "epochs": epochs,
+        "collapse": collapse_notes(epochs, outcome["selected_epoch"], setup.config.finetune.guard),
         "probe": outcome["probe"],
         "selected_epoch": outcome["selected_epoch"],
         "neighborhoods": manifests["neighbors"]["facts"],
@@ -109,7 +113,7 @@ def result_rows(
 def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know, in sentences."""
     guards = summary["guards"]
-    lines = held_out_notes(summary["held_out"]) + chance_notes(guards)
+    lines = [*summary.get("collapse", []), *held_out_notes(summary["held_out"]), *chance_notes(guards)]
     if guards["too_many_truncated"]:
         lines.append(f"{guards['truncated']} prompts were shortened (over 1 %): raise questions.prompt.max_tokens")
     found = guards["test_questions_in_training"]

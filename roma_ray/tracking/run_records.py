@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.config.schema import Config
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import order
@@ -128,9 +129,18 @@ def _epoch_metrics(stage: Stage, at: int) -> list[MetricValue]:
     return [
         MetricValue(f"epoch/{key}", float(value), number + 1, round(1000 * record["time"]) if "time" in record else at)
         for number, record in sorted(records.items())
-        for key, value in record.items()
-        if key not in {"epoch", "step", "time"}
+        for key, value in _epoch_figures(record)
     ]
+
+
+def _epoch_figures(record: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """An epoch's figures, those by layer as `layer_11/entropy`."""
+    for key, value in record.items():
+        if key == "routing":
+            for name in FIGURES:
+                yield from ((f"layer_{n}/{name}", one) for n, one in zip(value["layers"], value[name], strict=True))
+        elif key not in {"epoch", "step", "time"}:
+            yield key, value
 
 
 def _step_metrics(stage: Stage, at: int) -> list[MetricValue]:

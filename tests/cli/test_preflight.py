@@ -266,6 +266,14 @@ def test_a_format_that_the_embedded_model_does_not_know_is_said() -> None:
             ["finetune.logits.anneal=cosine"],
             "finetune.logits.anneal does nothing here: finetune.logits.temperature is 1",
         ),
+        (
+            ["finetune.guard={action: none, most_load: 0.5}"],
+            "finetune.guard.most_load does nothing here: finetune.guard",
+        ),
+        (
+            ["finetune.guard.action=halve", "finetune.epochs=1"],
+            "finetune.guard.action does nothing here: finetune.epochs is 1",
+        ),
         # What only the identities knew before.
         (
             ["neighbors.sigma=0.7", "neighbors.similarity=cosine"],

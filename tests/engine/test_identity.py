@@ -71,6 +71,13 @@ WITHOUT_EFFECT = [
     (["finetune.epochs=1"], "finetune.select=best_validation"),
     ([], "finetune.decay_to=base"),
     ([], "finetune.logits.anneal=cosine"),
+    *(([], f"finetune.guard.{setting}") for setting in ("action=none", "least_entropy=0.3")),
+    # Nothing is halved, so it warns.
+    *(
+        ([setting], "finetune.guard.action=halve")
+        for setting in ("finetune.epochs=1", "finetune.regularizer.kind=none", "finetune.regularizer.weight=0")
+    ),
+    (["finetune.epochs=1", "finetune.guard.action=stop"], "finetune.guard.most_gradient=3"),
     ([], "finetune.checkpoint_steps=7"),
     (["extraction.cache=false"], "extraction.activation_dtype=bfloat16"),
     ([], "extraction.activation_dtype=float32"),
@@ -117,6 +124,9 @@ WITH_EFFECT = [
     (["finetune.weight_decay=0.1"], "finetune.decay_to=base", TUNED),
     *(([], f"finetune.logits.{setting}", TUNED) for setting in ("dropout=0.1", "temperature=0.5")),
     (["finetune.logits.temperature=0.5"], "finetune.logits.anneal=cosine", TUNED),
+    *(([], f"finetune.guard.action={action}", TUNED) for action in ("halve", "stop")),
+    (["finetune.guard.action=stop"], "finetune.guard.least_entropy=0.3", TUNED),
+    (["finetune.regularizer.kind=none"], "finetune.guard.action=stop", TUNED),
     (["finetune.regularizer.weight=auto"], "finetune.regularizer.gradient_ratio=0.7", TUNED),
     *(
         (context, f"finetune.{section}{setting}", TUNED)
@@ -277,6 +287,8 @@ def test_what_is_not_drawn_depends_on_no_fraction_and_no_seed(
         (["finetune.warmup_steps=2"], "finetune.warmup_fraction=0.7"),
         (["finetune.task_schedule.warmup_steps=2"], "finetune.task_schedule.anneal_floor=0.5"),
         (["finetune.regularizer.kind=none"], "finetune.regularizer.weight=7"),
+        ([], "finetune.guard={action: warn, least_entropy: 0.99}"),
+        (["finetune.regularizer.weight=0"], "finetune.guard={action: halve, least_entropy: 0.99}"),
     ],
     ids=str,
 )

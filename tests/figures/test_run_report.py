@@ -59,7 +59,7 @@ def test_the_page_needs_nothing_else(finished: Run) -> None:
     sources = [
         v for _, attributes in page.tags for k, v in attributes.items() if k in {"src", "href", "srcset", "data"}
     ]
-    assert len(sources) == 8
+    assert len(sources) == 9
     assert all(str(v).startswith("data:image/svg+xml;base64,") for v in sources)
     assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in page.tags}
     assert not re.search(r"url\(|@import|https?://", re.sub(r"base64,[A-Za-z0-9+/=]+", "", text))
@@ -176,7 +176,7 @@ def test_words_of_the_page_are_not_broken_in_the_middle(finished: Run) -> None:
 def test_all_files_are_there_and_named_in_the_manifest(finished: Run) -> None:
     files = finished.stages["report"].manifest()["files"]
     pictures = {name.removeprefix("figures/").removesuffix(".svg") for name in files if name.endswith(".svg")}
-    assert len(pictures) == 8
+    assert len(pictures) == 9
     assert all(f"figures/{name}.png" in files for name in pictures)
     assert {"tables/results.csv", "tables/epochs.csv", "tables/layers.csv", "tables/expert_load.csv"} <= set(files)
     finished.stages["report"].verify()

@@ -17,6 +17,7 @@ import pytest
 
 from roma_ray.cli.printing import setup_of_finished
 from roma_ray.config.schema import TrackingConfig
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.runners import LOCAL
@@ -103,6 +104,11 @@ def test_metrics_are_those_of_the_stages_files(finished: Run, database: str) -> 
     epochs = finished.summary["epochs"]
     assert history["epoch/validation_accuracy"] == [(e["epoch"] + 1, e["validation_accuracy"]) for e in epochs]
     assert len(history["epoch/questions_per_second"]) == len(epochs)
+    assert [value for _, value in history["epoch/collapse_findings"]] == [0.0] * len(epochs)
+    for name in FIGURES:
+        for n, number in enumerate(epochs[0]["routing"]["layers"]):
+            expected = [(e["epoch"] + 1, e["routing"][name][n]) for e in epochs]
+            assert history[f"epoch/layer_{number}/{name}"] == expected
     assert runs["neighbors"][1]["successful"] == [(0, finished.summary["neighborhoods"]["successful"])]
     layer = finished.summary["diagnostics"]["layers"][0]
     assert runs["evaluate"][1][f"layer_{layer}/routing_kl"] == [(0, finished.summary["diagnostics"]["routing_kl"][0])]
