@@ -13,9 +13,10 @@ from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.cluster.ray_training import RUNS, finetune_on_ray, questions_before
 from roma_ray.errors import TrainingError
 from roma_ray.runs.pipeline import Run
-from roma_ray.stages.finetuning import ADAPTER, CHECKPOINT
+from roma_ray.stages.finetuning import ADAPTER, CHECKPOINT, train_here
 from roma_ray.store.artifacts import file_digest
 from tests.cluster.support import DeadlyJob, epochs_in, loopback, started
+from tests.engine.test_collapse import COLLAPSING, guard
 from tests.making import train_job
 
 WEIGHTS = f"{ADAPTER}/adapter_model.safetensors"
@@ -49,6 +50,19 @@ def test_three_workers_one_killed(local_run: Run, cluster: Cluster, tmp_path: Pa
     left = sorted(p.name for p in Path(job.folder).iterdir())
     assert FILE not in left
     assert RUNS not in left
+
+
+def test_workers_end_together_where_the_guard_stops(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    """The same bits as one process, which ends early too; no worker waits for the others' steps."""
+    settings = {**COLLAPSING, "guard": guard("stop")}
+    job = train_job(local_run, tmp_path / "workers", **settings)
+    alone = train_job(local_run, tmp_path / "alone", **settings)
+    train_here(alone, lambda epoch: None, lambda count, note: None)
+    records: list[dict[str, Any]] = []
+    finetune_on_ray(cluster, "cpu")(job, records.append, lambda count, note: None)
+    assert [record.get("stopped") for record in records] == [None, True]
+    for name in (WEIGHTS, "epochs.jsonl", "steps.parquet", "outcome.json"):
+        assert file_digest(Path(job.folder) / name) == file_digest(Path(alone.folder) / name), name
 
 
 def test_a_failing_worker_stops_all_with_its_message(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:

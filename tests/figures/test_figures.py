@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.figures import projection, result_figures, routing, training_figures
 from roma_ray.figures.style import colours, render, shorten
 
@@ -39,6 +40,24 @@ def test_loss_curves_show_steps_and_epoch_means() -> None:
     assert list(by_epoch.get_ydata()) == [2.0, 1.0]
     assert list(by_epoch.get_xdata()) == [2.5, 6.5]  # the middles of steps 1-4 and 5-8
     assert len(axes[2].lines) == 1  # lambda needs no mean
+
+
+@pytest.mark.parametrize("count", [2, 9])
+def test_routing_by_epoch_has_a_line_a_layer_from_the_base_model_on(count: int) -> None:
+    def routing(value: float) -> dict[str, list[float]]:
+        return {name: [value + n for n in range(count)] for name in FIGURES}
+
+    base = {f"base_{name}": [0.5] * count for name in ("entropy", "load_max", "unused_experts")}
+    epochs = [{"epoch": n, "routing": {"layers": list(range(count)), **routing(n), **base}} for n in range(2)]
+    figure = training_figures.routing_by_epoch(epochs)
+    entropy, load, *_, gradient = figure.axes
+    assert len(entropy.lines) == count
+    assert list(entropy.lines[1].get_xdata()) == [0, 1, 2]
+    assert list(entropy.lines[1].get_ydata()) == [0.5, 1, 2]
+    assert list(load.lines[1].get_ydata()) == [50, 100, 200]
+    assert list(gradient.lines[1].get_xdata()) == [1, 2]
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [f"layer {n}" for n in (0, count - 1)]
 
 
 def test_validation_accuracy_marks_base_and_exported_epoch() -> None:

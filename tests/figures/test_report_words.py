@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from roma_ray.config.finetune_settings import RegularizerConfig
+from roma_ray.config.finetune_settings import GuardConfig, RegularizerConfig
 from roma_ray.evaluation.statistics import compare, p_value
-from roma_ray.figures.report_words import by_task, notes, safety, verdict
+from roma_ray.figures.report_words import by_task, guard_words, notes, safety, verdict
 
 
 def summary(
@@ -101,3 +101,14 @@ def test_safety_counts_lost_answers_against_those_that_were_right() -> None:
 def test_tiny_p_values_are_bounds() -> None:
     assert p_value(1e-9) == "< 1e-6"
     assert p_value(0.03456) == "0.0346"
+
+
+def test_a_collapse_is_a_note_and_what_watched_is_told() -> None:
+    found = "the routing may have collapsed in epoch(s) 2"
+    told = {**summary(30, 5), "epochs": [{"routing": {}}], "collapse": [found]}
+    assert found in notes(told, RegularizerConfig())
+    assert found in guard_words(told, GuardConfig())
+    quiet = {**told, "collapse": []}
+    assert "No epoch was past a threshold" in guard_words(quiet, GuardConfig())
+    assert "Nothing was judged" in guard_words(quiet, GuardConfig(action="none"))
+    assert "was not measured" in guard_words({**quiet, "epochs": [{}]}, GuardConfig())

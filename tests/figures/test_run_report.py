@@ -14,10 +14,12 @@ import pytest
 import yaml
 from lm_eval.models.huggingface import HFLM
 
+from roma_ray.engine.collapse import FIGURES
 from roma_ray.engine.progress import Silence
 from roma_ray.errors import ArtifactError
 from roma_ray.evaluation.measures import figure_cells
 from roma_ray.figures.escaping import markdown
+from roma_ray.figures.report_tables import routing_table
 from roma_ray.figures.report_words import verdict
 from roma_ray.runs.pipeline import Run, locate, revisit
 from tests.figures.conftest import HOSTILE, finished
@@ -111,6 +113,35 @@ def test_every_measure_and_the_shares_stand_in_the_page_and_the_files(finished: 
         own = [r for r in shares if r["task"] == task and r["by"] == "position"]
         assert {r["answer"]: float(r["tuned"]) for r in own} == {k: v["tuned"] for k, v in both["positions"].items()}
     assert "beyond what shrinks anyway" in (folder(finished) / "report.md").read_text()
+
+
+def test_every_layer_after_every_epoch_is_told(finished: Run) -> None:
+    epochs = finished.summary["epochs"]
+    layers = finished.summary["model"]["layers"]
+    with open(folder(finished) / "tables" / "epoch_routing.csv", newline="") as stream:
+        rows = {(int(r["epoch"]), int(r["layer"])): r for r in csv.DictReader(stream)}
+    assert set(rows) == {(epoch["epoch"], layer) for epoch in epochs for layer in layers}
+    for epoch in epochs:
+        for n, layer in enumerate(layers):
+            for name in FIGURES:
+                assert float(rows[epoch["epoch"], layer][name]) == epoch["routing"][name][n]
+    shown = routing_table(epochs)
+    assert shown is not None
+    assert len(shown.rows) == (1 + len(epochs)) * len(layers)
+    base, first = shown.rows[0], shown.rows[len(layers)]
+    assert base[:3] == ("base", f"layer {layers[0]}", f"{epochs[0]['routing']['base_entropy'][0]:.3g}")
+    assert first[:3] == ("1", f"layer {layers[0]}", f"{epochs[0]['routing']['entropy'][0]:.3g}")
+    cells = _Page((folder(finished) / "report.html").read_text()).cells
+    assert all(cell in cells for cell in first)
+    with open(folder(finished) / "tables" / "epochs.csv", newline="") as stream:
+        assert [float(r["task_loss"]) for r in csv.DictReader(stream)] == [epoch["task_loss"] for epoch in epochs]
+    # Epochs of an earlier version, which measured nothing.
+    assert routing_table([{k: v for k, v in epoch.items() if k != "routing"} for epoch in epochs]) is None
+
+
+def test_that_there_is_no_auxiliary_loss_stands_in_every_text(finished: Run) -> None:
+    for name in ("report.html", "report.md", "model_card.md"):
+        assert "uxiliary loss: 0. The load-balancing loss" in (folder(finished) / name).read_text()
 
 
 def test_the_verdict_stands_in_every_text(finished: Run) -> None:
