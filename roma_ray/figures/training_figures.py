@@ -69,8 +69,11 @@ def routing_by_epoch(epochs: Sequence[Mapping[str, Any]]) -> Figure:
                 line = {0: scale * before[n], **line}
             axis.plot(list(line), list(line.values()), color=colour, marker="o", markersize=4, label=f"layer {layer}")
         axis.set_title(FIGURES[name])
-        axis.set_ylim(bottom=0)
+        top = float(np.max([np.max(line.get_ydata()) for line in axis.lines]))
+        axis.set_ylim(0, 1.1 * top or 1)
         _whole_numbers(axis)
+        if name == "unused_experts":
+            axis.yaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[-2:]:
         axis.set_xlabel("epoch (0: base model)")
     # Lines in their order from dark to light: with many the ends are enough.
