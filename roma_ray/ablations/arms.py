@@ -20,7 +20,9 @@ margin_nats: 0.05                   # the same of log-likelihoods
 
 from __future__ import annotations
 
+import copy
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,11 +31,16 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from roma_ray.ablations.forms import read_form
-from roma_ray.ablations.space import Space, SpaceFile, Trial, grid_tag, make_space, put
+from roma_ray.ablations.space import MOST_TRIALS, Space, SpaceFile, Trial, grid_tag, identifying, make_space, put
 from roma_ray.config.loading import parse_config
+from roma_ray.config.schema import Config
 from roma_ray.config.section import Name, Section
-from roma_ray.engine.identity import idle_settings
+from roma_ray.engine.identity import aged, idle_settings
+from roma_ray.errors import ConfigError
+from roma_ray.store.artifacts import fingerprint
 
+BASE = "base model"
+"""What tables call the model before any training; no arm may be named so."""
 Grid = dict[str, tuple[Any, ...]]
 
 
@@ -62,6 +69,8 @@ class ArmsFile(Section):
     def _fits(self) -> ArmsFile:
         if self.judged not in self.arms:
             raise ValueError(f"`judged` is none of the arms: {', '.join(self.arms)}")
+        if BASE in self.arms:
+            raise ValueError(f"`arms`: another name than `{BASE}`, please: tables call the untrained model so")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("`seeds` names a seed twice")
         grids = [self.grid, *(arm.grid for arm in self.arms.values())]
@@ -72,6 +81,9 @@ class ArmsFile(Section):
         for name, arm in self.arms.items():
             if both := arm.set.keys() & arm.grid.keys():
                 raise ValueError(f"`arms`: {name} has {min(both)} in `set` and in `grid`")
+        # Each is read before the trials are: a product that nobody can run must not be walked through first.
+        if sum(math.prod(map(len, arm.grid.values())) for arm in self.arms.values()) > MOST_TRIALS:
+            raise ValueError(f"`arms`: their grids have more than {MOST_TRIALS} settings")
         return self
 
 
@@ -126,7 +138,46 @@ def load_arms(
     data = centre.model_dump(mode="json")
     grids = {name: _grid(file, arm, data, f"{source}: {name}") for name, arm in file.arms.items()}
     space = make_space(_file(file, "grid", file.set, tuple(grids.values()), file.seeds[:1]), source, overrides, storage)
-    return Arms(file, source, tuple(overrides), storage, grids, space)
+    arms = Arms(file, source, tuple(overrides), storage, grids, space)
+    _check_comparable(arms)
+    # What would be refused once the grid is trained is refused now: a seed, or more trials than a sweep may have.
+    arms.chosen_space({arm: arms.trials_of(arm)[0] for arm in grids})
+    return arms
+
+
+def _check_comparable(arms: Arms) -> None:
+    """The same model is asked the same questions in every arm, and no two arms are one. Raises ConfigError."""
+    asked = _asked(arms.space.centre)
+    known: dict[frozenset[str], str] = {}
+    for arm in arms.grids:
+        trials = arms.trials_of(arm)
+        if any(_asked(trial.config) != asked for trial in trials):
+            raise ConfigError(
+                f"{arms.source}: {arm} changes the model or the questions, so that its answers cannot be compared with the others': "
+                "change `base` or `set`, for all arms alike (of `questions`, an arm may change `fraction`)"
+            )
+        same = known.setdefault(frozenset(map(_training, trials)), arm)
+        if same != arm:
+            raise ConfigError(
+                f"{arms.source}: {same} and {arm} train alike: what sets them apart does nothing, so there is no difference to judge"
+            )
+
+
+def _asked(config: Config) -> object:
+    """What is asked of whom; which part of it is trained on is left out."""
+    return config.model, config.questions.model_copy(update={"fraction": 1.0})
+
+
+def _training(trial: Trial) -> str:
+    """Equal for trials that differ in idle settings alone."""
+    settings = copy.deepcopy(aged(identifying(trial.config)))
+    for key in idle_settings(trial.config):
+        *sections, name = key.split(".")
+        node = settings
+        for section in sections:
+            node = node.get(section, {})
+        node.pop(name, None)
+    return fingerprint(settings)
 
 
 def _file(
@@ -156,8 +207,6 @@ def _grid(file: ArmsFile, arm: ArmSettings, centre: Mapping[str, Any], origin: s
 
 def changed(data: Mapping[str, Any], changes: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """A configuration's plain data with dotted settings changed. Raises ConfigError."""
-    import copy
-
     made = copy.deepcopy(dict(data))
     for key, value in changes.items():
         put(made, key, value, origin)

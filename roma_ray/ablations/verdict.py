@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from roma_ray.ablations import sweep_command
-from roma_ray.ablations.arms import Arms, value_of
+from roma_ray.ablations.arms import BASE, Arms, value_of
 from roma_ray.ablations.space import Trial
 from roma_ray.ablations.sweep import DONE, FAILED, Sweep
 from roma_ray.ablations.sweep_results import FinishedTrial, SeededMean, read_finished
@@ -29,7 +29,6 @@ from roma_ray.stages.paired_evaluation import EVALUATE
 from roma_ray.store.artifacts import Store, read_manifest
 from roma_ray.store.files import listed
 
-BASE = "base model"
 Pair = tuple[str, str]
 """(arm or base model, arm that is compared with it)."""
 

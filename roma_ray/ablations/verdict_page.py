@@ -6,9 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from roma_ray.ablations import paper
+from roma_ray.ablations.arms import BASE
 from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.ablations.sweep import Sweep
-from roma_ray.ablations.verdict import BASE, ArmResult, ArmsVerdict, Pair
+from roma_ray.ablations.verdict import ArmResult, ArmsVerdict, Pair
 from roma_ray.borders.text import figure
 from roma_ray.engine.steps import Facts, make
 from roma_ray.evaluation.equivalence import Finding

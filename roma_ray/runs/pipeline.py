@@ -15,7 +15,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, save_config
 from roma_ray.engine.steps import Step, complete, order
-from roma_ray.errors import ArtifactError, IdenticalError, UnmovedError
+from roma_ray.errors import ArtifactError, IdenticalError, TrainingError
 from roma_ray.figures.run_report import ORACLE, REPORT
 from roma_ray.stages.extraction import bring_back
 from roma_ray.stages.finetuning import FINETUNE
@@ -74,10 +74,12 @@ def run(
     observer: RunObserver = NOBODY,
     *,
     states: bool = False,
+    alone: bool = True,
 ) -> Run:
     """Run the stages up to `until`, skipping those that are complete. Raises what the stages raise (RomaError).
 
-    `states`: whoever follows reads the activations, as training and evaluation do.
+    `states`: whoever follows reads the activations, as training and evaluation do. `alone`: train by the task loss alone beside it,
+    where that is asked for.
     """
     started = time.monotonic()
     planned, wanted = locate(setup), order(STEPS[until])
@@ -100,7 +102,8 @@ def run(
             progress.say(line)
         observer.stage_finished(stage)
         if step is EVALUATE and (other := without_regularizer(setup)) is not None:
-            _run_alone(other, progress, runners)
+            if alone:
+                _run_alone(other, progress, runners)
             stages |= task_loss_alone(setup, planned)
             planned[LAST.name] = LAST.at(setup, planned)
     save_config(stages[until], setup.config)
@@ -110,11 +113,13 @@ def run(
 
 
 def _run_alone(other: Setup, progress: Progress, runners: Runners) -> None:
-    """The run without regularizer, where something can be trained so. Raises what the stages raise."""
+    """The run without regularizer, where it can be trained so. Raises what the stages raise, but for a training that fails: it is no
+    fault of the run that it stands beside.
+    """
     progress.say("beside it, the task loss alone:")
     try:
         run(other, progress, replace(runners, on_epoch=NOBODY.epoch))
-    except (UnmovedError, IdenticalError) as error:
+    except (TrainingError, IdenticalError) as error:
         progress.say(f"nothing was trained by the task loss alone: {error}")
 
 
@@ -130,7 +135,7 @@ def told(step: Step, stage: Stage, how: str) -> list[str]:
 
 
 def revisit(setup: Setup, progress: Progress) -> Run:
-    """A run whose evaluation is complete, its report written where there is none. Raises ArtifactError."""
+    """A run whose evaluation is complete, its report written where there is none; nothing is trained. Raises ArtifactError."""
     planned = locate(setup)
     missing = [step.name for step in order(EVALUATE) if not planned[step.name].complete]
     if missing:
@@ -138,7 +143,12 @@ def revisit(setup: Setup, progress: Progress) -> Run:
             f"the run of this configuration is not finished in {setup.store.root} (missing: {', '.join(missing)}). Give the options "
             "that it was started with, or run it: `roma-ray run` (on Ray) or `roma-ray local`."
         )
-    return run(setup, progress, until="report")
+    if without_regularizer(setup) is not None and not task_loss_alone(setup, planned):
+        progress.say(
+            "note: no training by the task loss alone stands beside this run: `roma-ray run` or `roma-ray local` trains it, or says why "
+            "it cannot"
+        )
+    return run(setup, progress, until="report", alone=False)
 
 
 def replay(setup: Setup, observer: RunObserver) -> None:

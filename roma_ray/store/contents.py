@@ -42,6 +42,8 @@ KINDS = {
 """What a run is called, by the stage that it ends in; the stages that most runs contain come last."""
 # Shared work that only saves time: no stage names it as its input.
 _HELPERS = ("base", "states")
+# They list the runs that they tell of beside their inputs.
+_OF_MANY = ("sweep", "verdict")
 # A run that was stopped between two stages ends in one of these. One that was meant to end there left its configuration.
 _PARTS = ("questions", "extract", "embed", "neighbors", "requests")
 _FINGERPRINT = re.compile(r"[0-9a-f]{16}")
@@ -261,7 +263,7 @@ def _item(path: Path, kind: str) -> Item:
             state = "damaged"
     inputs, settings = (_mapping(identity.get(key)) for key in ("inputs", "settings"))
     members = _plain(path / MEMBERS)
-    trials = members.get("stages") if kind == "sweep" else None
+    trials = members.get("stages") if kind in _OF_MANY else None
     fingerprints = [*inputs.values(), *(trials if isinstance(trials, list) else [])]
     name = settings.get("name") if kind in ("report", "comparison") else _configured_name(path)
     sizes = dict(_sizes(path))

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import yaml
 
-from roma_ray.ablations.arms import Arms, load_arms
+from roma_ray.ablations.arms import BASE, Arms, load_arms
 from roma_ray.ablations.sweep_results import FinishedTrial
-from roma_ray.ablations.verdict import BASE, ArmResult, ArmsVerdict, state_of
+from roma_ray.ablations.verdict import ArmResult, ArmsVerdict, state_of
 from roma_ray.ablations.verdict_page import arm_table, finding_table, notes, plain, sentences, task_table
 from roma_ray.errors import ConfigError
 from roma_ray.evaluation.statistics import hierarchical_interval, pair
@@ -24,6 +24,7 @@ ARMS = {
     "RoMA": {},
     "start": {"set": {"neighbors.method": "self"}, "grid": {"finetune.regularizer.weight": [1, 5]}},
 }
+MANY = ("neighbors.k", "finetune.epochs", "finetune.batch_size", "finetune.micro_batch_size")
 GRID = {"finetune.learning_rate": [0.001, 0.005], "finetune.regularizer.gradient_ratio": [0.3, 1]}
 
 
@@ -72,11 +73,26 @@ def test_the_chosen_settings_train_with_every_seed(arms: Arms) -> None:
         ({"arms": {"RoMA": {}, "x": {"set": {"seed": 3}}}}, "seed"),
         ({"arms": {"RoMA": {}, "x": {"set": {"neighbors.k": 2}, "grid": {"neighbors.k": [1]}}}}, "in `set` and in"),
         ({"arm": {}}, "did you mean"),
+        ({"arms": {"RoMA": {}, BASE: {"set": {"neighbors.k": 2}}}}, "another name than"),
+        ({"seeds": [0, -1]}, "seed"),
+        ({"seeds": [0, 2**63]}, "seed"),
+        ({"seeds": list(range(1000))}, "more than 2000 trials"),
+        ({"arms": {"RoMA": {}, "x": {"grid": {key: list(range(1, 99)) for key in MANY}}}}, "more than 2000 settings"),
+        ({"arms": {"RoMA": {}, "x": {}}}, "train alike"),
+        ({"arms": {"RoMA": {}, "x": {"set": {"neighbors.epsilon": 0.3}}}}, "train alike"),
+        ({"arms": {"RoMA": {}, "x": {"set": {"evaluation.task_loss_alone": False}}}}, "train alike"),
+        ({"arms": {"RoMA": {}, "x": {"set": {"model.path": "assets:control/model"}}}}, "the model or the questions"),
+        ({"arms": {"RoMA": {}, "x": {"set": {"questions.prompt.cloze_score": "normalized"}}}}, "cannot be compared"),
     ],
 )
 def test_a_wrong_file_is_told(tmp_path: Path, content: Mapping[str, Any], wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         load_arms(file_of(tmp_path, **content))
+
+
+def test_an_arm_may_train_on_fewer_questions(tmp_path: Path) -> None:
+    arms = {"RoMA": {}, "half": {"set": {"questions.fraction": 0.5}}}
+    assert len(load_arms(file_of(tmp_path, arms=arms)).space.trials) == 8
 
 
 def world(arms: Arms, right: Mapping[str, float], count: int = 900, seeds: int = 3, tied: float = 0.9) -> ArmsVerdict:

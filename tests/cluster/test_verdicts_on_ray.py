@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from roma_ray.ablations.arms import load_arms
+from roma_ray.ablations.arms import BASE, load_arms
 from roma_ray.ablations.sweep import DONE
-from roma_ray.ablations.verdict import BASE, run_at
+from roma_ray.ablations.verdict import run_at
 from roma_ray.ablations.verdict_page import write_page
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.cluster.ray_runners import Place, ray_runners

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from roma_ray.config.loading import with_overrides
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.errors import UnmovedError
+from roma_ray.errors import TrainingError, UnmovedError
 from roma_ray.evaluation.results_file import read_judged
 from roma_ray.evaluation.statistics import pair
 from roma_ray.runs import pipeline
@@ -86,15 +87,16 @@ def test_it_changes_nothing_of_the_run_itself(config: Config, finished: Run) -> 
     assert summary["splits"] == finished.summary["splits"]
 
 
-def test_where_the_task_loss_moves_nothing_the_run_goes_on(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("error", [UnmovedError, TrainingError])
+def test_where_the_task_loss_trains_nothing_the_run_goes_on(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[TrainingError]
 ) -> None:
-    """As with one expert a token whose weight is scaled to 1."""
+    """As with one expert a token whose weight is scaled to 1, or where the guard stops it in its first epoch."""
     whole = pipeline.run
 
     def refused(setup, *arguments, **options):  # type: ignore[no-untyped-def]
         if setup.config.finetune.regularizer.kind == "none":
-            raise UnmovedError("nothing to follow")
+            raise error("nothing to follow")
         return whole(setup, *arguments, **options)
 
     monkeypatch.setattr(pipeline, "run", refused)
@@ -102,6 +104,31 @@ def test_where_the_task_loss_moves_nothing_the_run_goes_on(
     assert found.summary["task_loss_alone"] is None
     assert ALONE not in found.stages
     assert found.stages["report"].complete
+
+
+def test_a_report_trains_nothing(config: Config, finished: Run, tmp_path: Path) -> None:
+    """Of a run that was killed before it was trained by the task loss alone."""
+    storage = tmp_path / "storage"
+    shutil.copytree(finished.setup.store.root, storage)
+    setup = resolve(config.model_copy(update={"storage": str(storage)}))
+    other = without_regularizer(setup)
+    assert other is not None
+    alone = locate(other)
+    for name in ("finetune", "evaluate", "report"):
+        shutil.rmtree(alone[name].path, ignore_errors=True)
+    said: list[str] = []
+
+    class Heard(Silence):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    found = revisit(setup, Heard())
+    assert found.stages["report"].complete
+    assert found.summary["task_loss_alone"] is None
+    assert not alone["finetune"].complete
+    assert any("no training by the task loss alone" in line for line in said)
+    run(setup, Silence(), until="report")
+    assert revisit(setup, Silence()).summary["task_loss_alone"] == finished.summary["task_loss_alone"]
 
 
 def test_no_second_training_of_the_same(config: Config) -> None:

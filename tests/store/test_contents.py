@@ -190,6 +190,20 @@ def test_stages_that_name_one_another_in_a_circle_or_a_long_row_are_listed(store
     assert command("ls", "--storage", str(store.root)).exit_code == 0
 
 
+@pytest.mark.parametrize("kind", ["sweep", "verdict"])
+def test_what_tells_of_many_runs_keeps_them(store: Store, kind: str) -> None:
+    """They are no runs of their own beside it, and what stopped beside them does not take them away."""
+    page = make(store, kind)
+    members = ids(Storage(store), "evaluate")
+    write_text(page.path / MEMBERS, json.dumps({"stages": members}))
+    stopped = make(store, "sweep", finish=False, grid=True)
+    write_text(stopped.path / MEMBERS, json.dumps({"stages": members}))
+    found = Storage(store)
+    assert {run.id for run in found.runs() if run.kind != "finetune"} == {page.fingerprint, stopped.fingerprint}
+    assert not {removal.item.id for removal in found.garbage(unfinished=True)} & set(members)
+    assert set(members) < {item.id for item in found.needs(found.items[page.fingerprint])}
+
+
 def test_files_that_a_stranger_wrote_name_no_run_and_stop_no_list(store: Store) -> None:
     (stated(store, "sweep", "a" * 16) / MEMBERS).write_text('{"stages": 5}')
     for letter, name in (("b", "[" * 5000), ("c", "[&a [x, x], *a]"), ("d", "{")):
