@@ -95,6 +95,9 @@ def run_at(place: Place, arms: Arms, progress: Progress) -> tuple[ArmsVerdict, t
     if not chosen:
         failed = "; ".join(sweep_command.failures(grid))
         raise TrainingError(f"no arm could be trained, so there is nothing to judge: {failed}")
+    if arms.file.judged not in chosen:
+        # Nothing could be said of the others' further seeds.
+        raise TrainingError(f"{arms.file.judged} could not be trained: {_untrained(arms, grid, arms.file.judged)}")
     space, tags = arms.chosen_space(chosen)
     sweep = sweep_command.run_at(place, space, progress)
     return judge(arms, grid, chosen, sweep, tags), (grid, sweep)
@@ -117,8 +120,7 @@ def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, ta
     for arm in arms.grids:
         trials = arms.trials_of(arm)
         if arm not in chosen:
-            failed = [s.error for s in grid.having(FAILED) if s.trial.id in {trial.id for trial in trials}]
-            missing[arm] = _first_line(failed[0]) if failed else "nothing of it is finished"
+            missing[arm] = _untrained(arms, grid, arm)
             continue
         states = [s for s in sweep.states.values() if tags[arm] in dict(s.trial.factors)]
         broken = [s for s in states if s.state != DONE]
@@ -138,6 +140,13 @@ def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, ta
         raise TrainingError(f"{arms.file.judged} could not be trained: {missing.get(arms.file.judged)}")
     tried = tried_on(sweep.plan.store, results)
     return state_of(results, missing, arms.file.judged, (arms.file.margin / 100, arms.file.margin_nats), tried)
+
+
+def _untrained(arms: Arms, grid: Sweep, arm: str) -> str:
+    """Why no setting of an arm's grid is finished."""
+    mine = {trial.id for trial in arms.trials_of(arm)}
+    failed = [state.error for state in grid.having(FAILED) if state.trial.id in mine]
+    return _first_line(failed[0]) if failed else "nothing of it is finished"
 
 
 def _first_line(error: str) -> str:

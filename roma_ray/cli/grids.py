@@ -93,9 +93,9 @@ def verdict(
     if not dry_run:
         check(loaded.space.centre)
     quiet_ray()
-    from roma_ray.cli.sweeping import judge_arms, say_what
+    from roma_ray.cli.sweeping import judge_arms, say_arms
 
     if dry_run:
-        say_what(loaded.space)
+        say_arms(loaded)
     else:
         sys.exit(judge_arms(loaded, address, quiet, summary_path))

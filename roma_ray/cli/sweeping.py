@@ -23,6 +23,17 @@ def say_what(space: Space) -> None:
     say("\n".join(sweep_command.dry_run(space)))
 
 
+def say_arms(arms: Arms) -> None:
+    """Print what a verdict would do; nothing starts."""
+    say_what(arms.space)
+    seeds = arms.file.seeds[1:]
+    if seeds:
+        say(
+            f"then, not in this cost: the chosen setting of each of {len(arms.grids)} arms with seed(s) {', '.join(map(str, seeds))}: "
+            f"{len(arms.grids) * len(seeds)} trials"
+        )
+
+
 def tune_space(space: Space, address: str | None, quiet: bool, stop_on_failure: bool, summary_path: str | None) -> int:
     """Run what is missing of a sweep and print what it says; the exit code: 1 where a trial failed."""
     progress = open_progress(quiet)

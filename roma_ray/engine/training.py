@@ -29,7 +29,7 @@ from roma_ray.engine.gradient_step import add, apply
 from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import moment
 from roma_ray.engine.workers import ALONE, World
-from roma_ray.errors import TrainingError
+from roma_ray.errors import TrainingError, UnmovedError
 from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.slices import Slice
@@ -170,4 +170,9 @@ def _check_moved(
     if still and moving:
         raise TrainingError(
             f"the gate(s) {', '.join(still)} did not change: no gradient reaches them, or the learning rate is too small"
+        )
+    if len(still) == len(pretrained):
+        raise UnmovedError(
+            f"nothing was trained: learning rate or gradient was 0 at each of {len(state.steps)} step(s). A schedule that anneals to a "
+            "floor of 0 is there at the last step: take more steps (a smaller finetune.batch_size, more epochs), or raise its anneal_floor"
         )

@@ -5,17 +5,24 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import yaml
+from click.testing import CliRunner
 
+from roma_ray.ablations import sweep_command
 from roma_ray.ablations.arms import BASE, Arms, load_arms
+from roma_ray.ablations.sweep import DONE, FAILED
 from roma_ray.ablations.sweep_results import FinishedTrial
-from roma_ray.ablations.verdict import ArmResult, ArmsVerdict, state_of
+from roma_ray.ablations.verdict import ArmResult, ArmsVerdict, run_at, state_of
 from roma_ray.ablations.verdict_page import arm_table, finding_table, notes, plain, sentences, task_table
-from roma_ray.errors import ConfigError
+from roma_ray.cli.commands import main
+from roma_ray.cluster.ray_runners import Place
+from roma_ray.engine.progress import Silence
+from roma_ray.errors import ConfigError, TrainingError
 from roma_ray.evaluation.statistics import hierarchical_interval, pair
 from tests.ablations.made import CHOICES, finished, scores_of
 
@@ -180,6 +187,35 @@ def test_an_arm_that_cannot_be_trained_is_told(arms: Arms) -> None:
     found = state_of(some, {"start": "nothing to follow"}, "RoMA", (0.02, 0.1), {})
     assert "start could not be trained: nothing to follow" in sentences(found)
     assert arm_table(found).rows[-1][:2] == ("start", "not trained")
+
+
+def test_a_judged_arm_that_fails_ends_it_before_the_further_seeds(arms: Arms, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = {trial.id for trial in arms.trials_of("RoMA")}
+    states = [
+        SimpleNamespace(
+            trial=t, state=FAILED if t.id in failed else DONE, error="no pull\nat line 3", validation_accuracy=0.5
+        )
+        for t in arms.space.trials
+    ]
+    swept: list[object] = []
+
+    def sweep(place: object, space: object, progress: object) -> object:
+        swept.append(space)
+        return SimpleNamespace(having=lambda *wanted: [s for s in states if s.state in wanted])
+
+    monkeypatch.setattr(sweep_command, "run_at", sweep)
+    with pytest.raises(TrainingError, match=r"RoMA could not be trained: no pull$"):
+        run_at(cast(Place, None), arms, Silence())
+    assert swept == [arms.space]
+
+
+def test_a_dry_run_tells_of_the_further_seeds(tmp_path: Path) -> None:
+    told = CliRunner().invoke(
+        main, ["verdict", "--dry-run", "--arms", str(file_of(tmp_path)), "--storage", str(tmp_path / "none")]
+    )
+    assert told.exit_code == 0, told.output
+    assert "each of 3 arms with seed(s) 1, 2: 6 trials" in told.output
+    assert not (tmp_path / "none").exists()
 
 
 def test_the_interval_over_seeds_and_questions_covers_the_truth() -> None:

@@ -19,7 +19,7 @@ from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import Moment
 from roma_ray.engine.training import Outcome, finetune
-from roma_ray.errors import CheckpointError, TrainingError
+from roma_ray.errors import CheckpointError, TrainingError, UnmovedError
 from roma_ray.manifold.losses import manifold_loss
 from roma_ray.moe.layers import token_positions
 from roma_ray.moe.masters import RouterMasters
@@ -561,6 +561,14 @@ def test_what_anneals_ends_at_its_floor(letter_run: Run) -> None:
     assert outcome.step_table[-1, 2].item() == pytest.approx(0.5)
     assert outcome.step_table[-1, 3].item() == pytest.approx(0.1 * 0.01)
     assert outcome.epochs[-1]["lambda"] == outcome.step_table[-1, 2]
+
+
+def test_a_training_whose_every_step_is_at_a_floor_of_zero_is_refused(letter_run: Run) -> None:
+    """Its gates would be those of the base model, and be reported as a result."""
+    one_step: dict[str, Any] = {"epochs": 1, "batch_size": 1000, "anneal": "linear"}
+    with pytest.raises(UnmovedError, match="anneal_floor"):
+        train(train_job(letter_run, **one_step))
+    assert train(train_job(letter_run, **one_step, anneal_floor=0.1)).step_table[0, 3] > 0
 
 
 def test_the_step_s_gradient_is_the_weighed_sum_of_both_terms(letter_run: Run) -> None:
