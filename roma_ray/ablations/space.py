@@ -248,7 +248,8 @@ def seeds_space(config: Config, count: int) -> Space:
     Raises ConfigError.
     """
     levels = {"task loss alone": {"finetune.regularizer.kind": "none"}}
-    beside = config.evaluation.task_loss_alone and config.finetune.regularizer.kind != "none"
+    term = config.finetune.regularizer
+    beside = config.evaluation.task_loss_alone and term.kind != "none" and term.weight != 0
     file = SpaceFile(
         name=f"{config.name}, {count} seeds",
         base=config.model_dump(mode="json"),

@@ -108,7 +108,7 @@ def draw(sweep: Sweep, findings: Findings, folder: Path) -> Iterator[Picture]:
         if picture:
             yield picture
     members = [r for r in findings.results if any(factor == "sample" for factor, _ in r.trial.factors)]
-    axes = [column for column in varied if column.keys[0] in file.sample]
+    axes = [column for column in varied if set(column.keys) & set(file.sample)]
     if members and (picture := _curves(members, axes, findings, "sample", folder)):
         yield picture
 

@@ -211,6 +211,8 @@ def test_several_seeds_of_one_configuration() -> None:
         (name, seed) for name in ("centre", "trained by=task loss alone") for seed in (4, 5, 6)
     }
     assert {t.config.questions.seed for t in found.trials} == {4}
+    for override in ("finetune.regularizer.kind=none", "finetune.regularizer.weight=0"):
+        assert len(seeds_space(load_config(None, [override]), 2).trials) == 2, "it is the task loss alone already"
     alone = seeds_space(load_config(None, ["evaluation.task_loss_alone=false"]), 2)
     assert [t.name for t in alone.trials] == ["centre", "centre, seed 1"]
     assert [column.level(alone.trials[0]) for column in columns(alone)] == ["centre"]

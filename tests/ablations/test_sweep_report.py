@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
 from roma_ray.ablations.plan import make_plan
-from roma_ray.ablations.space import load_space
+from roma_ray.ablations.space import Space, load_space, seeds_space
 from roma_ray.ablations.sweep import Sweep, keep_config, open_sweep, prepare_shared
 from roma_ray.ablations.sweep_command import SweepFindings, result
 from roma_ray.ablations.sweep_report import write_report
@@ -36,7 +37,12 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
         "seeds": [0, 1],
     }
     (root / "space.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
-    planned = make_plan(load_space(root / "space.yaml"), "cpu")
+    return reported(load_space(root / "space.yaml"))
+
+
+def reported(space: Space) -> Sweep:
+    """A space's sweep, every trial finished, with its report."""
+    planned = make_plan(space, "cpu")
     prepare_shared(open_sweep(planned))
     for each in planned.trials:
         here(TrialWork(each.trial.id, each.setup, each.stages), lambda record: None)
@@ -45,6 +51,17 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Sweep:
         keep_config(state)
     assert write_report(done, Silence()) == done.stage.path / "report.html"
     return done
+
+
+def test_seeds_alone_make_a_report(tmp_path: Path) -> None:
+    """One setting, which varies nothing."""
+    config = make_world(tmp_path, count=36, finetune={"epochs": 1, "learning_rate": 0.05})
+    done = reported(seeds_space(config, 2))
+    page = (done.stage.path / "report.md").read_text()
+    assert "centre" in page
+    found = result(done)
+    assert found is not None
+    assert len(found.ranking.rows) == 1
 
 
 def test_the_page_shows_every_setting_measure_task_and_answer(sweep: Sweep) -> None:
