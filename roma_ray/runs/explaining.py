@@ -8,13 +8,16 @@ from __future__ import annotations
 import contextlib
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from roma_ray.borders.text import duration_text, printable, size_text
 from roma_ray.engine.setup import Setup
 from roma_ray.errors import ArtifactError
 from roma_ray.runs.pipeline import STEPS, locate
+from roma_ray.stages.finetuning import FINETUNE
+from roma_ray.stages.paired_evaluation import EVALUATE
+from roma_ray.stages.task_loss_alone import without_regularizer
 from roma_ray.store.artifacts import MANIFEST, Stage, read_manifest
 from roma_ray.store.files import exists, listed
 
@@ -40,6 +43,7 @@ _NAMES = {
     "held_out_tasks": "questions.held_out_tasks",
 }
 _NO_SETTING = object()
+BESIDE = "by the task loss alone, beside it"
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,16 @@ class StageReport:
 
 
 def explain(setup: Setup) -> list[StageReport]:
-    """Every stage of a run in their order. Raises QuestionError when a question file is gone."""
+    """Every stage of a run in their order, those of the task loss alone before the report. Raises QuestionError when a question
+    file is gone.
+    """
     planned = locate(setup)
     found = [_look(stage) for stage in planned.values()]
+    if (other := without_regularizer(setup)) is not None:
+        there = locate(other)
+        beside = [_look(there[name]) for name in (FINETUNE.name, EVALUATE.name)]
+        noted = [replace(one, note="; ".join(filter(None, (BESIDE, one.note)))) for one in beside]
+        found = [*found[:-1], *noted, found[-1]]
     if any(STEPS[told.stage.name].reads_states and told.state != COMPLETE for told in found):
         return found
     # Nobody reads what was removed.

@@ -16,6 +16,7 @@ from roma_ray.runs import explaining
 from roma_ray.runs.explaining import (
     ABSENT,
     BEGUN,
+    BESIDE,
     COMPLETE,
     DAMAGED,
     RELEASED,
@@ -65,6 +66,14 @@ def test_a_finished_run_is_all_complete(finished: Run) -> None:
     told = explain(finished.setup)
     assert states(told) == dict.fromkeys(STEPS, COMPLETE)
     assert described(told)[-1] == "all complete: a run does nothing again"
+
+
+def test_the_training_beside_it_is_told_too(finished: Run) -> None:
+    told = explain(with_settings(finished.setup, "evaluation", task_loss_alone=True))
+    beside = [one for one in told if one.note.startswith(BESIDE)]
+    assert [(one.stage.name, one.state) for one in beside] == [("finetune", ABSENT), ("evaluate", ABSENT)]
+    assert told[-1].stage.name == "report"
+    assert f"a run does 2 of {len(STEPS) + 2} stages" in text(told)
 
 
 def test_a_setting_is_named_where_it_acts_and_the_stages_after_by_their_inputs(finished: Run) -> None:
