@@ -47,7 +47,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
     archive = run(sys.executable, "-c", script, "build_sdist", root, folder=copy).splitlines()[-1]
     with tarfile.open(root / archive) as packed:
-        packed.extractall(root / "unpacked", filter="data")
+        # Early 3.11 knows no filters.
+        packed.extractall(root / "unpacked", **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     (unpacked,) = (root / "unpacked").iterdir()
     name = run(sys.executable, "-c", script, "build_wheel", root, folder=unpacked).splitlines()[-1]
     return root / name

@@ -252,7 +252,7 @@ def test_a_template_of_a_task_file_has_an_end(field: str, tmp_path: Path, monkey
     write_rows(tmp_path / "data" / "own" / "test.jsonl", [{"question": "q"}])
     task = {
         **yaml.safe_load(PLAIN),
-        field: "{% for a in range(9999) %}{% for b in range(9999) %}{% endfor %}{% endfor %}",
+        field: "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}",
     }
     (tmp_path / "own.yaml").write_text(yaml.safe_dump(task))
 

@@ -98,7 +98,8 @@ def test_a_killed_driver(local_run: Run, world: Config, environment: dict[str, s
     after = times(storage)
     assert {name: after[name] for name in before} == before
     same_as(local_run, storage)
-    assert "epoch 1:" in log.read_text()
+    # Where the training ended between its checkpoint and the kill, nothing of it was left to do.
+    assert any(name.startswith("finetune/") for name in before) or "epoch 1:" in log.read_text()
     assert "ray 2" not in log.read_text()
 
     repeated = start(environment, config, log, "--summary", str(tmp_path / "summary.json"))
