@@ -31,7 +31,8 @@ from typing import Any
 from pydantic import Field, model_validator
 
 from roma_ray.ablations.forms import read_form
-from roma_ray.ablations.space import MOST_TRIALS, Space, SpaceFile, Trial, grid_tag, identifying, make_space, put
+from roma_ray.ablations.space import MOST_TRIALS, Space, Trial, changed, identifying, make_space, setting
+from roma_ray.ablations.space_file import SpaceFile, grid_tag
 from roma_ray.config.loading import parse_config
 from roma_ray.config.schema import Config
 from roma_ray.config.section import Name, Section
@@ -111,10 +112,10 @@ class Arms:
         # Every key that the centre changes is set in every arm, so that each is its chosen trial to the last idle setting.
         judged = self.grids[self.file.judged] if self.file.judged in chosen else {}
         settings = {
-            arm: {key: (value_of(trial, key),) for key in {**self.grids[arm], **judged}}
+            arm: {key: (setting(trial.config, key),) for key in {**self.grids[arm], **judged}}
             for arm, trial in chosen.items()
         }
-        centre = {key: value_of(chosen[self.file.judged], key) for key in judged}
+        centre = {key: setting(chosen[self.file.judged].config, key) for key in judged}
         grid = tuple(settings.values())
         file = _file(self.file, "chosen settings", {**self.file.set, **centre}, grid, self.file.seeds)
         return make_space(file, self.source, self.overrides, self.storage), {
@@ -135,8 +136,7 @@ def load_arms(
     source = Path(path) if path is not None else Path(__file__).parents[1] / "assets" / "verdict.yaml"
     file = read_form(ArmsFile, source, base)
     centre = make_space(_file(file, "grid", file.set, (), file.seeds[:1]), source, overrides, storage).centre
-    data = centre.model_dump(mode="json")
-    grids = {name: _grid(file, arm, data, f"{source}: {name}") for name, arm in file.arms.items()}
+    grids = {name: _grid(file, arm, centre, f"{source}: {name}") for name, arm in file.arms.items()}
     space = make_space(_file(file, "grid", file.set, tuple(grids.values()), file.seeds[:1]), source, overrides, storage)
     arms = Arms(file, source, tuple(overrides), storage, grids, space)
     _check_comparable(arms)
@@ -193,7 +193,7 @@ def _file(
     )
 
 
-def _grid(file: ArmsFile, arm: ArmSettings, centre: Mapping[str, Any], origin: str) -> Grid:
+def _grid(file: ArmsFile, arm: ArmSettings, centre: Config, origin: str) -> Grid:
     """An arm's settings: its own, then those of the common grid that act beside them. Raises ConfigError."""
     own = {**{key: (value,) for key, value in arm.set.items()}, **arm.grid}
     common = {key: values for key, values in file.grid.items() if key not in own}
@@ -203,19 +203,3 @@ def _grid(file: ArmsFile, arm: ArmSettings, centre: Mapping[str, Any], origin: s
         for values in itertools.product(*own.values())
     ]
     return {**own, **{k: values for k, values in common.items() if not all(k in found for found in idle)}}
-
-
-def changed(data: Mapping[str, Any], changes: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """A configuration's plain data with dotted settings changed. Raises ConfigError."""
-    made = copy.deepcopy(dict(data))
-    for key, value in changes.items():
-        put(made, key, value, origin)
-    return made
-
-
-def value_of(trial: Trial, key: str) -> Any:
-    """A dotted setting of a trial, as plain data."""
-    value: Any = trial.config.model_dump(mode="json")
-    for part in key.split("."):
-        value = value[part]
-    return value

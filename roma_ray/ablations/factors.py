@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roma_ray.ablations.naming import assigned, level_name, short_names
-from roma_ray.ablations.space import CENTRE, Space, Trial, put
+from roma_ray.ablations.space import CENTRE, Space, Trial, changed, setting
 from roma_ray.config.schema import Config
 
 
@@ -81,19 +81,10 @@ def centre_text(space: Space) -> str:
 
 
 def _changed(centre: Config, keys: Sequence[str], change: dict[str, Any]) -> tuple[Any, ...]:
-    data = centre.model_dump(mode="json")
-    for key, value in change.items():
-        put(data, key, value, "a level")
+    data = changed(centre, change, "a level")
     # Compare values as the configuration types them: 1 becomes 1.0 where the setting is a fraction.
     return _values(Config.model_validate(data), keys)
 
 
 def _values(config: Config, keys: Sequence[str]) -> tuple[Any, ...]:
-    data = config.model_dump(mode="json")
-    found = []
-    for key in keys:
-        node: Any = data
-        for part in key.split("."):
-            node = node[part]
-        found.append(node)
-    return tuple(found)
+    return tuple(setting(config, key) for key in keys)

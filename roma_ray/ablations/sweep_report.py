@@ -8,7 +8,8 @@ from pathlib import Path
 from roma_ray.ablations import paper, sweep_tables
 from roma_ray.ablations.factors import VariedSetting, centre_text, columns
 from roma_ray.ablations.plan import describe_shared
-from roma_ray.ablations.space import CENTRE, grid_tag
+from roma_ray.ablations.space import CENTRE
+from roma_ray.ablations.space_file import grid_tag
 from roma_ray.ablations.sweep import DONE, STOPPED, State, Sweep
 from roma_ray.ablations.sweep_results import Findings, SettingResult, read_findings
 from roma_ray.ablations.sweep_transfer import TRANSFER_LEGEND, held_out_table

@@ -18,7 +18,7 @@ from typing import Any
 from ray import tune
 from ray.tune.stopper import Stopper
 
-from roma_ray.ablations.space import Range, Scheduler
+from roma_ray.ablations.space_file import Range, Scheduler
 from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import as_deaths, packed
 from roma_ray.cluster.ray_cluster import Cluster

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from roma_ray.ablations import sweep_command
-from roma_ray.ablations.arms import BASE, Arms, value_of
-from roma_ray.ablations.space import Trial
+from roma_ray.ablations.arms import BASE, Arms
+from roma_ray.ablations.space import Trial, setting
 from roma_ray.ablations.sweep import DONE, FAILED, Sweep
 from roma_ray.ablations.sweep_results import FinishedTrial, SeededMean, read_finished
 from roma_ray.cluster.ray_runners import Place, open_place
@@ -131,7 +131,7 @@ def judge(arms: Arms, grid: Sweep, chosen: Mapping[str, Trial], sweep: Sweep, ta
         done = {s.trial.id: s for s in grid.having(DONE)}
         results[arm] = ArmResult(
             arm,
-            {key: value_of(chosen[arm], key) for key in arms.grids[arm]},
+            {key: setting(chosen[arm].config, key) for key in arms.grids[arm]},
             sum(trial.id in done for trial in trials),
             done[chosen[arm].id].validation_accuracy or 0.0,
             finished,
