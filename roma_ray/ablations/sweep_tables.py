@@ -48,23 +48,20 @@ def _figures(findings: Findings) -> list[_Cell]:
     cells.append(("test %", lambda r: percent(r.accuracy)))
     cells += [("± seeds", lambda r: _error(r.accuracy.seeds))] if several else []
     cells.append(("gain over base", lambda r: points(r.gain)))
-    cells += [("95 %, both", lambda r: interval(r.gain))] if several else []
+    cells += [("95 %, both", lambda r: interval(r.gain.interval))] if several else []
     if len(findings.results) == 1:
         return cells
     cells.append(("difference to centre", _near))
     cells += [("± seeds", lambda r: _error(r.to_centre.seeds if r.to_centre else None))] if several else []
-    cells += [("95 %, both", lambda r: interval(r.to_centre))] if several else []
+    cells += [("95 %, both", lambda r: interval(r.to_centre.interval if r.to_centre else None))] if several else []
     cells.append(("p", lambda r: p_value(r.to_centre.p) if r.to_centre else ""))
     cells.append(("p, Holm", lambda r: p_value(r.to_centre.corrected_p) if r.to_centre else ""))
     return cells
 
 
-def interval(compared: Compared | None) -> str:
-    """The judged difference's interval over seeds and questions, in percentage points."""
-    if compared is None or compared.interval is None:
-        return ""
-    low, high = compared.interval
-    return f"{100 * low:+.2f} to {100 * high:+.2f}"
+def interval(ends: tuple[float, float] | None) -> str:
+    """A difference's interval in percentage points; empty for none."""
+    return "" if ends is None else f"{100 * ends[0]:+.2f} to {100 * ends[1]:+.2f}"
 
 
 def _near(result: SettingResult) -> str:

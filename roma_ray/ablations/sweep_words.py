@@ -22,7 +22,7 @@ def headline(findings: Findings) -> str:
         return (
             f"Over {len(best.seeds)} seeds the tuned routers differ from the base model by {points(best.gain)} points on "
             f"{findings.questions:,} test questions (p {p_value(best.gain.p)}); with seeds and questions both drawn, 95 % lie in "
-            f"{interval(best.gain)}."
+            f"{interval(best.gain.interval)}."
         )
     if validated_differently(findings):
         return (

@@ -9,7 +9,8 @@ from roma_ray.ablations import paper
 from roma_ray.ablations.arms import BASE
 from roma_ray.ablations.naming import assigned, level_name, short_names
 from roma_ray.ablations.sweep import Sweep
-from roma_ray.ablations.verdict import ArmResult, ArmsVerdict, Pair
+from roma_ray.ablations.sweep_tables import interval, percent
+from roma_ray.ablations.verdict import ArmResult, ArmsVerdict
 from roma_ray.borders.text import figure
 from roma_ray.engine.steps import Facts, make
 from roma_ray.evaluation.equivalence import Finding
@@ -30,7 +31,7 @@ def arm_table(found: ArmsVerdict) -> Table:
     """Each arm with what was chosen for it, its accuracy and its gain on the base model."""
     base = found.first
     known = (
-        figure(vars_of(base.base_validation), "it"),
+        percent(base.base_validation),
         figure(vars(found.found[found.measure][BASE, found.judged].paired), "base"),
     )
     rows: list[tuple[str, ...]] = [(BASE, *known, *("" for _ in ARMS[3:]))]
@@ -41,10 +42,10 @@ def arm_table(found: ArmsVerdict) -> Table:
             (
                 name,
                 f"{100 * arm.validation:.2f}",
-                figure(vars_of(arm.accuracy), "it"),
+                percent(arm.accuracy),
                 seeds,
                 figure(vars(one.paired), "difference"),
-                _interval(found, (BASE, name)),
+                interval(found.intervals[BASE, name]),
                 brief(one, found.measure),
                 settings(arm),
             )
@@ -53,20 +54,10 @@ def arm_table(found: ArmsVerdict) -> Table:
     return Table(ARMS, rows)
 
 
-def vars_of(value: Any) -> dict[str, float]:
-    """A mean with its error over questions as a record's figure `it`."""
-    return {"it": value.mean, "it_stderr": value.questions}
-
-
 def settings(arm: ArmResult) -> str:
     """What was chosen of its grid and set for it, as a cell."""
     keys = list(arm.settings)
     return ", ".join(map(assigned, short_names(keys), map(level_name, arm.settings.values())))
-
-
-def _interval(found: ArmsVerdict, key: Pair) -> str:
-    low, high = found.intervals[key]
-    return f"{100 * low:+.2f} to {100 * high:+.2f}"
 
 
 def finding_table(found: ArmsVerdict, measure: str) -> Table:
@@ -76,7 +67,7 @@ def finding_table(found: ArmsVerdict, measure: str) -> Table:
         (
             before,
             form.figure(vars(one.paired), "difference"),
-            *([_interval(found, (before, after))] if accuracy else []),
+            *([interval(found.intervals[before, after])] if accuracy else []),
             p_value(one.difference_p),
             p_value(one.equivalence_p),
             brief(one, measure),
@@ -144,7 +135,9 @@ def _needed(one: Finding) -> str:
 def _beyond_start(one: Finding, arm: str, measure: str) -> str:
     if one.kind == "better" and not one.within:
         return f"So the manifold adds to a pull to the start ({arm})."
-    if one.kind in ("equivalent", "worse") or one.within:
+    if one.kind == "worse":
+        return f"So the manifold adds nothing: a pull to the start ({arm}) does better."
+    if one.within:
         return f"So the manifold adds nothing beyond a pull to the start ({arm}), within {_margin(one, measure)}."
     return f"That the manifold adds anything beyond a pull to the start ({arm}) is not shown."
 
@@ -210,7 +203,12 @@ def measure_tables(found: ArmsVerdict) -> Iterator[tuple[str, Table]]:
     """The judged arm against the others by every further measure."""
     for measure in found.found:
         if measure != found.measure:
-            yield f"{MEASURES[measure].title}, {MEASURES[measure].unit}", finding_table(found, measure)
+            yield _title(measure), finding_table(found, measure)
+
+
+def _title(measure: str) -> str:
+    form = MEASURES[measure]
+    return f"{form.title}, {'points' if form.unit == '%' else form.unit}"
 
 
 def plain(found: ArmsVerdict) -> dict[str, Any]:
@@ -252,16 +250,16 @@ def plain(found: ArmsVerdict) -> dict[str, Any]:
     }
 
 
-def write_page(found: ArmsVerdict, sweeps: tuple[Sweep, Sweep]) -> Stage:
-    """Write the page, as HTML and Markdown, with its tables and data. Raises StorageError."""
+def write_page(found: ArmsVerdict, name: str, sweeps: tuple[Sweep, Sweep]) -> Stage:
+    """Write the page of a verdict of this name, as HTML and Markdown, with its tables and data. Raises StorageError."""
     grid, chosen = sweeps
     data = plain(found)
-    identity = {"grid": grid.space.identity, "chosen": chosen.space.identity, "data": fingerprint(data)}
+    identity = {"name": name, "grid": grid.space.identity, "chosen": chosen.space.identity, "data": fingerprint(data)}
     stage = chosen.plan.store.stage("verdict", identity, {}, VERSION)
 
     def write() -> Facts:
         values = {
-            "name": chosen.space.file.name.partition(":")[0],
+            "name": name,
             "found": found,
             "config": chosen.space.centre,
             "sentences": sentences(found),
@@ -269,15 +267,15 @@ def write_page(found: ArmsVerdict, sweeps: tuple[Sweep, Sweep]) -> Stage:
             "arms": arm_table(found),
             "findings": finding_table(found, found.measure),
             "measures": list(measure_tables(found)),
-            "tasks": task_table(found, found.measure),
+            "tasks": [(_title(measure), task_table(found, measure)) for measure in found.by_task],
             "paper": paper_table(),
             "legend": LEGEND,
             "pin": found.first.pin,
             "sweeps": [sweep.space.identity for sweep in sweeps],
             "versions": library_versions(),
         }
-        for name, template in ((PAGE, "verdict.html"), (MARKDOWN, "verdict.md")):
-            write_text(stage.path / name, environment().get_template(template).render(values))
+        for file, template in ((PAGE, "verdict.html"), (MARKDOWN, "verdict.md")):
+            write_text(stage.path / file, environment().get_template(template).render(values))
         write_json(stage.path / "verdict.json", data)
         rows = [tuple(str(one.get(key, "")) for key in data["statements"][0]) for one in data["statements"]]
         write_csv(stage.path / "tables" / "statements.csv", tuple(data["statements"][0]), rows)

@@ -3,26 +3,50 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import click
 
 from roma_ray.cli.options import check, quiet_ray
 
 
+def grid_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of both: another base, where it runs and what it says."""
+    for option in (
+        click.option(
+            "--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was found as JSON."
+        ),
+        click.option("--quiet", is_flag=True, help="No progress, only the result."),
+        click.option(
+            "--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing."
+        ),
+        click.option("--address", help="A Ray cluster (host:6379); `new` starts one here. Default: the one in sight."),
+        click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray."),
+        click.option(
+            "--set",
+            "overrides",
+            multiple=True,
+            metavar="KEY=VALUE",
+            help="Override one setting of the base configuration.",
+        ),
+        click.option(
+            "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def _on_ray(address: str | None) -> None:
+    if address == "local":
+        raise click.UsageError("its trials run on Ray Tune, also on one machine: --address new starts a cluster here")
+
+
 @click.command()
 @click.option("--space", type=click.Path(), help="YAML space file; default: the embedded one.")
-@click.option(
-    "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
-)
-@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-@click.option("--address", help="A Ray cluster (host:6379); `new` starts one here. Default: the one in sight.")
-@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
+@grid_options
 @click.option("--stop-on-failure", is_flag=True, help="End the sweep with the first failed trial.")
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
-@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write the trials' results as JSON.")
 def tune(
     space: str | None,
     base: str | None,
@@ -40,10 +64,7 @@ def tune(
 
     check_place(summary_path)
     loaded = load_space(space, overrides, storage, base)
-    if (address or loaded.centre.ray.address) == "local":
-        raise click.UsageError(
-            "a sweep's trials run on Ray Tune, also on one machine: --address new starts a cluster here"
-        )
+    _on_ray(address or loaded.centre.ray.address)
     if not dry_run:
         for config in {trial.config.model: trial.config for trial in loaded.trials}.values():
             check(config)
@@ -58,17 +79,7 @@ def tune(
 
 @click.command()
 @click.option("--arms", "arms_path", type=click.Path(), help="YAML file of the arms; default: the embedded one.")
-@click.option(
-    "--base", type=click.Path(), help="Base configuration in place of the file's own: the same grid elsewhere."
-)
-@click.option(
-    "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override one setting of the base configuration."
-)
-@click.option("--storage", help="Where artifacts live; default $ROMA_RAY_STORAGE, else ~/.roma-ray.")
-@click.option("--address", help="A Ray cluster (host:6379); `new` starts one here. Default: the one in sight.")
-@click.option("--dry-run", is_flag=True, help="Say how many trials there are, what they share and cost; run nothing.")
-@click.option("--quiet", is_flag=True, help="No progress, only the result.")
-@click.option("--summary", "summary_path", type=click.Path(dir_okay=False), help="Write what was found as JSON.")
+@grid_options
 def verdict(
     arms_path: str | None,
     base: str | None,
@@ -88,8 +99,7 @@ def verdict(
 
     check_place(summary_path)
     loaded = load_arms(arms_path, overrides, storage, base)
-    if (address or loaded.space.centre.ray.address) == "local":
-        raise click.UsageError("its trials run on Ray Tune, also on one machine: --address new starts a cluster here")
+    _on_ray(address or loaded.space.centre.ray.address)
     if not dry_run:
         check(loaded.space.centre)
     quiet_ray()

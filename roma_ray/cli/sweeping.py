@@ -55,7 +55,7 @@ def run_seeds(config: Config, count: int, address: str | None, quiet: bool, summ
 def judge_arms(arms: Arms, address: str | None, quiet: bool, summary_path: str | None) -> int:
     """Run what is missing of a verdict, print and write it; the exit code: 1 where an arm could not be trained."""
     found, sweeps = verdict.run(arms, open_progress(quiet), address)
-    page = verdict_page.write_page(found, sweeps)
+    page = verdict_page.write_page(found, arms.file.name, sweeps)
     if summary_path:
         write_json(summary_path, verdict_page.plain(found))
     table = verdict_page.arm_table(found)

@@ -17,6 +17,7 @@ from roma_ray.engine.setup import Setup, save_config
 from roma_ray.engine.steps import Step, complete, order
 from roma_ray.errors import ArtifactError, IdenticalError, TrainingError
 from roma_ray.figures.run_report import ORACLE, REPORT
+from roma_ray.moe.reach import is_unreached
 from roma_ray.stages.extraction import bring_back
 from roma_ray.stages.finetuning import FINETUNE
 from roma_ray.stages.paired_evaluation import EVALUATE
@@ -102,7 +103,9 @@ def run(
             progress.say(line)
         observer.stage_finished(stage)
         if step is EVALUATE and (other := without_regularizer(setup)) is not None:
-            if alone:
+            if is_unreached(stages[FINETUNE.name].manifest()["facts"]["probe"]):
+                progress.say("by the task loss alone nothing can be trained: it does not reach these routers")
+            elif alone:
                 _run_alone(other, progress, runners)
             stages |= task_loss_alone(setup, planned)
             planned[LAST.name] = LAST.at(setup, planned)

@@ -69,7 +69,7 @@ def test_a_verdict(world: Config, cluster: Cluster, tmp_path: Path, monkeypatch:
     assert len(found.found["acc"]) == 3
     assert found.found["acc"][BASE, "RoMA"].tests == 3 + 2
 
-    page = write_page(found, sweeps)
+    page = write_page(found, "arms", sweeps)
     text = (page.path / "report.html").read_text()
     assert "no such pull could not be trained" in text
     rows = list(csv.DictReader((page.path / "tables" / "statements.csv").open()))
@@ -79,5 +79,5 @@ def test_a_verdict(world: Config, cluster: Cluster, tmp_path: Path, monkeypatch:
 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "storage").glob(f"*/*/{MANIFEST}")}
     again, more = run_at(place, load_arms(file, ["tracking.enabled=false"]), Silence())
-    assert write_page(again, more).path == page.path
+    assert write_page(again, "arms", more).path == page.path
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "storage").glob(f"*/*/{MANIFEST}")} == before
