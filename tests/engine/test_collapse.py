@@ -23,7 +23,7 @@ from roma_ray.errors import TrainingError
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import ADAPTER, EPOCHS, finetune_routers, live_epochs
 from roma_ray.store.artifacts import Stage
-from tests.engine.test_training import Stop, assert_same, train, train_on
+from tests.engine.loops import Stop, assert_same, stop_at, train, train_on
 from tests.making import train_job, with_settings
 from tests.progress import Told
 
@@ -213,15 +213,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(letter_run: Run, tmp_path: Path, 
     straight = train(job)
     total = len(straight.step_table)
     for stop in range(2, total + 1, 3):
-        checkpoint, seen = tmp_path / f"{stop}.safetensors", []
-
-        def advance(count: int, note: str, seen: list[int] = seen, stop: int = stop) -> None:
-            seen.append(count)
-            if len(seen) == stop:
-                raise Stop
-
-        with pytest.raises(Stop):
-            train(job, checkpoint=checkpoint, advance=advance)
+        checkpoint = tmp_path / f"{stop}.safetensors"
+        stop_at(stop, job, checkpoint)
         resumed = train(job, checkpoint=checkpoint)
         assert_same(straight, resumed)
         assert resumed.selected_epoch == straight.selected_epoch
