@@ -4,8 +4,7 @@
 
 Each seed gives one merged model, run with two experts a token and with one; settings are those of the embedded default and of
 the control. Of each regime there are two tables: RoMA with its controls, where nothing is chosen, and the methods of `roma-ray
-baselines`, whose learning rate each world's own validation questions choose. Three seeds take about an hour on two cores. What
-is finished is not made again.
+baselines`, whose learning rate each world's own validation questions choose. What is finished is not made again.
 """
 
 import argparse

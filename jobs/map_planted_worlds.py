@@ -2,9 +2,9 @@
 
     python jobs/map_planted_worlds.py --seeds 2 3 4 --space configs/map.yaml --out worlds
 
-Each seed gives one merged model and what the space varies of it. For each level RoMA and the task loss alone (lambda = 0), and
-where the model is another dense backprop at the same learning rate, judged on the same test questions, which are pooled over the
-seeds. What is finished is not made again.
+Each seed gives one merged model and what the space varies of it. For each level RoMA and the task loss alone (lambda = 0), for
+some the controls, and where the model is another dense backprop at the same learning rate, judged on the same test questions, which
+are pooled over the seeds. What is finished is not made again.
 """
 
 import argparse
@@ -29,25 +29,30 @@ from planted_world.variants import make_variants  # noqa: E402
 from roma_ray.ablations.space import Space, Trial, load_space  # noqa: E402
 from roma_ray.baselines.method_runs import read_failure, run_methods  # noqa: E402
 from roma_ray.borders.text import with_error  # noqa: E402
-from roma_ray.config.loading import parse_config  # noqa: E402
+from roma_ray.config.loading import parse_config, with_overrides  # noqa: E402
 from roma_ray.config.schema import Config  # noqa: E402
 from roma_ray.engine.answers import ANSWERS, read_answers  # noqa: E402
 from roma_ray.engine.progress import Progress, Silence  # noqa: E402
+from roma_ray.engine.question_table import matrix, read_table, table_facts  # noqa: E402
 from roma_ray.engine.runners import LOCAL  # noqa: E402
 from roma_ray.engine.setup import resolve  # noqa: E402
 from roma_ray.evaluation.equivalence import Finding, findings, pooled  # noqa: E402
+from roma_ray.evaluation.results_file import RESULTS  # noqa: E402
 from roma_ray.evaluation.statistics import Paired, p_value  # noqa: E402
 from roma_ray.runs.control import ARMS, ROMA, train_arms  # noqa: E402
-from roma_ray.runs.pipeline import run  # noqa: E402
+from roma_ray.runs.pipeline import locate, run  # noqa: E402
 
 TASK = "lambda = 0"
 DENSE = "dense backprop"
+CONTROLS = ("random successes", "another question's neighbors")
 MARGIN = 0.015
 """Share of the questions that counts as nothing: under a quarter of what either term gains over base at the centre
 (docs/control.md), and what 2,700 questions can show."""
 
 COMPARED = frozenset({"length of the gates", "experts a token"})
 """Factors whose levels have another model: there, and at the centre, dense backprop is trained too."""
+CONTROLLED = COMPARED | {"labels", "weight of the term", "choices"}
+"""Factors whose levels, and the centre, are trained with the controls too: the others vary what the controls do not have."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,8 @@ class Answered:
     """By arm; the base's where nothing was trained."""
     untrained: Mapping[str, str]
     """Why an arm was not trained."""
+    facts: Mapping[str, float]
+    """What the routing is like (`routing_facts`)."""
 
 
 def placed(config: Config, folder: Path, storage: Path) -> Config:
@@ -94,9 +101,15 @@ def task_alone(centre: Config) -> tuple[str, ...]:
     return (*ARMS[TASK], f"routing.tokens={centre.routing.tokens}", *neighbors)
 
 
-def answer(config: Config, centre: Config, progress: Progress, *, dense: bool = True) -> Answered:
-    """Train and judge both arms of one level on one world, with `dense` dense backprop too."""
-    settings = {ROMA: ARMS[ROMA], TASK: task_alone(centre)}
+def answer(
+    config: Config, centre: Config, progress: Progress, *, dense: bool = True, controls: bool = True
+) -> Answered:
+    """Train and judge both arms of one level on one world, with `dense` dense backprop and with `controls` the controls too."""
+    settings = {
+        ROMA: ARMS[ROMA],
+        TASK: task_alone(centre),
+        **({name: ARMS[name] for name in CONTROLS} if controls else {}),
+    }
     base, arms = train_arms(config, settings, progress)
     right = {name: arm.right for name, arm in arms.items()}
     untrained = {name: arm.reason for name, arm in arms.items() if arm.paired is None}
@@ -104,7 +117,27 @@ def answer(config: Config, centre: Config, progress: Progress, *, dense: bool = 
         answered, reason = dense_backprop(without_term(config, centre), progress)
         right[DENSE] = base if answered is None else answered
         untrained |= {DENSE: reason} if reason else {}
-    return Answered(base, right, untrained)
+    trained = {name: settings[name] for name in (ROMA, TASK) if name not in untrained}
+    return Answered(base, right, untrained, routing_facts(config, trained))
+
+
+def routing_facts(config: Config, arms: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    """Of finished arms: the share of successes, lambda, and how sure routing is on the test questions, before and after each.
+
+    `sure` is the largest weight of a routing row, its mean over tuned layers and questions.
+    """
+    facts = {}
+    for name, overrides in arms.items():
+        stages = locate(resolve(with_overrides(config, overrides)))
+        table = read_table(stages["evaluate"].path / RESULTS, ["base_routing", "tuned_routing"])
+        shape = (len(table), table_facts(table)["layers"], table_facts(table)["experts"])
+        base, tuned = (matrix(table, f"{who}_routing", shape[1] * shape[2]).reshape(shape) for who in ("base", "tuned"))
+        facts |= {"sure": float(base.max(2).mean()), f"sure, {name}": float(tuned.max(2).mean())}
+        if name == ROMA:
+            near = stages["neighbors"].manifest()["facts"]
+            facts["successes"] = near["successful"] / near["training"]
+            facts["lambda"] = stages["finetune"].manifest()["facts"]["probe"]["weight"]
+    return facts
 
 
 def level_name(trial: Trial) -> str:
@@ -132,7 +165,7 @@ def words(finding: Finding, *, task_trains: bool = True) -> str:
 
 
 def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:
-    """Both tables and the map in words, in Markdown."""
+    """The tables and the map in words, in Markdown."""
     found = findings({name: compared(worlds, ROMA, TASK) for name, worlds in levels.items()}, margin)
     said = {
         name: words(finding, task_trains=not any(TASK in w.untrained for w in levels[name]))
@@ -145,13 +178,17 @@ def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:
         gains = [_gain(worlds, TASK, task), _gain(worlds, ROMA, roma), _points(finding.paired)]
         tests = [p_value(finding.difference_p), p_value(finding.equivalence_p)]
         lines.append(f"| {name} | {100 * roma.base:.1f} | {' | '.join([*gains, *tests, said[name]])} |")
-    lines += ["", "| level | dense backprop | dense backprop − (λ = 0) |"]
-    lines.append("| --- " * 3 + "|")
+    lines += [
+        "",
+        "| level | dense backprop | dense backprop − (λ = 0) | random successes | another question's neighbors |",
+    ]
+    lines.append("| --- " * 5 + "|")
     for name, worlds in levels.items():
-        if DENSE in worlds[0].right:
-            cells = [_gain(worlds, DENSE, compared(worlds, DENSE, before)) for before in (None, TASK)]
+        others = [(DENSE, None), (DENSE, TASK), *((control, None) for control in CONTROLS)]
+        cells = [_gain(worlds, arm, compared(worlds, arm, b)) if arm in worlds[0].right else "" for arm, b in others]
+        if any(cells):
             lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines.append("")
+    lines += ["", *facts_table(levels), ""]
     for kind, title in (
         ("better", "adds"),
         ("equivalent", "equals"),
@@ -163,6 +200,23 @@ def page(levels: Mapping[str, Sequence[Answered]], margin: float) -> list[str]:
     for name, worlds in levels.items():
         for arm, reason in {arm: why for w in worlds for arm, why in w.untrained.items()}.items():
             lines.append(f"- {name}, {arm}: not trained. {reason}")
+    return lines
+
+
+def facts_table(levels: Mapping[str, Sequence[Answered]]) -> list[str]:
+    """What the routing is like at each level, the mean over the worlds."""
+    lines = ["| level | successes % | λ | largest weight of a row, base | λ = 0 | RoMA |", "| --- " * 6 + "|"]
+    keys = ("sure", f"sure, {TASK}", f"sure, {ROMA}")
+    for name, worlds in levels.items():
+
+        def mean(key: str, worlds: Sequence[Answered] = worlds) -> float | None:
+            found = [w.facts[key] for w in worlds if key in w.facts]
+            return sum(found) / len(found) if found else None
+
+        successes, weight = mean("successes"), mean("lambda")
+        cells = ["" if successes is None else f"{100 * successes:.0f}", "" if weight is None else f"{weight:.1f}"]
+        cells += ["" if (value := mean(key)) is None else f"{value:.2f}" for key in keys]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -185,8 +239,10 @@ def answers(space: Space, seeds: Sequence[int], out: Path) -> dict[str, list[Ans
         levels[name] = []
         for seed in seeds:
             config, centre = (placed(c, out / f"seed-{seed}", out / "storage") for c in (trial.config, space.centre))
-            dense = trial.centre or not COMPARED.isdisjoint(dict(trial.factors))
-            levels[name].append(answer(config, centre, Silence(), dense=dense))
+            dense, controls = (
+                trial.centre or not some.isdisjoint(dict(trial.factors)) for some in (COMPARED, CONTROLLED)
+            )
+            levels[name].append(answer(config, centre, Silence(), dense=dense, controls=controls))
         print(f"{name}: done", file=sys.stderr, flush=True)
     return levels
 

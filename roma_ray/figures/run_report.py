@@ -42,7 +42,7 @@ from roma_ray.stages.run_summary import summarise_run
 from roma_ray.store.artifacts import CONFIG, Stage
 from roma_ray.store.files import write_text
 
-VERSION = 4
+VERSION = 5
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
 FIGURES, TABLES = "figures", "tables"
 ORACLE = ("base", "oracle", "oracle_control")

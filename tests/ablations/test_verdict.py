@@ -149,6 +149,12 @@ def test_it_can_say_that_the_manifold_adds_nothing(arms: Arms) -> None:
     assert any("adds nothing beyond a pull to the start" in line for line in sentences(found))
 
 
+def test_a_worse_pull_to_the_neighbors_is_said(arms: Arms) -> None:
+    found = world(arms, {BASE: 0.5, "task loss alone": 0.5, "RoMA": 0.5, "start": 0.65})
+    assert found.found["acc"]["start", "RoMA"].kind == "worse"
+    assert "So the manifold adds nothing: a pull to the start (start) does better." in sentences(found)
+
+
 def test_few_questions_leave_it_open_and_say_how_many_would_tell(arms: Arms) -> None:
     found = world(arms, {BASE: 0.5, "task loss alone": 0.58, "RoMA": 0.6, "start": 0.58}, count=150)
     one = found.found["acc"]["task loss alone", "RoMA"]

@@ -12,9 +12,13 @@ from roma_ray.baselines.dense_backprop import DenseBackprop
 from roma_ray.config.loading import load_config
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
+from roma_ray.engine.question_table import read_table
+from roma_ray.engine.setup import resolve
 from roma_ray.errors import UnmovedError
 from roma_ray.evaluation.equivalence import findings
+from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.statistics import pair
+from roma_ray.runs.pipeline import locate
 from tests.baselines.conftest import BASELINES
 from tests.world import make_world
 
@@ -106,7 +110,8 @@ def answers(lost: int, won: int) -> Answered:
     after = before.copy()
     after[np.flatnonzero(before)[:lost]] = False
     after[np.flatnonzero(~before)[:won]] = True
-    return Answered(before, dict.fromkeys((TASK, DENSE), before) | {ROMA: after}, {})
+    facts = {"sure": 0.25, f"sure, {ROMA}": 0.5, "successes": 0.6, "lambda": 4.5}
+    return Answered(before, dict.fromkeys((TASK, DENSE), before) | {ROMA: after}, {}, facts)
 
 
 CHANGES = {"adds": (60, 180), "harms": (180, 60), "equals": (30, 30), "not resolved": (130, 150)}
@@ -129,12 +134,13 @@ def test_the_page_says_where_it_adds_equals_harms() -> None:
 
 def test_what_was_not_trained_is_told() -> None:
     world = answers(60, 180)
-    world = Answered(world.base, world.right, {TASK: "no gradient but noise"})
+    world = Answered(world.base, world.right, {TASK: "no gradient but noise"}, world.facts)
     lines = planted_map.page({"one": [world]}, MARGIN)
     assert "| one | " in lines[2]
     assert "| not trained | " in lines[2]
     assert lines[2].endswith("| adds (the task loss trains nothing) |")
     assert lines[-1] == "- one, lambda = 0: not trained. no gradient but noise"
+    assert "| one | 60 | 4.5 | 0.25 |  | 0.50 |" in lines
 
 
 def test_a_small_difference_is_said_to_be_small() -> None:
@@ -155,10 +161,18 @@ def few(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 def test_every_arm_of_a_level_answers_the_same_questions(few: Config) -> None:
     world = planted_map.answer(few, few, Silence())
-    assert set(world.right) == {ROMA, TASK, DENSE}
+    assert set(world.right) == {ROMA, TASK, DENSE, *planted_map.CONTROLS}
     assert not world.untrained
     assert {len(right) for right in world.right.values()} == {len(world.base)} == {20}
-    alone = planted_map.answer(few, few, Silence(), dense=False)
+    stages = locate(resolve(few))
+    rows = read_table(stages["evaluate"].path / RESULTS, ["tuned_routing"]).to_pydict()["tuned_routing"]
+    experts = len(rows[0]) // len(resolve(few).layers)
+    largest = [max(row[n : n + experts]) for row in rows for n in range(0, len(row), experts)]
+    assert world.facts[f"sure, {ROMA}"] == pytest.approx(sum(largest) / len(largest), rel=1e-5)
+    assert world.facts["sure"] != world.facts[f"sure, {ROMA}"]
+    assert 0 < world.facts["successes"] < 1
+    assert world.facts["lambda"] == few.finetune.regularizer.weight
+    alone = planted_map.answer(few, few, Silence(), dense=False, controls=False)
     assert set(alone.right) == {ROMA, TASK}
 
 

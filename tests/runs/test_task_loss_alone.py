@@ -20,6 +20,7 @@ from roma_ray.runs import pipeline
 from roma_ray.runs.pipeline import Run, locate, revisit, run
 from roma_ray.stages.task_loss_alone import ALONE, added_rows, added_words, without_regularizer
 from roma_ray.tracking import run_records
+from tests.progress import Told
 from tests.world import make_world
 
 STRONG = {"epochs": 2, "learning_rate": 0.05}
@@ -129,6 +130,17 @@ def test_a_report_trains_nothing(config: Config, finished: Run, tmp_path: Path) 
     assert any("no training by the task loss alone" in line for line in said)
     run(setup, Silence(), until="report")
     assert revisit(setup, Silence()).summary["task_loss_alone"] == finished.summary["task_loss_alone"]
+
+
+def test_what_the_probe_has_told_is_not_tried(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: object) -> None:
+        raise AssertionError("nothing can be trained")
+
+    monkeypatch.setattr(pipeline, "is_unreached", lambda probe: True)
+    monkeypatch.setattr(pipeline, "_run_alone", never)
+    told = Told()
+    run(resolve(with_overrides(config, ["finetune.epochs=1"])), told)
+    assert any("by the task loss alone nothing can be trained" in line for line in told.lines)
 
 
 def test_no_second_training_of_the_same(config: Config) -> None:
