@@ -122,7 +122,10 @@ def result(sweep: Sweep) -> SweepFindings | None:
 
 
 def summary(sweep: Sweep) -> dict[str, Any]:
-    """The sweep as plain data: `trials` (one record each), `report`, `complete`, `other_versions` (of reused trials)."""
+    """The sweep as plain data: `trials` (one record each), `settings` (each over its seeds: `gain` on the base model and difference
+    `to_centre`, with errors over questions and seeds), `report`, `complete`, `other_versions` (of reused trials).
+    """
+    findings = read_findings(sweep)
     return {
         "format": 1,
         "name": sweep.space.file.name,
@@ -130,6 +133,18 @@ def summary(sweep: Sweep) -> dict[str, Any]:
         "report": str(sweep.stage.path / PAGE),
         "complete": sweep.stage.complete,
         "other_versions": other_versions(sweep),
+        "settings": [
+            {
+                "name": result.name,
+                "centre": result.centre,
+                "seeds": list(result.seeds),
+                "validation": vars(result.validation),
+                "accuracy": vars(result.accuracy),
+                "gain": result.gain.plain(),
+                "to_centre": result.to_centre.plain() if result.to_centre else None,
+            }
+            for result in (findings.results if findings else ())
+        ],
         "trials": [
             {
                 "id": state.trial.id,

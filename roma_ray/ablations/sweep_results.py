@@ -90,6 +90,19 @@ class Compared:
         """Holm's."""
         return self.corrected.get("", math.nan)
 
+    def plain(self) -> dict[str, float | None]:
+        """The judged difference as data: with errors over questions and over seeds, and the interval over both; None for a single seed."""
+        low, high = self.interval or (None, None)
+        micro = self.judged.micro
+        return {
+            "difference": micro.difference,
+            "stderr": micro.difference_stderr,
+            "stderr_seeds": self.seeds,
+            "low": low,
+            "high": high,
+            "p": self.p,
+        }
+
     @property
     def clear(self) -> int:
         """1 where it is better after Holm's correction, -1 where it is worse, else 0."""

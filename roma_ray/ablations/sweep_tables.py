@@ -223,8 +223,9 @@ def write_csv_files(folder: Path, sweep: Sweep, findings: Findings) -> None:
         folder / "ranking.csv",
         (
             *names, "centre", "seeds", "validation_accuracy", "validation_stderr", "validation_stderr_seeds", "test_accuracy",
-            "test_stderr", "test_stderr_seeds", "gain", "gain_stderr", "gain_stderr_seeds", "gain_p", "to_centre",
-            "to_centre_stderr", "to_centre_stderr_seeds", "to_centre_p", "to_centre_p_holm", "gradient_ratio",
+            "test_stderr", "test_stderr_seeds", "gain", "gain_stderr", "gain_stderr_seeds", "gain_low", "gain_high", "gain_p",
+            "to_centre", "to_centre_stderr", "to_centre_stderr_seeds", "to_centre_low", "to_centre_high", "to_centre_p",
+            "to_centre_p_holm", "gradient_ratio",
         ),
         [(*named[r.key], *_ranking_row(r)) for r in findings.results],
     )  # fmt: skip
@@ -273,10 +274,9 @@ def _ranking_row(r: SettingResult) -> tuple[Any, ...]:
         return _plain((value.mean, value.questions, value.seeds))
 
     def difference(compared: Compared) -> tuple[Any, ...]:
-        micro = compared.judged.micro
-        return _plain((micro.difference, micro.difference_stderr, compared.seeds, compared.p))
+        return _plain(compared.plain().values())
 
-    near = (*difference(r.to_centre), r.to_centre.corrected_p) if r.to_centre else ("",) * 5
+    near = (*difference(r.to_centre), r.to_centre.corrected_p) if r.to_centre else ("",) * 7
     seeds = " ".join(map(str, r.seeds))
     return (
         r.centre, seeds, *of(r.validation), *of(r.accuracy), *difference(r.gain), *near, *_plain((r.gradient_ratio,)),

@@ -157,4 +157,6 @@ def _facts(sweep: Sweep) -> Mapping[str, float]:
         facts |= {"base/test_accuracy": findings.base.mean, "base/validation_accuracy": validation.mean}
         if findings.centre is not None:
             facts["centre/test_accuracy"] = findings.centre.accuracy.mean
+            gain = findings.centre.gain.plain()
+            facts |= {f"centre/gain/{key}": value for key, value in gain.items() if value is not None}
     return facts

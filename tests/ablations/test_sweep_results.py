@@ -125,6 +125,10 @@ def test_seeds_alone_are_one_setting_with_both_sources_of_error(tmp_path: Path) 
     assert f"Over 3 seeds the tuned routers differ from the base model by {sweep_tables.points(only.gain)}" in headline(
         found
     )
+    sweep_tables.write_csv_files(tmp_path / "tables", sweep_of(made.space), found)
+    (row,) = csv.DictReader((tmp_path / "tables" / "ranking.csv").open())
+    assert (float(row["gain_low"]), float(row["gain_high"])) == only.gain.interval
+    assert float(row["gain_stderr_seeds"]) == only.gain.seeds == only.gain.plain()["stderr_seeds"]
     for _, shares in sweep_tables.share_tables(sweep_of(made.space), found):
         assert {len(row) for row in shares.rows} == {len(shares.header)}
 

@@ -18,6 +18,7 @@ from roma_ray.ablations.sweep import DONE, FAILED, STOPPED, Sweep, open_sweep, r
 from roma_ray.ablations.sweep_command import failures, result, revisit, summary
 from roma_ray.ablations.sweep_observers import progress_of, table_of
 from roma_ray.ablations.sweep_report import write_report
+from roma_ray.ablations.sweep_results import read_findings
 from roma_ray.ablations.sweep_tracker import SweepTracker
 from roma_ray.ablations.tuning import make_room
 from roma_ray.cli.printing import setup_of_finished
@@ -134,6 +135,9 @@ def test_a_sweep(
     assert whole.stage.complete
     assert not failures(whole)
     assert len(manifests(storage)) == len(before) + 1
+    client = Mlflow(f"sqlite:///{storage}/mlflow.db", less.centre.tracking.experiment, storage / "mlflow-artifacts")
+    (parent,) = (run for run in client.runs("roma.sweep", less.identity) if run.tags["roma.trial"] == "sweep")
+    assert {"best/test_accuracy", "centre/gain/difference", "centre/gain/stderr"} <= parent.metrics
 
 
 def check_tracking(space: Space, storage: Path, sweep: Sweep) -> None:
@@ -197,6 +201,10 @@ def check_report(sweep: Sweep) -> None:
     assert all(len(row) == len(header) for row in rows_of_table)
     told = summary(sweep)
     assert [trial["state"] for trial in told["trials"]] == [state.state for state in sweep.states.values()]
+    findings = read_findings(sweep)
+    assert findings is not None
+    settings = [(r.name, list(r.seeds), r.gain.plain()) for r in findings.results]
+    assert [(one["name"], one["seeds"], one["gain"]) for one in told["settings"]] == settings
 
 
 def test_schedulers_and_searches(local_run: Run, world: Config, cluster: Cluster, tmp_path: Path) -> None:
