@@ -118,25 +118,30 @@ def answer(
         right[DENSE] = base if answered is None else answered
         untrained |= {DENSE: reason} if reason else {}
     trained = {name: settings[name] for name in (ROMA, TASK) if name not in untrained}
-    return Answered(base, right, untrained, routing_facts(config, trained))
+    return Answered(base, right, untrained, routing_facts(config, centre, trained))
 
 
-def routing_facts(config: Config, arms: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def routing_facts(config: Config, centre: Config, arms: Mapping[str, Sequence[str]]) -> dict[str, float]:
     """Of finished arms: the share of successes, lambda, and how sure routing is on the test questions, before and after each.
 
-    `sure` is the largest weight of a routing row, its mean over tuned layers and questions.
+    `sure` is the largest weight of a routing row, its mean over tuned layers and questions; of arms that pull another token's row
+    than the centre's it is none.
     """
     facts = {}
     for name, overrides in arms.items():
-        stages = locate(resolve(with_overrides(config, overrides)))
-        table = read_table(stages["evaluate"].path / RESULTS, ["base_routing", "tuned_routing"])
-        shape = (len(table), table_facts(table)["layers"], table_facts(table)["experts"])
-        base, tuned = (matrix(table, f"{who}_routing", shape[1] * shape[2]).reshape(shape) for who in ("base", "tuned"))
-        facts |= {"sure": float(base.max(2).mean()), f"sure, {name}": float(tuned.max(2).mean())}
+        setup = resolve(with_overrides(config, overrides))
+        stages = locate(setup)
         if name == ROMA:
             near = stages["neighbors"].manifest()["facts"]
             facts["successes"] = near["successful"] / near["training"]
             facts["lambda"] = stages["finetune"].manifest()["facts"]["probe"]["weight"]
+        if setup.config.routing.tokens == centre.routing.tokens:
+            table = read_table(stages["evaluate"].path / RESULTS, ["base_routing", "tuned_routing"])
+            shape = (len(table), table_facts(table)["layers"], table_facts(table)["experts"])
+            base, tuned = (
+                matrix(table, f"{who}_routing", shape[1] * shape[2]).reshape(shape) for who in ("base", "tuned")
+            )
+            facts |= {"sure": float(base.max(2).mean()), f"sure, {name}": float(tuned.max(2).mean())}
     return facts
 
 
