@@ -14,7 +14,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 VENV_FLAGS ?=
-EXTRAS ?= minilm,faiss,hub,search
+EXTRAS ?= minilm,faiss,hub,search,objects
 # Two suffice: the tests that use Ray run one after another in one of them.
 TEST_WORKERS ?= 2
 # Installed only where torch cannot be imported: a build that is already there is kept.

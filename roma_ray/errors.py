@@ -4,9 +4,22 @@ All are picklable from their message alone, so that they cross process borders w
 break are `assert`s, never one of these.
 """
 
+import re
+
+# An object's path is its address as a path, with the server in the bucket's part; nobody reads or types it so.
+_OBJECT = re.compile(r"\b(s3|gs|az):/([^/?\s]+)(?:\?[^/\s]*)?(?=[/\s]|[^\w./-]|$)")
+
+
+def with_addresses(text: str) -> str:
+    """A text for people: objects' paths in it as the addresses that they are."""
+    return _OBJECT.sub(r"\1://\2", text)
+
 
 class RomaError(Exception):
     """Base of every expected failure; the command line prints its text without a traceback."""
+
+    def __str__(self) -> str:
+        return with_addresses(super().__str__())
 
 
 class ConfigError(RomaError, ValueError):
@@ -51,6 +64,10 @@ class CacheError(ArtifactError):
 
 class StorageError(RomaError, OSError):
     """The storage is not writable, has no room, or is not of a supported kind."""
+
+
+class BucketError(RomaError, RuntimeError):
+    """A bucket refuses something, does not answer, or does not exist: no word about what is in it."""
 
 
 class TrainingError(RomaError, RuntimeError):

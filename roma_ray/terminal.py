@@ -19,17 +19,18 @@ from rich.text import Text
 
 from roma_ray.borders.text import clean, encodable
 from roma_ray.engine.progress import LineProgress, Meter, Pace, Silence
+from roma_ray.errors import with_addresses
 
 
 def say(text: str, *, error: bool = False) -> None:
     """Print a line on stdout, or on stderr, made safe to show. Raises OSError where the stream cannot be written."""
     stream = sys.stderr if error else sys.stdout
-    print(encodable(clean(text), stream.encoding), file=stream, flush=True)
+    print(encodable(clean(with_addresses(text)), stream.encoding), file=stream, flush=True)
 
 
 def _shown(text: str, console: Console) -> Text:
     """A text as rich lays it out: what comes from data is never markup."""
-    return Text(encodable(clean(text), console.encoding))
+    return Text(encodable(clean(with_addresses(text)), console.encoding))
 
 
 class _Pace(ProgressColumn):

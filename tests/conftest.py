@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from roma_ray.runs.pipeline import Run
+    from tests.bucket import Proxy
 
 # Before any library reads them.
 os.environ.update(
@@ -67,3 +69,24 @@ def _finished(root: Path, **sections: Any) -> Run:
     from tests.world import make_world
 
     return run(resolve(make_world(root, **sections)), Silence())
+
+
+@pytest.fixture(scope="session")
+def _bucket_server() -> Iterator[Proxy]:
+    from tests.bucket import bucket_server
+
+    with bucket_server() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def bucket(_bucket_server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Proxy:
+    """A bucket through a proxy that behaves, credentials for it, and a scratch of the test's own."""
+    from tests.bucket import CREDENTIALS
+
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path / "scratch"))
+    monkeypatch.setenv("ROMA_RAY_LEASE_SECONDS", "2")
+    _bucket_server.reset()
+    return _bucket_server

@@ -16,7 +16,7 @@ COPY pyproject.toml constraints.txt README.md LICENSE ./
 COPY roma_ray ./roma_ray
 COPY jobs ./jobs
 COPY configs ./configs
-RUN pip install --no-cache-dir --constraint constraints.txt '.[minilm,faiss,hub]'
+RUN pip install --no-cache-dir --constraint constraints.txt '.[minilm,faiss,hub,objects]'
 
 RUN useradd --create-home --uid 1000 ray && chown -R ray /opt/roma-ray
 USER ray

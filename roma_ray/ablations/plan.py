@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from roma_ray.ablations.factors import centre_text
@@ -26,7 +25,7 @@ from roma_ray.stages.neighborhoods import NEIGHBORS
 from roma_ray.stages.paired_evaluation import EVALUATE
 from roma_ray.stages.preparation import QUESTIONS, expected_sources, sources_of
 from roma_ray.store.artifacts import Stage, Store
-from roma_ray.store.files import exists
+from roma_ray.store.files import exists, local_place
 
 # A backward pass through the head costs about two forward passes.
 _TRAINING_PASSES = 3
@@ -340,7 +339,7 @@ def _check_layers(trial: Trial) -> bool:
         check_names(routing.layers, routing.tokens)
         # Of the hub nothing more is asked: it is out of reach, or the model would be known.
         with suppress(ModelError):
-            if Path(path).is_dir():
+            if local_place(path).is_dir():
                 select_layers(routing.layers, model_facts(path)["moe_layers"])
                 return True
     except ConfigError as error:

@@ -25,6 +25,7 @@ from roma_ray.engine.setup import resolve_path
 from roma_ray.errors import ModelError, QuestionError, UnmeasuredError
 from roma_ray.figures.report_tables import Table
 from roma_ray.store.artifacts import Store
+from roma_ray.store.files import local_place
 
 
 def dry_run(space: Space) -> list[str]:
@@ -34,7 +35,7 @@ def dry_run(space: Space) -> list[str]:
     """
     try:
         for model in {resolve_path(trial.config.model.path) for trial in space.trials}:
-            if not Path(model).is_dir() and hub.is_hub_id(model):
+            if not local_place(model).is_dir() and hub.is_hub_id(model):
                 hub.check_model(model)
         try:
             return describe(make_plan(space))

@@ -23,6 +23,7 @@ from roma_ray.figures import sweep_figures as figures
 from roma_ray.figures.run_report import MARKDOWN, PAGE, Picture, environment
 from roma_ray.figures.style import save
 from roma_ray.store.artifacts import write_text
+from roma_ray.store.files import local_place
 from roma_ray.versions import library_versions
 
 FIGURES, TABLES = "figures", "tables"
@@ -227,7 +228,7 @@ def levels(sweep: Sweep, factor: str) -> list[str]:
 
 def find_sweep_file(place: str | Path) -> Path:
     """The space file that a sweep's name, folder or file means. Raises ArtifactError."""
-    path = Path(place).expanduser()
+    path = local_place(str(place))
     for candidate in (path, path / "space.yaml"):
         if candidate.is_file():
             return candidate

@@ -23,7 +23,7 @@ from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import as_deaths, packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.errors import ConfigError
-from roma_ray.store.files import remove_folder
+from roma_ray.store.files import for_libraries, remove_folder
 
 METRIC = "validation_accuracy"
 _FAILURE, _COMPLETE = "failure", "complete"
@@ -172,7 +172,7 @@ def _fit(
             tune_config=config,
             run_config=tune.RunConfig(
                 name=uuid.uuid4().hex[:12],
-                storage_path=str(runs),
+                storage_path=for_libraries(runs),
                 # Retries after deaths of the process only: an exception in a trial never reaches Tune.
                 failure_config=tune.FailureConfig(max_failures=cluster.config.ray.max_failures),
                 callbacks=[_Relay(hear)],

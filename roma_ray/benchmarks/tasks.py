@@ -30,6 +30,7 @@ from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.prompts import PromptBuilder
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import LETTERS, Question
+from roma_ray.store.files import local_place
 
 VERSION = 1
 """Of the tasks made of question files; raise it when their prompts or targets change."""
@@ -45,7 +46,8 @@ def load_tasks(
 
     Raises ConfigError (unknown names, task files with code), QuestionError (files, data sets that cannot be had).
     """
-    folder = None if data_dir is None else Path(data_dir).expanduser().absolute()
+    names = [str(local_place(name)) if "://" in name else name for name in names]
+    folder = None if data_dir is None else local_place(data_dir).absolute()
     if folder is not None and not folder.is_dir():
         raise QuestionError(f"--data-dir {data_dir}: there is no such folder")
     folders = {_folder_of(name) for name in names if not name.endswith((*QUESTIONS, *TASK_FILES, TEXT))}

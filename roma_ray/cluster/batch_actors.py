@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -27,12 +28,17 @@ from roma_ray.errors import WorkerError
 from roma_ray.store.artifacts import unwritable
 from roma_ray.store.files import remove, remove_folder
 from roma_ray.store.logs import append_line, whole_lines
+from roma_ray.store.objects import is_object
+from roma_ray.store.staging import in_background
 
 ATTEMPTS = ".attempts"
 _ROLL = "roll"
 # Deaths of a worker on one batch: after so many the rows are tried one by one, and after as many more the run ends.
 _DEATHS = 2
 _OPENINGS = 3
+# Of an actor's batches. On a file system nothing is gained by two calls at a time.
+_ONE_BY_ONE: dict[str, Any] = {"max_tasks_in_flight_per_actor": 2}
+_AT_ONCE = {**_ONE_BY_ONE, "max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
 
 
 @runtime_checkable
@@ -81,10 +87,10 @@ class BatchWorker:
         quiet_libraries()
         self.roll = Roll(Path(folder) / ATTEMPTS / token / _ROLL)
         self.roll.note(IMPORTS)
-        set_threads(threads)
         self.work: Work = pickle.loads(work)
-        self.token = token
+        self.token, self.threads = token, threads
         self.do: Callable[[int], Report] | None = None
+        self.computing = threading.Lock()
 
     def __call__(self, item: dict[str, Any]) -> dict[str, list[Any]]:
         """Do one batch; its report and, where it failed, why: a list of one value a column."""
@@ -97,10 +103,16 @@ class BatchWorker:
         return {**{name: [value] for name, value in asdict(report).items()}, "failure": [failure]}
 
     def _do(self, batch: int) -> Report:
+        """Do one batch. Of a storage in a bucket two calls run at a time: one batch is put while the next is computed."""
         marks = Marks(self.work.folder, self.token, batch)
-        if self.do is None:
-            self.do = self._open(marks)
-        report = self._attempt(self.do, batch, marks)
+        with self.computing:
+            # A setting of the thread, and results depend on it.
+            set_threads(self.threads)
+            if self.do is None:
+                self.do = self._open(marks)
+            with in_background() as uploads:
+                report = self._attempt(self.do, batch, marks)
+        uploads.wait()
         marks.clear()
         return report
 
@@ -187,7 +199,7 @@ def _stream(
         fn_constructor_args=(work.folder, cloudpickle.dumps(work), token, cluster.config.threads),
         batch_size=1,
         batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=workers, max_tasks_in_flight_per_actor=2),
+        compute=ray.data.ActorPoolStrategy(size=workers, **_AT_ONCE if is_object(work.folder) else _ONE_BY_ONE),
         **need.options(),
     )
     for row in reports.iter_rows():

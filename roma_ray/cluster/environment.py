@@ -24,7 +24,11 @@ _RAY = {
     "MALLOC_ARENA_MAX": "2",
 }
 # Settings of the driver that its workers must share; a cluster's workers do not inherit them by themselves.
-_FORWARDED = (*_LIBRARIES, "MALLOC_ARENA_MAX", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME")
+_FORWARDED = (
+    *_LIBRARIES, "MALLOC_ARENA_MAX", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_ENDPOINT", "HF_HOME",
+    # Where a bucket is asked for, and how long its leases last; credentials are the nodes' own.
+    "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_REGION", "AWS_DEFAULT_REGION", "ROMA_RAY_LEASE_SECONDS",
+)  # fmt: skip
 
 
 def quiet_libraries() -> None:

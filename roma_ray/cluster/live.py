@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from roma_ray.store.logs import append_line, whole_lines
+from roma_ray.store.objects import is_object
 
 FILE = ".live.jsonl"
 _SECONDS_BETWEEN_LINES = 0.3
@@ -24,12 +26,16 @@ class LiveWriter:
         """`token` names the driver's run; `done` questions were trained on before this worker started."""
         self.path, self.token, self.done = Path(folder) / FILE, token, done
         self.last = 0.0
+        # A bucket takes its time for each line, and training need not wait for it.
+        self._writing = ThreadPoolExecutor(1, "live") if is_object(self.path) else None
+        self._written: Future[None] | None = None
         self._write({"done": done, "note": ""})
 
     def advance(self, count: int, note: str) -> None:
         """`count` more questions are done; written at most a few times a second."""
         self.done += count
-        if time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
+        busy = self._written is not None and not self._written.done()
+        if not busy and time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
             self._write({"done": self.done, "note": note})
 
     def epoch(self, record: dict[str, Any]) -> None:
@@ -38,7 +44,11 @@ class LiveWriter:
 
     def _write(self, line: dict[str, Any]) -> None:
         self.last = time.monotonic()
-        append_line(self.path, json.dumps({"run": self.token, **line}))
+        text = json.dumps({"run": self.token, **line})
+        if self._writing is None:
+            append_line(self.path, text)
+        else:
+            self._written = self._writing.submit(append_line, self.path, text)
 
     @staticmethod
     def note_up(folder: str | Path, token: str) -> None:

@@ -30,7 +30,7 @@ from roma_ray.engine.runners import Trainer
 from roma_ray.errors import RomaError
 from roma_ray.stages.finetuning import CHECKPOINT, EPOCHS, TrainJob
 from roma_ray.store.artifacts import Stage, note_device
-from roma_ray.store.files import exists, read_bytes, remove, remove_folder, write_bytes
+from roma_ray.store.files import exists, for_libraries, read_bytes, remove, remove_folder, write_bytes
 from roma_ray.store.logs import whole_lines
 from roma_ray.store.scratch import scratch_folder
 
@@ -136,7 +136,7 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
         run_config=RunConfig(
             # A fresh name each time: the job resumes from its own checkpoint, not from Ray Train's state.
             name=f"finetune-{job.stage.path.name}-{token}",
-            storage_path=str(job.stage.path / RUNS),
+            storage_path=for_libraries(job.stage.path / RUNS),
             # Bounds deaths during training, and before it, where Ray Train by itself would try without end.
             failure_config=FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=settings.max_failures

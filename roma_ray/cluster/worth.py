@@ -9,15 +9,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import PlacementConfig
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.work import Executor, Report, Work
+from roma_ray.engine.work import Executor, Report, Work, one_by_one
 from roma_ray.errors import ModelError
 from roma_ray.stages.finetuning import TrainJob, train_here
+from roma_ray.store.files import local_place
 
 # Ray itself; a stage's workers: processes, imports, the model.
 RAY_SECONDS, WORKERS_SECONDS = 6.0, 15.0
@@ -68,9 +68,9 @@ def _bytes_of(model: ModelSpec | str | None) -> int | None:
             return None  # a dense one, judged alone
     if model == "minilm":
         return _MINILM_BYTES
-    if model is None or not Path(model).is_dir():
+    if model is None or not (folder := local_place(model)).is_dir():
         return None
-    return sum(file.stat().st_size for file in Path(model).rglob("*") if file.suffix in (".safetensors", ".bin"))
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.suffix in (".safetensors", ".bin"))
 
 
 def begun_here(cluster: Cluster, stage: str, device: str, rest: ForRest) -> Executor:
@@ -80,16 +80,19 @@ def begun_here(cluster: Cluster, stage: str, device: str, rest: ForRest) -> Exec
         waiting, left = list(batches), None
         if waiting and begins_here(cluster, stage, device, getattr(work, "model", None)):
             cluster.say(f"{stage}: {len(waiting)} batches, the first ones in this process")
-            do, spent = work.open(), 0.0
-            while waiting:
-                report = do(waiting.pop(0))
-                spent += report.seconds
+            spent, done, enough = 0.0, 0, False
+
+            def next_ones() -> Iterator[int]:
+                while waiting and not enough:
+                    yield waiting.pop(0)
+
+            for report in one_by_one(work.open(), next_ones()):
+                spent, done = spent + report.seconds, done + 1
                 yield report
-                left = spent / (len(batches) - len(waiting)) * len(waiting)
-                if pays(cluster, left):
+                left = spent / done * len(waiting)
+                if waiting and not enough and pays(cluster, left):
                     cluster.say(f"{stage}: about {left:.0f} s more in one process: starting workers for the rest")
-                    break
-            del do
+                    enough = True
         if waiting:
             yield from rest(work, waiting, left)
 

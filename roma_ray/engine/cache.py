@@ -25,6 +25,7 @@ from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import read_manifest
+from roma_ray.store.files import fetch_ahead
 from roma_ray.store.tensors import DAMAGED, check_extent, mapped
 
 ROWS = "rows.parquet"
@@ -55,6 +56,7 @@ class ActivationCache:
         self.tokens: list[int | None] = table.column("tokens").to_pylist()
         self._totals = dict(zip(self.batch, table.column("shard_tokens").to_pylist(), strict=True))
         self._shards: dict[int, Any] = {}
+        fetch_ahead([batch_activations(self.folder, batch, cut) for batch in sorted(set(self.batch))])
 
     def states(self, row: int) -> Tensor:
         """A question's own states, [tokens, D] in the cache's type: prompt after the prefix, continuations. Raises CacheError."""

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from roma_ray.borders.text import clean
+from roma_ray.errors import with_addresses
 
 
 class Meter(Protocol):
@@ -68,7 +69,7 @@ class LineProgress:
         self.interval = interval
 
     def say(self, text: str) -> None:
-        print(clean(text), file=sys.stderr, flush=True)  # noqa: T201 - this class is the place that prints
+        print(clean(with_addresses(text)), file=sys.stderr, flush=True)  # noqa: T201 - this class is the place that prints
 
     @contextmanager
     def meter(self, name: str, total: float, unit: str, done: float = 0) -> Iterator[Meter]:

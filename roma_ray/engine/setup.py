@@ -15,7 +15,8 @@ from roma_ray.config.schema import Config, ModelConfig
 from roma_ray.engine.model_spec import ModelSpec, model_facts_of
 from roma_ray.errors import ConfigError, ModelError
 from roma_ray.store.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
-from roma_ray.store.files import exists, read_text
+from roma_ray.store.files import exists, local_place, read_text
+from roma_ray.store.objects import SCHEMES, as_path
 
 # Larger safetensors files are hashed by header, small tensors and samples of large ones.
 _WHOLE_DIGEST_BYTES = 256 << 20
@@ -147,10 +148,13 @@ def resolve_device(config: Config) -> str:
 def resolve_path(path: str) -> str:
     """A model or file path with `assets:` names replaced by their place in the package; local folders made absolute.
 
-    Raises ConfigError for a path that the system does not take: too long, of an unknown user's home, or not to be looked at.
+    What lies in a bucket keeps its address, for each node makes a copy of its own. Raises StorageError for one that is none,
+    ConfigError for a path that the system does not take: too long, of an unknown user's home, or not to be looked at.
     """
     if path.startswith("assets:"):
         return str(Path(__file__).parents[1] / "assets" / path.removeprefix("assets:"))
+    if path.partition("://")[0] in SCHEMES:
+        return str(as_path(path))
     try:
         expanded = Path(path).expanduser()
         return str(expanded.absolute()) if expanded.exists() else path
@@ -162,7 +166,7 @@ def resolve_path(path: str) -> str:
 
 def model_identity(model: ModelConfig, path: str) -> str:
     """What tells this model from another: the hub id and revision, or a digest of the local folder's content."""
-    folder = Path(path)
+    folder = local_place(path)
     if not folder.is_dir():
         return f"{path}@{model.revision or 'main'}"
     from roma_ray.moe.folders import refuse_special_files

@@ -6,12 +6,13 @@ batches that have none, and who does which batch changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from roma_ray.engine.setup import Setup
 from roma_ray.store.artifacts import Stage
+from roma_ray.store.staging import Uploads, in_background
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,26 @@ class Executor(Protocol):
 
 def serial(work: Work, batches: Sequence[int]) -> Iterator[Report]:
     """Run the batches in this process, in order."""
-    if not batches:
-        return
-    do = work.open()
-    for batch in batches:
-        yield do(batch)
+    if batches:
+        yield from one_by_one(work.open(), batches)
+
+
+def one_by_one(do: Callable[[int], Report], batches: Iterable[int]) -> Iterator[Report]:
+    """Do batches in their order. What a bucket takes of one is put while the next is computed; a batch is reported when it is there."""
+    before: tuple[Report, Uploads] | None = None
+    try:
+        for batch in batches:
+            with in_background() as uploads:
+                report = do(batch)
+            if before is not None:
+                before[1].wait()
+                yield before[0]
+            before = (report, uploads) if uploads.begun else None
+            if before is None:
+                yield report
+        if before is not None:
+            before[1].wait()
+            yield before[0]
+    finally:
+        if before is not None:
+            before[1].end()

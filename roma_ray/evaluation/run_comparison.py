@@ -23,7 +23,8 @@ from roma_ray.evaluation.benchmark_results import METRICS, read_benchmarks
 from roma_ray.evaluation.results_file import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
 from roma_ray.store.artifacts import Stage, Store, read_manifest
-from roma_ray.store.files import exists, listed, written_at
+from roma_ray.store.files import exists, is_folder, listed, written_at
+from roma_ray.store.objects import SCHEMES, as_path, is_object
 
 MACRO = "macro average"
 _STAGES = ("benchmarks", "evaluate")
@@ -86,8 +87,9 @@ def find_run(name: str, store: Store, look_up: Callable[[str], str | None] = lam
 
     Raises ArtifactError when there is none, or several.
     """
-    path = Path(name).expanduser()
-    if path.is_dir():
+    place = name.partition("://")[0] in SCHEMES
+    path = as_path(name) if place else Path(name).expanduser()
+    if is_folder(path):
         return path
     found: list[Path] = []
     for prefix in filter(None, (name, look_up(name))):
@@ -171,7 +173,7 @@ def _named(columns: Sequence[ComparedModel], folders: Sequence[Path]) -> list[Co
 def run_name(folder: Path) -> str | None:
     """The name of the run that an evaluation is part of: the newest of the configurations kept with it or with its report."""
     kept = [folder / CONFIG]
-    for report in listed(folder.absolute().parents[1] / "report", "*"):
+    for report in listed((folder if is_object(folder) else folder.absolute()).parents[1] / "report", "*"):
         with suppress(ArtifactError):
             if read_manifest(report)["identity"]["inputs"].get("evaluate") == folder.name:
                 kept.append(report / CONFIG)

@@ -40,7 +40,7 @@ from roma_ray.stages.paired_evaluation import EVALUATE
 from roma_ray.stages.routing_change import describe_distance
 from roma_ray.stages.run_summary import summarise_run
 from roma_ray.store.artifacts import CONFIG, Stage
-from roma_ray.store.files import write_text
+from roma_ray.store.files import local_place, write_text
 
 VERSION = 5
 PAGE, MARKDOWN, CARD = "report.html", "report.md", "model_card.md"
@@ -284,7 +284,7 @@ def base_model_name(setup: Setup) -> str:
     path = setup.config.model.path
     if path.startswith("assets:"):
         return f"roma_ray/assets/{path.removeprefix('assets:')}"
-    return path if not Path(setup.model.path).is_dir() else Path(path).name
+    return path if not local_place(setup.model.path).is_dir() else Path(path).name
 
 
 def card_header(setup: Setup, summary: Mapping[str, Any]) -> str:

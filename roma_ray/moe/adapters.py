@@ -24,6 +24,7 @@ from roma_ray.moe.folders import MANIFEST, refuse_special_files, refusing_malfor
 from roma_ray.moe.masters import tensor_digest
 from roma_ray.moe.routers import Router
 from roma_ray.moe.slices import Slice
+from roma_ray.store.files import local_place
 
 FORMAT, FORMAT_VERSION = "roma-ray-routers", 1
 WEIGHTS = "adapter_model.safetensors"
@@ -191,7 +192,7 @@ def read_adapter(folder: str | Path) -> RouterCheckpoint:
 
     Raises CheckpointError for a folder that is not one, and for truncated, altered or non-finite tensors.
     """
-    folder = Path(folder)
+    folder = local_place(str(folder))
     if not folder.is_dir():
         raise CheckpointError(f"there is no adapter folder {folder}")
     with refusing_malformed(folder):

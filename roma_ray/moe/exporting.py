@@ -10,6 +10,7 @@ from roma_ray.moe.adapters import PEFT_CONFIG, RouterCheckpoint, read_adapter, w
 from roma_ray.moe.folders import MANIFEST, refuse_special_file
 from roma_ray.moe.merged import save_merged
 from roma_ray.moe.reference import export_reference, import_reference, read_reference
+from roma_ray.store.files import local_place
 
 FORMATS = ("adapter", "merged", "reference")
 
@@ -19,7 +20,7 @@ def read_routers(path: str | Path, *, base: str | None = None, revision: str | N
 
     Raises CheckpointError, ModelError.
     """
-    path = Path(path)
+    path = local_place(str(path))
     if not path.is_dir():
         refuse_special_file(path)
     if not path.is_file():

@@ -16,6 +16,9 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from roma_ray.errors import CheckpointError, RomaError, StorageError
+from roma_ray.store.files import write_bytes
+from roma_ray.store.objects import is_object
+from roma_ray.store.scratch import scratch_folder
 
 MANIFEST = "roma.json"
 
@@ -87,9 +90,16 @@ def refuse_special_files(folder: Path, kind: type[RomaError] = CheckpointError) 
 def whole_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `target` when the block ends without an error, and vanishes otherwise.
 
-    An older checkpoint of ours at `target` is replaced. Raises CheckpointError when something else is there, and
-    StorageError when the storage is full or not writable.
+    An older checkpoint of ours at `target` is replaced. In a bucket its files are put, the manifest last. Raises CheckpointError
+    when something else is there, and StorageError when the storage is full or not writable.
     """
+    if is_object(target):
+        with scratch_folder() as folder:
+            yield folder
+            for path in sorted(folder.rglob("*"), key=lambda path: (path.name == MANIFEST, path)):
+                if path.is_file():
+                    write_bytes(target / path.relative_to(folder), path.read_bytes())
+        return
     target = target.absolute()
     if target.exists() and not (target / MANIFEST).is_file() and (target.is_file() or any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not a checkpoint of roma-ray; choose another place or remove it")

@@ -26,6 +26,7 @@ from roma_ray.moe.reference import read_reference
 from roma_ray.moe.routing_json import read_routing_json
 from roma_ray.moe.slices import model_facts
 from roma_ray.moe.whole import base_tensors
+from roma_ray.store.files import local_place
 
 _PICKLES = {".pt", ".pth", ".bin", ".ckpt"}
 
@@ -39,7 +40,7 @@ def inspect(path: str | Path, *, base: str | None = None) -> dict[str, Any]:
     (tuned - base) over the norm of the base. Raises CheckpointError or ModelError for
     anything foreign, truncated, non-finite or with pickled code, saying why.
     """
-    path = Path(path)
+    path = local_place(str(path))
     with refusing_malformed(path):
         return _inspect(path, base)
 
@@ -171,7 +172,7 @@ def _change(
 ) -> dict[int, float] | None:
     """None when the base is neither given nor a local folder: looking at a file must not download a model."""
     where = base or named
-    if where is None or (base is None and not Path(where).expanduser().is_dir()):
+    if where is None or (base is None and not local_place(where).is_dir()):
         return None
     original = base_tensors(where, list(tensors), revision=None if base else revision)
     for key, tensor in tensors.items():

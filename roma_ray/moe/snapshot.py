@@ -22,6 +22,8 @@ from roma_ray.moe.backbones import backbone_of
 from roma_ray.moe.families import refusal, supported_families
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.moe.quantized import Scheme, Stored, Unpacked, scheme_of
+from roma_ray.store.files import local_place
+from roma_ray.store.objects import is_object
 
 # Every path that loads a model passes here: transformers' own loaders then know the class too.
 deepseek.register()
@@ -166,13 +168,13 @@ class LazyTensor:
 
 def open_snapshot(path: str, revision: str | None = None) -> Snapshot:
     """Find a model by local folder, or by hub id at a revision (branch, tag or commit). Raises ModelError."""
-    folder = Path(path).expanduser()
+    folder = local_place(path)
     if folder.is_dir():
         refuse_special_files(folder, ModelError)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{path} is not a model folder: it has no config.json")
         return Snapshot(path, folder.absolute(), None)
-    if folder.is_absolute() or path.startswith((".", "~")):
+    if folder.is_absolute() or path.startswith((".", "~")) or is_object(folder):
         raise ModelError(f"the model folder {path} does not exist")
     config = _download(path, "config.json", revision)
     return Snapshot(path, config.parent, config.parent.name)

@@ -19,7 +19,7 @@ from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.shapes import questions_of
-from roma_ray.store.files import file_digest
+from roma_ray.store.files import file_digest, local_place
 
 logger = logging.getLogger(__name__)
 
@@ -156,7 +156,7 @@ def _suffix(path: Path) -> str:
 
 def _file(name: str) -> Path:
     try:
-        path = Path(name).expanduser()
+        path = local_place(name)
         exists, folder, regular = path.exists(), path.is_dir(), path.is_file()
     except (OSError, RuntimeError) as error:
         raise QuestionError(f"question file '{printable(name)}' cannot be read: {error}") from error

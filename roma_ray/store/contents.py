@@ -6,10 +6,8 @@ A run is a stage that no other one is built on, with all that it is built on. On
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +19,8 @@ import yaml
 
 from roma_ray.errors import ArtifactError, ConfigError, StorageError
 from roma_ray.store.artifacts import CONFIG, IDENTITY, MANIFEST, MEMBERS, Stage, Store, read_manifest
+from roma_ray.store.files import entries, exists, is_folder, is_link, is_special, read_json, read_text, remove_folder
+from roma_ray.store.objects import is_object
 
 KINDS = {
     "report": "run",
@@ -103,7 +103,7 @@ class Storage:
     def __init__(self, store: Store) -> None:
         """Look through it. Raises StorageError when there is none, or none that may be read."""
         self.store = store
-        if not store.root.is_dir():
+        if not is_folder(store.root):
             raise StorageError(f"there is no storage at {store.root}: name one with --storage")
         try:
             self.items = {item.id: item for item in _items(store.root)}
@@ -202,20 +202,20 @@ class Storage:
         with self.store.alone():
             for removal in removals:
                 stage = removal.item.stage
-                if stage.path.is_symlink() or stage.path.parent.is_symlink():
+                if is_link(stage.path) or is_link(stage.path.parent):
                     continue  # it became a link after it was listed
                 with stage.exclusive():
                     if removal.cache_alone:
-                        stage.release(_cache_names(stage.path))
-                    elif (stage.path / MANIFEST).is_dir():
+                        stage.release(_cache_names(stage.manifest()["files"]))
+                    elif is_special(stage.path / MANIFEST):
                         raise StorageError(
                             f"{stage.path / MANIFEST} is a folder, which no stage writes: remove it by hand"
                         )
                     else:
                         stage.discard()
-                if not removal.cache_alone and stage.path.exists():
-                    shutil.rmtree(stage.path, ignore_errors=True)
-                if not removal.cache_alone and stage.path.exists():
+                if not removal.cache_alone and exists(stage.path):
+                    remove_folder(stage.path)
+                if not removal.cache_alone and exists(stage.path):
                     raise StorageError(f"cannot remove {stage.path}: it is not yours, or the storage is read-only")
                 say(f"removed {removal.item.kind}/{removal.item.id}{' (its cache)' if removal.cache_alone else ''}")
                 freed += removal.bytes
@@ -232,6 +232,32 @@ def _trained(item: Item) -> bool:
 
 
 def _items(root: Path) -> Iterator[Item]:
+    for path, files in _folders(root):
+        item = _item(path, files)
+        # What has no title here is a stage where it says so itself.
+        if item.kind in KINDS or item.stage.identity.get("stage") == item.kind:
+            yield item
+
+
+Files = dict[str, tuple[int, float]]
+"""A stage's files: name below its folder -> bytes, when it was put."""
+
+
+def _folders(root: Path) -> Iterator[tuple[Path, Files]]:
+    """Every folder that may be a stage's, those with a title first, and its files."""
+    if not is_object(root):
+        yield from ((path, dict(_files(path))) for path in _local_folders(root))
+        return
+    found: dict[Path, Files] = {}
+    for path, size, written in entries(root):
+        kind, name, *rest = path.relative_to(root).parts if len(path.relative_to(root).parts) > 2 else ("", "")
+        if _FINGERPRINT.fullmatch(name):
+            found.setdefault(root / kind / name, {})["/".join(rest)] = (size, written)
+    ranks = {kind: rank for rank, kind in enumerate(KINDS)}
+    yield from sorted(found.items(), key=lambda one: (ranks.get(one[0].parent.name, len(ranks)), one[0]))
+
+
+def _local_folders(root: Path) -> Iterator[Path]:
     others = sorted(folder.name for folder in root.iterdir() if folder.name not in KINDS)
     for kind in (*KINDS, *others):
         folder = root / kind
@@ -243,17 +269,14 @@ def _items(root: Path) -> Iterator[Item]:
             if kind in KINDS:
                 raise
             continue  # not ours, as the lost+found of a mounted file system
-        for path in paths:
-            if _FINGERPRINT.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
-                item = _item(path, kind)
-                # What has no title here is a stage where it says so itself.
-                if kind in KINDS or item.stage.identity.get("stage") == kind:
-                    yield item
+        yield from (p for p in paths if _FINGERPRINT.fullmatch(p.name) and p.is_dir() and not p.is_symlink())
 
 
-def _item(path: Path, kind: str) -> Item:
-    state, identity, finished = "unfinished", _plain(path / IDENTITY), path.stat().st_mtime
-    if (path / MANIFEST).is_file():
+def _item(path: Path, files: Files) -> Item:
+    kind = path.parent.name
+    state, identity = "unfinished", _plain(path, IDENTITY, files)
+    finished = max((written for _, written in files.values()), default=0.0) if is_object(path) else path.stat().st_mtime
+    if MANIFEST in files:
         try:
             manifest = read_manifest(path)
             state, identity = "complete", manifest["identity"]
@@ -262,43 +285,43 @@ def _item(path: Path, kind: str) -> Item:
         except ArtifactError:
             state = "damaged"
     inputs, settings = (_mapping(identity.get(key)) for key in ("inputs", "settings"))
-    members = _plain(path / MEMBERS)
+    members = _plain(path, MEMBERS, files)
     trials = members.get("stages") if kind in _OF_MANY else None
     fingerprints = [*inputs.values(), *(trials if isinstance(trials, list) else [])]
-    name = settings.get("name") if kind in ("report", "comparison") else _configured_name(path)
-    sizes = dict(_sizes(path))
-    caches = {str(path / name) for name in _cache_names(path)} if kind == "extract" else set()
+    name = settings.get("name") if kind in ("report", "comparison") else _configured_name(path, files)
+    caches = set(_cache_names(files)) if kind == "extract" else set()
     return Item(
         Stage(path, kind, identity),
         state,
         tuple(dict.fromkeys(value for value in fingerprints if isinstance(value, str))),
         name if isinstance(name, str) else "",
         finished,
-        sum(sizes.values()),
-        sum(size for file, size in sizes.items() if file in caches),
+        sum(size for size, _ in files.values()),
+        sum(size for file, (size, _) in files.items() if file in caches),
     )
 
 
-def _cache_names(path: Path) -> list[str]:
+def _cache_names(files: Iterable[str]) -> list[str]:
     """An extraction's activations, relative to its folder."""
-    return sorted(file.relative_to(path).as_posix() for file in path.glob("batches/*.safetensors"))
+    return sorted(name for name in files if name.startswith("batches/") and name.endswith(".safetensors"))
 
 
-def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    """Every file below a folder with its bytes; links are not followed."""
+def _files(folder: Path) -> Iterator[tuple[str, tuple[int, float]]]:
+    """Every file below a folder, by its name below it; links are not followed, and are none."""
     waiting = [str(folder)]
     while waiting:
-        with suppress(OSError), os.scandir(waiting.pop()) as entries:
-            for entry in entries:
+        with suppress(OSError), os.scandir(waiting.pop()) as found:
+            for entry in found:
                 if entry.is_dir(follow_symlinks=False):
                     waiting.append(entry.path)
                 else:
-                    yield entry.path, entry.stat(follow_symlinks=False).st_size
+                    status = entry.stat(follow_symlinks=False)
+                    yield os.path.relpath(entry.path, folder), (status.st_size, status.st_mtime)
 
 
-def _plain(path: Path) -> dict[str, Any]:
+def _plain(path: Path, name: str, files: Files) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        value = read_json(path / name) if name in files and not is_special(path / name) else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return _mapping(value)
@@ -308,11 +331,11 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _configured_name(path: Path) -> str:
+def _configured_name(path: Path, files: Files) -> str:
     """The name in the configuration that a run leaves beside its last stage."""
     file = path / CONFIG
     try:
-        for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        for line in read_text(file).splitlines() if CONFIG in files and not is_special(file) else ():
             if line.startswith("name:"):
                 name = _mapping(yaml.safe_load(line)).get("name")
                 return name if isinstance(name, str) else ""

@@ -1,7 +1,8 @@
 """Files of the storage: put whole, got whole, listed below a folder, created where absent, removed. No more is done to them.
 
-This is what an object store can do as well. Whoever must map a file, or hand it to a library that opens it, asks for its
-`local` copy; on a mounted file system that is the file itself. A folder is nothing but the beginning of its files' names.
+This is what a bucket can do as well: a path may be an object's (`objects.py`). Whoever must map a file, or hand it to a library
+that opens it, asks for its `local` copy; on a mounted file system that is the file itself. A folder is nothing but the
+beginning of its files' names.
 """
 
 from __future__ import annotations
@@ -12,13 +13,15 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
 from roma_ray.errors import StorageError
+from roma_ray.store import objects, staging
+from roma_ray.store.objects import is_object
 
 _ASIDE = ".tmp"
 
@@ -29,6 +32,9 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
     Raises StorageError when the storage is full, read-only or gone.
     """
     target = Path(path)
+    if is_object(target):
+        staging.write_through(target, write)
+        return
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}{_ASIDE}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -55,23 +61,32 @@ def unwritable(path: str | Path, error: Exception) -> StorageError:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Put JSON (non-finite numbers refused) whole. Raises StorageError."""
-    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    write_text(path, text)
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """JSON as it is put: non-finite numbers refused."""
+    return json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def write_text(path: str | Path, text: str) -> None:
     """Put UTF-8 text whole. Raises StorageError."""
-    write_atomically(path, lambda aside: aside.write_text(text, encoding="utf-8"))
+    write_bytes(path, text.encode())
 
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Put bytes whole. Raises StorageError."""
+    if is_object(path) and not staging.putting_in_background():
+        objects.put(path, content, hashlib.sha256(content).hexdigest())
+        return
     write_atomically(path, lambda aside: aside.write_bytes(content))
 
 
 def create(path: str | Path, text: str) -> bool:
     """Put UTF-8 text where nothing is; False where something was. Raises StorageError."""
     target = Path(path)
+    if is_object(target):
+        return objects.create(target, text.encode()) is not None
     if target.exists():
         return False
     write_text(target, text)
@@ -80,12 +95,12 @@ def create(path: str | Path, text: str) -> bool:
 
 def read_text(path: str | Path) -> str:
     """A file's UTF-8 text. Raises OSError (FileNotFoundError where there is none), UnicodeDecodeError."""
-    return Path(path).read_text(encoding="utf-8")
+    return read_bytes(path).decode()
 
 
 def read_bytes(path: str | Path) -> bytes:
     """A file's bytes. Raises OSError (FileNotFoundError where there is none)."""
-    return Path(path).read_bytes()
+    return objects.get(path)[0] if is_object(path) else Path(path).read_bytes()
 
 
 def read_json(path: str | Path) -> Any:
@@ -95,62 +110,142 @@ def read_json(path: str | Path) -> Any:
 
 def exists(path: str | Path) -> bool:
     """Whether there is such a file, or any below a folder of that name."""
-    return Path(path).exists()
+    return objects.exists(path) if is_object(path) else Path(path).exists()
+
+
+def is_special(path: str | Path) -> bool:
+    """Whether what is there is no file: a folder, or a pipe that would be waited for without end."""
+    return not is_object(path) and Path(path).exists() and not Path(path).is_file()
+
+
+def is_link(path: str | Path) -> bool:
+    """Whether a path is another's name; a bucket has none."""
+    return not is_object(path) and Path(path).is_symlink()
+
+
+def is_folder(path: str | Path) -> bool:
+    """Whether there is such a folder; in a bucket, whether there is anything below it."""
+    return any(True for _ in objects.below(path)) if is_object(path) else Path(path).is_dir()
 
 
 def size(path: str | Path) -> int:
     """A file's bytes. Raises OSError."""
-    return Path(path).stat().st_size
+    return objects.facts(path).size if is_object(path) else Path(path).stat().st_size
 
 
 def written_at(path: str | Path) -> float:
     """When a file was put, in seconds since 1970. Raises OSError."""
-    return Path(path).stat().st_mtime
+    return objects.facts(path).written if is_object(path) else Path(path).stat().st_mtime
 
 
 def listed(folder: str | Path, pattern: str = "*") -> list[Path]:
     """What lies in a folder, by name: paths that match, none where there is no such folder."""
-    return sorted(Path(folder).glob(pattern))
+    return objects.listed(folder, pattern) if is_object(folder) else sorted(Path(folder).glob(pattern))
 
 
 def below(folder: str | Path) -> list[Path]:
     """Every file below a folder, by path."""
+    if is_object(folder):
+        return sorted(path for path, _, _ in objects.below(folder))
     return sorted(path for path in Path(folder).rglob("*") if path.is_file())
+
+
+def entries(folder: str | Path) -> Iterator[tuple[Path, int, float]]:
+    """Every file below a folder, with its bytes and when it was put. Raises OSError."""
+    if is_object(folder):
+        yield from objects.below(folder)
+    else:
+        for path in below(folder):
+            yield path, size(path), written_at(path)
 
 
 def remove(path: str | Path) -> None:
     """Remove a file; no error where there is none. Raises OSError."""
+    if is_object(path):
+        objects.remove(path)
+        return
     Path(path).unlink(missing_ok=True)
 
 
 def remove_folder(folder: str | Path) -> None:
     """Remove all below a folder, as far as that goes."""
+    if is_object(folder):
+        with contextlib.suppress(StorageError):
+            objects.remove_folder(folder)
+        return
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def drop_empty(folder: str | Path) -> None:
     """Remove a folder in which nothing is left, where folders are more than the beginning of names."""
-    with contextlib.suppress(OSError):
-        Path(folder).rmdir()
+    if not is_object(folder):
+        with contextlib.suppress(OSError):
+            Path(folder).rmdir()
 
 
 def local(path: str | Path) -> Path:
-    """A local file of the same bytes, for who maps it or opens it by name; nobody may write to it."""
+    """A local file of the same bytes and name, for who maps it or opens it; nobody may write to it. Raises OSError."""
+    return staging.local_copy(path) if is_object(path) else Path(path)
+
+
+def local_tree(folder: str | Path) -> Path:
+    """A local folder, or file, of the same content and name; nobody may write to it. Raises OSError."""
+    return staging.local_tree(folder) if is_object(folder) else Path(folder)
+
+
+def local_place(path: str) -> Path:
+    """A user's path of a file or folder, `s3://...` as its local copy, `~` expanded; whether it exists is the caller's to see.
+
+    Raises StorageError (no address), BucketError.
+    """
+    if path.partition("://")[0] in objects.SCHEMES:
+        path = str(objects.as_path(path))
+    if not is_object(path):
+        return Path(path).expanduser()
+    with contextlib.suppress(FileNotFoundError):
+        return local_tree(path)
     return Path(path)
+
+
+def for_libraries(path: str | Path) -> str:
+    """A path as other libraries that know buckets take it."""
+    return objects.address(path) if is_object(path) else str(path)
+
+
+def fetch_ahead(paths: Sequence[str | Path]) -> None:
+    """Say that `local` copies of these will be asked for, in this order: where they are far away, fetching begins now."""
+    far = [path for path in paths if is_object(path)]
+    if far:
+        staging.fetch_ahead(far)
+
+
+def roomy(folder: str | Path) -> Path:
+    """A local folder with room for large files that are removed soon: the storage's own, else this machine's scratch."""
+    return staging.scratch_root() if is_object(folder) else Path(folder)
 
 
 def free_bytes(folder: str | Path) -> int:
     """Room that is left where a folder is. Raises OSError."""
-    return shutil.disk_usage(folder).free
+    return objects.free_bytes() if is_object(folder) else shutil.disk_usage(folder).free
 
 
 def file_digest(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hex. Raises OSError."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    """SHA-256 of a file's bytes, in hex; of an object, the one that its writer put beside it. Raises OSError."""
+    return _facts(Path(path))[1]
+
+
+def file_facts(paths: Sequence[Path]) -> list[tuple[int, str]]:
+    """Bytes and SHA-256 of each file. Raises OSError (FileNotFoundError for one that is not there)."""
+    if any(map(is_object, paths)):
+        return staging.at_once(_facts, paths)
+    return [_facts(path) for path in paths]
+
+
+def _facts(path: Path) -> tuple[int, str]:
+    if is_object(path):
+        found = objects.facts(path)
+        return found.size, found.digest or staging.digest_of(staging.local_copy(path))
+    return path.stat().st_size, staging.digest_of(path)
 
 
 def _sync_folder(folder: Path) -> None:

@@ -18,7 +18,10 @@ from typing import Any, Self, TypeVar
 from roma_ray.borders.addresses import HIDDEN, hide, mask
 from roma_ray.borders.text import printable
 from roma_ray.config.schema import Config
+from roma_ray.errors import ConfigError
 from roma_ray.store.artifacts import Store
+from roma_ray.store.files import for_libraries, local_tree
+from roma_ray.store.objects import is_object
 from roma_ray.tracking.backend import (
     COMMIT,
     NAME,
@@ -76,6 +79,12 @@ class Mlflow(Backend):
     def address(config: Config, store: Store) -> str:
         """The configuration's, else $MLFLOW_TRACKING_URI, else a database in the storage; files made absolute."""
         uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri is None and store.in_bucket:
+            raise ConfigError(
+                f"MLflow's database cannot lie in {store.root}: set tracking.uri (or $MLFLOW_TRACKING_URI) to a server, "
+                "http://..., or to a file here, sqlite:////path/mlflow.db; or run without MLflow: --no-track, "
+                "--set tracking.enabled=false"
+            )
         if uri is None:
             return f"sqlite:///{store.root / 'mlflow.db'}"
         scheme, separator, path = uri.partition(":///")
@@ -85,7 +94,10 @@ class Mlflow(Backend):
 
     @classmethod
     def connect(cls, config: Config, store: Store) -> Self:
-        return cls(cls.address(config, store), config.tracking.experiment, store.root / "mlflow-artifacts")
+        uri = cls.address(config, store)
+        database = sqlite_file(uri)
+        root = database.parent if store.in_bucket and database else store.root
+        return cls(uri, config.tracking.experiment, root / "mlflow-artifacts")
 
     @staticmethod
     def shown_as_table(file: str) -> Mapping[str, str]:
@@ -138,7 +150,9 @@ class Mlflow(Backend):
         found = self._ask(self._client.get_experiment_by_name, name)
         if found is None:
             # Without a server MLflow would put artifacts into a folder relative to this process.
-            location = artifacts.absolute().as_uri() if artifacts else None
+            location = artifacts and (
+                for_libraries(artifacts) if is_object(artifacts) else artifacts.absolute().as_uri()
+            )
             return str(self._ask(self._client.create_experiment, name, artifact_location=location, tags=_KIND))
         if found.lifecycle_stage == "deleted":
             raise Unavailable(f"its experiment {name!r} was deleted; restore it, or set tracking.experiment")
@@ -217,6 +231,7 @@ class Mlflow(Backend):
         self._ask(self._client.log_inputs, run.id, datasets=entries)
 
     def upload(self, run: RunState, path: Path, folder: str | None = None) -> None:
+        path = _here(path)
         call = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
         self._ask(call, run.id, str(path), folder, sent=_sending(path))
 
@@ -224,6 +239,7 @@ class Mlflow(Backend):
         from mlflow.entities import LoggedModelOutput, LoggedModelStatus
         from mlflow.models import Model
 
+        folder = _here(folder)
         sent, client = _sending(folder), self._client
         plain = re.sub(r"[/:.%\"']", "-", name)
         make = partial(
@@ -300,6 +316,14 @@ def _patience() -> float:
     tries = settings.MLFLOW_HTTP_REQUEST_MAX_RETRIES.get()
     waits = settings.MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR.get() * (2**tries - 1)
     return float(_REQUESTS_A_CALL * ((tries + 1) * settings.MLFLOW_HTTP_REQUEST_TIMEOUT.get() + waits))
+
+
+def _here(path: Path) -> Path:
+    """A file or folder of the storage as one of this machine. Raises OwnFault where it is not there."""
+    try:
+        return local_tree(path)
+    except FileNotFoundError as error:
+        raise OwnFault(f"{error}") from None
 
 
 def _sending(path: Path) -> float:

@@ -14,7 +14,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.setup import Setup
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.store.artifacts import Stage, fingerprint, run_identity
-from roma_ray.store.files import remove_folder
+from roma_ray.store.files import remove_folder, roomy
 from roma_ray.tracking import run_records
 from roma_ray.tracking.backend import NAME, NOTE, OwnFault, RunState
 from roma_ray.tracking.delivery import FINGERPRINT, Delivery
@@ -159,7 +159,7 @@ class Tracker(Delivery, RunObserver):
     def _upload_merged(self, run: RunState, stage: Stage) -> None:
         from roma_ray.moe.exporting import export_routers
 
-        merged = self.store.root / ".merged" / stage.fingerprint
+        merged = roomy(self.store.root) / ".merged" / stage.fingerprint
         try:
             remove_folder(merged)
             export_routers(stage.path / ADAPTER, merged, form="merged", base=self.setup.model.path)

@@ -1,0 +1,406 @@
+"""Objects of a bucket: put whole, got whole, listed, created where absent, removed; the talking is obstore's.
+
+An object's path is its address as a path: `s3://bucket/key` is Path("s3:/bucket/key"), so it can be joined, compared, sent to
+another machine and turned into text like any other; no file has such a path. Where a server other than the cloud's own is
+meant, the bucket's part carries it (`bucket?endpoint_override=...`).
+
+Credentials come from the environment, from the machine's role, or from the cloud's own files. They are never a setting.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fnmatch
+import importlib.util
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import parse_qsl, urlencode
+
+from roma_ray.errors import BucketError, StorageError
+
+if TYPE_CHECKING:
+    from obstore.store import ClientConfig, RetryConfig
+
+SCHEMES = ("s3", "gs", "az")
+_QUERY = {"endpoint_override", "region", "scheme"}
+_DIGEST = "sha256"
+# In one request up to here; above, in parts, of which a killed process may leave some (`roma-ray gc` removes them).
+_WHOLE_BYTES = 64 << 20
+_PART_BYTES = 16 << 20
+_TRIES = 5
+# Before another try of a download, in seconds; None: there is none.
+_WAITS = (0.1, 0.2, 0.4, 0.8, None)
+_NO_BUCKET = "cannot {} {}: there is no such bucket. Make it, or correct the address (--storage, $ROMA_RAY_STORAGE)"
+# Of each request, beside the library's own: it waits longer each time, for three minutes in all.
+_RETRIES: RetryConfig = {"max_retries": 12}
+_ROOM = 1 << 62
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a bucket says of an object."""
+
+    size: int
+    tag: str
+    """Its ETag: another one with every change."""
+    written: float
+    """When it was put, by the bucket's clock: seconds since 1970."""
+    digest: str | None
+    """SHA-256 of its bytes, in hex, where we put it."""
+
+
+class Lost(Exception):
+    """A conditional write found another object than it expected."""
+
+
+def is_object(path: str | Path) -> bool:
+    """Whether a path is an object's, and no file's."""
+    return str(path).split(":", 1)[0] in SCHEMES and str(path).partition(":")[2].startswith("/")
+
+
+def has_scheme(text: str) -> bool:
+    """Whether a text is an address and no path."""
+    return "://" in text
+
+
+def as_path(address: str) -> Path:
+    """The path of an address `s3://bucket/prefix`, perhaps with `?endpoint_override=`. Raises StorageError."""
+    scheme, _, rest = address.partition("://")
+    place, _, query = rest.partition("?")
+    bucket, _, prefix = place.partition("/")
+    if scheme not in SCHEMES:
+        raise StorageError(
+            f"a storage at {scheme}:// is of no kind that is known here: use a folder (also a mounted shared one), or "
+            f"{', '.join(f'{name}://bucket/prefix' for name in SCHEMES)}"
+        )
+    if "@" in bucket or ":" in bucket or "@" in query:
+        raise StorageError(
+            f"the address {scheme}://... names a user: take it out. Credentials come from the environment (AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY), from the machine's role, or from the cloud's own files"
+        )
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if not bucket or set(options) - _QUERY or ".." in Path(prefix).parts:
+        raise StorageError(
+            f"the address {scheme}://{bucket or '...'} is not understood: it is {scheme}://bucket/prefix, perhaps with "
+            f"?endpoint_override=http://host:port ({', '.join(sorted(_QUERY))} are known; credentials are not given here)"
+        )
+    if options and scheme != "s3":
+        raise StorageError(f"{scheme}:// takes no ?{'&'.join(options)}: another server is named in the environment")
+    server = _server(options)
+    return Path(f"{scheme}:", bucket + (f"?{urlencode(server)}" if server else ""), prefix)
+
+
+def _server(options: dict[str, str]) -> dict[str, str]:
+    """Options in one form: an endpoint with its scheme."""
+    endpoint, scheme = options.get("endpoint_override"), options.get("scheme", "https")
+    known = {"region": options["region"]} if "region" in options else {}
+    if endpoint:
+        known["endpoint_override"] = endpoint if "://" in endpoint else f"{scheme}://{endpoint}"
+    return dict(sorted(known.items()))
+
+
+def address(path: str | Path) -> str:
+    """The address of an object's path, as other libraries take it (`?endpoint_override=` last)."""
+    scheme, bucket, *rest = Path(path).parts
+    bucket, separator, query = bucket.partition("?")
+    return f"{scheme}//{'/'.join([bucket, *rest])}{separator}{query}"
+
+
+def _place(path: str | Path) -> tuple[Any, str]:
+    """The bucket's connection and the key of a path."""
+    scheme, bucket, *rest = Path(path).parts
+    return _bucket(scheme.rstrip(":"), bucket), "/".join(rest)
+
+
+@lru_cache(maxsize=32)
+def _bucket(scheme: str, name: str) -> Any:
+    try:
+        from obstore.store import AzureStore, GCSStore, S3Store
+    except ImportError:
+        raise StorageError(
+            f"a storage at {scheme}:// needs obstore: pip install 'roma-ray[objects]' on every node"
+        ) from None
+    bucket, _, query = name.partition("?")
+    options = dict(parse_qsl(query))
+    # A request may take as long as its bytes need; a dead connection is seen much earlier.
+    client: ClientConfig = {"timeout": "30 minutes", "connect_timeout": "10 seconds"}
+    if scheme == "gs":
+        return GCSStore(bucket, client_options=client, retry_config=_RETRIES)
+    if scheme == "az":
+        return AzureStore(bucket, client_options=client, retry_config=_RETRIES)
+    endpoint = (
+        options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    )
+    known: dict[str, Any] = {}
+    if endpoint:
+        known["endpoint"] = endpoint
+        client["allow_http"] = endpoint.startswith("http://")
+    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region or endpoint:
+        known["region"] = region or "us-east-1"
+    return S3Store(bucket, client_options=client, retry_config=_RETRIES, credential_provider=_profile(), **known)
+
+
+def _profile() -> Any:
+    """The credentials of ~/.aws, which obstore by itself does not read; None where others are at hand, or no boto3."""
+    given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
+    files = [
+        os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
+        os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"),
+    ]
+    if any(os.environ.get(name) for name in given) or not any(Path(file).expanduser().is_file() for file in files):
+        return None
+    if importlib.util.find_spec("boto3") is None:
+        return None
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+    return Boto3CredentialProvider()
+
+
+@contextlib.contextmanager
+def _told(path: str | Path, doing: str, *, last: bool = True) -> Iterator[None]:
+    """Turn what the library raises into FileNotFoundError (no such object), Lost, or a BucketError with its remedy.
+
+    Not `last`: go on where a connection ended in the middle of the bytes, which the library does not try again.
+    """
+    from obstore import exceptions
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        if _no_bucket(error):
+            raise BucketError(_NO_BUCKET.format(doing, path)) from None
+        raise FileNotFoundError(f"there is no {path}") from None
+    except (exceptions.AlreadyExistsError, exceptions.PreconditionError) as error:
+        raise Lost(str(path)) from error
+    except (exceptions.PermissionDeniedError, exceptions.UnauthenticatedError) as error:
+        raise BucketError(
+            f"cannot {doing} {path}: the bucket refuses it ({_reason(error)}). Check the credentials, which may have expired, and "
+            "what they allow (cluster/README.md lists it), then run the same command again: finished work is kept."
+        ) from None
+    except exceptions.BaseError as error:
+        if not last and "Server returned" not in str(error):
+            return
+        if _no_bucket(error):
+            raise BucketError(_NO_BUCKET.format(doing, path)) from None
+        known = (
+            "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a machine with a role"
+        )
+        reason = known if "169.254.169.254" in str(error) else _reason(error)
+        raise BucketError(
+            f"cannot {doing} {path}: {reason}. Check the address, the network and the credentials, then run the same command "
+            "again: finished work is kept."
+        ) from None
+
+
+def _no_bucket(error: Exception) -> bool:
+    return any(words in str(error) for words in ("NoSuchBucket", "ContainerNotFound", "bucket does not exist"))
+
+
+def _reason(error: Exception) -> str:
+    """The part of a library's error that a reader needs: the server's code and words, else its first line."""
+    text = str(error)
+    code, words = (re.search(f"<{tag}>([^<]{{1,200}})</{tag}>", text) for tag in ("Code", "Message"))
+    if code:
+        return f"{code[1]}: {words[1]}" if words else code[1]
+    return text.splitlines()[0].replace("Error performing ", "")[:300]
+
+
+def put(path: str | Path, content: bytes | Path, digest: str) -> str:
+    """Put bytes, or a file's, whole, with their SHA-256; the ETag. Raises BucketError."""
+    import obstore
+
+    store, key = _place(path)
+    size = len(content) if isinstance(content, bytes) else content.stat().st_size
+    with _told(path, "write"):
+        done = obstore.put(
+            store,
+            key,
+            content,
+            attributes={_DIGEST: digest},
+            use_multipart=size > _WHOLE_BYTES,
+            chunk_size=_PART_BYTES,
+        )
+    return str(done["e_tag"])
+
+
+def create(path: str | Path, content: bytes) -> str | None:
+    """Put bytes where nothing is; the ETag, or None where something else was. Raises BucketError.
+
+    The answer to a write may get lost after the bucket took it. The next try then finds the object there: it is ours if it
+    holds what we wrote.
+    """
+    import obstore
+
+    store, key = _place(path)
+    for _ in range(_TRIES):
+        try:
+            with _told(path, "write"):
+                return str(obstore.put(store, key, content, mode="create", use_multipart=False)["e_tag"])
+        except Lost:
+            with contextlib.suppress(FileNotFoundError):
+                there, facts = get(path)
+                return facts.tag if there == content else None
+            # 409: another write of it was under way, and came to nothing.
+            time.sleep(0.2)
+    raise BucketError(f"cannot write {path}: other writers kept it busy. Run the same command again.")
+
+
+def replace(path: str | Path, content: bytes, tag: str) -> str:
+    """Put bytes in place of the object with this ETag; the new one. Raises Lost where it is another by now, BucketError."""
+    import obstore
+
+    store, key = _place(path)
+    try:
+        with _told(path, "write"):
+            return str(obstore.put(store, key, content, mode={"e_tag": tag}, use_multipart=False)["e_tag"])
+    except (Lost, FileNotFoundError):
+        with contextlib.suppress(FileNotFoundError):
+            there, facts = get(path)
+            if there == content and facts.tag != tag:
+                return facts.tag
+        raise Lost(str(path)) from None
+
+
+def _tried(path: str | Path, doing: str, call: Callable[[], T]) -> T:
+    """What a call returns, made again where a connection ended in the middle of the answer."""
+    for wait in _WAITS:
+        with _told(path, doing, last=wait is None):
+            return call()
+        time.sleep(wait or 0)
+    raise AssertionError("the last try returns or raises")
+
+
+def get(path: str | Path) -> tuple[bytes, Facts]:
+    """An object's bytes, and what the bucket says of them. Raises FileNotFoundError, BucketError."""
+    import obstore
+
+    store, key = _place(path)
+
+    def read() -> tuple[bytes, Facts]:
+        found = obstore.get(store, key)
+        return bytes(found.bytes()), _facts(found)
+
+    return _tried(path, "read", read)
+
+
+def facts(path: str | Path) -> Facts:
+    """What the bucket says of an object. Raises FileNotFoundError, BucketError."""
+    import obstore
+
+    store, key = _place(path)
+    with _told(path, "read"):
+        return _facts(obstore.get(store, key, options={"head": True}))
+
+
+def _facts(found: Any) -> Facts:
+    meta = found.meta
+    digest = found.attributes.get(_DIGEST)
+    return Facts(meta["size"], str(meta["e_tag"]), meta["last_modified"].timestamp(), digest)
+
+
+def fetch(path: str | Path, target: Path, tag: str) -> None:
+    """Write the object with this ETag to a local file. Raises FileNotFoundError, Lost (another by now), OSError, BucketError."""
+    import obstore
+
+    store, key = _place(path)
+
+    def read() -> None:
+        with open(target, "wb") as stream:
+            for part in obstore.get(store, key, options={"if_match": tag}).stream(min_chunk_size=_PART_BYTES):
+                stream.write(part)
+
+    _tried(path, "read", read)
+
+
+def exists(path: str | Path) -> bool:
+    """Whether there is such an object, or any below a folder of that name. Raises BucketError."""
+    store, key = _place(path)
+    if key:
+        with contextlib.suppress(FileNotFoundError):
+            facts(path)
+            return True
+    import obstore
+
+    return _tried(path, "list", lambda: any(obstore.list(store, f"{key}/" if key else None, chunk_size=1)))
+
+
+def below(folder: str | Path) -> list[tuple[Path, int, float]]:
+    """Every object below a folder: path, bytes, when it was put. Raises BucketError."""
+    import obstore
+
+    store, key = _place(folder)
+    root = Path(*Path(folder).parts[:2])
+
+    def read() -> list[tuple[Path, int, float]]:
+        parts = obstore.list(store, f"{key}/" if key else None)
+        return [(root / o["path"], o["size"], o["last_modified"].timestamp()) for part in parts for o in part]
+
+    return _tried(folder, "list", read)
+
+
+def listed(folder: str | Path, pattern: str) -> list[Path]:
+    """What lies in a folder and matches, by name: objects, and folders of objects. Raises BucketError."""
+    first, _, rest = pattern.partition("/")
+    if not any(sign in first for sign in "*?["):
+        place = Path(folder) / first
+        if rest:
+            return listed(place, rest)
+        return [place] if exists(place) else []
+    folders, names = _children(folder)
+    if not rest:
+        return sorted(path for path in [*folders, *names] if fnmatch.fnmatchcase(path.name, first))
+    return [path for one in sorted(folders) if fnmatch.fnmatchcase(one.name, first) for path in listed(one, rest)]
+
+
+def _children(folder: str | Path) -> tuple[list[Path], list[Path]]:
+    """Folders and objects right below a folder."""
+    import obstore
+
+    store, key = _place(folder)
+    root = Path(*Path(folder).parts[:2])
+    found = _tried(folder, "list", lambda: obstore.list_with_delimiter(store, f"{key}/" if key else None))
+    return [root / name for name in found["common_prefixes"]], [root / one["path"] for one in found["objects"]]
+
+
+def remove(path: str | Path) -> None:
+    """Remove an object; no error where there is none. Raises BucketError."""
+    import obstore
+
+    store, key = _place(path)
+    with _told(path, "remove"), contextlib.suppress(FileNotFoundError):
+        obstore.delete(store, key)
+
+
+def remove_folder(folder: str | Path) -> None:
+    """Remove every object below a folder. Raises BucketError."""
+    import obstore
+
+    store, _ = _place(folder)
+    for keys in _groups("/".join(path.parts[2:]) for path, _, _ in below(folder)):
+        with _told(folder, "remove"), contextlib.suppress(FileNotFoundError):
+            obstore.delete(store, keys)
+
+
+def _groups(keys: Iterator[str], count: int = 1000) -> Iterator[list[str]]:
+    group: list[str] = []
+    for key in keys:
+        group.append(key)
+        if len(group) == count:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def free_bytes() -> int:
+    """Room that is left in a bucket, which has no bound."""
+    return _ROOM
