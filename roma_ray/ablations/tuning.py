@@ -21,7 +21,7 @@ from ray.tune.stopper import Stopper
 from roma_ray.ablations.space_file import Range, Scheduler
 from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import as_deaths, packed
-from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.ray_cluster import Cluster, place_of_runs
 from roma_ray.errors import ConfigError
 from roma_ray.store.files import for_libraries, remove_folder
 
@@ -164,7 +164,7 @@ def _fit(
     logging.getLogger("ray.tune.execution.tune_controller").setLevel(logging.CRITICAL)
     cluster.connect()
     as_deaths()
-    runs = folder / _RUNS
+    runs = place_of_runs(folder) / _RUNS
     try:
         tune.Tuner(
             tune.with_resources(trainable, room.bundle()),

@@ -85,9 +85,18 @@ def rm(runs: tuple[str, ...], storage: str | None, yes: bool) -> None:
 @click.option("--unfinished", is_flag=True, help="Also what stopped runs would go on from, and what no run ends in.")
 @_yes
 def gc(storage: str | None, unfinished: bool, yes: bool) -> None:
-    """Free space without losing a result: activation caches of finished trainings; a dry run without --yes."""
+    """Free space without losing a result: activation caches of finished trainings; a dry run without --yes.
+
+    In a bucket also what killed processes left of uploads.
+    """
+    from roma_ray.terminal import say
+
     found = _open(storage)
     _remove(found, found.garbage(unfinished=unfinished), yes)
+    if uploads := found.unfinished_uploads():
+        if yes:
+            found.abort_uploads()
+        say(f"{len(uploads)} unfinished upload(s): {'removed' if yes else 'would be removed'}")
 
 
 def _remove(found: Any, removals: list[Any], yes: bool) -> None:

@@ -23,8 +23,8 @@ from roma_ray.runs.pipeline import run as run_pipeline
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.stages.preparation import parts_of
 from roma_ray.store.artifacts import MANIFEST, Store, read_manifest, write_text
+from roma_ray.store.buckets import is_object
 from roma_ray.store.files import exists, is_folder
-from roma_ray.store.objects import is_object
 from roma_ray.terminal import open_progress, print_table, say
 from roma_ray.tracking import tracked_benchmarks as tracking
 

@@ -26,9 +26,9 @@ from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import WorkerError
 from roma_ray.store.artifacts import unwritable
+from roma_ray.store.buckets import is_object
 from roma_ray.store.files import remove, remove_folder
 from roma_ray.store.logs import append_line, whole_lines
-from roma_ray.store.objects import is_object
 from roma_ray.store.staging import in_background
 
 ATTEMPTS = ".attempts"

@@ -12,8 +12,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from roma_ray.store.buckets import is_object
 from roma_ray.store.logs import append_line, whole_lines
-from roma_ray.store.objects import is_object
 
 FILE = ".live.jsonl"
 _SECONDS_BETWEEN_LINES = 0.3

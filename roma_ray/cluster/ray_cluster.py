@@ -19,6 +19,8 @@ from roma_ray.cluster.placement import Need, Node, inventory, live_nodes, main_k
 from roma_ray.config.schema import Config
 from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import ConfigError, ModelError, WorkerError
+from roma_ray.store.buckets import is_object
+from roma_ray.store.files import roomy
 
 _AUTH_HELP = (
     "Ray's authentication must be the same on both sides. For a cluster with tokens, set RAY_AUTH_MODE=token and "
@@ -255,6 +257,14 @@ def on_loopback() -> bool:
     import ray
 
     return ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback
+
+
+def place_of_runs(folder: Path) -> Path:
+    """Where Ray may keep what it writes of its own while a stage in this folder runs: its workers must all see it.
+
+    Of a storage in a bucket that is this machine's scratch where the cluster is this machine, for Ray leaves marks behind.
+    """
+    return roomy(folder) / "ray" / folder.name if is_object(folder) and on_loopback() else folder
 
 
 @contextlib.contextmanager

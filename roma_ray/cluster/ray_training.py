@@ -20,7 +20,7 @@ from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import explain, packed, unpacked
 from roma_ray.cluster.live import FILE, LiveReader, LiveWriter
 from roma_ray.cluster.placement import Need
-from roma_ray.cluster.ray_cluster import Cluster, on_loopback
+from roma_ray.cluster.ray_cluster import Cluster, on_loopback, place_of_runs
 from roma_ray.cluster.starting import Starting
 from roma_ray.cluster.worth import share_of, trained_here
 from roma_ray.engine.checkpoint import checkpoint_step
@@ -67,7 +67,7 @@ def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, 
     folder = job.stage.path
     cluster.say(f"finetune: {workers} worker(s), {device}")
     failures = _follow(lambda: _fit(cluster, job, workers, live.token, need), live, folder, cluster.say)
-    remove_folder(folder / RUNS)
+    remove_folder(place_of_runs(folder) / RUNS)
     if failures:
         raise unpacked(failures, "finetune", folder)
     if live.first is not None:
@@ -136,7 +136,7 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
         run_config=RunConfig(
             # A fresh name each time: the job resumes from its own checkpoint, not from Ray Train's state.
             name=f"finetune-{job.stage.path.name}-{token}",
-            storage_path=for_libraries(job.stage.path / RUNS),
+            storage_path=for_libraries(place_of_runs(job.stage.path) / RUNS),
             # Bounds deaths during training, and before it, where Ray Train by itself would try without end.
             failure_config=FailureConfig(
                 max_failures=settings.max_failures, controller_failure_limit=settings.max_failures

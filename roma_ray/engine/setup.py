@@ -15,8 +15,8 @@ from roma_ray.config.schema import Config, ModelConfig
 from roma_ray.engine.model_spec import ModelSpec, model_facts_of
 from roma_ray.errors import ConfigError, ModelError
 from roma_ray.store.artifacts import CONFIG, Stage, Store, file_digest, fingerprint, write_text
+from roma_ray.store.buckets import SCHEMES, as_path
 from roma_ray.store.files import exists, local_place, read_text
-from roma_ray.store.objects import SCHEMES, as_path
 
 # Larger safetensors files are hashed by header, small tensors and samples of large ones.
 _WHOLE_DIGEST_BYTES = 256 << 20

@@ -23,8 +23,8 @@ from roma_ray.evaluation.benchmark_results import METRICS, read_benchmarks
 from roma_ray.evaluation.results_file import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
 from roma_ray.store.artifacts import Stage, Store, read_manifest
+from roma_ray.store.buckets import SCHEMES, as_path, is_object
 from roma_ray.store.files import exists, is_folder, listed, written_at
-from roma_ray.store.objects import SCHEMES, as_path, is_object
 
 MACRO = "macro average"
 _STAGES = ("benchmarks", "evaluate")

@@ -16,8 +16,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from roma_ray.errors import CheckpointError, RomaError, StorageError
+from roma_ray.store.buckets import is_object
 from roma_ray.store.files import write_bytes
-from roma_ray.store.objects import is_object
 from roma_ray.store.scratch import scratch_folder
 
 MANIFEST = "roma.json"

@@ -22,8 +22,8 @@ from roma_ray.moe.backbones import backbone_of
 from roma_ray.moe.families import refusal, supported_families
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.moe.quantized import Scheme, Stored, Unpacked, scheme_of
+from roma_ray.store.buckets import is_object
 from roma_ray.store.files import local_place
-from roma_ray.store.objects import is_object
 
 # Every path that loads a model passes here: transformers' own loaders then know the class too.
 deepseek.register()

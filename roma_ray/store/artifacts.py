@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.errors import ArtifactError, BusyError, StorageError
+from roma_ray.store.buckets import as_path, has_scheme, is_object
 from roma_ray.store.files import (
     below,
     create,
@@ -37,7 +38,6 @@ from roma_ray.store.files import write_atomically as write_atomically
 from roma_ray.store.files import write_json as write_json
 from roma_ray.store.files import write_text as write_text
 from roma_ray.store.locks import Held, check_held, locked
-from roma_ray.store.objects import as_path, has_scheme, is_object
 from roma_ray.versions import decisive_among, decisive_versions, differences, library_versions
 
 MANIFEST = "manifest.json"

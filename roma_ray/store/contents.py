@@ -19,8 +19,8 @@ import yaml
 
 from roma_ray.errors import ArtifactError, ConfigError, StorageError
 from roma_ray.store.artifacts import CONFIG, IDENTITY, MANIFEST, MEMBERS, Stage, Store, read_manifest
+from roma_ray.store.buckets import UnfinishedUploads, is_object
 from roma_ray.store.files import entries, exists, is_folder, is_link, is_special, read_json, read_text, remove_folder
-from roma_ray.store.objects import is_object
 
 KINDS = {
     "report": "run",
@@ -195,6 +195,15 @@ class Storage:
             gone = {removal.item.id for removal in whole}
             found = [removal for removal in found if removal.item.id not in gone] + whole
         return found
+
+    def unfinished_uploads(self) -> list[tuple[str, str]]:
+        """UnfinishedUploads to a bucket that killed processes left in the middle. Raises BucketError, StorageError."""
+        return UnfinishedUploads(self.store.root).found if self.store.in_bucket else []
+
+    def abort_uploads(self) -> None:
+        """Remove them. Raises BusyError while a run is at work, BucketError, StorageError."""
+        with self.store.alone():
+            UnfinishedUploads(self.store.root).abort()
 
     def remove(self, removals: Iterable[Removal], say: Callable[[str], None]) -> int:
         """Remove them, whatever is built on something before that; the bytes freed. Raises BusyError, StorageError."""

@@ -20,8 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 
 from roma_ray.errors import StorageError
-from roma_ray.store import objects, staging
-from roma_ray.store.objects import is_object
+from roma_ray.store import buckets, objects, staging
+from roma_ray.store.buckets import is_object
 
 _ASIDE = ".tmp"
 
@@ -198,8 +198,8 @@ def local_place(path: str) -> Path:
 
     Raises StorageError (no address), BucketError.
     """
-    if path.partition("://")[0] in objects.SCHEMES:
-        path = str(objects.as_path(path))
+    if path.partition("://")[0] in buckets.SCHEMES:
+        path = str(buckets.as_path(path))
     if not is_object(path):
         return Path(path).expanduser()
     with contextlib.suppress(FileNotFoundError):
@@ -209,7 +209,7 @@ def local_place(path: str) -> Path:
 
 def for_libraries(path: str | Path) -> str:
     """A path as other libraries that know buckets take it."""
-    return objects.address(path) if is_object(path) else str(path)
+    return buckets.address(path) if is_object(path) else str(path)
 
 
 def fetch_ahead(paths: Sequence[str | Path]) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from roma_ray.store import leases
-from roma_ray.store.objects import is_object
+from roma_ray.store.buckets import is_object
 
 
 class Held(Exception):

@@ -8,14 +8,14 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from roma_ray.store import objects
+from roma_ray.store import buckets, objects
 from roma_ray.store.files import unwritable
 
 
 def append_line(path: str | Path, line: str) -> None:
     """Add a line; one that a killed process left torn is closed first. Raises StorageError."""
     file = Path(path)
-    if objects.is_object(file):
+    if buckets.is_object(file):
         _append(file, line.encode() + b"\n")
         return
     try:
@@ -36,7 +36,7 @@ def whole_lines(path: str | Path, offset: int = 0) -> tuple[list[str], int]:
     A line may be half written: the rest comes with the next call.
     """
     try:
-        if objects.is_object(path):
+        if buckets.is_object(path):
             new = objects.get(path)[0][offset:]
         else:
             with open(path, "rb") as stream:

@@ -1,34 +1,19 @@
-"""Objects of a bucket: put whole, got whole, listed, created where absent, removed; the talking is obstore's.
-
-An object's path is its address as a path: `s3://bucket/key` is Path("s3:/bucket/key"), so it can be joined, compared, sent to
-another machine and turned into text like any other; no file has such a path. Where a server other than the cloud's own is
-meant, the bucket's part carries it (`bucket?endpoint_override=...`).
-
-Credentials come from the environment, from the machine's role, or from the cloud's own files. They are never a setting.
-"""
+"""Objects of a bucket: put whole, got whole, listed, created where absent, removed; the talking is obstore's."""
 
 from __future__ import annotations
 
 import contextlib
 import fnmatch
-import importlib.util
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import parse_qsl, urlencode
+from typing import Any, TypeVar
 
-from roma_ray.errors import BucketError, StorageError
+from roma_ray.errors import BucketError
+from roma_ray.store.buckets import place_of
 
-if TYPE_CHECKING:
-    from obstore.store import ClientConfig, RetryConfig
-
-SCHEMES = ("s3", "gs", "az")
-_QUERY = {"endpoint_override", "region", "scheme"}
 _DIGEST = "sha256"
 # In one request up to here; above, in parts, of which a killed process may leave some (`roma-ray gc` removes them).
 _WHOLE_BYTES = 64 << 20
@@ -37,8 +22,6 @@ _TRIES = 5
 # Before another try of a download, in seconds; None: there is none.
 _WAITS = (0.1, 0.2, 0.4, 0.8, None)
 _NO_BUCKET = "cannot {} {}: there is no such bucket. Make it, or correct the address (--storage, $ROMA_RAY_STORAGE)"
-# Of each request, beside the library's own: it waits longer each time, for three minutes in all.
-_RETRIES: RetryConfig = {"max_retries": 12}
 _ROOM = 1 << 62
 
 T = TypeVar("T")
@@ -59,110 +42,6 @@ class Facts:
 
 class Lost(Exception):
     """A conditional write found another object than it expected."""
-
-
-def is_object(path: str | Path) -> bool:
-    """Whether a path is an object's, and no file's."""
-    return str(path).split(":", 1)[0] in SCHEMES and str(path).partition(":")[2].startswith("/")
-
-
-def has_scheme(text: str) -> bool:
-    """Whether a text is an address and no path."""
-    return "://" in text
-
-
-def as_path(address: str) -> Path:
-    """The path of an address `s3://bucket/prefix`, perhaps with `?endpoint_override=`. Raises StorageError."""
-    scheme, _, rest = address.partition("://")
-    place, _, query = rest.partition("?")
-    bucket, _, prefix = place.partition("/")
-    if scheme not in SCHEMES:
-        raise StorageError(
-            f"a storage at {scheme}:// is of no kind that is known here: use a folder (also a mounted shared one), or "
-            f"{', '.join(f'{name}://bucket/prefix' for name in SCHEMES)}"
-        )
-    if "@" in bucket or ":" in bucket or "@" in query:
-        raise StorageError(
-            f"the address {scheme}://... names a user: take it out. Credentials come from the environment (AWS_ACCESS_KEY_ID, "
-            "AWS_SECRET_ACCESS_KEY), from the machine's role, or from the cloud's own files"
-        )
-    options = dict(parse_qsl(query, keep_blank_values=True))
-    if not bucket or set(options) - _QUERY or ".." in Path(prefix).parts:
-        raise StorageError(
-            f"the address {scheme}://{bucket or '...'} is not understood: it is {scheme}://bucket/prefix, perhaps with "
-            f"?endpoint_override=http://host:port ({', '.join(sorted(_QUERY))} are known; credentials are not given here)"
-        )
-    if options and scheme != "s3":
-        raise StorageError(f"{scheme}:// takes no ?{'&'.join(options)}: another server is named in the environment")
-    server = _server(options)
-    return Path(f"{scheme}:", bucket + (f"?{urlencode(server)}" if server else ""), prefix)
-
-
-def _server(options: dict[str, str]) -> dict[str, str]:
-    """Options in one form: an endpoint with its scheme."""
-    endpoint, scheme = options.get("endpoint_override"), options.get("scheme", "https")
-    known = {"region": options["region"]} if "region" in options else {}
-    if endpoint:
-        known["endpoint_override"] = endpoint if "://" in endpoint else f"{scheme}://{endpoint}"
-    return dict(sorted(known.items()))
-
-
-def address(path: str | Path) -> str:
-    """The address of an object's path, as other libraries take it (`?endpoint_override=` last)."""
-    scheme, bucket, *rest = Path(path).parts
-    bucket, separator, query = bucket.partition("?")
-    return f"{scheme}//{'/'.join([bucket, *rest])}{separator}{query}"
-
-
-def _place(path: str | Path) -> tuple[Any, str]:
-    """The bucket's connection and the key of a path."""
-    scheme, bucket, *rest = Path(path).parts
-    return _bucket(scheme.rstrip(":"), bucket), "/".join(rest)
-
-
-@lru_cache(maxsize=32)
-def _bucket(scheme: str, name: str) -> Any:
-    try:
-        from obstore.store import AzureStore, GCSStore, S3Store
-    except ImportError:
-        raise StorageError(
-            f"a storage at {scheme}:// needs obstore: pip install 'roma-ray[objects]' on every node"
-        ) from None
-    bucket, _, query = name.partition("?")
-    options = dict(parse_qsl(query))
-    # A request may take as long as its bytes need; a dead connection is seen much earlier.
-    client: ClientConfig = {"timeout": "30 minutes", "connect_timeout": "10 seconds"}
-    if scheme == "gs":
-        return GCSStore(bucket, client_options=client, retry_config=_RETRIES)
-    if scheme == "az":
-        return AzureStore(bucket, client_options=client, retry_config=_RETRIES)
-    endpoint = (
-        options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    )
-    known: dict[str, Any] = {}
-    if endpoint:
-        known["endpoint"] = endpoint
-        client["allow_http"] = endpoint.startswith("http://")
-    region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    if region or endpoint:
-        known["region"] = region or "us-east-1"
-    return S3Store(bucket, client_options=client, retry_config=_RETRIES, credential_provider=_profile(), **known)
-
-
-def _profile() -> Any:
-    """The credentials of ~/.aws, which obstore by itself does not read; None where others are at hand, or no boto3."""
-    given = ("AWS_ACCESS_KEY_ID", "AWS_WEB_IDENTITY_TOKEN_FILE", "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI")
-    files = [
-        os.environ.get("AWS_SHARED_CREDENTIALS_FILE", "~/.aws/credentials"),
-        os.environ.get("AWS_CONFIG_FILE", "~/.aws/config"),
-    ]
-    if any(os.environ.get(name) for name in given) or not any(Path(file).expanduser().is_file() for file in files):
-        return None
-    if importlib.util.find_spec("boto3") is None:
-        return None
-    from obstore.auth.boto3 import Boto3CredentialProvider
-
-    return Boto3CredentialProvider()
 
 
 @contextlib.contextmanager
@@ -218,7 +97,7 @@ def put(path: str | Path, content: bytes | Path, digest: str) -> str:
     """Put bytes, or a file's, whole, with their SHA-256; the ETag. Raises BucketError."""
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     with _told(path, "write"):
         done = obstore.put(
@@ -240,7 +119,7 @@ def create(path: str | Path, content: bytes) -> str | None:
     """
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
     for _ in range(_TRIES):
         try:
             with _told(path, "write"):
@@ -258,7 +137,7 @@ def replace(path: str | Path, content: bytes, tag: str) -> str:
     """Put bytes in place of the object with this ETag; the new one. Raises Lost where it is another by now, BucketError."""
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
     try:
         with _told(path, "write"):
             return str(obstore.put(store, key, content, mode={"e_tag": tag}, use_multipart=False)["e_tag"])
@@ -283,7 +162,7 @@ def get(path: str | Path) -> tuple[bytes, Facts]:
     """An object's bytes, and what the bucket says of them. Raises FileNotFoundError, BucketError."""
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
 
     def read() -> tuple[bytes, Facts]:
         found = obstore.get(store, key)
@@ -296,7 +175,7 @@ def facts(path: str | Path) -> Facts:
     """What the bucket says of an object. Raises FileNotFoundError, BucketError."""
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
     with _told(path, "read"):
         return _facts(obstore.get(store, key, options={"head": True}))
 
@@ -311,7 +190,7 @@ def fetch(path: str | Path, target: Path, tag: str) -> None:
     """Write the object with this ETag to a local file. Raises FileNotFoundError, Lost (another by now), OSError, BucketError."""
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
 
     def read() -> None:
         with open(target, "wb") as stream:
@@ -323,7 +202,7 @@ def fetch(path: str | Path, target: Path, tag: str) -> None:
 
 def exists(path: str | Path) -> bool:
     """Whether there is such an object, or any below a folder of that name. Raises BucketError."""
-    store, key = _place(path)
+    store, key = place_of(path)
     if key:
         with contextlib.suppress(FileNotFoundError):
             facts(path)
@@ -337,12 +216,14 @@ def below(folder: str | Path) -> list[tuple[Path, int, float]]:
     """Every object below a folder: path, bytes, when it was put. Raises BucketError."""
     import obstore
 
-    store, key = _place(folder)
+    store, key = place_of(folder)
     root = Path(*Path(folder).parts[:2])
 
     def read() -> list[tuple[Path, int, float]]:
         parts = obstore.list(store, f"{key}/" if key else None)
-        return [(root / o["path"], o["size"], o["last_modified"].timestamp()) for part in parts for o in part]
+        found = [(root / o["path"], o["size"], o["last_modified"].timestamp()) for part in parts for o in part]
+        # Some tools put an empty object in a folder's own place.
+        return [one for one in found if one[0] != Path(folder)]
 
     return _tried(folder, "list", read)
 
@@ -365,17 +246,18 @@ def _children(folder: str | Path) -> tuple[list[Path], list[Path]]:
     """Folders and objects right below a folder."""
     import obstore
 
-    store, key = _place(folder)
+    store, key = place_of(folder)
     root = Path(*Path(folder).parts[:2])
     found = _tried(folder, "list", lambda: obstore.list_with_delimiter(store, f"{key}/" if key else None))
-    return [root / name for name in found["common_prefixes"]], [root / one["path"] for one in found["objects"]]
+    names = [root / one["path"] for one in found["objects"]]
+    return [root / name for name in found["common_prefixes"]], [name for name in names if name != Path(folder)]
 
 
 def remove(path: str | Path) -> None:
     """Remove an object; no error where there is none. Raises BucketError."""
     import obstore
 
-    store, key = _place(path)
+    store, key = place_of(path)
     with _told(path, "remove"), contextlib.suppress(FileNotFoundError):
         obstore.delete(store, key)
 
@@ -384,7 +266,7 @@ def remove_folder(folder: str | Path) -> None:
     """Remove every object below a folder. Raises BucketError."""
     import obstore
 
-    store, _ = _place(folder)
+    store, _ = place_of(folder)
     for keys in _groups("/".join(path.parts[2:]) for path, _, _ in below(folder)):
         with _told(folder, "remove"), contextlib.suppress(FileNotFoundError):
             obstore.delete(store, keys)

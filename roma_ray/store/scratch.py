@@ -8,8 +8,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
 from roma_ray.store.files import unwritable
 
 
@@ -25,6 +23,8 @@ class ScratchArray:
 
     def __init__(self, folder: str | Path, rows: int, width: int) -> None:
         """`folder`: where there is room for it. Raises StorageError where there is none."""
+        import numpy as np
+
         try:
             self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-", suffix=".tmp")  # noqa: SIM115 - see close
             # A mapped file that finds no room while it is written to ends the process without a word.

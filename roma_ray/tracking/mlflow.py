@@ -20,8 +20,8 @@ from roma_ray.borders.text import printable
 from roma_ray.config.schema import Config
 from roma_ray.errors import ConfigError
 from roma_ray.store.artifacts import Store
+from roma_ray.store.buckets import is_object
 from roma_ray.store.files import for_libraries, local_tree
-from roma_ray.store.objects import is_object
 from roma_ray.tracking.backend import (
     COMMIT,
     NAME,

@@ -23,8 +23,8 @@ from roma_ray.runs.pipeline import Run
 from roma_ray.runs.pipeline import run as pipeline
 from roma_ray.store import files
 from roma_ray.store.artifacts import Stage, Store
+from roma_ray.store.buckets import as_path
 from roma_ray.store.contents import Storage
-from roma_ray.store.objects import as_path
 from tests.bucket import NAME, Proxy, Request, Rule, environment, every
 from tests.world import make_world
 

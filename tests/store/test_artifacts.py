@@ -109,7 +109,7 @@ def test_storage_is_absolute_whatever_was_written(tmp_path: Path, monkeypatch: p
 
 @pytest.mark.parametrize("url", ["file:///tmp/x", "http://host/x", "s3://", "hdfs://host/x"])
 def test_a_storage_of_another_kind_is_refused(url: str) -> None:
-    with pytest.raises(StorageError, match="use a folder|not understood"):
+    with pytest.raises(StorageError, match=r"use a folder|not understood"):
         Store(url)
 
 

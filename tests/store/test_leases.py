@@ -14,8 +14,8 @@ import pytest
 
 from roma_ray.errors import StorageError
 from roma_ray.store import files, leases
+from roma_ray.store.buckets import as_path
 from roma_ray.store.leases import Taken, check_held, leased
-from roma_ray.store.objects import as_path
 from tests.bucket import Proxy, Request, few
 
 _HOLDER = """

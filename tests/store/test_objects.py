@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from roma_ray.errors import BucketError, RomaError, StorageError
-from roma_ray.store import files, objects
-from roma_ray.store.objects import Lost, address, as_path, is_object
+from roma_ray.store import buckets, files, objects
+from roma_ray.store.buckets import address, as_path, is_object
+from roma_ray.store.objects import Lost
 from tests.bucket import REFUSALS, Proxy, Request, every, few
 
 CONTENT = os.urandom(300_000)
@@ -151,6 +152,19 @@ def test_large_files_go_in_parts(root: Path, tmp_path: Path, monkeypatch: pytest
     assert objects.facts(root / "large").digest == "digest"
 
 
+def test_unfinished_uploads_are_found_and_removed(root: Path, bucket: Proxy) -> None:
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=bucket.endpoint, region_name="us-east-1")
+    key = "/".join((root / "large").parts[2:])
+    client.create_multipart_upload(Bucket="bucket", Key=key)
+    client.create_multipart_upload(Bucket="bucket", Key="elsewhere/large")
+    assert [found for found, _ in buckets.UnfinishedUploads(root).found] == [key]
+    buckets.UnfinishedUploads(root).abort()
+    assert buckets.UnfinishedUploads(root).found == []
+    assert len(client.list_multipart_uploads(Bucket="bucket")["Uploads"]) == 1
+
+
 def test_only_one_creates(root: Path) -> None:
     assert files.create(root / "one", "mine")
     assert not files.create(root / "one", "yours")
@@ -235,14 +249,14 @@ def test_a_bucket_that_is_not_there_is_told(bucket: Proxy) -> None:
 
 def test_a_storm_without_end_ends_in_words(root: Path, bucket: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library's own patience shortened: by itself it tries for three minutes."""
-    monkeypatch.setattr(objects, "_RETRIES", {"max_retries": 1})
-    objects._bucket.cache_clear()
+    monkeypatch.setattr(buckets, "_RETRIES", {"max_retries": 1})
+    buckets._bucket.cache_clear()
     bucket.rule = lambda request: "slow"
     try:
         with pytest.raises(BucketError, match=r"SlowDown.*finished work is kept"):
             files.write_text(root / "one", "")
     finally:
-        objects._bucket.cache_clear()
+        buckets._bucket.cache_clear()
 
 
 def test_without_the_library_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

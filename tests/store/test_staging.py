@@ -15,7 +15,7 @@ import torch
 
 from roma_ray.errors import ArtifactError, BucketError, StorageError
 from roma_ray.store import files, objects, staging
-from roma_ray.store.objects import as_path
+from roma_ray.store.buckets import as_path
 from roma_ray.store.tensors import mapped, read_tensors, write_tensors
 from tests.bucket import Proxy, few
 
