@@ -164,7 +164,7 @@ class UnfinishedUploads:
             self._client = boto3.client("s3", endpoint_url=endpoint, region_name=region)
             pages = self._client.get_paginator("list_multipart_uploads")
             for page in pages.paginate(Bucket=self.bucket, Prefix="".join(f"{part}/" for part in rest)):
-                self.found += [(upload["Key"], upload["UploadId"]) for upload in page.get("UnfinishedUploads", ())]
+                self.found += [(upload["Key"], upload["UploadId"]) for upload in page.get("Uploads", ())]
         except self._errors as error:
             raise BucketError(f"cannot list unfinished uploads in {folder}: {error}. {_ALLOWED}") from None
 
