@@ -31,6 +31,7 @@ from roma_ray.store.files import (
     read_text,
     remove,
     remove_folder,
+    seal,
 )
 from roma_ray.store.files import file_digest as file_digest
 from roma_ray.store.files import unwritable as unwritable
@@ -38,6 +39,7 @@ from roma_ray.store.files import write_atomically as write_atomically
 from roma_ray.store.files import write_json as write_json
 from roma_ray.store.files import write_text as write_text
 from roma_ray.store.locks import Held, check_held, locked
+from roma_ray.store.staging import unseal
 from roma_ray.versions import decisive_among, decisive_versions, differences, library_versions
 
 MANIFEST = "manifest.json"
@@ -152,7 +154,7 @@ class Stage:
 
     @property
     def complete(self) -> bool:
-        return exists(self.path / MANIFEST)
+        return self.path in _manifests or exists(self.path / MANIFEST)
 
     @property
     def reusable(self) -> bool:
@@ -290,6 +292,7 @@ class Stage:
         names, content = list(names), self.manifest()
         gone = {name: content["files"].pop(name) for name in names if name in content["files"]}
         content["released"] = {**content.get("released", {}), **gone}
+        _forget(self.path)
         write_json(self.path / MANIFEST, {**content, "digest": _content_digest(content)})
         for name in names:
             remove(self.path / name)
@@ -301,6 +304,7 @@ class Stage:
 
     def discard(self) -> None:
         """Remove the stage's output, the manifest first, so that a crash leaves it incomplete, not wrong."""
+        _forget(self.path)
         remove(self.path / MANIFEST)
         remove_folder(self.path)
 
@@ -321,9 +325,29 @@ def _content_digest(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
+_manifests: dict[Path, str] = {}
+"""Manifests in buckets that this process has read: a complete stage stays as it is, and each question to a bucket takes its time."""
+
+
+def _forget(folder: Path) -> None:
+    _manifests.pop(folder, None)
+    unseal(folder)
+
+
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Read and check `folder/manifest.json`. Raises ArtifactError."""
     path = Path(folder) / MANIFEST
+    if not is_object(path):
+        return _checked(path, folder)
+    if Path(folder) not in _manifests:
+        value = _checked(path, folder)
+        seal({Path(folder) / name: str(fact["sha256"]) for name, fact in value["files"].items()})
+        _manifests[Path(folder)] = json.dumps(value)
+    found: dict[str, Any] = json.loads(_manifests[Path(folder)])
+    return found
+
+
+def _checked(path: Path, folder: str | Path) -> dict[str, Any]:
     if is_special(path):
         raise ArtifactError(f"{path} is no file; remove the folder and run the stage again")
     try:

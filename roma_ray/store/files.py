@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -210,6 +210,11 @@ def local_place(path: str) -> Path:
 def for_libraries(path: str | Path) -> str:
     """A path as other libraries that know buckets take it."""
     return buckets.address(path) if is_object(path) else str(path)
+
+
+def seal(files: Mapping[Path, str]) -> None:
+    """Say that these files, of a complete stage, have these digests and will not change; `unseal` takes it back."""
+    staging.seal({path: digest for path, digest in files.items() if is_object(path)})
 
 
 def fetch_ahead(paths: Sequence[str | Path]) -> None:

@@ -207,6 +207,8 @@ def exists(path: str | Path) -> bool:
         with contextlib.suppress(FileNotFoundError):
             facts(path)
             return True
+        if Path(path).suffix:
+            return False  # no folder here is named like a file
     import obstore
 
     return _tried(path, "list", lambda: any(obstore.list(store, f"{key}/" if key else None, chunk_size=1)))

@@ -1,6 +1,6 @@
 """Local copies of objects, for what must be a file: one of each a node, in a scratch of bounded size that its processes share.
 
-A copy is named after the object's address and ETag, so it is never stale; its SHA-256 is compared on arrival. What was not
+A copy is named after the object's address and digest, so it is never stale; the digest is compared on arrival. What was not
 used for longest goes first. A file that is mapped stays readable for who has it open.
 """
 
@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
 from pathlib import Path
@@ -36,6 +36,7 @@ _ABANDONED_SECONDS = 3600.0
 _SECONDS_BETWEEN_LOOKS = 5.0
 _TRIES = 3
 _AT_ONCE = 4
+_sealed: dict[Path, str] = {}
 
 T = TypeVar("T")
 
@@ -78,9 +79,12 @@ def capacity(root: Path) -> int:
 def local_copy(path: str | Path) -> Path:
     """A local file of an object's bytes, of the same name. Raises FileNotFoundError, ArtifactError (damaged), BucketError."""
     root = scratch_root()
+    sealed = _sealed.get(Path(path))
+    if sealed is not None and _used(place := _named(root, path, sealed)):
+        return place
     for _ in range(_TRIES):
         found = objects.facts(path)
-        place = _named(root, path, found.tag)
+        place = _named(root, path, found.digest or found.tag)
         with _locked(root, place):
             if _used(place):
                 return place
@@ -113,6 +117,17 @@ def _fetch(root: Path, path: str | Path, place: Path, found: objects.Facts) -> N
         f"{path} is not what was written (corrupted or truncated): its digest is another. Remove its stage (`roma-ray rm`) and run "
         "again to recompute it."
     )
+
+
+def seal(files: Mapping[Path, str]) -> None:
+    """Take a complete stage's word for the digests of its files: whether a copy is the right one need not be asked then."""
+    _sealed.update(files)
+
+
+def unseal(folder: Path) -> None:
+    """Forget it of all below a folder."""
+    for path in [path for path in _sealed if folder in path.parents]:
+        del _sealed[path]
 
 
 def local_tree(folder: str | Path) -> Path:
@@ -185,8 +200,9 @@ def write_through(path: str | Path, write: Callable[[Path], object]) -> None:
 
 def _upload(root: Path, path: str | Path, aside: Path) -> None:
     try:
-        tag = objects.put(path, aside if aside.stat().st_size else b"", digest_of(aside))
-        place = _named(root, path, tag)
+        digest = digest_of(aside)
+        objects.put(path, aside if aside.stat().st_size else b"", digest)
+        place = _named(root, path, digest)
         place.parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside, place)
     finally:
@@ -262,9 +278,9 @@ def at_once(call: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
         return list(pool.map(call, paths))
 
 
-def _named(root: Path, path: str | Path, tag: str) -> Path:
-    """Where the copy of this state of an object lies. Its last part is the object's own: some readers go by it."""
-    mark = hashlib.sha256(f"{path}\0{tag}".encode()).hexdigest()
+def _named(root: Path, path: str | Path, state: str) -> Path:
+    """Where the copy of this state of an object (its digest, else its ETag) lies; some readers go by the name."""
+    mark = hashlib.sha256(f"{path}\0{state}".encode()).hexdigest()
     return root / _COPIES / mark[:2] / mark[2:26] / Path(path).name
 
 
