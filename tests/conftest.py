@@ -87,6 +87,6 @@ def bucket(_bucket_server: Proxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path / "scratch"))
-    monkeypatch.setenv("ROMA_RAY_LEASE_SECONDS", "2")
+    monkeypatch.setenv("ROMA_RAY_LEASE_SECONDS", "4")
     _bucket_server.reset()
     return _bucket_server

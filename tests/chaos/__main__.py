@@ -17,6 +17,7 @@ from pathlib import Path
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.runs.pipeline import run
+from tests.bucket import bucket_server
 from tests.chaos.faults import FAULTS
 from tests.chaos.scene import Scene
 from tests.chaos.simulated import simulated_cluster
@@ -39,10 +40,10 @@ def main() -> int:
     )
     reference = run(resolve(config, device="cpu"), Silence())
     failed = 0
-    with simulated_cluster(folder / "ray") as nodes:
+    with bucket_server() as proxy, simulated_cluster(folder / "ray") as nodes:
         nodes.add()
         nodes.add()
-        scene = Scene(nodes, config, reference, folder)
+        scene = Scene(nodes, config, reference, folder, proxy)
         print(f"{'fault':<40} {'outcome':<10} {'seconds':>7}", flush=True)
         for fault in FAULTS:
             if options.only not in fault.name:

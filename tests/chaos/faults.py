@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from tests.chaos.benchmarks import in_benchmarks
+from tests.chaos.buckets import STORMS, far, killed_at_random, refused, storm
 from tests.chaos.memory import FILLED, killed_for_memory
 from tests.chaos.scene import BEGUN, Scene
 from tests.chaos.simulated import PATIENCE
@@ -90,4 +91,12 @@ FAULTS = (
     Fault("MLflow server gone a minute", tracking_server_gone),
     *(Fault(f"artifacts {how}", partial(artifacts_damaged, how)) for how in ("corrupted", "truncated")),
     Fault("two drivers on one run", two_drivers),
+    *(Fault(f"worker killed in {stage}, bucket", far(partial(worker_killed, stage))) for stage in TITLES),
+    *(Fault(f"node removed in {stage}, bucket", far(partial(node_removed, stage))) for stage in TITLES),
+    *(Fault(f"driver killed in {stage}, bucket", far(partial(driver_killed, stage))) for stage in BEGUN),
+    Fault("two drivers on one run, bucket", far(two_drivers)),
+    *(Fault(f"bucket: {what}", partial(storm, what)) for what in STORMS),
+    *(Fault(f"bucket: forbidden in {stage}", partial(refused, "forbidden", stage)) for stage in BEGUN),
+    Fault("bucket: credentials expired in extract", partial(refused, "expired", "extract")),
+    Fault("bucket: driver killed at random", killed_at_random),
 )

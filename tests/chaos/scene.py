@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from click.testing import CliRunner
@@ -14,6 +14,9 @@ from roma_ray.config.schema import Config
 from roma_ray.engine.steps import order
 from roma_ray.runs.pipeline import STEPS, Run
 from roma_ray.store.artifacts import MANIFEST, Stage
+from roma_ray.store.buckets import as_path
+from roma_ray.store.files import below, exists, for_libraries, listed, read_bytes, write_bytes
+from tests.bucket import Proxy
 from tests.chaos.simulated import PATIENCE, Driver, Nodes
 
 # What is there as soon as a stage has begun to do what a fault may interrupt.
@@ -38,15 +41,28 @@ class Scene:
     config: Config
     reference: Run
     folder: Path
+    proxy: Proxy | None = None
+    """Before a bucket, where there is one."""
+    root: Path | None = None
+    """Where storages lie, if that is not the folder."""
     count: int = 0
+
+    @property
+    def far(self) -> Scene:
+        """The same with storages in the bucket."""
+        assert self.proxy is not None
+        self.count += 1
+        self.proxy.reset()
+        return replace(self, root=as_path(self.proxy.address(f"chaos-{self.count}")))
 
     def storage(self, until: str | None = None) -> Path:
         """A fresh storage; with the undisturbed run's stages before `until` in it, to save their time."""
         self.count += 1
-        storage = self.folder / f"storage-{self.count}"
+        storage = (self.root or self.folder) / f"storage-{self.count}"
         for name in names_up_to(until)[:-1] if until else ():
             stage = self.reference.stages[name]
-            shutil.copytree(stage.path, storage / name / stage.fingerprint)
+            for file in below(stage.path):
+                write_bytes(storage / name / stage.fingerprint / file.relative_to(stage.path), read_bytes(file))
         return storage
 
     def place(self, storage: Path, stage: str) -> Path:
@@ -58,15 +74,14 @@ class Scene:
         folder = self.place(storage, stage)
 
         def ready() -> bool:
-            assert not (folder / MANIFEST).exists(), f"{stage} was over before the fault"
-            return any(folder.glob(BEGUN[stage]))
+            assert not exists(folder / MANIFEST), f"{stage} was over before the fault"
+            return bool(listed(folder, BEGUN[stage]))
 
         return ready
 
     def start(self, storage: Path, until: str, *words: str, uri: str | None = None) -> Driver:
         """A driver that runs up to a stage on the cluster; tracked where there is a server."""
-        self.count += 1
-        log = self.folder / f"driver-{self.count}.log"
+        log = self.folder / f"driver-{uuid.uuid4().hex[:8]}.log"
         where = [until, "--address", self.nodes.address, "--config", str(self.settings(storage, uri))]
         return Driver([*where, *words], self.nodes.environment, log)
 
@@ -85,7 +100,7 @@ class Scene:
         tracking = self.config.tracking.model_copy(
             update={"enabled": uri is not None, "uri": uri, "system_metrics": False}
         )
-        config = self.config.model_copy(update={"storage": str(storage), "tracking": tracking})
+        config = self.config.model_copy(update={"storage": for_libraries(storage), "tracking": tracking})
         file = self.folder / f"config-{storage.name}.yaml"
         file.write_text(config.to_yaml())
         return file

@@ -15,6 +15,8 @@ from typing import Any
 
 import psutil
 
+from tests.bucket import CREDENTIALS
+
 _DROPPED = ("RAY_ADDRESS", "RAY_AUTH_TOKEN_PATH", "ROMA_RAY_STORAGE", "MLFLOW_TRACKING_URI")
 PATIENCE = 400
 
@@ -32,6 +34,9 @@ def quiet_environment(folder: Path, token: str) -> dict[str, str]:
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "HOME": str(folder),
+        "ROMA_RAY_SCRATCH": str(folder / "scratch"),
+        "ROMA_RAY_LEASE_SECONDS": "5",
+        **CREDENTIALS,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",

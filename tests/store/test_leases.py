@@ -28,8 +28,9 @@ with leased(sys.argv[1]):
 
 
 @pytest.fixture
-def place(bucket: Proxy, request: pytest.FixtureRequest) -> Path:
-    """Where a lease is that no other test uses."""
+def place(bucket: Proxy, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a lease is that no other test uses, and that soon expires."""
+    monkeypatch.setenv("ROMA_RAY_LEASE_SECONDS", "2")
     name = request.node.name.translate({ord(c): "-" for c in "[]/ "})
     return as_path(bucket.address(f"leases/{name}")) / ".lock"
 
