@@ -324,8 +324,9 @@ def export(routers: str, out: str, form: str, base: str | None, force: bool) -> 
     quiet_libraries()
     from roma_ray.engine.setup import resolve_path
     from roma_ray.moe.exporting import export_routers
+    from roma_ray.store.files import local_place
 
-    notes = export_routers(Path(routers), Path(out), form=form, base=base and resolve_path(base))
+    notes = export_routers(local_place(routers), Path(out), form=form, base=base and resolve_path(base))
     say(f"written: {out}")
     for note in notes:
         say(f"note: {note}")

@@ -156,6 +156,8 @@ def check(config: Any, summary_path: str | None = None) -> None:
 
 def keep_what_is_there(out: str, force: bool) -> None:
     """Refuse to write over a file or into a folder that holds something, unless told to. Raises UsageError."""
+    if "://" in out:
+        raise click.UsageError(f"{out} is an address: name a place on this machine, and copy it from there")
     place = Path(out)
     if not force and (place.is_symlink() or place.is_file() or (place.is_dir() and any(place.iterdir()))):
         raise click.UsageError(f"{out} is there already: choose another place, or replace it with --force")
