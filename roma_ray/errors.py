@@ -67,7 +67,7 @@ class StorageError(RomaError, OSError):
 
 
 class BucketError(RomaError, RuntimeError):
-    """A bucket refuses something, does not answer, or does not exist: no word about what is in it."""
+    """A bucket refuses something, does not answer or does not exist, or there is no room here for copies of what is in it."""
 
 
 class TrainingError(RomaError, RuntimeError):

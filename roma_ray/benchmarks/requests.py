@@ -28,7 +28,8 @@ from roma_ray.engine.steps import Facts, make
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import ArtifactError, CacheError, ModelError
 from roma_ray.store.artifacts import Stage, Store, write_json
-from roma_ray.store.files import exists, read_json
+from roma_ray.store.files import exists, present, read_json
+from roma_ray.store.tables import read_tables
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 if TYPE_CHECKING:
@@ -154,7 +155,8 @@ def _run(
         write_table(stage.path / REQUESTS, table.to_pydict(), table.schema)
         write_json(plan_file, _plan(kind, requests, subject))
     plan: list[list[int]] = read_json(plan_file)
-    pending = [n for n in range(len(plan)) if not exists(batch_file(stage.path, n))]
+    done = present([batch_file(stage.path, n) for n in range(len(plan))])
+    pending = [n for n, there in enumerate(done) if not there]
     if pending and (note := subject.model.storage_note()):
         progress.say(note)
     states = None
@@ -330,7 +332,7 @@ class _Writer:
 def _gather(kind: str, stage: Stage, count: int) -> dict[str, Any]:
     """Gather the batches' answers, in request order, into one table; returns counts and times. Raises ArtifactError."""
     plan: list[list[int]] = read_json(stage.path / PLAN)
-    tables = [read_table(batch_file(stage.path, n)) for n in range(len(plan))]
+    tables = list(read_tables([batch_file(stage.path, n) for n in range(len(plan))]))
     whole = pa.concat_tables([t.replace_schema_metadata(None) for t in tables]).sort_by("request")
     if whole.column("request").to_pylist() != list(range(count)):
         raise ArtifactError(f"{stage.path} does not hold each request once; remove it and run again")

@@ -30,7 +30,8 @@ from roma_ray.questions.prompts import embedding_text
 from roma_ray.questions.records import Question
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, note_device, write_json
-from roma_ray.store.files import exists, local_place, read_json
+from roma_ray.store.files import local_place, present, read_json
+from roma_ray.store.tables import read_tables
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 VERSION = 1
@@ -90,7 +91,7 @@ def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
     order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
     plan = chunks(order, embedding.batch_size * _ENCODER_BATCHES)
     write_json(stage.path / PLAN, plan)
-    done = [n for n in range(len(plan)) if exists(_part(stage.path, n))]
+    done = [n for n, there in enumerate(present([_part(stage.path, n) for n in range(len(plan))])) if there]
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first.
     sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
@@ -181,7 +182,7 @@ def _part(folder: str | Path, batch: int) -> Path:
 
 
 def _gather(stage: Stage, batches: int, rows: int) -> int:
-    table = pa.concat_tables([read_table(_part(stage.path, n)) for n in range(batches)]).sort_by("row")
+    table = pa.concat_tables(read_tables([_part(stage.path, n) for n in range(batches)])).sort_by("row")
     if table.column("row").to_pylist() != list(range(rows)):
         raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
     width = len(table.column("embedding")[0])

@@ -23,7 +23,7 @@ from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.identity import answer_rule
 from roma_ray.engine.kept_selfchecks import worst_of
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts
+from roma_ray.engine.question_table import TABLE, matrix, read_prompts, table_facts
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -34,9 +34,9 @@ from roma_ray.questions.prompts import Prompt
 from roma_ray.stages.failed_questions import failed_rows, refuse, too_many
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, read_manifest, write_json
-from roma_ray.store.files import exists, free_bytes, listed, remove_folder, roomy
+from roma_ray.store.files import exists, free_bytes, listed, present, remove_folder, roomy
 from roma_ray.store.scratch import ScratchArray
-from roma_ray.store.tables import write_parts
+from roma_ray.store.tables import read_tables, write_parts
 
 VERSION = 2
 # Rows of one row group: 64 MB of routing rows at 16 layers of 64 experts.
@@ -97,7 +97,7 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     setup, stage, execute = job.setup, job.stage, runners.extract
     prompts = read_prompts(job.stages["questions"].path / TABLE)
     prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
-    done = [n for n in range(len(plan)) if exists(batch_table(stage.path, n))]
+    done = [n for n, there in enumerate(present([batch_table(stage.path, n) for n in range(len(plan))])) if there]
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first, and an estimate by them would be ten times too long.
     tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
@@ -184,8 +184,7 @@ def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[
     facts: dict[str, Any] = {}
     small, routing, schema = [], {}, None
     try:
-        for number in range(batches):
-            table = read_table(batch_table(stage.path, number))
+        for table in read_tables([batch_table(stage.path, number) for number in range(batches)]):
             schema = schema or table.schema.remove_metadata()
             facts = facts or table_facts(table)
             wide = [name for name in table.column_names if name.startswith("routing_")]

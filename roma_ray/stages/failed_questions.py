@@ -15,7 +15,7 @@ import torch
 
 from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
 from roma_ray.engine.forward import lay_out
-from roma_ray.engine.question_table import TABLE, read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.work import Executor, Job, Report
@@ -24,7 +24,8 @@ from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.packing import Packing
 from roma_ray.moe.passes import run_packed
 from roma_ray.store.artifacts import Stage, write_json
-from roma_ray.store.files import exists, read_json, remove
+from roma_ray.store.files import present, read_json, remove
+from roma_ray.store.tables import read_tables
 
 ORIGIN = ".not-finite.json"
 _SHOWN = 3
@@ -33,8 +34,7 @@ _SHOWN = 3
 def failed_rows(stage: Stage, batches: Iterable[int]) -> dict[int, str]:
     """Row and reason of every question that failed in these finished batches. Raises ArtifactError."""
     found: dict[int, str] = {}
-    for batch in batches:
-        table = read_table(batch_table(stage.path, batch), ["row", "error"])
+    for table in read_tables([batch_table(stage.path, batch) for batch in batches], ["row", "error"]):
         rows = zip(table.column("row").to_pylist(), table.column("error").to_pylist(), strict=True)
         found.update((row, error) for row, error in rows if error is not None)
     return found
@@ -49,7 +49,7 @@ def refuse(job: Job, execute: Executor) -> ModelError:
     """The error for an extraction in which too many questions failed: how many, why, and where it begins."""
     setup, stage = job.setup, job.stage
     plan = read_plan(stage.path / PLAN)[1]
-    done = [n for n in range(len(plan)) if exists(batch_table(stage.path, n))]
+    done = [n for n, there in enumerate(present([batch_table(stage.path, n) for n in range(len(plan))])) if there]
     failed = failed_rows(stage, done)
     seen, total = sum(len(plan[n]) for n in done), sum(map(len, plan))
     reasons = Counter(failed.values()).most_common()

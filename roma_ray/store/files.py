@@ -113,6 +113,14 @@ def exists(path: str | Path) -> bool:
     return objects.exists(path) if is_object(path) else Path(path).exists()
 
 
+def present(paths: Sequence[Path]) -> list[bool]:
+    """Which of these files are there; a bucket is asked once for each of their folders."""
+    if not any(map(is_object, paths)):
+        return [path.exists() for path in paths]
+    there = {path for folder in {path.parent for path in paths} for path in objects.listed(folder, "*")}
+    return [path in there for path in paths]
+
+
 def is_special(path: str | Path) -> bool:
     """Whether what is there is no file: a folder, or a pipe that would be waited for without end."""
     return not is_object(path) and Path(path).exists() and not Path(path).is_file()
@@ -186,6 +194,11 @@ def drop_empty(folder: str | Path) -> None:
 def local(path: str | Path) -> Path:
     """A local file of the same bytes and name, for who maps it or opens it; nobody may write to it. Raises OSError."""
     return staging.local_copy(path) if is_object(path) else Path(path)
+
+
+def locals_of(paths: Sequence[Path]) -> Iterator[Path]:
+    """The `local` file of each path, in their order; from a bucket several are fetched ahead. Raises as `local`."""
+    return staging.local_copies(paths) if any(map(is_object, paths)) else iter(paths)
 
 
 def local_tree(folder: str | Path) -> Path:

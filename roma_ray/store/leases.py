@@ -23,7 +23,7 @@ from roma_ray.store import objects
 
 SECONDS = "ROMA_RAY_LEASE_SECONDS"
 _SECONDS, _LEAST_SECONDS = 60.0, 2.0
-_POLL_SECONDS = 1.0
+_POLL_SECONDS, _LOOK_SECONDS = 1.0, 0.2
 _SHARED, _CLOCK = ".shared", ".clock"
 
 
@@ -61,10 +61,15 @@ class Lease:
     def start(self, tag: str, since: float) -> None:
         """It was taken by a write that began at `since` (`time.monotonic`): renew it from now on."""
         self.tag, self._renewed = tag, since
-        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+        # No daemon: a thread in the middle of a request must not meet the end of the interpreter.
+        threading.Thread(target=self._renew, name="lease").start()
 
     def _renew(self) -> None:
-        while not self._over.wait(self.seconds / 4):
+        due = time.monotonic() + self.seconds / 4
+        while threading.main_thread().is_alive() and not self._over.wait(_LOOK_SECONDS):
+            if time.monotonic() < due:
+                continue
+            due = time.monotonic() + self.seconds / 4
             with self._writing:
                 if self._over.is_set():
                     return

@@ -24,7 +24,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 
-from roma_ray.errors import ArtifactError, BucketError, StorageError
+from roma_ray.errors import ArtifactError, BucketError, RomaError, StorageError
 from roma_ray.store import objects
 
 SCRATCH, ROOM = "ROMA_RAY_SCRATCH", "ROMA_RAY_SCRATCH_GIB"
@@ -35,7 +35,7 @@ _SETTLING_SECONDS = 120.0
 _ABANDONED_SECONDS = 3600.0
 _SECONDS_BETWEEN_LOOKS = 5.0
 _TRIES = 3
-_AT_ONCE = 4
+_AT_ONCE, _AHEAD = 4, 8
 _sealed: dict[Path, str] = {}
 
 T = TypeVar("T")
@@ -44,7 +44,7 @@ T = TypeVar("T")
 def scratch_root() -> Path:
     """This machine's scratch: $ROMA_RAY_SCRATCH, else a folder of this user's under the system's temporary one.
 
-    Raises StorageError where it cannot be made, or is somebody else's.
+    Raises BucketError where it cannot be made, StorageError where it is somebody else's.
     """
     given = os.environ.get(SCRATCH)
     root = Path(given).expanduser().absolute() if given else Path(tempfile.gettempdir()) / f"roma-ray-{os.getuid()}"
@@ -58,8 +58,8 @@ def scratch_root() -> Path:
     return root
 
 
-def _no_room(place: Path, error: Exception) -> StorageError:
-    return StorageError(
+def _no_room(place: Path, error: Exception) -> BucketError:
+    return BucketError(
         f"cannot write {place}: {getattr(error, 'strerror', None) or error}. Local copies of the bucket's files lie there: free "
         f"some space, or name another place with ${SCRATCH}, and run the same command again: finished work is kept."
     )
@@ -95,6 +95,22 @@ def local_copy(path: str | Path) -> Path:
         _make_room(root, place)
         return place
     raise BucketError(f"cannot read {path}: it changes all the time. Run the same command again.")
+
+
+def local_copies(paths: Sequence[Path]) -> Iterator[Path]:
+    """The copy of each object, in their order, a few ahead of the caller. Raises as `local_copy`."""
+    with ThreadPoolExecutor(_AHEAD, thread_name_prefix="copies") as pool:
+        waiting: list[Future[Path]] = []
+        try:
+            for path in paths:
+                waiting.append(pool.submit(local_copy, path))
+                if len(waiting) > _AHEAD:
+                    yield waiting.pop(0).result()
+            while waiting:
+                yield waiting.pop(0).result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 def _fetch(root: Path, path: str | Path, place: Path, found: objects.Facts) -> None:
@@ -171,12 +187,13 @@ def fetch_ahead(paths: Sequence[str | Path]) -> None:
     def fetch() -> None:
         nonlocal left
         for path in paths:
-            with contextlib.suppress(OSError, BucketError):
-                left -= local_copy(path).stat().st_size
-            if left < 0:
+            # No daemon: a thread in the middle of a request must not meet the end of the interpreter.
+            if left < 0 or not threading.main_thread().is_alive():
                 return
+            with contextlib.suppress(OSError, RomaError):
+                left -= local_copy(path).stat().st_size
 
-    threading.Thread(target=fetch, name="fetch-ahead", daemon=True).start()
+    threading.Thread(target=fetch, name="fetch-ahead").start()
 
 
 def write_through(path: str | Path, write: Callable[[Path], object]) -> None:

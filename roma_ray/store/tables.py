@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from roma_ray.errors import ArtifactError
-from roma_ray.store.files import local, write_atomically
+from roma_ray.store.files import local, locals_of, write_atomically
 
 WRITING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 """How tables are written: a damaged page is then seen when it is read, also where no manifest speaks for the file yet."""
@@ -58,6 +58,16 @@ def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Tab
             f"{path} lacks the column(s) {', '.join(sorted(missing))}; it was written by another version"
         )
     return table
+
+
+def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
+    """Read Parquet files one after another. Raises as `read_table`."""
+    places = locals_of(paths)
+    for path in paths:
+        try:
+            yield read_table(next(places), columns)
+        except FileNotFoundError:
+            raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
 
 
 def table_facts(table: pa.Table, *counts: str) -> dict[str, Any]:
