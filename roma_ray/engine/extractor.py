@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
-from roma_ray.engine.identity import answer_rule
+from roma_ray.engine.forward import Layout, answered, choice_scores, lay_out, mean_routing, own_tokens
+from roma_ray.engine.identity import answer_rule, is_free
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.question_table import TABLE, read_prompts, write_table
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.success import Success
 from roma_ray.engine.work import Job, Report
 from roma_ray.errors import ArtifactError, ModelError
 from roma_ray.moe.passes import run_packed
@@ -143,10 +144,11 @@ class Extracted:
     after_attention: dict[int, Tensor]
     routing: dict[str, np.ndarray]
     scores: list[list[float]]
+    predictions: list[int]
 
     @staticmethod
     def empty() -> Extracted:
-        return Extracted([], {}, {}, [])
+        return Extracted([], {}, {}, [], [])
 
 
 def read_plan(path: Path) -> tuple[int, list[list[int]]]:
@@ -165,7 +167,9 @@ class Batches:
         self.work = work
         self.prefix, self.batches = read_plan(Path(work.folder) / PLAN)
         self.prompts = read_prompts(work.questions)
-        self.rule = answer_rule(work.setup.config.questions.prompt)
+        config = work.setup.config
+        self.rule = answer_rule(config.questions.prompt)
+        self.success = Success(config.extraction.success, work.questions) if is_free(config) else None
 
     def reading(self, rows: Sequence[int]) -> Reading:
         """The layout of some rows and what is read of it."""
@@ -198,14 +202,14 @@ class Batches:
         for row in self.batches[batch]:
             prompt, at = self.prompts[row], None if row in errors else place[row]
             found = None if at is None else result.scores[at]
-            answer = None if found is None else predict(found, prompt, self.rule)
+            answer = None if at is None else result.predictions[at]
             columns["row"].append(row)
             columns["id"].append(prompt.id)
             columns["batch"].append(batch)
             columns["error"].append(errors.get(row))
             columns["scores"].append(found)
             columns["prediction"].append(answer)
-            columns["is_correct"].append(answer is not None and answer == prompt.answer)
+            columns["is_correct"].append(found is not None and self._right(row, found, answer))
             columns["offset"].append(None if at is None else offsets[at])
             columns["tokens"].append(None if at is None else lengths[at])
             columns["shard_tokens"].append(offsets[-1])
@@ -216,6 +220,11 @@ class Batches:
         facts = {"layers": shape[0], "experts": shape[1]} if shape else {}
         write_table(batch_table(self.work.folder, batch), columns, _schema(self.work.tokens), facts)
         return len(errors)
+
+    def _right(self, row: int, scores: Sequence[float], answer: int | None) -> bool:
+        if self.success is not None:
+            return self.success.right(row, self.prompts[row], scores)
+        return answer == self.prompts[row].answer
 
 
 class Extractor:
@@ -275,7 +284,8 @@ class Extractor:
         logits_NV, after_attention, routing_1PLE = run_part(self.model, reading, None, self.work.cuts)
         assert routing_1PLE is not None
         scores = choice_scores(logits_NV, reading.keep, reading.layout)
-        result = Extracted(list(rows), after_attention, reading.routing(routing_1PLE), scores)
+        predictions = answered(logits_NV, reading.keep, reading.layout, scores, self.batches.rule)
+        result = Extracted(list(rows), after_attention, reading.routing(routing_1PLE), scores, predictions)
         return result, len(reading.layout.packing)
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from roma_ray.engine.question_table import read_table, table_facts, write_table
 from roma_ray.engine.scoring import Scores
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.free_results import FREE_RULE, FreeJudged, read_free
 from roma_ray.evaluation.measures import RULES, Asked, measure
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import read_manifest
@@ -99,12 +100,19 @@ def read_verdicts(
 ) -> tuple[list[tuple[str, str]], list[str], list[float], dict[str, str]]:
     """A model's values of the test questions by every measure: ((task, metric), question id, value) by row, and each task's pin."""
     pin = str(read_manifest(folder)["facts"]["pin"])
-    found = read_judged(folder)
+    free = rule_of(folder) == FREE_RULE
+    found = read_free(Path(folder) / RESULTS) if free else read_judged(folder)
+    tasks = found.tasks if isinstance(found, FreeJudged) else found.asked.tasks
     keys: list[tuple[str, str]] = []
     ids: list[str] = []
     measured: list[float] = []
     for metric, values in found.values(which).items():
-        keys += [(task, metric) for task in found.asked.tasks]
+        keys += [(task, metric) for task in tasks]
         ids += found.ids
         measured += values.tolist()
-    return keys, ids, measured, dict.fromkeys(found.asked.tasks, pin)
+    return keys, ids, measured, dict.fromkeys(tasks, pin)
+
+
+def rule_of(folder: str | Path) -> str:
+    """By which score the answers of an evaluation's folder were chosen. Raises ArtifactError."""
+    return str(table_facts(read_table(Path(folder) / RESULTS, ["row"])).get("rule"))

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from roma_ray.engine.cache import open_states
-from roma_ray.engine.identity import prompt_settings
+from roma_ray.engine.identity import is_free, prompt_settings, success_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
@@ -33,6 +33,7 @@ from roma_ray.stages import routing_change
 from roma_ray.stages.base_scores import base_scores, base_stage, scoring
 from roma_ray.stages.embedding import read_embeddings
 from roma_ray.stages.finetuning import ADAPTER, FINETUNE, epochs_of
+from roma_ray.stages.free_evaluation import free_figures, free_guards, judge_free
 from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
 from roma_ray.store.files import read_json
@@ -74,24 +75,33 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
         after, live = score(test), score(trained) if trained else None
     base, validation = all_base.of(test), all_base.of(of_split["validation"])
     check_not_identical(base.scores, after.scores)
-    metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
     columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
-    letter = prompt.format == "letter"
-    write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
     tasks = [prompts[row].task for row in test]
+    trained_tasks = {prompts[row].task for row in near.queried.nonzero()[:, 0].tolist()}
+    pinned = {**prompt_settings(prompt), "rule": arguments["rule"]}
+    if is_free(setup.config):
+        answers = judge_free(setup, stage, prompts, base, after, columns)
+        metric, figures = answers.configured, free_figures(answers, trained_tasks, held_out)
+        verdicts = {which: answers.values(which)[metric] for which in ("base", "tuned")}
+        guards, pinned = free_guards(questions, prompts), {**pinned, **success_settings(setup.config)}
+    else:
+        metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
+        letter = prompt.format == "letter"
+        write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
+        figures = _test_figures(stage, questions, trained_tasks, held_out)
+        verdicts = {"base": base.correct, "tuned": after.correct}
+        guards = _guards(questions, prompts, test, base, after)
     embeddings = stages["embed"]
     changed = routing_change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
     lived = {"train": live, "test": after}
     distance = routing_change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
     result = {
-        "splits": {"test": by_task(tasks, base.correct, after.correct)},
-        "validation": _validation(validation, tuned),
-        **_test_figures(
-            stage, questions, {prompts[row].task for row in near.queried.nonzero()[:, 0].tolist()}, held_out
-        ),
-        "guards": _guards(questions, prompts, test, base, after),
+        "splits": {"test": by_task(tasks, verdicts["base"], verdicts["tuned"])},
+        "validation": _validation(validation, tuned, prompts),
+        **figures,
+        "guards": guards,
         "diagnostics": {**changed, "manifold_distance": distance},
-        "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
+        "pin": evaluation_pin(questions, pinned, test),
     }
     write_json(stage.path / SUMMARY, result)
     return {"rows": len(test), "pin": result["pin"], "metric": metric}
@@ -122,11 +132,17 @@ def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str,
     }
 
 
-def _validation(base: Scores, tuned: Stage) -> dict[str, Any]:
-    """Accuracy on the validation questions with standard errors: the base's, and of the exported epoch what training measured."""
+def _validation(base: Scores, tuned: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Accuracy on the validation questions with standard errors: the base's, and of the exported epoch what training measured; of
+    free-form ones the answers' log-likelihoods too.
+    """
     reached = epochs_of(tuned)[tuned.manifest()["facts"]["selected_epoch"]]
+    free: dict[str, Any] = {}
+    if "validation_logp" in reached:
+        free = {"base_logp": base.answer_logp(prompts), "tuned_logp": reached["validation_logp"]}
     return {
         "n": len(base.rows),
+        **free,
         "base_accuracy": base.accuracy,
         "base_stderr": base.stderr,
         "tuned_accuracy": reached["validation_accuracy"],

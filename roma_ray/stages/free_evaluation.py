@@ -1,0 +1,65 @@
+"""What the evaluation says of free-form questions: every measure of both models' answers, paired, and the guards' findings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from roma_ray.engine.question_table import TABLE, read_table
+from roma_ray.engine.scoring import Scores
+from roma_ray.engine.setup import Setup
+from roma_ray.evaluation.free_results import FreeJudged, read_free, write_free_results
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, overlap
+from roma_ray.evaluation.measures import pair_measures
+from roma_ray.evaluation.results_file import RESULTS
+from roma_ray.evaluation.transfer import by_group
+from roma_ray.questions.prompts import Prompt
+from roma_ray.store.artifacts import Stage
+
+
+def judge_free(
+    setup: Setup, stage: Stage, prompts: Sequence[Prompt], base: Scores, tuned: Scores, columns: list[int]
+) -> FreeJudged:
+    """Write both models' answers to the test questions and read them as any reader does. Raises StorageError."""
+    path = Path(stage.path / RESULTS)
+    write_free_results(path, prompts, base, tuned, columns, setup.config.extraction.success)
+    return read_free(path)
+
+
+def free_figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) -> dict[str, Any]:
+    """The test questions by every measure, the answers' perplexity; where tasks are `held_out`, also by group."""
+    base, tuned = found.values("base"), found.values("tuned")
+    groups = None
+    if held_out:
+        groups = by_group(base, tuned, found.tasks, trained, held_out, found.configured, likelihood="gold_logp")
+    return {
+        **({} if groups is None else {"held_out": groups}),
+        "measures": {
+            "configured": found.configured,
+            "coincide": False,
+            "figures": {name: one.plain() for name, one in pair_measures(base, tuned, found.tasks).items()},
+        },
+        "shares": {},
+        "free": {
+            "tokens": int(found.tokens.sum()),
+            "perplexity": {which: found.perplexity(which) for which in ("base", "tuned")},
+        },
+    }
+
+
+def free_guards(questions: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Findings that a reader of the table must know. A free answer has no level of chance."""
+    table = read_table(questions.path / TABLE, ["question"]).column("question").to_pylist()
+    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
+    for asked, prompt in zip(table, prompts, strict=True):
+        parts.setdefault(prompt.split, []).append((asked, []))
+    truncated = sum(p.truncated for p in prompts)
+    return {
+        "identical_scores": False,
+        "at_chance": [],
+        "below_chance": [],
+        "truncated": truncated,
+        "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts),
+        "test_questions_in_training": overlap(parts["train"], parts["test"]),
+    }
