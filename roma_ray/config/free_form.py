@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pydantic import Field, field_validator
+
 from roma_ray.config.section import Section
 
 FREE = "free"
@@ -12,23 +14,47 @@ ANSWER = "Answer"
 """The rule of `routing.tokens` that reads r_i where the answer is predicted: at the last prompt token and those of the answer."""
 
 
-class SuccessConfig(Section):
-    """When the base model answers a free-form question rightly (S of eq. 2)."""
+WRITING = ("exact_match", "contains", "numeric")
+"""Metrics of success that judge what the model writes."""
 
-    metric: Literal["likelihood", "verdict"] = "likelihood"
-    """`likelihood`: the answer's mean log-likelihood a token is at least `threshold`. `verdict`: what the rows say in a field
-    `correct` (an external judge's)."""
+
+class SuccessConfig(Section):
+    """When the base model answers a free-form question rightly (S of eq. 2), and how answers are written where that needs any."""
+
+    metric: Literal["exact_match", "contains", "numeric", "likelihood", "verdict"] = "exact_match"
+    """Of the answer that greedy decoding writes: `exact_match` after SQuAD's normalisation; `contains`, the answer stands in it;
+    `numeric`, equal numbers, after `####` where that stands (GSM8K). Nothing is written for `likelihood`, the answer's mean
+    log-likelihood a token is at least `threshold`, and `verdict`, what the rows say in a field `correct` (an external judge's)."""
     threshold: float = -1.0
     """Nats a token (`likelihood`)."""
+    max_new_tokens: int = Field(default=256, ge=1)
+    """Longest answer that is written; longer ones are cut, and counted."""
+    stop: tuple[str, ...] = ("Question:",)
+    """Texts at which a written answer ends, themselves left out, beside the model's own end of text."""
+    generation_batch: int = Field(default=16, ge=1)
+    """Prompts that are continued together."""
+
+    @field_validator("stop")
+    @classmethod
+    def _not_empty(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not all(value):
+            raise ValueError("an empty text ends every answer before it begins")
+        return value
+
+    @property
+    def writes(self) -> bool:
+        """Whether answers are written."""
+        return self.metric in WRITING
 
 
 def free_form_fault(
-    *, free: bool, tokens: str, registered: Sequence[str], choices: bool, alone: bool, positions: str
+    *, free: bool, tokens: str, registered: Sequence[str], choices: bool, alone: bool, positions: str, streamed: str
 ) -> str | None:
     """What of a configuration does not go with its kind of questions, in a sentence; None where all does.
 
     tokens: `routing.tokens`; registered: data sets of the registry; choices: whether a mapping of columns names any; alone:
-    `evaluation.task_loss_alone`; positions: of the regularizer.
+    `evaluation.task_loss_alone`; positions: of the regularizer; streamed: the metric that needs written answers where the model
+    is streamed, else empty.
     """
     if not free:
         if tokens == ANSWER:
@@ -48,6 +74,11 @@ def free_form_fault(
         return (
             "evaluation.task_loss_alone judges multiple-choice questions, and questions.prompt.format is free: set it to false "
             "and compare with a run of finetune.regularizer.kind=none by `roma-ray compare`"
+        )
+    if streamed:
+        return (
+            f"extraction.success.metric: {streamed} writes answers with the whole model, and extraction.memory_gb streams it: leave "
+            "memory_gb out, or set the metric to likelihood or verdict"
         )
     if tokens == ANSWER and positions == "sum":
         return (

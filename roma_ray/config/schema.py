@@ -360,7 +360,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _of_one_kind(self) -> Config:
-        sources = self.questions.sources
+        sources, success = self.questions.sources, self.extraction.success
         mapped = [source.columns for source in sources if source.columns is not None]
         fault = free_form_fault(
             free=self.questions.prompt.format == FREE,
@@ -369,6 +369,7 @@ class Config(Section):
             choices=any(columns.choices != "choices" or columns.labels is not None for columns in mapped),
             alone=self.evaluation.task_loss_alone,
             positions=self.finetune.regularizer.positions,
+            streamed=success.metric if success.writes and self.extraction.memory_gb is not None else "",
         )
         if fault:
             raise ValueError(fault)

@@ -179,7 +179,9 @@ def _idle_extraction(config: Config) -> dict[str, str]:
 
 
 def _idle_success(success: SuccessConfig) -> dict[str, str]:
-    return {} if success.metric == "likelihood" else {"threshold": f"extraction.success.metric is {success.metric}"}
+    idle = [] if success.metric == "likelihood" else ["threshold"]
+    idle += [] if success.writes else ["max_new_tokens", "stop", "generation_batch"]
+    return dict.fromkeys(idle, f"extraction.success.metric is {success.metric}")
 
 
 def _idle_prompt(prompt: PromptConfig) -> dict[str, str]:

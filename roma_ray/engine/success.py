@@ -8,6 +8,7 @@ from pathlib import Path
 from roma_ray.config.free_form import SuccessConfig
 from roma_ray.engine.question_table import read_table
 from roma_ray.errors import QuestionError
+from roma_ray.questions.answer_metrics import WRITTEN
 from roma_ray.questions.prompts import Prompt
 
 
@@ -18,7 +19,10 @@ class Success:
         """Raises QuestionError where no row holds the verdict that is to be taken."""
         self.config = config
         self.verdicts: list[bool | None] = []
-        if config.metric == "verdict":
+        self.accepted: list[list[str]] = []
+        if config.writes:
+            self.accepted = accepted_answers(questions)
+        elif config.metric == "verdict":
             self.verdicts = read_table(questions, ["verdict"]).column("verdict").to_pylist()
             if not any(verdict is not None for verdict in self.verdicts):
                 raise QuestionError(
@@ -26,11 +30,22 @@ class Success:
                     "choose another metric"
                 )
 
-    def right(self, row: int, prompt: Prompt, scores: Sequence[float]) -> bool:
-        """Whether question `row` is answered rightly; `scores` holds the answer's log-likelihood. A row without verdict is not."""
+    def right(self, row: int, prompt: Prompt, scores: Sequence[float], text: str | None) -> bool:
+        """Whether question `row` is answered rightly; `scores` holds the answer's log-likelihood, `text` what was written.
+
+        A row without verdict, or of which nothing was written, is not.
+        """
+        if self.config.writes:
+            return text is not None and bool(WRITTEN[self.config.metric](text, self.accepted[row]))
         if self.config.metric == "verdict":
             return bool(self.verdicts[row])
         return likely(scores[0], prompt, self.config.threshold)
+
+
+def accepted_answers(questions: Path) -> list[list[str]]:
+    """The texts that are right, of every question of a table."""
+    found: list[list[str]] = read_table(questions, ["choices"]).column("choices").to_pylist()
+    return found
 
 
 def likely(score: float, prompt: Prompt, threshold: float) -> bool:

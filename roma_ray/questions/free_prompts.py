@@ -40,8 +40,7 @@ class FreePromptBuilder(PromptBuilder):
     def __init__(self, tokenizer: PreTrainedTokenizerBase, config: PromptConfig) -> None:
         super().__init__(tokenizer, config)
         self.end_id: int | None = tokenizer.eos_token_id
-        special = (token for token, text in tokenizer.added_tokens_decoder.items() if text.special)
-        self.special_ids = {*tokenizer.all_special_ids, *special}
+        self.special_ids = special_ids(tokenizer)
 
     def render(self, question: Question, context: str | None) -> str:
         """The prompt's text, before it is tokenised. Raises QuestionError."""
@@ -132,6 +131,12 @@ class FreePromptBuilder(PromptBuilder):
         return Prompt(
             question.id, question.task, question.split, tuple(prompt_ids), tuple(choice_ids), chars, 0, truncated
         )
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that are no text: ends of texts and of turns among them."""
+    added = (token for token, text in tokenizer.added_tokens_decoder.items() if text.special)
+    return {*tokenizer.all_special_ids, *added}
 
 
 def _passage(context: str | None) -> str:

@@ -6,24 +6,62 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from roma_ray.benchmarks.scorers import Routers
+from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
 from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
-from roma_ray.evaluation.free_results import FreeJudged, read_free, write_free_results
+from roma_ray.engine.success import accepted_answers
+from roma_ray.engine.tokenizer import load_tokenizer
+from roma_ray.evaluation.free_results import FreeJudged, Texts, read_free, write_free_results
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, overlap
 from roma_ray.evaluation.measures import pair_measures
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import by_group
+from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import Stage
 
 
+def write_texts(
+    setup: Setup, head: Slice, adapter: Path, questions: Stage, prompts: Sequence[Prompt], rows: Sequence[int]
+) -> Texts | None:
+    """What base and tuned routers write to some questions; the layers below the head run each prompt once for both. None where
+    success needs no written answers. The head is left with the base's routers.
+
+    Raises ModelError, CheckpointError, GuardError.
+    """
+    success, model = setup.config.extraction.success, setup.model
+    if not success.writes:
+        return None
+    tokenizer = load_tokenizer(model.path, model.revision)
+    below = [model.load(0, setup.cut, with_lm_head=False)] if setup.cut else []
+    decoder = Decoder([*below, head], tokenizer, rules_for(model, tokenizer, prompts, success))
+    routers = Routers(head, str(adapter))
+    found: dict[str, dict[int, Written]] = {"base": {}, "tuned": {}}
+    asked = [prompts[row] for row in rows]
+    for numbers, begun in begun_batches(decoder, asked, success.generation_batch):
+        for name, answers in found.items():
+            routers.put(name)
+            answers.update(zip(numbers, decoder.write(begun), strict=True))
+    routers.put("base")
+    every = accepted_answers(questions.path / TABLE)
+    written = {name: [answers[n] for n in range(len(rows))] for name, answers in found.items()}
+    return Texts([every[row] for row in rows], written)
+
+
 def judge_free(
-    setup: Setup, stage: Stage, prompts: Sequence[Prompt], base: Scores, tuned: Scores, columns: list[int]
+    setup: Setup,
+    stage: Stage,
+    prompts: Sequence[Prompt],
+    base: Scores,
+    tuned: Scores,
+    columns: list[int],
+    texts: Texts | None,
 ) -> FreeJudged:
     """Write both models' answers to the test questions and read them as any reader does. Raises StorageError."""
     path = Path(stage.path / RESULTS)
-    write_free_results(path, prompts, base, tuned, columns, setup.config.extraction.success)
+    write_free_results(path, prompts, base, tuned, columns, setup.config.extraction.success, texts)
     return read_free(path)
 
 
@@ -43,6 +81,7 @@ def free_figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) 
         "shares": {},
         "free": {
             "tokens": int(found.tokens.sum()),
+            **({"written": found.written()} if found.ended else {}),
             "perplexity": {which: found.perplexity(which) for which in ("base", "tuned")},
         },
     }

@@ -33,7 +33,7 @@ from roma_ray.stages import routing_change
 from roma_ray.stages.base_scores import base_scores, base_stage, scoring
 from roma_ray.stages.embedding import read_embeddings
 from roma_ray.stages.finetuning import ADAPTER, FINETUNE, epochs_of
-from roma_ray.stages.free_evaluation import free_figures, free_guards, judge_free
+from roma_ray.stages.free_evaluation import free_figures, free_guards, judge_free, write_texts
 from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
 from roma_ray.store.files import read_json
@@ -71,6 +71,8 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
 
         all_base = base_scores(kept, judged, lambda: score(judged))
         stage.note_makers(of=kept)
+        free = is_free(setup.config)
+        texts = write_texts(setup, head, tuned.path / ADAPTER, questions, prompts, test) if free else None
         load_adapter(tuned.path / ADAPTER, head)
         after, live = score(test), score(trained) if trained else None
     base, validation = all_base.of(test), all_base.of(of_split["validation"])
@@ -79,8 +81,8 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     tasks = [prompts[row].task for row in test]
     trained_tasks = {prompts[row].task for row in near.queried.nonzero()[:, 0].tolist()}
     pinned = {**prompt_settings(prompt), "rule": arguments["rule"]}
-    if is_free(setup.config):
-        answers = judge_free(setup, stage, prompts, base, after, columns)
+    if free:
+        answers = judge_free(setup, stage, prompts, base, after, columns, texts)
         metric, figures = answers.configured, free_figures(answers, trained_tasks, held_out)
         verdicts = {which: answers.values(which)[metric] for which in ("base", "tuned")}
         guards, pinned = free_guards(questions, prompts), {**pinned, **success_settings(setup.config)}

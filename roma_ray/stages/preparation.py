@@ -196,8 +196,15 @@ def _check_splits(prompts: Sequence[Prompt]) -> None:
 
 
 def _check_texts(config: Config, forms: Collection[str]) -> None:
-    """A text has no prompt, so its routing is that of its tokens. Raises ConfigError."""
-    if "text" in forms and config.routing.tokens != ANSWER:
+    """A text has no prompt: its routing is that of its tokens, and nobody writes an answer. Raises ConfigError."""
+    if "text" not in forms:
+        return
+    if config.extraction.success.writes:
+        raise ConfigError(
+            "there are rows of `text`, which have no answer to be written (extraction.success.metric: "
+            f"{config.extraction.success.metric}): set extraction.success.metric=likelihood, with a threshold"
+        )
+    if config.routing.tokens != ANSWER:
         raise ConfigError(
             f"there are rows of `text`, which have no prompt whose tokens (routing.tokens: {config.routing.tokens}) could be read: "
             f"set routing.tokens={ANSWER}"
