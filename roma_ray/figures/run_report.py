@@ -126,6 +126,8 @@ def draw(
         "task_maps": lambda: task_maps(setup, stages, found, oracle),
     }
     captions = dict(_CAPTIONS)
+    if "free" in summary:
+        captions["validation_accuracy"] = ("Validation log-likelihood", captions["validation_accuracy"][1])
     if oracle:
         title, caption = captions["task_maps"]
         captions["task_maps"] = (title, f"{caption} {oracle_sentence(oracle)}")

@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from roma_ray.config.schema import Config
 from roma_ray.engine.cache import ROWS
-from roma_ray.engine.identity import data_seed, neighbors_settings
+from roma_ray.engine.identity import data_seed, is_free, neighbors_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_table, write_table
 from roma_ray.engine.runners import Runners
@@ -53,7 +54,7 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     training_N &= usable_rows(extraction)
     correct_N = answered_rightly(extraction)
     embeddings_NC = read_embeddings(embeddings)
-    successful_N = successful_set(correct_N, training_N)
+    successful_N = _successful(config, extraction, correct_N, training_N)
     progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
     found = search(setup, questions, embeddings, successful_N, training_N)
     _write(job.stage, found)
@@ -64,6 +65,22 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
         "training": int(training_N.sum()),
         "recall": found.recall,
     }
+
+
+def _successful(config: Config, extraction: Stage, correct_N: torch.Tensor, training_N: torch.Tensor) -> torch.Tensor:
+    """S of eq. 2. Raises NeighborError where it is empty, of free-form questions with the settings that decide it."""
+    try:
+        return successful_set(correct_N, training_N)
+    except NeighborError as error:
+        if not is_free(config):
+            raise
+        success = config.extraction.success
+        scores = "`scores` (the answers' log-likelihoods)"
+        seen = f"`text` (what was written) and {scores}" if success.writes else scores
+        raise NeighborError(
+            f"{error}. They are judged by extraction.success.metric: {success.metric}; {seen} stand in {extraction.path / ROWS}. Another "
+            "metric, stop or threshold may fit this model"
+        ) from None
 
 
 def search(
