@@ -51,6 +51,6 @@ def free_world(root: Path, rows: list[dict[str, Any]], family: str = "olmoe", **
         "sources": [{"path": str(write_rows(root / "free.jsonl", rows))}],
         "prompt": {"format": "free", "max_tokens": 256},
     }
-    extraction = {"batch_tokens": 512, "success": {"metric": "likelihood", "threshold": -6.05}}
+    extraction = {"batch_tokens": 512, "success": {"metric": "likelihood", "threshold": -6.8}}
     given = {"extraction": extraction, "questions": questions, **sections}
     return make_world(root, family, count=6, **given)
