@@ -48,13 +48,12 @@ class SuccessConfig(Section):
 
 
 def free_form_fault(
-    *, free: bool, tokens: str, registered: Sequence[str], choices: bool, alone: bool, positions: str, streamed: str
+    *, free: bool, tokens: str, registered: Sequence[str], choices: bool, positions: str, streamed: str
 ) -> str | None:
     """What of a configuration does not go with its kind of questions, in a sentence; None where all does.
 
-    tokens: `routing.tokens`; registered: data sets of the registry; choices: whether a mapping of columns names any; alone:
-    `evaluation.task_loss_alone`; positions: of the regularizer; streamed: the metric that needs written answers where the model
-    is streamed, else empty.
+    tokens: `routing.tokens`; registered: data sets of the registry; choices: whether a mapping of columns names any;
+    positions: of the regularizer; streamed: the metric that needs written answers where the model is streamed, else empty.
     """
     if not free:
         if tokens == ANSWER:
@@ -70,11 +69,6 @@ def free_form_fault(
         )
     if choices:
         return "columns.choices and columns.labels are of multiple choice, and questions.prompt.format is free: leave them out"
-    if alone:
-        return (
-            "evaluation.task_loss_alone judges multiple-choice questions, and questions.prompt.format is free: set it to false "
-            "and compare with a run of finetune.regularizer.kind=none by `roma-ray compare`"
-        )
     if streamed:
         return (
             f"extraction.success.metric: {streamed} writes answers with the whole model, and extraction.memory_gb streams it: leave "

@@ -367,7 +367,6 @@ class Config(Section):
             tokens=self.routing.tokens,
             registered=[source.dataset for source in sources if source.dataset and "/" not in source.dataset],
             choices=any(columns.choices != "choices" or columns.labels is not None for columns in mapped),
-            alone=self.evaluation.task_loss_alone,
             positions=self.finetune.regularizer.positions,
             streamed=success.metric if success.writes and self.extraction.memory_gb is not None else "",
         )

@@ -51,6 +51,16 @@ class Judged:
     scores: Mapping[str, Sequence[Sequence[float]]]
     """By model (`base`, `tuned`): the log-likelihood of each choice."""
 
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Of each question."""
+        return self.asked.tasks
+
+    @property
+    def configured(self) -> str:
+        """The measure by which answers are chosen."""
+        return RULES[self.asked.rule]
+
     def values(self, which: str) -> dict[str, np.ndarray]:
         """Every measure's values of a model, [N] fp64."""
         return measure(self.scores[which], self.asked)
@@ -100,19 +110,18 @@ def read_verdicts(
 ) -> tuple[list[tuple[str, str]], list[str], list[float], dict[str, str]]:
     """A model's values of the test questions by every measure: ((task, metric), question id, value) by row, and each task's pin."""
     pin = str(read_manifest(folder)["facts"]["pin"])
-    free = rule_of(folder) == FREE_RULE
-    found = read_free(Path(folder) / RESULTS) if free else read_judged(folder)
-    tasks = found.tasks if isinstance(found, FreeJudged) else found.asked.tasks
+    found = read_answers_of(folder)
     keys: list[tuple[str, str]] = []
     ids: list[str] = []
     measured: list[float] = []
     for metric, values in found.values(which).items():
-        keys += [(task, metric) for task in tasks]
+        keys += [(task, metric) for task in found.tasks]
         ids += found.ids
         measured += values.tolist()
-    return keys, ids, measured, dict.fromkeys(tasks, pin)
+    return keys, ids, measured, dict.fromkeys(found.tasks, pin)
 
 
-def rule_of(folder: str | Path) -> str:
-    """By which score the answers of an evaluation's folder were chosen. Raises ArtifactError."""
-    return str(table_facts(read_table(Path(folder) / RESULTS, ["row"])).get("rule"))
+def read_answers_of(folder: str | Path) -> Judged | FreeJudged:
+    """The answers to the test questions in an evaluation's folder, whether they have choices. Raises ArtifactError."""
+    rule = table_facts(read_table(Path(folder) / RESULTS, ["row"])).get("rule")
+    return read_free(Path(folder) / RESULTS) if rule == FREE_RULE else read_judged(folder)

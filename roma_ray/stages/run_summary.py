@@ -7,9 +7,10 @@ ones of the exported epoch; `measures` of the test questions {configured: the on
 and acc_norm must be equal, so that one is left out, figures {measure (`evaluation/measures.py`): {micro, macro, tasks {task}: {n,
 base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
 labels, shift}} (`evaluation/shares.py`); `task_loss_alone`, where the same run without regularizer was judged beside this one,
-else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/task_loss_alone.py`); `held_out`, where tasks were
-held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`); `free`, of free-form questions alone {tokens of the test
-questions' answers, perplexity {base, tuned} of those tokens};
+else null {alone, added, tasks {task}, choice_logp (without choices gold_logp): paired figures} (`stages/task_loss_alone.py`);
+`held_out`, where tasks were held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`); `free`, of free-form questions
+alone {tokens of the test questions' answers, perplexity {base, tuned} of those tokens, written {base, tuned} {by what answers ended:
+how many}, where answers are written};
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
 routing_entropy, validation_accuracy, validation_stderr, of free-form questions validation_logp; `routing`, figures of the
 validation questions by layer (`engine/collapse.py`); `lambda_factor`, `stopped` where the guard acted); `collapse` (what the guard

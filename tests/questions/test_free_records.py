@@ -167,13 +167,14 @@ def test_data_sets_of_the_hub_are_read_by_name() -> None:
     [
         (["questions.sources=[{dataset: sciq}]"], "dataset: sciq holds multiple-choice questions"),
         (["questions.sources=[{path: q.jsonl, columns: {labels: x}}]"], "columns.choices and columns.labels are of multiple choice"),
-        (["evaluation.task_loss_alone=true"], "set it to false and compare"),
+        (["extraction.memory_gb=1"], "leave memory_gb out, or set the metric to likelihood or verdict"),
+        (["extraction.success.stop=['']"], "an empty text ends every answer"),
         (["routing.tokens=Answer", "finetune.regularizer.positions=sum"], "set it to mean where routing.tokens is Answer"),
         (["questions.prompt.format=cloze", "routing.tokens=Answer"], "it is of questions.prompt.format free alone"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(overrides: list[str], message: str) -> None:
-    free = ["questions.prompt.format=free", "evaluation.task_loss_alone=false"]
+    free = ["questions.prompt.format=free"]
     assert load_config(overrides=free).questions.prompt.format == "free"
     with pytest.raises(ConfigError, match=message):
         load_config(overrides=[*free, *overrides])
