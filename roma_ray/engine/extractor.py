@@ -25,7 +25,6 @@ from roma_ray.engine.identity import answer_rule, is_free
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.question_table import TABLE, read_prompts, write_table
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.success import Success
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
 from roma_ray.errors import ArtifactError, ModelError, RomaError
@@ -172,7 +171,8 @@ class Batches:
         self.prompts = read_prompts(work.questions)
         config = work.setup.config
         self.rule = answer_rule(config.questions.prompt)
-        self.success = Success(config.extraction.success, work.questions) if is_free(config) else None
+        self.free = is_free(config)
+        self.writing = config.extraction.success if self.free and config.extraction.success.writes else None
 
     def reading(self, rows: Sequence[int]) -> Reading:
         """The layout of some rows and what is read of it."""
@@ -195,8 +195,7 @@ class Batches:
 
     def to_write(self, rows: Sequence[int]) -> list[int]:
         """Those of the rows whose answer is written: the training questions, where S takes that. The others' are in the evaluation."""
-        writes = self.success is not None and self.success.config.writes
-        return [row for row in rows if writes and self.prompts[row].split == "train"]
+        return [row for row in rows if self.writing is not None and self.prompts[row].split == "train"]
 
     def write_rows(
         self,
@@ -212,7 +211,7 @@ class Batches:
         place = {row: n for n, row in enumerate(result.rows)}
         lengths = [own_tokens(self.prompts[row], self.prefix) for row in result.rows]
         offsets = (self.prefix + np.concatenate([[0], np.cumsum(lengths)])).astype(int).tolist()
-        schema = _schema(self.work.tokens, self.success is not None and self.success.config.writes)
+        schema = _schema(self.work.tokens, self.writing is not None)
         columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         for row in self.batches[batch]:
             prompt, at = self.prompts[row], None if row in errors else place[row]
@@ -224,8 +223,9 @@ class Batches:
             columns["error"].append(errors.get(row))
             columns["scores"].append(found)
             columns["prediction"].append(answer)
+            # Of a free answer the neighborhoods judge it, by a metric (`engine/success.py`).
+            columns["is_correct"].append(None if self.free else answer is not None and answer == prompt.answer)
             text = written.get(row)
-            columns["is_correct"].append(found is not None and self._right(row, found, answer, text))
             for name in set(WRITTEN_FIELDS) & set(columns):
                 columns[name].append(None if text is None or found is None else WRITTEN_FIELDS[name](text))
             columns["offset"].append(None if at is None else offsets[at])
@@ -239,11 +239,6 @@ class Batches:
         write_table(batch_table(self.work.folder, batch), columns, schema, facts)
         return len(errors)
 
-    def _right(self, row: int, scores: Sequence[float], answer: int | None, text: Written | None) -> bool:
-        if self.success is not None:
-            return self.success.right(row, self.prompts[row], scores, None if text is None else text.text)
-        return answer == self.prompts[row].answer
-
 
 class Extractor:
     """A loaded model that extracts planned batches."""
@@ -253,11 +248,10 @@ class Extractor:
         self.batches = Batches(work)
         self.model = work.model.load(0, None, with_lm_head=True)
         self.vocabulary = self.model.model.config.get_text_config().vocab_size
-        success = self.batches.success
         self.decoder: Decoder | None = None
-        if success is not None and success.config.writes:
+        if self.batches.writing is not None:
             tokenizer = load_tokenizer(work.model.path, work.model.revision)
-            rules = rules_for(work.model, tokenizer, self.batches.prompts, success.config)
+            rules = rules_for(work.model, tokenizer, self.batches.prompts, self.batches.writing)
             self.decoder = Decoder([self.model], tokenizer, rules)
 
     def __call__(self, batch: int, excluded: frozenset[int] = frozenset()) -> Report:
@@ -305,13 +299,14 @@ class Extractor:
 
     def _written(self, rows: Sequence[int]) -> dict[int, Written]:
         """The answers that greedy decoding writes, of those rows that need one. Raises ModelError, GuardError."""
-        if self.decoder is None or self.batches.success is None:
+        writing = self.batches.writing
+        if self.decoder is None or writing is None:
             return {}
         wanted = self.batches.to_write(rows)
         prompts = [self.batches.prompts[row] for row in wanted]
         found: dict[int, Written] = {}
         try:
-            for numbers, begun in begun_batches(self.decoder, prompts, self.batches.success.config.generation_batch):
+            for numbers, begun in begun_batches(self.decoder, prompts, writing.generation_batch):
                 found |= {wanted[n]: answer for n, answer in zip(numbers, self.decoder.write(begun), strict=True)}
         except RomaError:
             raise

@@ -68,6 +68,13 @@ def success_settings(config: Config) -> dict[str, Any]:
     return {"success": success.model_dump(mode="json", exclude=set(_idle_success(success)))} if is_free(config) else {}
 
 
+def writing_settings(config: Config) -> dict[str, Any]:
+    """What decides the answers that are written, whichever metric judges them; nothing where none are."""
+    success = config.extraction.success
+    chosen = success.model_dump(mode="json", include={"max_new_tokens", "stop", "generation_batch"})
+    return {"writing": chosen} if is_free(config) and success.writes else {}
+
+
 def prompt_settings(prompt: PromptConfig) -> dict[str, Any]:
     """What decides a prompt's tokens. By which score its choices are judged is no part of it."""
     return prompt.model_dump(mode="json", exclude={"cloze_score", *_idle_prompt(prompt)})
@@ -89,7 +96,7 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
         settings["held_out_tasks"] = sorted(set(config.questions.held_out_tasks))
     if config.questions.fraction < 1:
         settings["fraction_seed"] = data_seed(config)
-    return settings
+    return {**settings, **success_settings(config)}
 
 
 def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:

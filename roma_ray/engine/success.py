@@ -9,45 +9,39 @@ from roma_ray.config.free_form import SuccessConfig
 from roma_ray.engine.question_table import read_table
 from roma_ray.errors import QuestionError
 from roma_ray.questions.answer_metrics import WRITTEN
-from roma_ray.questions.prompts import Prompt
 
 
-class Success:
-    """Judges the base model's answers to the questions of a table."""
+def successes(success: SuccessConfig, questions: Path, rows: Path) -> list[bool]:
+    """Whether each question of a table is answered rightly, from what the extraction's `rows` hold of it.
 
-    def __init__(self, config: SuccessConfig, questions: Path) -> None:
-        """Raises QuestionError where no row holds the verdict that is to be taken."""
-        self.config = config
-        self.verdicts: list[bool | None] = []
-        self.accepted: list[list[str]] = []
-        if config.writes:
-            self.accepted = accepted_answers(questions)
-        elif config.metric == "verdict":
-            self.verdicts = read_table(questions, ["verdict"]).column("verdict").to_pylist()
-            if not any(verdict is not None for verdict in self.verdicts):
-                raise QuestionError(
-                    "extraction.success.metric is verdict, and no row has the field `correct`: write true or false into the rows, or "
-                    "choose another metric"
-                )
+    One that failed, of which nothing was written, or that has no verdict is not. Raises ArtifactError; QuestionError where no
+    row holds the verdict that is to be taken.
+    """
+    if success.metric == "verdict":
+        verdicts = read_table(questions, ["verdict"]).column("verdict").to_pylist()
+        if not any(verdict is not None for verdict in verdicts):
+            raise QuestionError(
+                "extraction.success.metric is verdict, and no row has the field `correct`: write true or false into the rows, or "
+                "choose another metric"
+            )
+        return [bool(verdict) for verdict in verdicts]
+    if success.writes:
+        texts = read_table(rows, ["text"]).column("text").to_pylist()
+        metric = WRITTEN[success.metric]
+        pairs = zip(texts, accepted_answers(questions), strict=True)
+        return [text is not None and bool(metric(text, accepted)) for text, accepted in pairs]
+    scores = read_table(rows, ["scores"]).column("scores").to_pylist()
+    answers = read_table(questions, ["choice_ids"]).column("choice_ids").to_pylist()
+    pairs = zip(scores, answers, strict=True)
+    return [own is not None and likely(own, len(ids[0]), success.threshold) for own, ids in pairs]
 
-    def right(self, row: int, prompt: Prompt, scores: Sequence[float], text: str | None) -> bool:
-        """Whether question `row` is answered rightly; `scores` holds the answer's log-likelihood, `text` what was written.
 
-        A row without verdict, or of which nothing was written, is not.
-        """
-        if self.config.writes:
-            return text is not None and bool(WRITTEN[self.config.metric](text, self.accepted[row]))
-        if self.config.metric == "verdict":
-            return bool(self.verdicts[row])
-        return likely(scores[0], prompt, self.config.threshold)
+def likely(scores: Sequence[float], tokens: int, threshold: float) -> bool:
+    """Whether an answer of so many tokens has at least `threshold` as mean log-likelihood a token."""
+    return scores[0] / tokens >= threshold
 
 
 def accepted_answers(questions: Path) -> list[list[str]]:
     """The texts that are right, of every question of a table."""
     found: list[list[str]] = read_table(questions, ["choices"]).column("choices").to_pylist()
     return found
-
-
-def likely(score: float, prompt: Prompt, threshold: float) -> bool:
-    """Whether the answer's mean log-likelihood a token is at least `threshold`."""
-    return score / len(prompt.choice_ids[prompt.answer]) >= threshold

@@ -22,7 +22,7 @@ from roma_ray.engine.cache import ROWS
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
 from roma_ray.engine.generation import ENDINGS
-from roma_ray.engine.identity import answer_rule, success_settings
+from roma_ray.engine.identity import answer_rule, writing_settings
 from roma_ray.engine.kept_selfchecks import worst_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts
@@ -55,7 +55,7 @@ def extract_settings(setup: Setup) -> dict[str, Any]:
         "batch_tokens": extraction.batch_tokens,
         "activation_dtype": cache_dtype(setup) if extraction.cache else None,
         "rule": answer_rule(setup.config.questions.prompt),
-        **success_settings(setup.config),
+        **writing_settings(setup.config),
     }
 
 

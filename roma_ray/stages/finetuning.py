@@ -100,7 +100,7 @@ class TrainJob(Job):
             validation=validation,
             neighborhoods=neighborhoods,
             routing_NLE=routing_NLE,
-            successful_N=answered_rightly(extraction) & neighborhoods.queried,
+            successful_N=answered_rightly(self.setup, self.stages) & neighborhoods.queried,
             base_NLE=routing_NLE,
             tokens=config.routing.tokens,
             rule=answer_rule(config.questions.prompt),

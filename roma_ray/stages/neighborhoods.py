@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -18,6 +18,7 @@ from roma_ray.engine.question_table import TABLE, read_table, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.success import successes
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, NeighborError
 from roma_ray.manifold.inverted import SHARD_ROWS
@@ -52,7 +53,7 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     asked = config.questions
     training_N[training_rows(table, asked.fraction, data_seed(config), asked.held_out_tasks)] = True
     training_N &= usable_rows(extraction)
-    correct_N = answered_rightly(extraction)
+    correct_N = answered_rightly(setup, job.stages)
     embeddings_NC = read_embeddings(embeddings)
     successful_N = _successful(config, extraction, correct_N, training_N)
     progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
@@ -114,9 +115,15 @@ def search(
     )
 
 
-def answered_rightly(extraction: Stage) -> torch.Tensor:
-    """Mask [N] of the questions that the base model answers rightly in extraction."""
-    return torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
+def answered_rightly(setup: Setup, stages: Mapping[str, Stage]) -> torch.Tensor:
+    """Mask [N] of the questions that the base model answers rightly in extraction; free-form ones by their metric of success.
+
+    Raises ArtifactError, QuestionError.
+    """
+    rows = stages["extract"].path / ROWS
+    if is_free(setup.config):
+        return torch.tensor(successes(setup.config.extraction.success, stages["questions"].path / TABLE, rows))
+    return torch.tensor(read_table(rows, ["is_correct"]).column("is_correct").to_pylist())
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:

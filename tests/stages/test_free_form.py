@@ -34,7 +34,7 @@ from roma_ray.moe.routers import find_routers
 from roma_ray.moe.slices import load_slice
 from roma_ray.questions.answer_metrics import WRITTEN
 from roma_ray.runs.method_comparison import compare
-from roma_ray.runs.pipeline import Run, run
+from roma_ray.runs.pipeline import Run, locate, run
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.finetuning import ADAPTER, epochs_of, read_routing_rows
 from roma_ray.stages.neighborhoods import answered_rightly
@@ -117,6 +117,7 @@ def test_scores_success_and_answer_routing_equal_the_plain_forward(likely_run: R
     prompts = read_prompts(stages["questions"].path / TABLE)
     rows = read_table(stages["extract"].path / ROWS).to_pylist()
     routing = read_routing_rows(stages["extract"].path, ANSWER)
+    found = answered_rightly(likely_run.setup, stages)
     rights = []
     for number in range(0, len(prompts), 3):
         prompt = prompts[number]
@@ -125,7 +126,7 @@ def test_scores_success_and_answer_routing_equal_the_plain_forward(likely_run: R
         assert rows[number]["scores"] == pytest.approx([score], abs=1e-3)
         assert rows[number]["prediction"] == (0 if greedy else -1)
         rights.append(score / len(prompt.choice_ids[0]) >= THRESHOLD)
-        assert rows[number]["is_correct"] == rights[-1]
+        assert bool(found[number]) == rights[-1]
         torch.testing.assert_close(routing[number], mean, rtol=1e-4, atol=1e-6)
     assert 0 < sum(rights) < len(rights)
     assert layers.ANSWER == ANSWER
@@ -198,22 +199,22 @@ def test_answers_are_stocks_and_judged_once_in_the_extraction(written_run: Run) 
     prompts = read_prompts(questions.path / TABLE)
     accepted = read_table(questions.path / TABLE, ["choices"]).column("choices").to_pylist()
     rows = read_table(extraction.path / ROWS).to_pylist()
+    found = answered_rightly(written_run.setup, written_run.stages).tolist()
     right = tokens = 0
-    for prompt, row, answers in zip(prompts, rows, accepted, strict=True):
+    for prompt, row, answers, success in zip(prompts, rows, accepted, found, strict=True):
         if prompt.split != "train":
             assert row["text"] is row["ended"] is row["new_tokens"] is None, "the others' answers are the evaluation's"
-            assert row["is_correct"] is False
+            assert not success
             continue
         ids = stock(model, tokenizer, prompt)
         assert row["text"] == decoded(tokenizer, ids)
         assert (row["new_tokens"], row["ended"]) == (len(ids), "end" if ids[-1] == tokenizer.eos_token_id else "length")
-        assert row["is_correct"] == bool(WRITTEN["exact_match"](row["text"], answers))
-        right, tokens = right + row["is_correct"], tokens + len(ids)
+        assert success == bool(WRITTEN["exact_match"](row["text"], answers))
+        right, tokens = right + success, tokens + len(ids)
     facts = extraction.manifest()["facts"]
-    assert facts["correct"] == right > 2
+    assert written_run.summary["neighborhoods"]["successful"] == right > 2
     assert facts["written"]["tokens"] == tokens
     assert facts["written"]["answers"] == sum(facts["written"][name] for name in ("end", "stop", "length"))
-    assert int(answered_rightly(extraction).sum()) == right
 
 
 def test_base_and_tuned_write_to_the_same_questions_and_every_metric_is_literal(written_run: Run) -> None:
@@ -266,14 +267,31 @@ def test_a_judges_verdicts_are_taken_from_the_rows(tmp_path: Path) -> None:
     sections = {"extraction": {"batch_tokens": 512, "success": {"metric": "verdict"}}}
     setup = resolve(free_world(tmp_path, rows, **sections))
     made(QUESTIONS, setup)
-    found = read_table(made(EXTRACT, setup).path / ROWS).to_pylist()
-    assert [row["is_correct"] for row in found] == [n % 3 == 1 for n in range(40)]
-    assert "text" not in found[0]
+    extraction = made(EXTRACT, setup)
+    found = answered_rightly(setup, {"questions": QUESTIONS.at(setup, {}), "extract": extraction})
+    assert found.tolist() == [n % 3 == 1 for n in range(40)]
+    assert "text" not in read_table(extraction.path / ROWS).column_names
     write_rows(tmp_path / "free.jsonl", gsm8k(40))
-    setup = resolve(setup.config)
-    made(QUESTIONS, setup)
     with pytest.raises(QuestionError, match="no row has the field `correct`"):
-        made(EXTRACT, setup)
+        run(resolve(setup.config), Silence(), until="neighbors")
+
+
+def test_another_metric_or_threshold_extracts_nothing_anew(written_run: Run) -> None:
+    def places(**changes: Any) -> tuple[str, str]:
+        success = written_run.setup.config.extraction.success.model_copy(update=changes)
+        extraction = written_run.setup.config.extraction.model_copy(update={"success": success})
+        config = written_run.setup.config.model_copy(update={"extraction": extraction})
+        found = locate(dataclasses.replace(written_run.setup, config=config))
+        return found["extract"].fingerprint, found["neighbors"].fingerprint
+
+    exact = places()
+    assert places(threshold=-3.0) == exact, "it does nothing here"
+    assert places(metric="contains")[0] == exact[0]
+    assert places(metric="contains")[1] != exact[1]
+    likely = places(metric="likelihood")
+    assert places(metric="likelihood", threshold=-3.0, max_new_tokens=9)[0] == likely[0] != exact[0]
+    assert places(metric="likelihood", threshold=-3.0)[1] != likely[1]
+    assert places(max_new_tokens=9)[0] != exact[0]
 
 
 def test_texts_are_trained_on_by_all_their_tokens(tmp_path: Path) -> None:
