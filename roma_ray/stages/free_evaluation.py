@@ -8,6 +8,7 @@ from typing import Any
 
 from roma_ray.benchmarks.scorers import Routers
 from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
+from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
@@ -24,7 +25,13 @@ from roma_ray.store.artifacts import Stage
 
 
 def write_texts(
-    setup: Setup, head: Slice, adapter: Path, questions: Stage, prompts: Sequence[Prompt], rows: Sequence[int]
+    setup: Setup,
+    head: Slice,
+    adapter: Path,
+    questions: Stage,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    progress: Progress,
 ) -> Texts | None:
     """What base and tuned routers write to some questions; the layers below the head run each prompt once for both. None where
     success needs no written answers. The head is left with the base's routers.
@@ -40,10 +47,12 @@ def write_texts(
     routers = Routers(head, str(adapter))
     found: dict[str, dict[int, Written]] = {"base": {}, "tuned": {}}
     asked = [prompts[row] for row in rows]
-    for numbers, begun in begun_batches(decoder, asked, success.generation_batch):
-        for name, answers in found.items():
-            routers.put(name)
-            answers.update(zip(numbers, decoder.write(begun), strict=True))
+    with progress.meter("write", len(rows), "questions") as meter:
+        for numbers, begun in begun_batches(decoder, asked, success.generation_batch):
+            for name, answers in found.items():
+                routers.put(name)
+                answers.update(zip(numbers, decoder.write(begun), strict=True))
+            meter.advance(len(numbers))
     routers.put("base")
     every = accepted_answers(questions.path / TABLE)
     written = {name: [answers[n] for n in range(len(rows))] for name, answers in found.items()}
@@ -89,10 +98,11 @@ def free_figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) 
 
 def free_guards(questions: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Findings that a reader of the table must know. A free answer has no level of chance."""
-    table = read_table(questions.path / TABLE, ["question"]).column("question").to_pylist()
+    table = read_table(questions.path / TABLE, ["question", "context"]).to_pylist()
     parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
     for asked, prompt in zip(table, prompts, strict=True):
-        parts.setdefault(prompt.split, []).append((asked, []))
+        # The same words about another passage are another question.
+        parts.setdefault(prompt.split, []).append((asked["question"], [asked["context"] or ""]))
     truncated = sum(p.truncated for p in prompts)
     return {
         "identical_scores": False,

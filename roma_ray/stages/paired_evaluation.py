@@ -72,8 +72,9 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
         all_base = base_scores(kept, judged, lambda: score(judged))
         stage.note_makers(of=kept)
         free = is_free(setup.config)
-        texts = write_texts(setup, head, tuned.path / ADAPTER, questions, prompts, test) if free else None
-        load_adapter(tuned.path / ADAPTER, head)
+        adapter = tuned.path / ADAPTER
+        texts = write_texts(setup, head, adapter, questions, prompts, test, progress) if free else None
+        load_adapter(adapter, head)
         after, live = score(test), score(trained) if trained else None
     base, validation = all_base.of(test), all_base.of(of_split["validation"])
     check_not_identical(base.scores, after.scores)

@@ -333,6 +333,23 @@ def test_an_empty_s_names_what_decides_it(likely_run: Run) -> None:
         run(setup, Silence())
 
 
+def test_held_out_tasks_and_repeated_questions_are_told(tmp_path: Path) -> None:
+    """The same words about another passage are no repeated question."""
+    rows = [{**row, "task": "ab"[n % 2], "question": f"What lies in box {n // 4}?"} for n, row in enumerate(squad(48))]
+    rows[1] = {**rows[3], "id": "copy", "split": "test"}
+    sections = {"extraction": {"batch_tokens": 512, "success": {"metric": "likelihood", "threshold": -30}}}
+    config = free_world(tmp_path, rows, **sections)
+    questions = config.questions.model_copy(update={"held_out_tasks": ("b",), "sources": config.questions.sources})
+    for row in rows[4::3]:
+        row["split"] = "test"
+    write_rows(tmp_path / "free.jsonl", rows)
+    plain = run(resolve(config), Silence())
+    assert plain.summary["guards"]["test_questions_in_training"] == {"exact": 1, "normalised": 1}
+    done = run(resolve(config.model_copy(update={"questions": questions})), Silence(), until="report")
+    assert set(done.summary["held_out"]["ctgi"]) == {"likelihood", "gold_logp"}
+    assert "CTGI" in (done.stages["report"].path / "report.md").read_text()
+
+
 def test_the_report_shows_the_measures(likely_run: Run) -> None:
     done = run(likely_run.setup, Silence(), until="report")
     page = (done.stages["report"].path / "report.md").read_text()
