@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from roma_ray.benchmarks.scorers import Routers
 from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
+from roma_ray.engine.identity import success_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.scoring import Scores
@@ -21,7 +25,7 @@ from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import by_group
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
-from roma_ray.store.artifacts import Stage
+from roma_ray.store.artifacts import Stage, fingerprint
 
 
 def write_texts(
@@ -59,22 +63,49 @@ def write_texts(
     return Texts([every[row] for row in rows], written)
 
 
-def judge_free(
-    setup: Setup,
-    stage: Stage,
-    prompts: Sequence[Prompt],
-    base: Scores,
-    tuned: Scores,
-    columns: list[int],
-    texts: Texts | None,
-) -> FreeJudged:
-    """Write both models' answers to the test questions and read them as any reader does. Raises StorageError."""
-    path = Path(stage.path / RESULTS)
-    write_free_results(path, prompts, base, tuned, columns, setup.config.extraction.success, texts)
-    return read_free(path)
+@dataclass(frozen=True)
+class Asking:
+    """What was asked of both models, and where what is found goes."""
+
+    setup: Setup
+    stage: Stage
+    questions: Stage
+    prompts: Sequence[Prompt]
+    """The whole question table."""
+    columns: list[int]
+    """The tuned layers among the head's routers."""
+    trained: set[str]
+    """Tasks that were trained on."""
 
 
-def free_figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Judgement:
+    """What an evaluation says of the test questions."""
+
+    metric: str
+    """The measure that answers are judged by."""
+    verdicts: tuple[np.ndarray, np.ndarray]
+    """By it, of base and tuned."""
+    figures: dict[str, Any]
+    guards: dict[str, Any]
+    pinned: dict[str, Any] = field(default_factory=dict)
+    """What the pin holds beside rows and prompts."""
+
+
+def judge_free(asked: Asking, base: Scores, tuned: Scores, texts: Texts | None) -> Judgement:
+    """The test questions without choices by every measure, from what is stored, as any reader has it. Raises StorageError."""
+    config, path = asked.setup.config, asked.stage.path / RESULTS
+    write_free_results(path, asked.prompts, base, tuned, asked.columns, config.extraction.success, texts)
+    found = read_free(path)
+    verdicts = found.values("base")[found.configured], found.values("tuned")[found.configured]
+    figures = _figures(found, asked.trained, config.questions.held_out_tasks)
+    # Other accepted answers are another judge.
+    accepted = {} if texts is None else {"accepted": fingerprint(texts.accepted)}
+    pinned = {**success_settings(config), **accepted}
+    return Judgement(found.configured, verdicts, figures, _guards(asked.questions, asked.prompts), pinned)
+
+
+def _figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) -> dict[str, Any]:
     """The test questions by every measure, the answers' perplexity; where tasks are `held_out`, also by group."""
     base, tuned = found.values("base"), found.values("tuned")
     groups = None
@@ -96,7 +127,7 @@ def free_figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) 
     }
 
 
-def free_guards(questions: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _guards(questions: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
     """Findings that a reader of the table must know. A free answer has no level of chance."""
     table = read_table(questions.path / TABLE, ["question", "context"]).to_pylist()
     parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
