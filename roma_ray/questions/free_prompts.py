@@ -12,6 +12,7 @@ A text follows the begin of text, or without one its own first token, which noth
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from roma_ray.borders.templates import chat_text
 from roma_ray.borders.text import printable
 from roma_ray.config.free_form import FREE
 from roma_ray.config.schema import PromptConfig
-from roma_ray.errors import QuestionError
+from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.prompts import Encoded, Prompt, PromptBuilder
 from roma_ray.questions.records import Question
 
@@ -47,7 +48,7 @@ class FreePromptBuilder(PromptBuilder):
         if question.form == "text":
             return ""
         if self.config.chat_template:
-            return self._chat(self._messages(question, context), question, add_generation_prompt=True)
+            return self._chat(self._messages(question, context), add_generation_prompt=True)
         if question.form == "messages":
             raise QuestionError(
                 "it is a conversation, which needs a chat template: set questions.prompt.chat_template=true"
@@ -59,10 +60,16 @@ class FreePromptBuilder(PromptBuilder):
         turns = question.turns or (("user", f"{_passage(context)}{question.question}"),)
         return [{"role": role, "content": content} for role, content in turns]
 
-    def _chat(self, messages: Sequence[dict[str, str]], question: Question, *, add_generation_prompt: bool) -> str:
+    def _check_template(self) -> None:
+        """Raise ConfigError where the template has no bounds. One that asks for more than a user's message may take the rows'."""
+        with contextlib.suppress(TemplateError):
+            chat_text(self.tokenizer, [{"role": "user", "content": "Which?"}], add_generation_prompt=True)
+
+    def _chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool) -> str:
+        """Raises QuestionError: a conversation that the template does not take, or that is too long for it, spoils its row alone."""
         try:
             return chat_text(self.tokenizer, messages, add_generation_prompt=add_generation_prompt)
-        except TemplateError as error:
+        except (TemplateError, ConfigError) as error:
             raise QuestionError(f"the chat template of {self.name} does not take its messages: {error}") from None
 
     # -- tokens ----------------------------------------------------------------------------------------------------
@@ -97,7 +104,7 @@ class FreePromptBuilder(PromptBuilder):
             prompt = rendered.rstrip()
             return prompt, f"{rendered[len(prompt) :]}{self._delimiter}{answer}"
         said = [*self._messages(question, context), {"role": "assistant", "content": answer}]
-        whole = self._chat(said, question, add_generation_prompt=False)
+        whole = self._chat(said, add_generation_prompt=False)
         if not whole.startswith(rendered):
             raise QuestionError(
                 f"the chat template of {self.name} writes an answer otherwise than it asks for one, so its tokens cannot be told: "

@@ -25,6 +25,9 @@ FIELDS = ("question", "prompt", "messages", "text", "answer", "answers", "contex
 FORMS: tuple[Form, ...] = ("messages", "prompt", "question", "text")
 """A row is the first of these that it has a field of."""
 ROLES = ("system", "user", "assistant")
+MAX_ANSWERS = 100
+MAX_ALIAS = 10_000
+"""Characters of an accepted answer that is not trained on (those of the first are limited as tokens): metrics compare all."""
 MANY = ("choices", "answerKey")
 """Fields of multiple choice."""
 
@@ -111,6 +114,10 @@ def _answers(row: Mapping[str, Any]) -> tuple[str, ...]:
     found = tuple(dict.fromkeys(plain_text(one, "answer") for one in texts))
     if not all(found):
         raise BadRow("an answer is empty")
+    if len(found) > MAX_ANSWERS:
+        raise BadRow(f"{len(found)} accepted answers: at most {MAX_ANSWERS} are compared")
+    if any(len(text) > MAX_ALIAS for text in found[1:]):
+        raise BadRow(f"an accepted answer beside the first is longer than {MAX_ALIAS:,} characters")
     return found
 
 

@@ -112,7 +112,7 @@ class PromptBuilder:
                 "off, or use an instruction-tuned model"
             )
         if config.chat_template:
-            self.render(_PROBE, None)
+            self._check_template()
         # lm-evaluation-harness joins prompt and choice by a blank, and by nothing after a chat template.
         self._delimiter = "" if config.chat_template else " "
         # What every prompt starts with: BOS, for some tokenizers.
@@ -120,6 +120,10 @@ class PromptBuilder:
         self._letter_ids: dict[int, tuple[int, ...]] = {}
         if config.format == "letter":
             self._letters(2)
+
+    def _check_template(self) -> None:
+        """Raise ConfigError where the chat template takes no question."""
+        self.render(_PROBE, None)
 
     def build(self, question: Question) -> Prompt:
         """The prompt of one question.

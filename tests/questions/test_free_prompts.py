@@ -100,6 +100,16 @@ def test_what_a_template_does_not_take_spoils_its_row_alone() -> None:
         builder(byte_level(chat_template=thinking), chat_template=True).build(CHAT)
 
 
+def test_a_template_that_asks_for_a_system_message_or_less_text_spoils_no_other_row() -> None:
+    system = "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no system message') }}{% endif %}" + ENDED
+    told = Question("s", "t", "Hi", ("the dog",), 0, form="messages", turns=(("system", "Bark."), ("user", "Hi")))
+    long = Question("l", "t", "Hi", ("x " * (1 << 21),), 0, form="messages", turns=told.turns)
+    prompts, rejected = build_prompts([long, BEES, told], builder(byte_level(chat_template=system), chat_template=True))
+    assert [p.id for p in prompts] == ["s"]
+    assert "4194" in rejected[0].reason
+    assert "no system message" in rejected[1].reason
+
+
 def test_conversations_need_a_template() -> None:
     prompts, rejected = build_prompts([BEES, CHAT], builder())
     assert [p.id for p in prompts] == ["b"]

@@ -98,6 +98,8 @@ def test_parquet_gives_the_same_questions(tmp_path: Path) -> None:
         ({"question": "Which?", "answer": ""}, "no answer"),
         ({"question": "Which?", "answers": {"text": [], "answer_start": []}}, "no answer"),
         ({"question": "Which?", "answer": ["a", " "]}, "an answer is empty"),
+        ({"question": "Which?", "answer": [str(n) for n in range(101)]}, "101 accepted answers: at most 100"),
+        ({"question": "Which?", "answer": ["a", "b" * 10_001]}, "longer than 10,000 characters"),
         ({"question": "Which?", "answer": 2.5}, "the answer is a number with a point, not a text"),
         ({"question": "Which?", "answer": [True]}, "the answer is true or false, not a text"),
         ({"question": " ", "answer": "a"}, "the question is empty"),
