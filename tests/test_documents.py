@@ -55,6 +55,18 @@ def test_the_example_questions_are_read(
     assert [question.split for question in questions] == (splits or ["train", "test", "train"])
 
 
+def test_the_rows_without_choices_are_read_and_their_configurations_load(tmp_path: Path) -> None:
+    path = ROOT / "docs" / "free_form.md"
+    (rows,) = blocks(path, "json")
+    (tmp_path / "rows.jsonl").write_text(rows)
+    questions, rejected = read_questions([QuestionSource(path=str(tmp_path / "rows.jsonl"))], free=True)
+    assert not rejected
+    assert [question.form for question in questions] == ["question", "question", "prompt", "messages", "text"]
+    for text in blocks(path, "yaml"):
+        (tmp_path / "free.yaml").write_text(text)
+        assert load_config(tmp_path / "free.yaml").questions.prompt.format == "free"
+
+
 @pytest.mark.parametrize("path", [README, TUTORIAL])
 def test_the_example_configurations_load(path: Path, tmp_path: Path) -> None:
     for n, text in enumerate(blocks(path, "yaml")):

@@ -13,7 +13,7 @@ from roma_ray.ablations.factors import centre_text
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.borders.text import duration_text
 from roma_ray.config.schema import Config
-from roma_ray.engine.identity import answer_rule
+from roma_ray.engine.identity import answer_rule, refuse_free_form
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.setup import Setup, resolve, resolve_path
 from roma_ray.engine.steps import locate, order
@@ -96,6 +96,8 @@ def make_plan(space: Space, device: str | None = None, measure: Measure = unmeas
 
     Raises ModelError, ConfigError, QuestionError, StorageError.
     """
+    for trial in space.trials:
+        refuse_free_form(trial.config, "a sweep, a verdict or a run of several seeds")
     check_searchable(space)
     setups, later = resolve_all(space, device, measure)
     merged: dict[str, Planned] = {}
@@ -139,9 +141,9 @@ def resolve_all(space: Space, device: str | None, measure: Measure) -> tuple[lis
 
 def with_config(near: Setup, config: Config) -> Setup:
     """The set-up of another configuration of the same model, on the same shared extraction. Raises ConfigError."""
-    from roma_ray.moe.layers import select_layers, token_positions
+    from roma_ray.moe.layers import check_tokens, select_layers
 
-    token_positions(config.routing.tokens, 1)
+    check_tokens(config.routing.tokens)
     layers = select_layers(config.routing.layers, near.moe_layers)
     return dataclasses.replace(near, config=config, layers=layers)
 

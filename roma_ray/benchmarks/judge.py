@@ -23,6 +23,7 @@ from roma_ray.benchmarks.findings import findings
 from roma_ray.benchmarks.judged_model import Subject
 from roma_ray.benchmarks.requests import answer
 from roma_ray.config.schema import Config
+from roma_ray.engine.identity import refuse_free_form
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import write_table
 from roma_ray.engine.steps import Facts, make
@@ -83,6 +84,7 @@ def judge(
     started = time.monotonic()
 
     def builder() -> PromptBuilder:
+        refuse_free_form(config, "a question file as a benchmark's task")
         tokenizer = load_tokenizer(subject.model.path, subject.model.revision)
         return PromptBuilder(tokenizer, config.questions.prompt)
 

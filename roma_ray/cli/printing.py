@@ -65,7 +65,7 @@ def print_comparison(summary: Mapping[str, Any]) -> None:
 def print_result(summary: Mapping[str, Any]) -> None:
     """Print the result table on the test questions, diagnostics, and what a reader must know."""
     from roma_ray.borders.text import figure
-    from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
+    from roma_ray.evaluation.measures import HEADER, legend_of, measure_rows
     from roma_ray.evaluation.transfer import HEADER as CTGI
     from roma_ray.evaluation.transfer import LEGEND as CTGI_LEGEND
     from roma_ray.evaluation.transfer import ctgi_rows, transfer_words
@@ -86,7 +86,7 @@ def print_result(summary: Mapping[str, Any]) -> None:
         print_table("what the regularizer adds", STEPS, added_rows(summary["task_loss_alone"]))
         say(added_words(summary["task_loss_alone"]))
     print_table("all measures on the same questions", HEADER, measure_rows(summary["measures"]))
-    for line in filter(None, (LEGEND, coincidence(summary["measures"]))):
+    for line in legend_of(summary):
         say(line)
     found = summary["diagnostics"]
     rows = [
@@ -109,6 +109,11 @@ def print_result(summary: Mapping[str, Any]) -> None:
     valid = summary["validation"]
     say(
         f"validation: base {figure(valid, 'base')} %, exported epoch {figure(valid, 'tuned')} %, {valid['n']:,} questions"
+        + (
+            f" (answers written token for token); log-likelihood {valid['base_logp']:.3f} -> {valid['tuned_logp']:.3f} nats a token"
+            if "free" in summary
+            else ""
+        )
     )
     for line in warnings_of(summary):
         say(f"note: {line}")

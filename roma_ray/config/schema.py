@@ -14,6 +14,7 @@ from pydantic import Field, field_validator, model_validator
 from roma_ray.borders.addresses import has_secret
 from roma_ray.config.baseline_settings import BaselinesConfig
 from roma_ray.config.finetune_settings import FinetuneConfig
+from roma_ray.config.free_form import FREE, SuccessConfig, free_form_fault
 from roma_ray.config.section import Name, Section, TaskName
 from roma_ray.config.split_settings import SplitsConfig
 from roma_ray.errors import ConfigError
@@ -85,15 +86,15 @@ class QuestionSource(Section):
 class PromptConfig(Section):
     """How a question becomes a prompt."""
 
-    format: Literal["letter", "cloze"] = "letter"
+    format: Literal["letter", "cloze", "free"] = "letter"
     """`letter`: lettered choices, scored by the letters' logits. `cloze`: each choice's log-likelihood; the embedded model's
-    own format, and its default."""
+    own format, and its default. `free`: rows have no choices, their answer is a text (docs/free_form.md)."""
     instruction: str = INSTRUCTION
     """First line of a `letter` prompt; empty for none."""
     chat_template: bool = False
     """Wrap the prompt in the tokenizer's chat template."""
     max_tokens: int = Field(default=2048, ge=8)
-    """Longest prompt with its longest choice; context is shortened to fit, longer questions are rejected."""
+    """Longest prompt with its longest choice (`free`: with its answer); context is shortened to fit, longer questions are rejected."""
     context: bool = True
     """Include a question's context (a passage) in its prompt."""
     cloze_score: Literal["normalized", "raw"] = "normalized"
@@ -144,7 +145,8 @@ class RoutingConfig(Section):
     layers: str | tuple[int, ...] = "L5"
     """Tuned layers: `L5`, `F2M3`, `All` ... (section 5.3 of the paper) or explicit indices of MoE layers."""
     tokens: str = "Last1"
-    """Prompt positions whose mean routing row is r_i: First1, Middle1, Last1, First3, Middle3, Last3."""
+    """Prompt positions whose mean routing row is r_i: First1, Middle1, Last1, First3, Middle3, Last3. Of `free` questions also
+    `Answer`: where the answer's tokens are predicted, the last prompt token and those of the answer but its last."""
 
 
 class ExtractionConfig(Section):
@@ -159,6 +161,8 @@ class ExtractionConfig(Section):
     max_failed: float = Field(default=0.05, ge=0, le=1)
     """Share of the questions that may fail (non-finite scores, tokens that the model does not know, a killed worker) and are
     then set aside; with more the extraction is refused. No part of any fingerprint."""
+    success: SuccessConfig = SuccessConfig()
+    """Of `free` questions: when an answer of the base model is right (S of eq. 2)."""
     memory_gb: float | None = Field(default=None, gt=0)
     """Most weights (GB) that an extraction worker holds at once; a larger model runs as a chain of layer slices. No part of
     any fingerprint: the results are the same, but a batch that fails ends the run, where whole models set a bad question
@@ -353,6 +357,22 @@ class Config(Section):
         if not isinstance(prompt, Mapping) or "format" in prompt:
             return data
         return {**data, "questions": {**asked, "prompt": {**prompt, "format": "cloze"}}}
+
+    @model_validator(mode="after")
+    def _of_one_kind(self) -> Config:
+        sources, success = self.questions.sources, self.extraction.success
+        mapped = [source.columns for source in sources if source.columns is not None]
+        fault = free_form_fault(
+            free=self.questions.prompt.format == FREE,
+            tokens=self.routing.tokens,
+            registered=[source.dataset for source in sources if source.dataset and "/" not in source.dataset],
+            choices=any(columns.choices != "choices" or columns.labels is not None for columns in mapped),
+            positions=self.finetune.regularizer.positions,
+            streamed=success.metric if success.writes and self.extraction.memory_gb is not None else "",
+        )
+        if fault:
+            raise ValueError(fault)
+        return self
 
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""

@@ -53,8 +53,12 @@ class LoopState:
         for name in ("count", "layers_count"):
             self.sums[name] = self.sums.get(name, 0.0) + count
 
-    def close_epoch(self, epoch: int, validation: Scores, routing: dict[str, Any] | None) -> dict[str, Any]:
-        """Turn the epoch's sums into its record; `routing` are the figures by layer (`engine/collapse.py`), without the gradients'."""
+    def close_epoch(
+        self, epoch: int, validation: Scores, routing: dict[str, Any] | None, answer_logp: float | None = None
+    ) -> dict[str, Any]:
+        """Turn the epoch's sums into its record; `routing` are the figures by layer (`engine/collapse.py`), without the gradients',
+        `answer_logp` the answers' log-likelihood a token where questions have no choices.
+        """
         count = self.sums["count"]
         record: dict[str, Any] = {
             "epoch": epoch,
@@ -68,6 +72,8 @@ class LoopState:
             "validation_accuracy": validation.accuracy,
             "validation_stderr": validation.stderr,
         }
+        if answer_logp is not None:
+            record["validation_logp"] = answer_logp
         if routing:
             norms = [self.sums[layer_norm(layer)] / self.sums["layers_count"] for layer in routing["layers"]]
             known = (e["routing"]["first_gradient_norm"] for e in self.epochs if "routing" in e)
@@ -79,10 +85,10 @@ class LoopState:
     def keep_best(self, gates: dict[str, Tensor]) -> None:
         """Keep the gates of the epoch that just ended if they are the best on validation so far, and no collapsed ones."""
         last = self.epochs[-1]
+        # Of questions without choices hardly one answer is written token for token.
+        measure = "validation_logp" if "validation_logp" in last else "validation_accuracy"
         # The first of equals: later epochs must earn their place.
-        if not self.stopped and (
-            self.best_epoch < 0 or last["validation_accuracy"] > self.epochs[self.best_epoch]["validation_accuracy"]
-        ):
+        if not self.stopped and (self.best_epoch < 0 or last[measure] > self.epochs[self.best_epoch][measure]):
             self.best_epoch, self.best_gates = last["epoch"], gates
 
     def table(self) -> Tensor:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,15 @@ import torch
 from torch import Tensor
 
 from roma_ray.engine.devices import device_kind
-from roma_ray.engine.forward import Layout, choice_scores, lay_out, mean_routing, own_tokens, predict
-from roma_ray.engine.identity import answer_rule
+from roma_ray.engine.forward import Layout, answered, choice_scores, lay_out, mean_routing, own_tokens
+from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
+from roma_ray.engine.identity import answer_rule, is_free
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.question_table import TABLE, read_prompts, write_table
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
-from roma_ray.errors import ArtifactError, ModelError
+from roma_ray.errors import ArtifactError, ModelError, RomaError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
@@ -143,10 +146,11 @@ class Extracted:
     after_attention: dict[int, Tensor]
     routing: dict[str, np.ndarray]
     scores: list[list[float]]
+    predictions: list[int]
 
     @staticmethod
     def empty() -> Extracted:
-        return Extracted([], {}, {}, [])
+        return Extracted([], {}, {}, [], [])
 
 
 def read_plan(path: Path) -> tuple[int, list[list[int]]]:
@@ -165,7 +169,10 @@ class Batches:
         self.work = work
         self.prefix, self.batches = read_plan(Path(work.folder) / PLAN)
         self.prompts = read_prompts(work.questions)
-        self.rule = answer_rule(work.setup.config.questions.prompt)
+        config = work.setup.config
+        self.rule = answer_rule(config.questions.prompt)
+        self.free = is_free(config)
+        self.writing = config.extraction.success if self.free and config.extraction.success.writes else None
 
     def reading(self, rows: Sequence[int]) -> Reading:
         """The layout of some rows and what is read of it."""
@@ -186,7 +193,17 @@ class Batches:
             whole = states_TD.to(getattr(torch, cache_dtype(self.work.setup))).cpu().contiguous()
             write_tensors(batch_activations(self.work.folder, batch, cut), {"hidden": whole})
 
-    def write_rows(self, batch: int, result: Extracted, errors: dict[int, str]) -> int:
+    def to_write(self, rows: Sequence[int]) -> list[int]:
+        """Those of the rows whose answer is written: the training questions, where S takes that. The others' are in the evaluation."""
+        return [row for row in rows if self.writing is not None and self.prompts[row].split == "train"]
+
+    def write_rows(
+        self,
+        batch: int,
+        result: Extracted,
+        errors: dict[int, str],
+        written: Mapping[int, Written] = MappingProxyType({}),
+    ) -> int:
         """Write the batch's table, which marks it as done; returns how many rows failed."""
         for row, scores in zip(result.rows, result.scores, strict=True):
             if not all(np.isfinite(scores)):
@@ -194,18 +211,23 @@ class Batches:
         place = {row: n for n, row in enumerate(result.rows)}
         lengths = [own_tokens(self.prompts[row], self.prefix) for row in result.rows]
         offsets = (self.prefix + np.concatenate([[0], np.cumsum(lengths)])).astype(int).tolist()
-        columns: dict[str, list[Any]] = {name: [] for name in _schema(self.work.tokens).names}
+        schema = _schema(self.work.tokens, self.writing is not None)
+        columns: dict[str, list[Any]] = {name: [] for name in schema.names}
         for row in self.batches[batch]:
             prompt, at = self.prompts[row], None if row in errors else place[row]
             found = None if at is None else result.scores[at]
-            answer = None if found is None else predict(found, prompt, self.rule)
+            answer = None if at is None else result.predictions[at]
             columns["row"].append(row)
             columns["id"].append(prompt.id)
             columns["batch"].append(batch)
             columns["error"].append(errors.get(row))
             columns["scores"].append(found)
             columns["prediction"].append(answer)
-            columns["is_correct"].append(answer is not None and answer == prompt.answer)
+            # Of a free answer the neighborhoods judge it, by a metric (`engine/success.py`).
+            columns["is_correct"].append(None if self.free else answer is not None and answer == prompt.answer)
+            text = written.get(row)
+            for name in set(WRITTEN_FIELDS) & set(columns):
+                columns[name].append(None if text is None or found is None else WRITTEN_FIELDS[name](text))
             columns["offset"].append(None if at is None else offsets[at])
             columns["tokens"].append(None if at is None else lengths[at])
             columns["shard_tokens"].append(offsets[-1])
@@ -214,7 +236,7 @@ class Batches:
         good = [at for row, at in place.items() if row not in errors]
         shape = next(iter(result.routing.values())).shape[1:] if good else None
         facts = {"layers": shape[0], "experts": shape[1]} if shape else {}
-        write_table(batch_table(self.work.folder, batch), columns, _schema(self.work.tokens), facts)
+        write_table(batch_table(self.work.folder, batch), columns, schema, facts)
         return len(errors)
 
 
@@ -226,6 +248,11 @@ class Extractor:
         self.batches = Batches(work)
         self.model = work.model.load(0, None, with_lm_head=True)
         self.vocabulary = self.model.model.config.get_text_config().vocab_size
+        self.decoder: Decoder | None = None
+        if self.batches.writing is not None:
+            tokenizer = load_tokenizer(work.model.path, work.model.revision)
+            rules = rules_for(work.model, tokenizer, self.batches.prompts, self.batches.writing)
+            self.decoder = Decoder([self.model], tokenizer, rules)
 
     def __call__(self, batch: int, excluded: frozenset[int] = frozenset()) -> Report:
         """Extract one batch and write its files; `excluded` rows are set aside as having killed a worker."""
@@ -235,7 +262,9 @@ class Extractor:
         errors = {**self.batches.foreign_tokens(rows, self.vocabulary), **errors}
         result, tokens = self._survivors(rows, errors)
         self.batches.write_activations(batch, result.after_attention)
-        failed = self.batches.write_rows(batch, result, errors)
+        bad = {row for row, scores in zip(result.rows, result.scores, strict=True) if not all(np.isfinite(scores))}
+        written = self._written([row for row in result.rows if row not in bad])
+        failed = self.batches.write_rows(batch, result, errors, written)
         return Report(batch, len(rows), tokens, failed, time.monotonic() - started)
 
     def rows(self, batch: int) -> list[int]:
@@ -246,6 +275,7 @@ class Extractor:
         """Run one row alone and keep nothing, to find out whether it kills the process."""
         with contextlib.suppress(*_FAILURES):
             self._forward([row])
+            self._written([row])
 
     def _survivors(self, rows: Sequence[int], errors: dict[int, str]) -> tuple[Extracted, int]:
         """The batch's result without the rows in `errors`, to which rows that fail on their own are added."""
@@ -267,6 +297,26 @@ class Extractor:
                     "If memory ran out, lower extraction.batch_tokens."
                 ) from failure
 
+    def _written(self, rows: Sequence[int]) -> dict[int, Written]:
+        """The answers that greedy decoding writes, of those rows that need one. Raises ModelError, GuardError."""
+        writing = self.batches.writing
+        if self.decoder is None or writing is None:
+            return {}
+        wanted = self.batches.to_write(rows)
+        prompts = [self.batches.prompts[row] for row in wanted]
+        found: dict[int, Written] = {}
+        try:
+            for numbers, begun in begun_batches(self.decoder, prompts, writing.generation_batch):
+                found |= {wanted[n]: answer for n, answer in zip(numbers, self.decoder.write(begun), strict=True)}
+        except RomaError:
+            raise
+        except RuntimeError as failure:
+            raise ModelError(
+                f"writing the answers to {len(wanted)} questions fails: {str(failure).splitlines()[0]}. If memory ran out, lower "
+                "extraction.success.generation_batch or max_new_tokens."
+            ) from failure
+        return found
+
     @torch.inference_mode()
     def _forward(self, rows: Sequence[int]) -> tuple[Extracted, int]:
         if not rows:
@@ -275,11 +325,21 @@ class Extractor:
         logits_NV, after_attention, routing_1PLE = run_part(self.model, reading, None, self.work.cuts)
         assert routing_1PLE is not None
         scores = choice_scores(logits_NV, reading.keep, reading.layout)
-        result = Extracted(list(rows), after_attention, reading.routing(routing_1PLE), scores)
+        predictions = answered(logits_NV, reading.keep, reading.layout, scores, self.batches.rule)
+        result = Extracted(list(rows), after_attention, reading.routing(routing_1PLE), scores, predictions)
         return result, len(reading.layout.packing)
 
 
-def _schema(tokens: Sequence[str]) -> pa.Schema:
+WRITTEN_FIELDS: Mapping[str, Callable[[Written], Any]] = {
+    "text": lambda written: written.text,
+    "new_tokens": lambda written: len(written.ids),
+    "ended": lambda written: written.ended,
+}
+"""What a table keeps of a written answer."""
+_WRITTEN_TYPES = (("text", pa.string()), ("new_tokens", pa.int32()), ("ended", pa.string()))
+
+
+def _schema(tokens: Sequence[str], writes: bool) -> pa.Schema:
     fields = [
         ("row", pa.int64()),
         ("id", pa.string()),
@@ -291,6 +351,7 @@ def _schema(tokens: Sequence[str]) -> pa.Schema:
         ("offset", pa.int64()),
         ("tokens", pa.int64()),
         ("shard_tokens", pa.int64()),
+        *(_WRITTEN_TYPES if writes else ()),
         *((f"routing_{rule}", pa.list_(pa.float32())) for rule in tokens),
     ]
     return pa.schema(fields)

@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from roma_ray.config.free_form import ANSWER
 from roma_ray.engine.batches import is_letter
 from roma_ray.moe.layers import aligned_positions, token_positions
 from roma_ray.moe.packing import Packing, Segment, pack
@@ -40,11 +41,14 @@ class Layout:
         return self.ends[question] - len(self.prompts[question].prompt_ids) + 1 + position
 
     def routing_positions(self, tokens: str) -> Tensor:
-        """Flat positions [Q, P] of a token rule (Last1 ...) in each prompt; -1 pads."""
-        rows = [
-            [self.prompt_token(q, p) for p in token_positions(tokens, len(prompt.prompt_ids))]
-            for q, prompt in enumerate(self.prompts)
-        ]
+        """Flat positions [Q, P] of a token rule (Last1 ...) in each prompt, of `Answer` those that predict it; -1 pads."""
+        if tokens == ANSWER:
+            rows = [list(answers[0]) for answers in self.score_tokens]
+        else:
+            rows = [
+                [self.prompt_token(q, p) for p in token_positions(tokens, len(prompt.prompt_ids))]
+                for q, prompt in enumerate(self.prompts)
+            ]
         width = max(map(len, rows))
         return torch.tensor([row + [-1] * (width - len(row)) for row in rows])
 
@@ -154,11 +158,26 @@ def choice_scores(logits_NV: Tensor, keep: Sequence[int], layout: Layout) -> lis
     return [[next(scores) for _ in question] for question in layout.score_tokens]
 
 
+def answered(logits_NV: Tensor, keep: Sequence[int], layout: Layout, scores: list[list[float]], rule: str) -> list[int]:
+    """The choice that each question is answered with. Without choices (rule `greedy`): 0 where each token of the answer is the
+    likeliest, so that greedy decoding writes it, else -1.
+    """
+    if rule != "greedy":
+        return [predict(own, prompt, rule) for own, prompt in zip(scores, layout.prompts, strict=True)]
+    place = {token: n for n, token in enumerate(keep)}
+    likeliest = logits_NV.argmax(-1).tolist()
+    return [
+        0 if all(likeliest[place[t]] == id for t, id in zip(tokens, prompt.choice_ids[0], strict=True)) else -1
+        for prompt, (tokens,) in zip(layout.prompts, layout.score_tokens, strict=True)
+    ]
+
+
 def predict(scores: Sequence[float], prompt: Prompt, rule: str) -> int:
     """The chosen answer: highest log-likelihood, per character of the choice when `rule` is `normalized`.
 
     The first of equals, as lm-evaluation-harness's argmax.
     """
+    assert rule in ("raw", "normalized")
     return int(rule_scores(scores, prompt.choice_chars, rule).argmax())
 
 

@@ -17,8 +17,10 @@ from roma_ray.config.finetune_settings import (
     RegularizerConfig,
     ScheduleConfig,
 )
+from roma_ray.config.free_form import FREE, SuccessConfig
 from roma_ray.config.schema import Config, NeighborsConfig, PromptConfig
 from roma_ray.config.section import Section
+from roma_ray.errors import ConfigError
 
 # Settings that came after storages were filled: their defaults stand in no identity.
 _YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
@@ -28,18 +30,49 @@ _YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
 
 
 def is_cloze(config: Config) -> bool:
-    """Whether answers are scored as continuations."""
-    return config.questions.prompt.format == "cloze"
+    """Whether answers are scored as continuations: of `cloze` questions the choices, of `free` ones the answer."""
+    return config.questions.prompt.format != "letter"
+
+
+def is_free(config: Config) -> bool:
+    """Whether the questions have no choices: their answer is one text."""
+    return config.questions.prompt.format == FREE
+
+
+def refuse_free_form(config: Config, what: str) -> None:
+    """Raise ConfigError where the questions are free-form and `what` knows multiple choice alone."""
+    if is_free(config):
+        raise ConfigError(
+            f"{what} compares the choices of multiple-choice questions, and questions.prompt.format is free: ask questions with "
+            "choices (format letter or cloze). Of free-form questions, `roma-ray run` and `roma-ray local` train and judge."
+        )
 
 
 def answer_rule(prompt: PromptConfig) -> str:
-    """By which score a choice is answered with: `normalized` or `raw`; letters have no length."""
+    """By which score a choice is answered with: `normalized` or `raw`; letters have no length. `greedy` where there are no choices:
+    whether each token of the answer is the likeliest.
+    """
+    if prompt.format == FREE:
+        return "greedy"
     return prompt.cloze_score if prompt.format == "cloze" else "raw"
 
 
 def data_seed(config: Config) -> int:
     """The seed of everything that is drawn from the data: splits, samples, the training fraction."""
     return config.seed if config.questions.seed is None else config.questions.seed
+
+
+def success_settings(config: Config) -> dict[str, Any]:
+    """What decides which free-form questions are answered rightly; nothing of multiple choice, where the choices do."""
+    success = config.extraction.success
+    return {"success": success.model_dump(mode="json", exclude=set(_idle_success(success)))} if is_free(config) else {}
+
+
+def writing_settings(config: Config) -> dict[str, Any]:
+    """What decides the answers that are written, whichever metric judges them; nothing where none are."""
+    success = config.extraction.success
+    chosen = success.model_dump(mode="json", include={"max_new_tokens", "stop", "generation_batch"})
+    return {"writing": chosen} if is_free(config) and success.writes else {}
 
 
 def prompt_settings(prompt: PromptConfig) -> dict[str, Any]:
@@ -63,7 +96,7 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
         settings["held_out_tasks"] = sorted(set(config.questions.held_out_tasks))
     if config.questions.fraction < 1:
         settings["fraction_seed"] = data_seed(config)
-    return settings
+    return {**settings, **success_settings(config)}
 
 
 def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
@@ -108,6 +141,11 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
             **_aged(tuned, FinetuneConfig, _YOUNGER_TUNING),
             "regularizer": _aged(tuned["regularizer"], RegularizerConfig, _YOUNGER_TERM),
         },
+        "extraction": {
+            k: v
+            for k, v in data["extraction"].items()
+            if k != "success" or v != SuccessConfig().model_dump(mode="json")
+        },
         "evaluation": {name: value for name, value in judged.items() if name != "task_loss_alone"},
     }
 
@@ -124,7 +162,8 @@ def idle_settings(config: Config) -> dict[str, str]:
     sections = {
         "questions": _idle_questions(config),
         "questions.prompt": _idle_prompt(prompt),
-        "extraction": {} if config.extraction.cache else {"activation_dtype": "extraction.cache is false"},
+        "extraction": _idle_extraction(config),
+        "extraction.success": _idle_success(config.extraction.success) if is_free(config) else {},
         "neighbors": _idle_neighbors(config.neighbors),
         "finetune": _idle_finetune(tuned, cloze=is_cloze(config)),
         "finetune.regularizer": _idle_regularizer(tuned.regularizer, tuned.epochs),
@@ -140,8 +179,21 @@ def _idle_questions(config: Config) -> dict[str, str]:
     return dict.fromkeys(("validation_fraction", "test_fraction"), "questions.splits is set") if divided else {}
 
 
+def _idle_extraction(config: Config) -> dict[str, str]:
+    found = {} if config.extraction.cache else {"activation_dtype": "extraction.cache is false"}
+    why = f"questions.prompt.format is {config.questions.prompt.format}"
+    return found if is_free(config) else {**found, **{f"success.{name}": why for name in SuccessConfig.model_fields}}
+
+
+def _idle_success(success: SuccessConfig) -> dict[str, str]:
+    idle = [] if success.metric == "likelihood" else ["threshold"]
+    idle += [] if success.writes else ["max_new_tokens", "stop", "generation_batch"]
+    return dict.fromkeys(idle, f"extraction.success.metric is {success.metric}")
+
+
 def _idle_prompt(prompt: PromptConfig) -> dict[str, str]:
-    return {"instruction" if prompt.format == "cloze" else "cloze_score": f"questions.prompt.format is {prompt.format}"}
+    idle = {"letter": ("cloze_score",), "cloze": ("instruction",), "free": ("instruction", "cloze_score")}
+    return dict.fromkeys(idle[prompt.format], f"questions.prompt.format is {prompt.format}")
 
 
 def _idle_neighbors(chosen: NeighborsConfig) -> dict[str, str]:
@@ -161,7 +213,7 @@ def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
     if config.weight_decay == 0:
         found["decay_to"] = "finetune.weight_decay is 0"
     if cloze:
-        found["task_loss"] = "questions.prompt.format is cloze"
+        found["task_loss"] = "questions.prompt.format is not letter"
     # The last epoch is the best one.
     return found if config.epochs > 1 else {**found, "select": "finetune.epochs is 1"}
 

@@ -34,6 +34,9 @@ QUESTIONS = pa.schema(
     ]
 )
 
+FREE_QUESTIONS = pa.schema([*QUESTIONS, ("form", pa.string()), ("verdict", pa.bool_())])
+"""Of free-form questions, whose `choices` are the accepted answers."""
+
 REJECTED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
-from roma_ray.engine.forward import choice_scores, lay_out, own_tokens, predict
+from roma_ray.engine.forward import answered, choice_scores, lay_out, own_tokens
 from roma_ray.errors import GuardError
 from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.passes import run_packed
@@ -33,6 +33,12 @@ class Scores:
     """bool, [N]"""
     routing_NLE: np.ndarray
     """Mean routing rows r of the head's MoE layers, fp32."""
+
+    def answer_logp(self, prompts: Sequence[Prompt]) -> float:
+        """The right answers' log-likelihood a token, mean over questions; `prompts` is the whole question table."""
+        gold = [prompts[row].choice_ids[prompts[row].answer] for row in self.rows]
+        values = [s[prompts[r].answer] / len(ids) for s, r, ids in zip(self.scores, self.rows, gold, strict=True)]
+        return float(np.mean(values))
 
     @property
     def accuracy(self) -> float:
@@ -92,13 +98,14 @@ def score_rows(
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
         return Reading.of(layout, (tokens,)), states.packed(chosen, layout)
 
-    found: dict[int, tuple[list[float], np.ndarray]] = {}
+    found: dict[int, tuple[list[float], np.ndarray, int]] = {}
     for (chosen, size), (reading, states_TD) in zip(plan, prefetched(prepare, members), strict=True):
         with read_routing(head.model, head.routers, reading.flat_positions) as tape:
             out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
         routing_QLE = reading.routing(tape.routing_BPLE)[tokens]
         scores = choice_scores(out.states, reading.keep, reading.layout)
-        found.update({row: (scores[n], routing_QLE[n]) for n, row in enumerate(chosen)})
+        chose = answered(out.states, reading.keep, reading.layout, scores, rule)
+        found.update({row: (scores[n], routing_QLE[n], chose[n]) for n, row in enumerate(chosen)})
         advance(size)
     answers = [found[row][0] for row in rows]
     bad = [row for row, scores in zip(rows, answers, strict=True) if not all(map(math.isfinite, scores))]
@@ -110,6 +117,6 @@ def score_rows(
             f"the scores of {len(bad):,} of {len(rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
             f"{begins(seen.origin)}"
         )
-    predictions = [predict(s, prompts[row], rule) for s, row in zip(answers, rows, strict=True)]
+    predictions = [found[row][2] for row in rows]
     correct = np.array([p == prompts[row].answer for p, row in zip(predictions, rows, strict=True)], dtype=bool)
     return Scores(list(rows), answers, predictions, correct, np.stack([found[row][1] for row in rows]))

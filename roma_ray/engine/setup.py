@@ -74,9 +74,9 @@ def resolve(
     `device` overrides `auto` (the caller may know of GPUs on other machines), `measure` finds the fastest experts backend on
     a GPU (default: in this process). Raises ModelError, ConfigError, StorageError.
     """
-    from roma_ray.moe.layers import select_layers, token_positions
+    from roma_ray.moe.layers import check_tokens, select_layers
 
-    token_positions(config.routing.tokens, 1)  # refuses an unknown name before any work
+    check_tokens(config.routing.tokens)  # refuses an unknown name before any work
     store = Store(config.storage, config.reuse)
     spec, identity = resolve_model(config, device=device, measure=measure)
     facts = model_facts_of(spec.path, spec.revision)

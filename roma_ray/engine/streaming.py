@@ -16,7 +16,7 @@ from torch import Tensor
 
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.extractor import Batches, Extracted, ExtractWork, batch_table, run_part
-from roma_ray.engine.forward import choice_scores
+from roma_ray.engine.forward import answered, choice_scores
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
@@ -160,7 +160,8 @@ class SliceExtractor:
                 earlier = [_read(link.parts(batch, n)).get("routing") for n in range(link.number)]
                 whole = torch.cat([part.to(states.device) for part in [*earlier, *routing] if part is not None], dim=2)
                 scores = choice_scores(states, reading.keep, reading.layout)
-                result = Extracted(good, after_attention, reading.routing(whole), scores)
+                predictions = answered(states, reading.keep, reading.layout, scores, self.batches.rule)
+                result = Extracted(good, after_attention, reading.routing(whole), scores, predictions)
             else:
                 write_tensors(link.states(batch, link.number), {"hidden": states.cpu().contiguous()})
         if link.last:

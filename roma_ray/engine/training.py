@@ -130,7 +130,8 @@ def _finetune(
             questions += len(rows)
             advance(len(rows), f"loss {facts['task']:.3f}")
         answers = objective.validation()
-        record = state.close_epoch(epoch, answers, objective.routing_figures(answers))
+        logp = answers.answer_logp(data.prompts) if data.rule == "greedy" else None
+        record = state.close_epoch(epoch, answers, objective.routing_figures(answers), logp)
         act(config, state, world)
         state.keep_best(masters.state())
         save(state)

@@ -58,6 +58,16 @@ MEASURES: Mapping[str, Measure] = {
     "gold_logp": Measure("right answer's log-likelihood", "nats a token", 1.0, 3, 4),
     "choice_logp": Measure("right answer's log-probability among the choices", "nats", 1.0, 3, 4),
 }
+FREE_MEASURES: Mapping[str, Measure] = {
+    "exact_match": Measure("written answers that match exactly, normalised", "%", 100.0, 2, 2),
+    "f1": Measure("F1 of the written answer's words", "%", 100.0, 2, 2),
+    "contains": Measure("written answers that contain the right one", "%", 100.0, 2, 2),
+    "numeric": Measure("written answers with the right number", "%", 100.0, 2, 2),
+    "bleu": Measure("sentence BLEU of the written answer", "of 100", 1.0, 2, 2),
+    "rouge_l": Measure("ROUGE-L of the written answer", "%", 100.0, 2, 2),
+    "greedy": Measure("answers that greedy decoding writes token for token", "%", 100.0, 2, 2),
+    "likelihood": Measure("answers whose log-likelihood a token reaches the threshold", "%", 100.0, 2, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -152,6 +162,27 @@ LEGEND = (
 )
 
 
+FREE_LEGEND = (
+    "Of what greedy decoding writes, in percent: exact_match, f1, contains, numeric, rouge_l; bleu of 100. In percent too, greedy: "
+    "answers of which each token is the likeliest; likelihood: answers whose log-likelihood a token reaches "
+    "extraction.success.threshold. gold_logp: the answer's log-likelihood, nats a token. *: the answers are judged by it. Standard "
+    "errors over questions, differences paired; macro: mean of the tasks; p: McNemar's exact test, of other values a t-test."
+)
+
+
+def legend_of(summary: Mapping[str, Any]) -> list[str]:
+    """The lines below a run's table of measures: of free-form questions with the perplexity of their answers."""
+    free = summary.get("free")
+    if free is None:
+        return [line for line in (LEGEND, coincidence(summary["measures"])) if line]
+    base, tuned = (free["perplexity"][which] for which in ("base", "tuned"))
+    told = f"Perplexity of the answers' {free['tokens']:,} tokens: base {base:.4g}, tuned {tuned:.4g}."
+    if written := free.get("written"):
+        cut = (f"{which} {written[which]['length']:,}" for which in ("base", "tuned"))
+        told += f" Written answers that were cut at extraction.success.max_new_tokens: {', '.join(cut)}."
+    return [FREE_LEGEND, told]
+
+
 def measure_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
     """`measures` of a summary as text under `HEADER`: each over all questions, then over tasks with equal weight."""
     rows: list[tuple[str, ...]] = []
@@ -173,7 +204,7 @@ _OTHER_FORMS = {
 def form_of(metric: str) -> Measure:
     """How a metric, with or without its filter, is written; lm-eval's other ones are shares, as accuracy is."""
     name = metric.partition(",")[0]
-    return MEASURES.get(name) or _OTHER_FORMS.get(name, MEASURES["acc"])
+    return MEASURES.get(name) or FREE_MEASURES.get(name) or _OTHER_FORMS.get(name, MEASURES["acc"])
 
 
 def figure_cells(name: str, figures: Mapping[str, Any]) -> tuple[str, str, str, str]:

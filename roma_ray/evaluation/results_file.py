@@ -12,6 +12,7 @@ import pyarrow as pa
 from roma_ray.engine.question_table import read_table, table_facts, write_table
 from roma_ray.engine.scoring import Scores
 from roma_ray.errors import ArtifactError
+from roma_ray.evaluation.free_results import FREE_RULE, FreeJudged, read_free
 from roma_ray.evaluation.measures import RULES, Asked, measure
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import read_manifest
@@ -49,6 +50,16 @@ class Judged:
     asked: Asked
     scores: Mapping[str, Sequence[Sequence[float]]]
     """By model (`base`, `tuned`): the log-likelihood of each choice."""
+
+    @property
+    def tasks(self) -> Sequence[str]:
+        """Of each question."""
+        return self.asked.tasks
+
+    @property
+    def configured(self) -> str:
+        """The measure by which answers are chosen."""
+        return RULES[self.asked.rule]
 
     def values(self, which: str) -> dict[str, np.ndarray]:
         """Every measure's values of a model, [N] fp64."""
@@ -99,12 +110,18 @@ def read_verdicts(
 ) -> tuple[list[tuple[str, str]], list[str], list[float], dict[str, str]]:
     """A model's values of the test questions by every measure: ((task, metric), question id, value) by row, and each task's pin."""
     pin = str(read_manifest(folder)["facts"]["pin"])
-    found = read_judged(folder)
+    found = read_answers_of(folder)
     keys: list[tuple[str, str]] = []
     ids: list[str] = []
     measured: list[float] = []
     for metric, values in found.values(which).items():
-        keys += [(task, metric) for task in found.asked.tasks]
+        keys += [(task, metric) for task in found.tasks]
         ids += found.ids
         measured += values.tolist()
-    return keys, ids, measured, dict.fromkeys(found.asked.tasks, pin)
+    return keys, ids, measured, dict.fromkeys(found.tasks, pin)
+
+
+def read_answers_of(folder: str | Path) -> Judged | FreeJudged:
+    """The answers to the test questions in an evaluation's folder, whether they have choices. Raises ArtifactError."""
+    rule = table_facts(read_table(Path(folder) / RESULTS, ["row"])).get("rule")
+    return read_free(Path(folder) / RESULTS) if rule == FREE_RULE else read_judged(folder)

@@ -32,9 +32,19 @@ def group_of(task: str, trained: Set[str], held_out: Sequence[str]) -> str:
 
 
 def by_group(
-    base: Values, tuned: Values, tasks: Sequence[str], trained: Set[str], held_out: Sequence[str], configured: str
+    base: Values,
+    tuned: Values,
+    tasks: Sequence[str],
+    trained: Set[str],
+    held_out: Sequence[str],
+    configured: str,
+    *,
+    likelihood: str = "choice_logp",
 ) -> dict[str, Any]:
-    """The groups' figures and the index, from every measure's values of the test questions; `configured` judges the answers."""
+    """The groups' figures and the index, from every measure's values of the test questions; `configured` judges the answers.
+
+    The index is of that and of `likelihood`, which moves with every question.
+    """
     names = np.asarray(tasks)
     members: dict[str, list[str]] = {group: [] for group in (TRAINED, HELD_OUT, OTHER)}
     for task in sorted(set(tasks)):
@@ -58,7 +68,7 @@ def by_group(
         "groups": groups,
         "ctgi": {
             name: ctgi(*([gains[name][task] for task in members[group]] for group in (TRAINED, HELD_OUT)))
-            for name in (configured, "choice_logp")
+            for name in (configured, likelihood)
         },
     }
 

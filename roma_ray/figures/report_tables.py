@@ -9,7 +9,7 @@ from typing import Any
 
 from roma_ray.borders.text import figure
 from roma_ray.engine.collapse import FIGURES
-from roma_ray.evaluation.measures import HEADER, MEASURES, figure_cells
+from roma_ray.evaluation.measures import HEADER, figure_cells, form_of
 from roma_ray.evaluation.statistics import Paired
 from roma_ray.evaluation.transfer import HEADER as CTGI
 from roma_ray.evaluation.transfer import ctgi_rows, listed
@@ -57,7 +57,7 @@ def measure_tables(found: Mapping[str, Any]) -> dict[str, Table]:
     """Each measure's figures by task, by the measure's name in words; the last rows are over all questions and all tasks."""
     tables = {}
     for name, figures in found["figures"].items():
-        form = MEASURES[name]
+        form = form_of(name)
         rows = [(task, str(one["n"]), *figure_cells(name, one)) for task, one in figures["tasks"].items()]
         rows.append(("all tasks", str(figures["micro"]["n"]), *figure_cells(name, figures["micro"])))
         if figures["macro"]:

@@ -24,7 +24,7 @@ from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.work import Job
-from roma_ray.evaluation.measures import HEADER, LEGEND, coincidence, measure_rows
+from roma_ray.evaluation.measures import HEADER, legend_of, measure_rows
 from roma_ray.evaluation.method_table import describe_oracle, oracle_and_control
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import LEGEND as CTGI_LEGEND
@@ -126,6 +126,8 @@ def draw(
         "task_maps": lambda: task_maps(setup, stages, found, oracle),
     }
     captions = dict(_CAPTIONS)
+    if "free" in summary:
+        captions["validation_accuracy"] = ("Validation log-likelihood", captions["validation_accuracy"][1])
     if oracle:
         title, caption = captions["task_maps"]
         captions["task_maps"] = (title, f"{caption} {oracle_sentence(oracle)}")
@@ -248,9 +250,9 @@ def _write_texts(setup: Setup, stage: Stage, summary: Mapping[str, Any], picture
         "ctgi_legend": CTGI_LEGEND,
         "added": report_tables.added_table(summary["task_loss_alone"]),
         "measures": report_tables.Table(HEADER, measure_rows(summary["measures"])),
-        "measure_legend": " ".join(filter(None, (LEGEND, coincidence(summary["measures"])))),
+        "measure_legend": " ".join(legend_of(summary)),
         "measure_tables": report_tables.measure_tables(summary["measures"]),
-        "share_table": report_tables.share_table(summary["shares"]),
+        "share_table": report_tables.share_table(summary["shares"]) if summary["shares"] else None,
         "distances": describe_distance(summary["diagnostics"]["manifold_distance"]),
         "layer_table": report_tables.layer_table(summary["diagnostics"]),
         "manifold_table": report_tables.manifold_table(summary["diagnostics"]),
@@ -294,7 +296,9 @@ def card_header(setup: Setup, summary: Mapping[str, Any]) -> str:
     for name, figures in listed(test, summary["held_out"]):
         entries.append(
             {
-                "task": {"type": "multiple-choice", "name": "Multiple-choice question answering"},
+                "task": {"type": "text-generation", "name": "Text generation"}
+                if "free" in summary
+                else {"type": "multiple-choice", "name": "Multiple-choice question answering"},
                 "dataset": {
                     "type": re.sub(r"[^a-z0-9_-]+", "-", name.lower()).strip("-") or "task",
                     "name": "all tasks" if name == "all" else name,

@@ -85,16 +85,21 @@ def routing_by_epoch(epochs: Sequence[Mapping[str, Any]]) -> Figure:
 
 @styled
 def validation_accuracy(epochs: Sequence[Mapping[str, Any]], base: Mapping[str, Any], selected: int) -> Figure:
-    """Validation accuracy after each epoch against the base model's; `base` is the `all` comparison of that split."""
+    """Validation accuracy after each epoch against the base model's; `base` is the `all` comparison of that split. Of free-form
+    questions the answers' log-likelihood, which is what the epochs are told apart by.
+    """
     figure, (axis,) = new_figure(5.2, 3.4)
     numbers = [epoch["epoch"] + 1 for epoch in epochs]
-    values = [100 * epoch["validation_accuracy"] for epoch in epochs]
+    free = "base_logp" in base
+    values = [epoch["validation_logp"] if free else 100 * epoch["validation_accuracy"] for epoch in epochs]
     level, error = 100 * base["base_accuracy"], 100 * base["base_stderr"]
-    axis.axhline(level, color=BASE, linestyle="--", label="base")
-    axis.axhspan(level - error, level + error, color=BASE, alpha=0.18, linewidth=0, label="base ± standard error")
-    errors = [100 * epoch["validation_stderr"] for epoch in epochs]
+    axis.axhline(base["base_logp"] if free else level, color=BASE, linestyle="--", label="base")
+    if not free:
+        axis.axhspan(level - error, level + error, color=BASE, alpha=0.18, linewidth=0, label="base ± standard error")
     axis.plot(numbers, values, color=TUNED, marker="o", label="tuned")
-    axis.errorbar(numbers, values, yerr=errors, fmt="none", color=TUNED, capsize=2.5, label="± standard error")
+    if not free:
+        errors = [100 * epoch["validation_stderr"] for epoch in epochs]
+        axis.errorbar(numbers, values, yerr=errors, fmt="none", color=TUNED, capsize=2.5, label="± standard error")
     axis.plot(
         [numbers[selected]],
         [values[selected]],
@@ -105,7 +110,7 @@ def validation_accuracy(epochs: Sequence[Mapping[str, Any]], base: Mapping[str, 
         label="exported",
     )
     axis.set_xlabel("epoch")
-    axis.set_ylabel("validation accuracy (%)")
+    axis.set_ylabel("log-likelihood (nats a token)" if free else "validation accuracy (%)")
     _whole_numbers(axis)
     axis.margins(y=0.25)
     axis.legend(loc="best", ncols=2)

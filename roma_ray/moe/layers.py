@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from roma_ray.errors import ConfigError
 
+ANSWER = "Answer"
+"""The token rule that reads where an answer is predicted; `config/free_form.py` names it too."""
 _LAYER_PART = re.compile(r"([FML])(\d+)")
 _TOKEN_PART = re.compile(r"(First|Middle|Mid|Last|[FML])(\d+)")
 
@@ -35,13 +37,19 @@ def select_layers(spec: str | Sequence[int], moe_layers: Sequence[int]) -> tuple
 
 def check_names(layers: str | Sequence[int], tokens: str) -> None:
     """Refuse what is wrong for any model: unknown names, a part twice, an index twice or below 0. Raises ConfigError."""
-    token_positions(tokens, 1)
+    check_tokens(tokens)
     if isinstance(layers, str):
         kinds = [kind for kind, _ in _layer_parts(layers)] if layers.lower() != "all" else []
         if len(set(kinds)) != len(kinds):
             raise ConfigError(f"the parts of layers {layers!r} overlap: each of F, M and L may stand once")
     else:
         _explicit(layers, tuple(range(max(layers, default=0) + 1)))
+
+
+def check_tokens(spec: str) -> None:
+    """Refuse a token rule that is none: neither of the prompt's positions nor `Answer`. Raises ConfigError."""
+    if spec != ANSWER:
+        token_positions(spec, 1)
 
 
 def token_positions(spec: str, prompt_length: int) -> tuple[int, ...]:

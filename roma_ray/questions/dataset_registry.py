@@ -126,18 +126,19 @@ def load_dataset(
     subset: str | None = None,
     part: str = "train",
     columns: ColumnsConfig | None = None,
+    free: bool = False,
 ) -> Iterator[Question | Rejected]:
     """The rows that were set aside, then a seeded sample of a data set, in its own order.
 
     The sample has `limit` questions, or the paper's count, or all there are if fewer. `task` and `split` override. `subset`,
-    `part` and `columns` are of a hub id (`owner/name`), which is none of the registry's.
+    `part`, `columns` and `free` are of a hub id (`owner/name`), which is none of the registry's.
 
     Raises:
         ConfigError: an unknown name, KnowRef (which needs a file), or the `datasets` library is not installed.
         QuestionError: the hub cannot be reached or does not have the data set.
     """
     if "/" in name:
-        yield from _any_dataset(name, subset, part, columns, task, split, limit, seed, loader or _hub_rows)
+        yield from _any_dataset(name, subset, part, columns, task, split, limit, seed, loader or _hub_rows, free)
         return
     dataset = REGISTRY.get(name)
     if dataset is None:
@@ -177,6 +178,7 @@ def _any_dataset(
     limit: int | None,
     seed: int,
     rows: Loader,
+    free: bool,
 ) -> Iterator[Question | Rejected]:
     """The rows of any hub data set that were set aside, then a seeded sample of the others."""
     shown = f"{name}/{subset}" if subset else name
@@ -189,6 +191,7 @@ def _any_dataset(
         default_task=shown.partition("/")[2],
         split=split or "train",
         columns=columns,
+        free=free,
         hint="" if columns else " (`columns` says where a data set keeps them)",
     ):
         if isinstance(item, Question):

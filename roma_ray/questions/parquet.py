@@ -11,6 +11,7 @@ from roma_ray.borders.documents import first_repeated
 from roma_ray.borders.text import printable
 from roma_ray.config.schema import ColumnsConfig
 from roma_ray.errors import QuestionError
+from roma_ray.questions.free_records import FIELDS, FORMS, MANY
 from roma_ray.questions.records import BadRow
 from roma_ray.questions.shapes import KEY, KNOWN, Take, top_columns
 
@@ -34,12 +35,12 @@ REQUIRED = ("question", "choices", "answer")
 
 
 def parquet_rows(
-    path: Path, *, name: str, columns: ColumnsConfig | None = None, questions: bool = True
+    path: Path, *, name: str, columns: ColumnsConfig | None = None, questions: bool = True, free: bool = False
 ) -> Iterator[Take]:
     """Each row of the file as what makes it; `name` stands for the file in errors.
 
     Of `questions` the columns that no question has are not read; rows of another shape (`columns`, or the known one of
-    `shapes`) are nested: their types are looked at row by row, as those of other files are.
+    `shapes`, and `free` ones without choices) are nested: their types are looked at row by row, as those of other files are.
 
     Raises:
         QuestionError: not a Parquet file, a corrupt one, a missing column or one of the wrong type.
@@ -51,7 +52,7 @@ def parquet_rows(
     try:
         with pq.ParquetFile(path, memory_map=False, pre_buffer=False, page_checksum_verification=True) as file:
             names = file.schema_arrow.names
-            nested = _nested(file.schema_arrow, columns, name) if questions else list(names)
+            nested = _nested(file.schema_arrow, columns, name, free) if questions else list(names)
             wanted = nested or _checked(file.schema_arrow, name)
             twice = first_repeated(column for column in names if column in wanted)
             if twice is not None:
@@ -67,15 +68,21 @@ def parquet_rows(
         ) from error
 
 
-def _nested(schema: pa.Schema, columns: ColumnsConfig | None, name: str) -> list[str]:
+def _nested(schema: pa.Schema, columns: ColumnsConfig | None, name: str, free: bool) -> list[str]:
     """The columns of a file of another shape; none where it holds question rows. Raises QuestionError when one is missing."""
+    held = ", ".join(printable(column, 40) for column in schema.names[:20])
+    if columns is None and free:
+        if not any(form in schema.names for form in FORMS):
+            raise QuestionError(
+                f"{name} has no column `question`, `prompt`, `messages` or `text` (its columns: {held})"
+            )
+        return [column for column in (*FIELDS, *MANY) if column in schema.names]
     if columns is None:
         known = KEY in schema.names and "answer" not in schema.names
         return [column for column in KNOWN if column in schema.names] if known else []
-    needed, optional = top_columns(columns)
+    needed, optional = top_columns(columns, free=free)
     missing = [column for column in needed if column not in schema.names]
     if missing:
-        held = ", ".join(printable(column, 40) for column in schema.names[:20])
         raise QuestionError(f"{name} has no column `{printable(missing[0], 40)}` (its columns: {held})")
     return [*needed, *(column for column in optional if column in schema.names)]
 
@@ -113,7 +120,8 @@ def _checked(schema: pa.Schema, name: str) -> list[str]:
     if missing:
         held = ", ".join(printable(column, 40) for column in schema.names[:20])
         lacking = "no column " + " and no column ".join(f"`{column}`" for column in missing)
-        hint = "; open-ended questions cannot be scored by their choices" if "choices" in missing else ""
+        open_ended = "; open-ended questions cannot be scored by their choices (questions.prompt.format=free asks them)"
+        hint = open_ended if "choices" in missing else ""
         raise QuestionError(f"{name} has {lacking} (its columns: {held}){hint}")
     for column in found:
         type_ = schema.field(schema.names.index(column)).type

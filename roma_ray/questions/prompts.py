@@ -55,6 +55,8 @@ class Prompt:
     truncated: bool
 
 
+Encoded = tuple[list[int], list[tuple[int, ...]]]
+"""The ids of a prompt, and of each continuation."""
 _PROBE = Question("probe", "probe", "Which?", ("one", "two"), 0)
 
 
@@ -63,9 +65,12 @@ class PromptTooLong(QuestionError):
 
 
 def embedding_text(question: Question, include_context: bool) -> str:
-    """What is embedded of a question: its text and choices, after its context if wanted; never the instruction."""
+    """What is embedded of a question: its text and choices, after its context if wanted; never the instruction, nor the answer to
+    a question without choices.
+    """
     context = [question.context] if include_context and question.context else []
-    return "\n".join([*context, question.question, *question.choices])
+    choices = question.choices if question.form == "choices" else ()
+    return "\n".join([*context, question.question, *choices])
 
 
 def build_prompts(questions: Iterable[Question], builder: PromptBuilder) -> tuple[list[Prompt], list[Rejected]]:
@@ -107,7 +112,7 @@ class PromptBuilder:
                 "off, or use an instruction-tuned model"
             )
         if config.chat_template:
-            self.render(_PROBE, None)
+            self._check_template()
         # lm-evaluation-harness joins prompt and choice by a blank, and by nothing after a chat template.
         self._delimiter = "" if config.chat_template else " "
         # What every prompt starts with: BOS, for some tokenizers.
@@ -115,6 +120,10 @@ class PromptBuilder:
         self._letter_ids: dict[int, tuple[int, ...]] = {}
         if config.format == "letter":
             self._letters(2)
+
+    def _check_template(self) -> None:
+        """Raise ConfigError where the chat template takes no question."""
+        self.render(_PROBE, None)
 
     def build(self, question: Question) -> Prompt:
         """The prompt of one question.
@@ -134,8 +143,9 @@ class PromptBuilder:
         contexts = [question.context if self.config.context else None for question in questions]
         encoded = self._encode_prompts(list(zip(questions, contexts, strict=True)))
         results: list[Prompt | QuestionError] = []
-        for question, context, (prompt_ids, choice_ids) in zip(questions, contexts, encoded, strict=True):
+        for question, context, ids in zip(questions, contexts, encoded, strict=True):
             try:
+                prompt_ids, choice_ids = _unless_error(ids)
                 truncated = self._length(prompt_ids, choice_ids) > self.config.max_tokens
                 if truncated:
                     prompt_ids, choice_ids = self._shortened(question, context, prompt_ids, choice_ids)
@@ -184,10 +194,8 @@ class PromptBuilder:
             truncated=truncated,
         )
 
-    def _encode_prompts(
-        self, items: Sequence[tuple[Question, str | None]]
-    ) -> list[tuple[list[int], list[tuple[int, ...]]]]:
-        """(prompt ids, each choice's ids) for each question with its context, in one call of the tokenizer."""
+    def _encode_prompts(self, items: Sequence[tuple[Question, str | None]]) -> list[Encoded | QuestionError]:
+        """(prompt ids, each choice's ids) for each question with its context, in one call of the tokenizer; or why it has none."""
         parts = [self._parts(self.render(question, context)) for question, context in items]
         if self.config.format == "letter":
             prompts = self._encode([prompt for prompt, _ in parts])
@@ -198,7 +206,7 @@ class PromptBuilder:
         for (prompt, joint), (question, _) in zip(parts, items, strict=True):
             texts += [prompt, *(f"{prompt}{joint}{choice}" for choice in question.choices)]
         encoded = iter(self._encode(texts))
-        result = []
+        result: list[Encoded | QuestionError] = []
         for question, _ in items:
             prompt_ids = next(encoded)
             # Tokenised together and cut at the prompt's length, so that the boundary is as the model saw it in text.
@@ -255,16 +263,16 @@ class PromptBuilder:
 
     def _shortened(
         self, question: Question, context: str | None, prompt_ids: list[int], choice_ids: list[tuple[int, ...]]
-    ) -> tuple[list[int], list[tuple[int, ...]]]:
+    ) -> Encoded:
         """The same prompt with as much of the end of its context as fits."""
         limit = self.config.max_tokens
         over = self._length(prompt_ids, choice_ids) - limit
         if context:
             for kept in self._tails(context, over):
-                ids, choices = self._encode_prompts([(question, kept)])[0]
+                ids, choices = _unless_error(self._encode_prompts([(question, kept)])[0])
                 if self._length(ids, choices) <= limit:
                     return ids, choices
-        ids, choices = self._encode_prompts([(question, None)])[0]
+        ids, choices = _unless_error(self._encode_prompts([(question, None)])[0])
         length = self._length(ids, choices)
         if length <= limit:
             return ids, choices
@@ -294,6 +302,12 @@ class PromptBuilder:
             return [start for start, _ in encoded["offset_mapping"]]
         count = len(self.tokenizer(context, add_special_tokens=False, verbose=False)["input_ids"])
         return [i * len(context) // count for i in range(count)]
+
+
+def _unless_error(found: Encoded | QuestionError) -> Encoded:
+    if isinstance(found, QuestionError):
+        raise found
+    return found
 
 
 def rule_scores(scores: Sequence[float], chars: Sequence[int], rule: str) -> np.ndarray:

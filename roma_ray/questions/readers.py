@@ -30,11 +30,12 @@ SHOWN_REASONS = 3
 
 
 def read_questions(
-    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
+    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None, free: bool = False
 ) -> tuple[list[Question], list[Rejected]]:
     """All questions of the sources, in file order with unique ids, and all rows that were set aside.
 
-    `seed` draws the samples of hub datasets; `loader` replaces the hub (see `registry.load_dataset`).
+    `seed` draws the samples of hub datasets; `loader` replaces the hub (see `registry.load_dataset`). `free`: rows have no choices
+    (`free_records`).
 
     Raises:
         QuestionError: a file cannot be read or gives no question; the message holds the first reasons.
@@ -42,7 +43,7 @@ def read_questions(
     """
     questions: list[Question] = []
     rejected: list[Rejected] = []
-    for item in iter_questions(sources, seed=seed, loader=loader):
+    for item in iter_questions(sources, seed=seed, loader=loader, free=free):
         if isinstance(item, Question):
             questions.append(item)
         else:
@@ -51,15 +52,15 @@ def read_questions(
 
 
 def iter_questions(
-    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
+    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None, free: bool = False
 ) -> Iterator[Question | Rejected]:
     """The same rows as `read_questions`, as a stream: only the ids seen so far are kept in memory."""
-    for _, rows in iter_sources(sources, seed=seed, loader=loader):
+    for _, rows in iter_sources(sources, seed=seed, loader=loader, free=free):
         yield from rows
 
 
 def iter_sources(
-    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None
+    sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None, free: bool = False
 ) -> Iterator[tuple[str, Iterator[Question | Rejected]]]:
     """Each source's short name and its rows, which are to be read before the next source's."""
     if not sources:
@@ -67,11 +68,11 @@ def iter_sources(
     names = display_names([source.path for source in sources])
     seen: dict[str, tuple[str, int]] = {}
     for source, name in zip(sources, names, strict=True):
-        rows = _open(source, name, seed, loader)
+        rows = _open(source, name, seed, loader, free)
         yield source.dataset or name, _usable(_limited(_without_duplicates(rows, seen), source), source.dataset or name)
 
 
-def declared_parts(sources: Sequence[QuestionSource]) -> Iterator[tuple[str, str]]:
+def declared_parts(sources: Sequence[QuestionSource], *, free: bool = False) -> Iterator[tuple[str, str]]:
     """(task, split) of what the sources surely declare, read without the hub and without a word about bad rows.
 
     Raises QuestionError where a file cannot be read.
@@ -88,7 +89,7 @@ def declared_parts(sources: Sequence[QuestionSource]) -> Iterator[tuple[str, str
             if source.rows_split in (None, "train"):
                 yield f"\0{name}", "train"
             continue
-        for row in _limited(_without_duplicates(_open(source, name, 0, None), seen), source):
+        for row in _limited(_without_duplicates(_open(source, name, 0, None, free), seen), source):
             if isinstance(row, Question) and (certain or row.split == "train"):
                 yield row.task, row.split
 
@@ -107,7 +108,9 @@ def asset(name: str) -> Path:
     return path
 
 
-def _open(source: QuestionSource, name: str, seed: int, loader: Loader | None) -> Iterator[Question | Rejected]:
+def _open(
+    source: QuestionSource, name: str, seed: int, loader: Loader | None, free: bool
+) -> Iterator[Question | Rejected]:
     """The source's rows, before duplicates are looked for and before a file's limit."""
     if source.path is None:
         assert source.dataset is not None
@@ -121,19 +124,21 @@ def _open(source: QuestionSource, name: str, seed: int, loader: Loader | None) -
             subset=source.subset,
             part=source.part,
             columns=source.columns,
+            free=free,
         )
     path = question_file(source.path)
     suffix = _suffix(path)
     stem = path.name[: -len(suffix)] or path.name
     parquet = suffix in PARQUET_SUFFIXES
     return questions_of(
-        parquet_rows(path, name=name, columns=source.columns) if parquet else jsonl_rows(path, name=name),
+        parquet_rows(path, name=name, columns=source.columns, free=free) if parquet else jsonl_rows(path, name=name),
         name=printable(name),
         ids=f"{name}:",
         task=source.task,
         default_task=stem,
         split=source.split,
         columns=source.columns,
+        free=free,
     )
 
 

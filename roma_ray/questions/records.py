@@ -18,7 +18,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from roma_ray.borders.text import name_fault, printable, reserved
 
@@ -44,9 +44,19 @@ _LETTERED = re.compile(r"([A-Z])\)(?:\s+(.*))?", re.DOTALL)
 _ANSWER_LETTER = re.compile(r"\(?([A-Za-z])[).]?")
 
 
+Form = Literal["choices", "question", "prompt", "messages", "text"]
+"""What a row is: a multiple-choice question, or one of the free forms of `free_records`."""
+Turn = tuple[str, str]
+"""(role, content) of a message."""
+
+
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A multiple-choice question; `answer` is the right choice's index, `file` and `line` say where it was read."""
+    """A question; `answer` is the right choice's index, `file` and `line` say where it was read.
+
+    A free-form one (`form` is not "choices") has as its `choices` the texts that are accepted as answers, of which the model is
+    trained on `answer`, the first.
+    """
 
     id: str
     task: str
@@ -57,6 +67,11 @@ class Question:
     split: str = "train"
     file: str = field(default="", compare=False)
     line: int = field(default=0, compare=False)
+    form: Form = "choices"
+    turns: tuple[Turn, ...] = ()
+    """The messages before the answer (form "messages"); `question` holds their contents as one text."""
+    verdict: bool | None = None
+    """Whether the base model answers a free-form question rightly, where the row says so."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,26 +99,29 @@ def make_question(
     split: str = "train",
     file: str = "",
     line: int = 0,
+    form: Form = "choices",
+    turns: tuple[Turn, ...] = (),
+    verdict: bool | None = None,
 ) -> Question:
-    """A checked question from its parts.
+    """A checked question from its parts; the `choices` of a free-form one are checked already.
 
     Raises:
         BadRow: an empty question, a wrong number of choices, empty or equal ones, unusable characters, an answer that
             no choice has.
     """
-    text = _text(question, "question")
+    text = plain_text(question, "question")
     if not text:
-        raise BadRow("the question is empty")
-    texts = _choices(choices)
+        raise BadRow(f"the {'question' if form in ('choices', 'messages') else form} is empty")
+    texts = _choices(choices) if form == "choices" else tuple(choices)  # type: ignore[arg-type]
     if isinstance(answer, bool) or not isinstance(answer, int):
-        raise BadRow(f"the answer is {_kind(answer)}, not an index")
+        raise BadRow(f"the answer is {kind_of(answer)}, not an index")
     if not 0 <= answer < len(texts):
         raise BadRow(f"answer {answer} is out of range: there are {len(texts)} choices, counted from 0")
-    passage = None if context is None else _text(context, "context") or None
-    task = _name(task, "task")
+    passage = None if context is None else plain_text(context, "context") or None
+    task = checked_name(task, "task")
     if reserved(task):
         raise BadRow(f"the task name '{task}' is kept for the tables' own lines; name the task otherwise")
-    return Question(_name(id, "id"), task, text, texts, answer, passage, split, file, line)
+    return Question(checked_name(id, "id"), task, text, texts, answer, passage, split, file, line, form, turns, verdict)
 
 
 def question_from_row(
@@ -121,27 +139,43 @@ def question_from_row(
     Raises:
         BadRow: the row cannot be used; the message says why.
     """
-    id = row_id(row) or default_id
-    row_task = row.get("task")
-    if task is None and row_task is not None and not isinstance(row_task, str):
-        raise BadRow(f"the task is {_kind(row_task)}, not a text")
-    declared = _split(row.get("split")) if split is None else split
+    place = placed(row, default_id=default_id, task=task, default_task=default_task, split=split)
     if row.get("question") is None:
         raise BadRow("no field `question`")
     if row.get("choices") is None:
-        raise BadRow("no field `choices`: an open-ended question cannot be scored by its choices")
+        raise BadRow(
+            "no field `choices`: an open-ended question cannot be scored by its choices (questions.prompt.format=free asks it)"
+        )
     choices = _without_letters(_choices(row["choices"]))
     return make_question(
-        id=id,
-        task=task or row_task or default_task,
+        **place,
         question=row["question"],
         choices=choices,
         answer=answer_index(row.get("answer"), len(choices)),
         context=row.get("context"),
-        split=declared,
         file=file,
         line=line,
     )
+
+
+class Belonging(TypedDict):
+    """Whose question a row is."""
+
+    id: str
+    task: str
+    split: str
+
+
+def placed(
+    row: Mapping[str, Any], *, default_id: str, task: str | None, default_task: str, split: str | None
+) -> Belonging:
+    """A row's id, task and split; `task` and `split`, when given, override its own. Raises BadRow."""
+    id = row_id(row) or default_id
+    row_task = row.get("task")
+    if task is None and row_task is not None and not isinstance(row_task, str):
+        raise BadRow(f"the task is {kind_of(row_task)}, not a text")
+    declared = split_of(row.get("split")) if split is None else split
+    return {"id": id, "task": task or row_task or default_task, "split": declared}
 
 
 def row_id(row: Mapping[str, Any]) -> str | None:
@@ -154,7 +188,7 @@ def row_id(row: Mapping[str, Any]) -> str | None:
     if value is None or value == "":
         return None
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise BadRow(f"the id is {_kind(value)}, not a text or an integer")
+        raise BadRow(f"the id is {kind_of(value)}, not a text or an integer")
     return value if isinstance(value, str) else str(value)
 
 
@@ -167,7 +201,7 @@ def answer_index(answer: object, num_choices: int) -> int:
     if answer is None or answer == "":
         raise BadRow("no answer")
     if isinstance(answer, bool) or not isinstance(answer, int | str):
-        raise BadRow(f"the answer is {_kind(answer)}, not a letter or an integer")
+        raise BadRow(f"the answer is {kind_of(answer)}, not a letter or an integer")
     if isinstance(answer, int):
         if not 0 <= answer < num_choices:
             shown = printable(answer) if abs(answer) < 10**18 else "(a huge number)"
@@ -188,10 +222,10 @@ def answer_index(answer: object, num_choices: int) -> int:
 
 def _choices(value: object) -> tuple[str, ...]:
     if isinstance(value, str | bytes | Mapping) or not isinstance(value, Sequence):
-        raise BadRow(f"the choices are {_kind(value)}, not a list of texts")
+        raise BadRow(f"the choices are {kind_of(value)}, not a list of texts")
     if not MIN_CHOICES <= len(value) <= MAX_CHOICES:
         raise BadRow(f"{len(value)} choices: there must be {MIN_CHOICES} to {MAX_CHOICES}")
-    texts = tuple(_text(choice, f"choice {LETTERS[i]}") for i, choice in enumerate(value))
+    texts = tuple(plain_text(choice, f"choice {LETTERS[i]}") for i, choice in enumerate(value))
     first: dict[str, int] = {}
     for i, text in enumerate(texts):
         if not text:
@@ -216,34 +250,38 @@ def _without_letters(choices: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(match.group(2) or "" for match in found)
 
 
-def _split(value: object) -> str:
+def split_of(value: object) -> str:
+    """The part that a row declares. Raises BadRow."""
     if value is None or value == "":
         return "train"
     if not isinstance(value, str):
-        raise BadRow(f"the split is {_kind(value)}, not a text")
+        raise BadRow(f"the split is {kind_of(value)}, not a text")
     try:
         return SPLITS[value.strip().lower()]
     except KeyError:
         raise BadRow(f"unknown split '{printable(value, 40)}': use train, validation or test") from None
 
 
-def _text(value: object, what: str) -> str:
+def plain_text(value: object, what: str) -> str:
+    """A text without outer blanks. Raises BadRow where it is none, or holds what no table takes."""
     if not isinstance(value, str):
-        raise BadRow(f"the {what} is {_kind(value)}, not a text")
+        raise BadRow(f"the {what} is {kind_of(value)}, not a text")
     unusable = _UNUSABLE.search(value)
     if unusable:
         raise BadRow(f"the {what} holds the unusable character U+{ord(unusable.group()):04X}")
     return value.strip()
 
 
-def _name(value: str, what: str) -> str:
+def checked_name(value: str, what: str) -> str:
+    """A name that tables can show. Raises BadRow."""
     fault = name_fault(value)
     if fault:
         raise BadRow(f"the {what} {fault}")
     return value.strip()
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
+    """What a value is, in words."""
     names = {bool: "true or false", int: "a number", float: "a number with a point", str: "a text", list: "a list"}
     if value is None:
         return "missing"

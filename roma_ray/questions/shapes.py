@@ -14,6 +14,7 @@ from typing import Any
 
 from roma_ray.borders.text import printable
 from roma_ray.config.schema import ColumnsConfig
+from roma_ray.questions.free_records import free_question_from_row
 from roma_ray.questions.records import BadRow, Question, Rejected, question_from_row, row_id
 
 KEY = "answerKey"
@@ -37,17 +38,20 @@ def questions_of(
     split: str | None,
     columns: ColumnsConfig | None,
     hint: str = "",
+    free: bool = False,
 ) -> Iterator[Question | Rejected]:
     """Each row as a `Question` or a `Rejected`; `name` stands for their file, `ids` and the row's number for a missing id.
 
-    `hint` is added to each reason.
+    `hint` is added to each reason. `free`: the rows have no choices (`free_records`).
     """
+    make = free_question_from_row if free else question_from_row
+    shape = _asked if free else shaped
     for number, take in enumerate(rows, start=1):
         id = default_id = f"{ids}{number}"
         try:
-            row = shaped(take(), columns)
+            row = shape(take(), columns)
             id = row_id(row) or default_id
-            yield question_from_row(
+            yield make(
                 row, file=name, line=number, default_id=default_id, task=task, default_task=default_task, split=split
             )
         except BadRow as error:
@@ -65,13 +69,23 @@ def shaped(row: Row, columns: ColumnsConfig | None) -> Row:
     return labelled(row) if KEY in row and "answer" not in row else row
 
 
-def top_columns(columns: ColumnsConfig) -> tuple[list[str], list[str]]:
+def _asked(row: Row, columns: ColumnsConfig | None) -> Row:
+    """The row with the fields of a free-form question. Raises BadRow where a mapped column is not there."""
+    if columns is None:
+        return row
+    found = {name: row[name] for name in ("correct", "choices") if name in row}
+    found |= {"question": _at(row, columns.question), "answer": _at(row, columns.answer)}
+    return {**found, **_rest(row, columns)}
+
+
+def top_columns(columns: ColumnsConfig, *, free: bool = False) -> tuple[list[str], list[str]]:
     """The table's columns that a mapping must find, and those that it takes where they are."""
-    given = [columns.question, columns.answer, *_choice_paths(columns)]
+    given = [columns.question, columns.answer, *([] if free else _choice_paths(columns))]
     given += [columns.labels] if columns.labels else []
     given += [path for name in _OPTIONAL if (path := getattr(columns, name))]
     needed = list(dict.fromkeys(path.partition(".")[0] for path in given))
-    return needed, [name for name in _OPTIONAL if not getattr(columns, name) and name not in needed]
+    also = (*_OPTIONAL, "correct", "choices") if free else _OPTIONAL
+    return needed, [name for name in also if not getattr(columns, name, None) and name not in needed]
 
 
 def _choice_paths(columns: ColumnsConfig) -> tuple[str, ...]:
@@ -90,7 +104,12 @@ def _mapped(row: Row, columns: ColumnsConfig) -> Row:
     if isinstance(answer, str) and isinstance(choices, Sequence) and list(choices).count(answer) == 1:
         # Many sets give the right choice's text.
         answer = list(choices).index(answer)
-    found = {"question": _at(row, columns.question), "choices": choices, "answer": answer}
+    return {"question": _at(row, columns.question), "choices": choices, "answer": answer, **_rest(row, columns)}
+
+
+def _rest(row: Row, columns: ColumnsConfig) -> dict[str, Any]:
+    """A mapped row's context, id, task and split, those that there are."""
+    found = {}
     for name in _OPTIONAL:
         path = getattr(columns, name)
         value = _at(row, path) if path else row.get(name)

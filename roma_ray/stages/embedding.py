@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from roma_ray.config.free_form import FREE
 from roma_ray.config.schema import ModelConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.devices import device_kind
@@ -102,8 +103,10 @@ def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
 
 
 def embedding_texts(questions: Stage, context: bool) -> list[str]:
-    """The text of each question that is embedded: question, choices, and its context by option; no instruction."""
+    """The text of each question that is embedded: question, choices, and its context by option; no instruction, no free answer."""
     columns = ["id", "task", "question", "choices", "answer", "context"]
+    if questions.identity["settings"]["prompt"]["format"] == FREE:
+        columns.append("form")
     rows = rows_of(read_table(questions.path / TABLE, columns))
     return [
         embedding_text(Question(**{**row, "choices": tuple(row["choices"])}), include_context=context) for row in rows

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from roma_ray.engine.batches import plan_batches
 from roma_ray.engine.cache import ROWS
 from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
 from roma_ray.engine.forward import own_tokens, shared_prefix
-from roma_ray.engine.identity import answer_rule
+from roma_ray.engine.generation import ENDINGS
+from roma_ray.engine.identity import answer_rule, writing_settings
 from roma_ray.engine.kept_selfchecks import worst_of
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, matrix, read_prompts, table_facts
@@ -53,6 +55,7 @@ def extract_settings(setup: Setup) -> dict[str, Any]:
         "batch_tokens": extraction.batch_tokens,
         "activation_dtype": cache_dtype(setup) if extraction.cache else None,
         "rule": answer_rule(setup.config.questions.prompt),
+        **writing_settings(setup.config),
     }
 
 
@@ -132,6 +135,11 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     # Also what a streamed attempt left that was gone on with unstreamed.
     remove_folder(stage.path / STREAM)
     facts = {**gather(stage, len(plan), ids, prefix), "self_check": worst_of(setup.model.checks)}
+    if written := facts.get("written"):
+        progress.say(
+            f"answers written to training questions: {written['answers']:,}, {written['tokens']:,} tokens; {written['length']:,} were cut "
+            "at extraction.success.max_new_tokens"
+        )
     if facts["errors"]:
         progress.say(
             f"{facts['errors']} question(s) failed in extraction and are left out; see `error` in {stage.path / ROWS}"
@@ -220,7 +228,17 @@ def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[
     errors = len(table) - table.column("error").null_count
     correct = pc.sum(table.column("is_correct")).as_py()
     tokens = pc.sum(table.column("tokens")).as_py() or 0
-    return {**facts, "rows": len(table), "errors": errors, "correct": correct, "tokens": tokens, "batches": batches}
+    counts = {"rows": len(table), "errors": errors, "correct": correct, "tokens": tokens, "batches": batches}
+    return {**facts, **counts, **_written(table)}
+
+
+def _written(table: pa.Table) -> dict[str, Any]:
+    """Counts of the answers that were written, where any were: their tokens, and by what they ended."""
+    if "ended" not in table.column_names:
+        return {}
+    ended = Counter(table.column("ended").drop_null().to_pylist())
+    written = {"answers": ended.total(), "tokens": pc.sum(table.column("new_tokens")).as_py() or 0}
+    return {"written": {**written, **{name: ended[name] for name in ENDINGS}}}
 
 
 class ScatteredRows:

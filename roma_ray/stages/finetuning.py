@@ -100,7 +100,7 @@ class TrainJob(Job):
             validation=validation,
             neighborhoods=neighborhoods,
             routing_NLE=routing_NLE,
-            successful_N=answered_rightly(extraction) & neighborhoods.queried,
+            successful_N=answered_rightly(self.setup, self.stages) & neighborhoods.queried,
             base_NLE=routing_NLE,
             tokens=config.routing.tokens,
             rule=answer_rule(config.questions.prompt),
@@ -211,10 +211,11 @@ def finetune_routers(job: Job, runners: Runners, progress: Progress) -> Facts:
 
 def describe_epoch(epoch: dict[str, Any]) -> str:
     """The line that each epoch prints."""
+    likelihood = f" ({epoch['validation_logp']:.4f} nats a token)" if "validation_logp" in epoch else ""
     return (
         f"epoch {epoch['epoch'] + 1}: task loss {epoch['task_loss']:.4f}, manifold {epoch['manifold_loss']:.5f}, lambda "
         f"{epoch['lambda']:.3g}, gate gradient {epoch['gradient_norm']:.3g}, entropy {epoch['routing_entropy']:.3f}, "
-        f"validation {figure(epoch, 'validation')} %{entropy_kept(epoch)}"
+        f"validation {figure(epoch, 'validation')} %{likelihood}{entropy_kept(epoch)}"
     )
 
 

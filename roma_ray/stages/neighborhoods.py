@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -10,13 +10,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from roma_ray.config.schema import Config
 from roma_ray.engine.cache import ROWS
-from roma_ray.engine.identity import data_seed, neighbors_settings
+from roma_ray.engine.identity import data_seed, is_free, neighbors_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_table, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.success import successes
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, NeighborError
 from roma_ray.manifold.inverted import SHARD_ROWS
@@ -51,9 +53,9 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     asked = config.questions
     training_N[training_rows(table, asked.fraction, data_seed(config), asked.held_out_tasks)] = True
     training_N &= usable_rows(extraction)
-    correct_N = answered_rightly(extraction)
+    correct_N = answered_rightly(setup, job.stages)
     embeddings_NC = read_embeddings(embeddings)
-    successful_N = successful_set(correct_N, training_N)
+    successful_N = _successful(config, extraction, correct_N, training_N)
     progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
     found = search(setup, questions, embeddings, successful_N, training_N)
     _write(job.stage, found)
@@ -64,6 +66,22 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
         "training": int(training_N.sum()),
         "recall": found.recall,
     }
+
+
+def _successful(config: Config, extraction: Stage, correct_N: torch.Tensor, training_N: torch.Tensor) -> torch.Tensor:
+    """S of eq. 2. Raises NeighborError where it is empty, of free-form questions with the settings that decide it."""
+    try:
+        return successful_set(correct_N, training_N)
+    except NeighborError as error:
+        if not is_free(config):
+            raise
+        success = config.extraction.success
+        scores = "`scores` (the answers' log-likelihoods)"
+        seen = f"`text` (what was written) and {scores}" if success.writes else scores
+        raise NeighborError(
+            f"{error}. They are judged by extraction.success.metric: {success.metric}; {seen} stand in {extraction.path / ROWS}. Another "
+            "metric, stop or threshold may fit this model"
+        ) from None
 
 
 def search(
@@ -97,9 +115,15 @@ def search(
     )
 
 
-def answered_rightly(extraction: Stage) -> torch.Tensor:
-    """Mask [N] of the questions that the base model answers rightly in extraction."""
-    return torch.tensor(read_table(extraction.path / ROWS, ["is_correct"]).column("is_correct").to_pylist())
+def answered_rightly(setup: Setup, stages: Mapping[str, Stage]) -> torch.Tensor:
+    """Mask [N] of the questions that the base model answers rightly in extraction; free-form ones by their metric of success.
+
+    Raises ArtifactError, QuestionError.
+    """
+    rows = stages["extract"].path / ROWS
+    if is_free(setup.config):
+        return torch.tensor(successes(setup.config.extraction.success, stages["questions"].path / TABLE, rows))
+    return torch.tensor(read_table(rows, ["is_correct"]).column("is_correct").to_pylist())
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from roma_ray.engine.cache import open_states
-from roma_ray.engine.identity import prompt_settings
+from roma_ray.engine.identity import answer_rule, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
@@ -33,6 +33,7 @@ from roma_ray.stages import routing_change
 from roma_ray.stages.base_scores import base_scores, base_stage, scoring
 from roma_ray.stages.embedding import read_embeddings
 from roma_ray.stages.finetuning import ADAPTER, FINETUNE, epochs_of
+from roma_ray.stages.free_evaluation import Asking, Judgement, judge_free, write_texts
 from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
 from roma_ray.store.files import read_json
@@ -70,31 +71,45 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
 
         all_base = base_scores(kept, judged, lambda: score(judged))
         stage.note_makers(of=kept)
-        load_adapter(tuned.path / ADAPTER, head)
+        free = is_free(setup.config)
+        adapter = tuned.path / ADAPTER
+        texts = write_texts(setup, head, adapter, questions, prompts, test, progress) if free else None
+        load_adapter(adapter, head)
         after, live = score(test), score(trained) if trained else None
     base, validation = all_base.of(test), all_base.of(of_split["validation"])
     check_not_identical(base.scores, after.scores)
-    metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": after}, arguments["rule"])
     columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
-    letter = prompt.format == "letter"
-    write_results(stage.path / RESULTS, prompts, base, after, columns, arguments["rule"], letter=letter)
     tasks = [prompts[row].task for row in test]
+    asked = Asking(
+        setup, stage, questions, prompts, columns, {prompts[r].task for r in near.queried.nonzero()[:, 0].tolist()}
+    )
+    found = judge_free(asked, base, after, texts) if free else _judge_choices(asked, base, after)
     embeddings = stages["embed"]
     changed = routing_change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
     lived = {"train": live, "test": after}
     distance = routing_change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
     result = {
-        "splits": {"test": by_task(tasks, base.correct, after.correct)},
-        "validation": _validation(validation, tuned),
-        **_test_figures(
-            stage, questions, {prompts[row].task for row in near.queried.nonzero()[:, 0].tolist()}, held_out
-        ),
-        "guards": _guards(questions, prompts, test, base, after),
+        "splits": {"test": by_task(tasks, *found.verdicts)},
+        "validation": _validation(validation, tuned, prompts),
+        **found.figures,
+        "guards": found.guards,
         "diagnostics": {**changed, "manifold_distance": distance},
-        "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"]}, test),
+        "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"], **found.pinned}, test),
     }
     write_json(stage.path / SUMMARY, result)
-    return {"rows": len(test), "pin": result["pin"], "metric": metric}
+    return {"rows": len(test), "pin": result["pin"], "metric": found.metric}
+
+
+def _judge_choices(asked: Asking, base: Scores, tuned: Scores) -> Judgement:
+    """The test questions of multiple choice, by every measure. Raises StorageError."""
+    setup, stage, questions, prompts = asked.setup, asked.stage, asked.questions, asked.prompts
+    prompt, rule = setup.config.questions.prompt, answer_rule(setup.config.questions.prompt)
+    metric = _by_lm_eval(setup, stage, questions, prompts, {"base": base, "tuned": tuned}, rule)
+    letter = prompt.format == "letter"
+    write_results(stage.path / RESULTS, prompts, base, tuned, asked.columns, rule, letter=letter)
+    figures = _test_figures(stage, questions, asked.trained, setup.config.questions.held_out_tasks)
+    guards = _guards(questions, prompts, base.rows, base, tuned)
+    return Judgement(metric, (base.correct, tuned.correct), figures, guards)
 
 
 EVALUATE = Step(
@@ -122,11 +137,17 @@ def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str,
     }
 
 
-def _validation(base: Scores, tuned: Stage) -> dict[str, Any]:
-    """Accuracy on the validation questions with standard errors: the base's, and of the exported epoch what training measured."""
+def _validation(base: Scores, tuned: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
+    """Accuracy on the validation questions with standard errors: the base's, and of the exported epoch what training measured; of
+    free-form ones the answers' log-likelihoods too.
+    """
     reached = epochs_of(tuned)[tuned.manifest()["facts"]["selected_epoch"]]
+    free: dict[str, Any] = {}
+    if "validation_logp" in reached:
+        free = {"base_logp": base.answer_logp(prompts), "tuned_logp": reached["validation_logp"]}
     return {
         "n": len(base.rows),
+        **free,
         "base_accuracy": base.accuracy,
         "base_stderr": base.stderr,
         "tuned_accuracy": reached["validation_accuracy"],

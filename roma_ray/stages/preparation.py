@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
@@ -12,20 +12,22 @@ from typing import Any
 
 import pyarrow as pa
 
-from roma_ray.config.schema import QuestionsConfig, QuestionSource
-from roma_ray.engine.identity import data_seed, prompt_settings
+from roma_ray.config.free_form import ANSWER, FREE
+from roma_ray.config.schema import Config, QuestionsConfig, QuestionSource
+from roma_ray.engine.identity import data_seed, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
+from roma_ray.engine.question_table import FREE_QUESTIONS, REJECTED, TABLE, read_table, write_table
 from roma_ray.engine.question_table import QUESTIONS as COLUMNS
-from roma_ray.engine.question_table import REJECTED, TABLE, read_table, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
-from roma_ray.errors import ArtifactError, QuestionError
+from roma_ray.errors import ArtifactError, ConfigError, QuestionError
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
+from roma_ray.questions.free_prompts import prompt_builder
 from roma_ray.questions.held_out import check_held_out, parts_in_force
-from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
+from roma_ray.questions.prompts import Prompt, build_prompts
 from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts, split_by_task
@@ -43,7 +45,7 @@ def questions_settings(setup: Setup) -> dict[str, Any]:
     """
     chosen = setup.config.questions
     sources = _sources(chosen.sources)
-    drawn = drawn_from(setup.store, chosen.sources, sources)
+    drawn = drawn_from(setup.store, chosen.sources, sources, is_free(setup.config))
     by_fraction = chosen.splits is None
     return {
         "sources": sources,
@@ -58,20 +60,27 @@ def questions_settings(setup: Setup) -> dict[str, Any]:
     }
 
 
-def drawn_from(store: Store, sources: Sequence[QuestionSource], identities: Sequence[dict[str, Any]]) -> Drawn:
+def drawn_from(
+    store: Store, sources: Sequence[QuestionSource], identities: Sequence[dict[str, Any]], free: bool = False
+) -> Drawn:
     """Which parts are drawn by seed from these sources: as a finished stage of the same sources tells, else read from the files."""
-    return _drawn(store.root, tuple(_resolved(source) for source in sources), fingerprint(list(identities)))
+    return _drawn(store.root, tuple(_resolved(source) for source in sources), fingerprint(list(identities)), free)
 
 
 @lru_cache
-def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str) -> Drawn:
+def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str, free: bool) -> Drawn:
     for manifest in listed(storage, f"questions/*/{MANIFEST}"):
         with contextlib.suppress(ArtifactError, KeyError, TypeError):
             known = read_manifest(manifest.parent)
             identity = known["identity"]
-            if identity["version"] == VERSION and fingerprint(identity["settings"]["sources"]) == content:
+            settings = identity["settings"]
+            if (
+                identity["version"] == VERSION
+                and fingerprint(settings["sources"]) == content
+                and (settings["prompt"]["format"] == FREE) == free
+            ):
                 return Drawn(**known["facts"]["drawn"])
-    return drawn_parts(declared_parts(sources))
+    return drawn_parts(declared_parts(sources, free=free))
 
 
 def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
@@ -80,7 +89,7 @@ def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
     config = setup.config
     read, rejected = read_sources(config.questions, data_seed(config))
     questions = split_questions(config.questions, read, data_seed(config))
-    builder = PromptBuilder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
+    builder = prompt_builder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
     prompts, too_long = build_prompts(questions, builder)
     rejected = [*rejected, *too_long]
     if not prompts:
@@ -88,7 +97,8 @@ def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
         raise QuestionError(f"no question can be used: {reasons}")
     _check_splits(prompts)
     check_held_out(config.questions.held_out_tasks, [(p.task, p.split) for p in prompts])
-    _write(stage, questions, prompts, rejected)
+    _check_texts(config, {q.form for q in questions})
+    _write(stage, questions, prompts, rejected, free=is_free(config))
     if rejected:
         common = Counter(r.reason for r in rejected).most_common(3)
         shown = ", ".join(f"{count} x {reason}" for reason, count in common)
@@ -100,7 +110,9 @@ def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
         "splits": dict(Counter(p.split for p in prompts)),
         "tasks": sorted({p.task for p in prompts}),
         "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
-        "drawn": asdict(drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"])),
+        "drawn": asdict(
+            drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"], is_free(config))
+        ),
     }
 
 
@@ -108,7 +120,8 @@ def read_sources(config: QuestionsConfig, seed: int) -> tuple[list[tuple[str, li
     """Each source's name with its questions as they are declared, and the rows set aside. Raises QuestionError, ConfigError."""
     read: list[tuple[str, list[Question]]] = []
     rejected: list[Rejected] = []
-    for name, rows in iter_sources([_resolved(source) for source in config.sources], seed=seed):
+    free = config.prompt.format == FREE
+    for name, rows in iter_sources([_resolved(source) for source in config.sources], seed=seed, free=free):
         questions: list[Question] = []
         for row in rows:
             if isinstance(row, Question):
@@ -182,12 +195,33 @@ def _check_splits(prompts: Sequence[Prompt]) -> None:
         )
 
 
+def _check_texts(config: Config, forms: Collection[str]) -> None:
+    """A text has no prompt: its routing is that of its tokens, and nobody writes an answer. Raises ConfigError."""
+    if "text" not in forms:
+        return
+    if config.extraction.success.writes:
+        raise ConfigError(
+            "there are rows of `text`, which have no answer to be written (extraction.success.metric: "
+            f"{config.extraction.success.metric}): set extraction.success.metric=likelihood, with a threshold"
+        )
+    if config.routing.tokens != ANSWER:
+        raise ConfigError(
+            f"there are rows of `text`, which have no prompt whose tokens (routing.tokens: {config.routing.tokens}) could be read: "
+            f"set routing.tokens={ANSWER}"
+        )
+
+
 def _write(
-    stage: Stage, questions: Sequence[Question], prompts: Sequence[Prompt], rejected: Sequence[Rejected]
+    stage: Stage,
+    questions: Sequence[Question],
+    prompts: Sequence[Prompt],
+    rejected: Sequence[Rejected],
+    *,
+    free: bool,
 ) -> None:
     by_id = {q.id: q for q in questions}
     kept = [by_id[p.id] for p in prompts]
-    columns = {
+    columns: dict[str, Sequence[Any]] = {
         "row": range(len(prompts)),
         "id": [p.id for p in prompts],
         "task": [p.task for p in prompts],
@@ -201,7 +235,9 @@ def _write(
         "choice_chars": [p.choice_chars for p in prompts],
         "truncated": [p.truncated for p in prompts],
     }
-    write_table(stage.path / TABLE, columns, COLUMNS)
+    if free:
+        columns |= {"form": [q.form for q in kept], "verdict": [q.verdict for q in kept]}
+    write_table(stage.path / TABLE, columns, FREE_QUESTIONS if free else COLUMNS)
     faults = {name: [getattr(r, name) for r in rejected] for name in REJECTED.names}
     write_table(stage.path / FAULTS, faults, REJECTED)
 
@@ -224,7 +260,12 @@ def parts_of(table: pa.Table, held_out: Sequence[str]) -> list[str]:
 
 
 def _accept(job: Job, runners: Runners) -> None:
-    """Finished questions serve whatever is held out, where they have it. Raises ConfigError, QuestionError."""
+    """Finished questions serve whatever is held out, where they have it, and whichever tokens are read.
+
+    Raises ConfigError, QuestionError.
+    """
+    if is_free(job.setup.config):
+        _check_texts(job.setup.config, read_table(job.stage.path / TABLE, ["form"]).column("form").unique().to_pylist())
     held_out = job.setup.config.questions.held_out_tasks
     if held_out:
         rows = read_table(job.stage.path / TABLE, ["task", "split"]).to_pylist()

@@ -10,6 +10,7 @@ import pyarrow as pa
 import torch
 
 from roma_ray.engine.cache import ROWS
+from roma_ray.engine.identity import refuse_free_form
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, matrix, read_table, table_facts
 from roma_ray.engine.setup import Setup
@@ -30,6 +31,7 @@ def write_routing(
 
     Questions that failed in extraction are left out. Raises ArtifactError, ConfigError, StorageError.
     """
+    refuse_free_form(setup.config, "the reference's routing JSON")
     if not extraction.complete:
         raise ArtifactError(
             f"no extraction of this configuration is finished in {setup.store.root}. Give the options that it was made with, or "

@@ -7,11 +7,14 @@ ones of the exported epoch; `measures` of the test questions {configured: the on
 and acc_norm must be equal, so that one is left out, figures {measure (`evaluation/measures.py`): {micro, macro, tasks {task}: {n,
 base, base_stderr, tuned, tuned_stderr, difference, difference_stderr, lost, won, mcnemar_p, t_p}}}}; `shares` {task: {positions,
 labels, shift}} (`evaluation/shares.py`); `task_loss_alone`, where the same run without regularizer was judged beside this one,
-else null {alone, added, tasks {task}, choice_logp: paired figures} (`stages/task_loss_alone.py`); `held_out`, where tasks were
-held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`);
+else null {alone, added, tasks {task}, choice_logp (without choices gold_logp): paired figures} (`stages/task_loss_alone.py`);
+`held_out`, where tasks were held out, else null {tasks, groups, ctgi} (`evaluation/transfer.py`); `free`, of free-form questions
+alone {tokens of the test questions' answers, perplexity {base, tuned} of those tokens, written {base, tuned} {by what answers ended:
+how many}, where answers are written};
 `epochs` (one record each, `epoch` counted from 0: task_loss, manifold_loss, lambda, learning_rate, gradient_norm,
-routing_entropy, validation_accuracy, validation_stderr; `routing`, figures of the validation questions by layer
-(`engine/collapse.py`); `lambda_factor`, `stopped` where the guard acted); `collapse` (what the guard found, in sentences);
+routing_entropy, validation_accuracy, validation_stderr, of free-form questions validation_logp; `routing`, figures of the
+validation questions by layer (`engine/collapse.py`); `lambda_factor`, `stopped` where the guard acted); `collapse` (what the guard
+found, in sentences);
 `probe` (gradient norms of both terms on the gates, whether either is noise, their ratio, lambda); `selected_epoch` (from 0);
 `neighborhoods` (sizes, similarities, empties);
 `diagnostics` of the test questions (routing_kl and selection_overlap by layer; for base and tuned routing_entropy and expert_load by
@@ -69,6 +72,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "shares": evaluation["shares"],
         "task_loss_alone": what_it_adds(stages[ALONE], stages["evaluate"]) if ALONE in stages else None,
         "held_out": evaluation.get("held_out"),
+        **({"free": evaluation["free"]} if "free" in evaluation else {}),
         "epochs": epochs,
         "collapse": collapse_notes(epochs, outcome["selected_epoch"], setup.config.finetune.guard),
         "probe": outcome["probe"],
@@ -115,6 +119,12 @@ def warnings_of(summary: Mapping[str, Any]) -> list[str]:
     """What a reader of the table must know, in sentences."""
     guards = summary["guards"]
     lines = [*summary.get("collapse", []), *held_out_notes(summary["held_out"]), *chance_notes(guards)]
+    figures = summary["splits"]["test"]["all"]
+    if "free" in summary and figures["base_accuracy"] == figures["tuned_accuracy"] == 0:
+        lines.append(
+            f"no test answer of either model is right by `{summary['measures']['configured']}`, so its difference says nothing; "
+            "gold_logp moves with every question"
+        )
     if guards["too_many_truncated"]:
         lines.append(f"{guards['truncated']} prompts were shortened (over 1 %): raise questions.prompt.max_tokens")
     found = guards["test_questions_in_training"]

@@ -15,8 +15,8 @@ import numpy as np
 from roma_ray.borders.text import figure
 from roma_ray.config.loading import with_overrides
 from roma_ray.engine.setup import Setup
-from roma_ray.evaluation.measures import RULES
-from roma_ray.evaluation.results_file import read_judged
+from roma_ray.evaluation.free_results import FreeJudged
+from roma_ray.evaluation.results_file import read_answers_of
 from roma_ray.evaluation.statistics import p_value, pair, significant
 from roma_ray.store.artifacts import Stage
 
@@ -37,12 +37,14 @@ def without_regularizer(setup: Setup) -> Setup | None:
 
 def what_it_adds(alone: Stage, both: Stage) -> dict[str, Any]:
     """Paired figures, of verdicts by the configured rule: {"alone": base to the task loss alone, "added": the task loss alone to both
-    terms, "tasks": the same by task, "choice_logp": of the right answer's log-probability among the choices}. Raises ArtifactError.
+    terms, "tasks": the same by task, "choice_logp": of the right answer's log-probability among the choices, of free-form questions
+    "gold_logp": of the answer's log-likelihood}. Raises ArtifactError.
     """
-    found, other = read_judged(both.path), read_judged(alone.path)
+    found, other = read_answers_of(both.path), read_answers_of(alone.path)
     assert found.rows == other.rows, "both are judged on the same test questions"
     base, first, second = found.values("base"), other.values("tuned"), found.values("tuned")
-    rule, tasks = RULES[found.asked.rule], np.asarray(found.asked.tasks)
+    rule, tasks = found.configured, np.asarray(found.tasks)
+    likelihood = "gold_logp" if isinstance(found, FreeJudged) else "choice_logp"
     return {
         "alone": pair(base[rule], first[rule]).plain(),
         "added": pair(first[rule], second[rule]).plain(),
@@ -50,7 +52,7 @@ def what_it_adds(alone: Stage, both: Stage) -> dict[str, Any]:
             str(task): pair(first[rule][tasks == task], second[rule][tasks == task]).plain()
             for task in np.unique(tasks)
         },
-        "choice_logp": pair(first["choice_logp"], second["choice_logp"]).plain(),
+        likelihood: pair(first[likelihood], second[likelihood]).plain(),
     }
 
 

@@ -100,7 +100,7 @@ def test_the_kl_equals_the_loop_over_layers_and_trains(letter_run: Run) -> None:
 @pytest.mark.parametrize("term", [{"kind": "base"}, {"kind": "prior"}, {"kind": "prior", "prior": "task"}], ids=str)
 def test_a_fixed_pull_equals_the_loop_over_questions_and_trains(letter_run: Run, term: dict[str, Any]) -> None:
     objective, masters, _, data = gradients_of(letter_run, **term)
-    correct = answered_rightly(letter_run.stages["extract"])
+    correct = answered_rightly(letter_run.setup, letter_run.stages)
     rows, total = data.train[:6], 0.0
     with torch.no_grad():
         for gate in masters.parameters():

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from roma_ray.config.schema import QuestionSource
 from roma_ray.errors import QuestionError
+from roma_ray.questions.free_records import FORMS
 from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.readers import read_questions
 from roma_ray.questions.records import Question, Rejected
@@ -32,6 +33,15 @@ NEARLY_GOOD = st.fixed_dictionaries(
     {"question": st.text(max_size=6), "choices": st.lists(st.text(max_size=4), max_size=5), "answer": SCALARS},
     optional={"id": SCALARS, "split": st.sampled_from(["train", "dev", "test", "no"]), "context": st.text(max_size=4)},
 )
+TURNS = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "x"]), "content": SCALARS}) | SCALARS,
+    max_size=3,
+)
+FREE_FIELDS = st.sampled_from(["id", "task", "question", "prompt", "text", "answer", "answers", "correct", "choices"])
+FREE_ROWS = st.dictionaries(FREE_FIELDS, VALUES, max_size=6) | st.fixed_dictionaries(
+    {"messages": TURNS}, optional={"correct": st.booleans(), "split": st.sampled_from(["train", "no"])}
+)
+FREE_LINES = st.lists(FREE_ROWS.map(lambda row: json.dumps(row).encode()), max_size=8)
 LINES = st.lists(st.binary(max_size=60) | (ROWS | NEARLY_GOOD).map(lambda row: json.dumps(row).encode()), max_size=8)
 
 
@@ -51,6 +61,38 @@ def check(path: Path, lines_in: int) -> None:
             assert isinstance(row, Rejected)
             assert row.reason
             f"{row.id}{row.reason}".encode()
+
+
+@PROPERTY
+@given(FREE_LINES)
+@example([b'{"text": "\\ud800"}'])
+@example([b'{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'])
+def test_every_line_without_choices_is_a_question_or_rejected(tmp_path: Path, lines: list[bytes]) -> None:
+    path = tmp_path / "q.jsonl"
+    path.write_bytes(b"".join(line + b"\n" for line in lines))
+    rows = list(
+        questions_of(
+            jsonl_rows(path, name="q"),
+            name="q",
+            ids="",
+            task=None,
+            default_task="t",
+            split=None,
+            columns=None,
+            free=True,
+        )
+    )
+    assert [row.line for row in rows] == list(range(1, len(lines) + 1))
+    for row in rows:
+        if isinstance(row, Rejected):
+            assert row.reason
+            continue
+        assert row.form in FORMS
+        assert row.question.strip()
+        assert row.choices
+        assert all(choice.strip() for choice in row.choices)
+        assert bool(row.turns) == (row.form == "messages")
+        "".join([row.id, row.question, *row.choices, *(content for _, content in row.turns)]).encode()
 
 
 def outcome(path: Path) -> list[Question] | str:

@@ -44,7 +44,7 @@ def test_what_is_written_is_read_again(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize("method", ["task", "shuffled", "self"])
 def test_controls_leave_failed_questions_out(letter_run: Run, monkeypatch: pytest.MonkeyPatch, method: str) -> None:
     usual = read_neighborhoods(letter_run.stages["neighbors"], 60)
-    correct = answered_rightly(letter_run.stages["extract"])
+    correct = answered_rightly(letter_run.setup, letter_run.stages)
     failed = [int((usual.queried & right).nonzero()[0]) for right in (correct, ~correct)]
 
     def usable(extraction: Stage) -> torch.Tensor:
