@@ -13,6 +13,7 @@ from pathlib import Path
 from roma_ray.doctor.check import Check
 from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import BucketError, StorageError
+from roma_ray.store import leases
 from roma_ray.store.artifacts import Store, default_storage
 from roma_ray.store.buckets import UnfinishedUploads
 from roma_ray.store.files import free_bytes, listed, remove, write_bytes
@@ -143,11 +144,28 @@ def _storage(storage: str | None) -> Iterator[Check]:
     free = free_bytes(root)
     if free is None:
         yield Check("storage", "ok", took)
+        yield from _leases(root)
         yield from _bucket(root)
         return
     enough = free >= _LEAST_FREE_BYTES
     yield Check("storage", "ok" if enough else "note", f"{took}, {free / 2**30:.1f} GiB free", "" if enough else remedy)
     yield from _file_system(root)
+
+
+def _leases(root: Path) -> Iterator[Check]:
+    """Nothing where they work."""
+    try:
+        possible = leases.possible(root)
+    except BucketError as error:
+        yield Check("leases", "broken", str(error))
+        return
+    if not possible:
+        yield Check(
+            "leases",
+            "broken",
+            f"the server of {root} ignores conditional writes (If-None-Match, If-Match): two drivers would write one stage",
+            "use a server that does them (S3, MinIO), or a mounted file system",
+        )
 
 
 def _bucket(root: Path) -> Iterator[Check]:

@@ -13,7 +13,7 @@ from roma_ray.doctor.machine import examine_machine
 from roma_ray.errors import with_addresses
 from roma_ray.store.buckets import UnfinishedUploads, as_path, place_of
 from roma_ray.store.files import below
-from tests.bucket import NAME, Proxy
+from tests.bucket import NAME, Proxy, _Handler
 
 
 def found(storage: str) -> list[Check]:
@@ -76,6 +76,26 @@ def test_a_bucket_that_is_not_there_or_refuses_is_a_finding_and_ends_nothing(buc
     (refused,) = found(bucket.address("x"))
     assert refused.state == "broken"
     assert "AccessDenied" in refused.detail
+
+
+@pytest.mark.parametrize("header", ["If-None-Match", "If-Match"])
+def test_a_server_that_ignores_conditions_is_broken(
+    bucket: Proxy, monkeypatch: pytest.MonkeyPatch, header: str
+) -> None:
+    """On it two drivers would take one lease."""
+    address = bucket.address("conditions")
+    assert not any(check.name == "leases" for check in examine_machine(address))
+    asked = _Handler._ask
+
+    def without(handler: _Handler, body: bytes) -> object:
+        del handler.headers[header]
+        return asked(handler, body)
+
+    monkeypatch.setattr(_Handler, "_ask", without)
+    (check,) = [check for check in examine_machine(address) if check.name == "leases"]
+    assert check.state == "broken"
+    assert "ignores conditional writes" in check.detail
+    assert below(as_path(address)) == []
 
 
 def test_a_secret_in_an_address_is_not_shown() -> None:
