@@ -3,7 +3,7 @@
 A laptop, no cluster (starts Ray itself):      python jobs/tune.py
 A GPU machine, started by `ray start --head`:  ray job submit -- python jobs/tune.py --space configs/ablations.yaml
 A cluster elsewhere:                           ray job submit --address http://HEAD:8265 --working-dir . -- \
-                                                   python jobs/tune.py --space configs/ablations.yaml --storage /mnt/shared
+                                                   python jobs/tune.py --space configs/ablations.yaml --storage s3://BUCKET/roma
 
 Options are those of `roma-ray tune`; --dry-run first says what it will cost. Run it again after a fault: finished trials are
 kept. ray.gpus_per_worker: 0.5 puts two trials on a GPU; ray.finetune_workers gives each trial several workers.

@@ -60,6 +60,8 @@ ONLY_IN = {
     "lm_eval": {"benchmarks"},
     "click": {"cli"},
     "rich": {"terminal"},
+    "obstore": {"store"},
+    "boto3": {"store"},
 }
 
 # Pure tensor functions know neither files nor models.

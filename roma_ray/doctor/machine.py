@@ -12,9 +12,12 @@ from pathlib import Path
 
 from roma_ray.doctor.check import Check
 from roma_ray.engine.devices import usable_cores
-from roma_ray.errors import StorageError
+from roma_ray.errors import BucketError, StorageError
+from roma_ray.store import leases
 from roma_ray.store.artifacts import Store, default_storage
+from roma_ray.store.buckets import UnfinishedUploads
 from roma_ray.store.files import free_bytes, listed, remove, write_bytes
+from roma_ray.store.staging import ROOM, SCRATCH, scratch_facts
 
 # (package, lowest, first that is too new, remedy)
 _NEEDED = (
@@ -121,24 +124,74 @@ def _devices() -> Iterator[Check]:
 
 
 def _storage(storage: str | None) -> Iterator[Check]:
-    place = storage or default_storage()
     remedy = "choose another with --storage or $ROMA_RAY_STORAGE"
     try:
-        root = Store(storage).root
+        store = Store(storage)
+        root = store.root
         probe = root / f".doctor-{uuid.uuid4().hex[:8]}"
         started = time.monotonic()
         write_bytes(probe, os.urandom(1 << 20))
         speed = time.monotonic() - started
         remove(probe)
-    except (OSError, StorageError) as error:
-        yield Check("storage", "broken", f"{place}: {error}", remedy)
+    except (StorageError, BucketError) as error:
+        # Its text names the place, and leaves out what of an address may be a secret.
+        yield Check("storage", "broken", str(error), remedy)
         return
+    except OSError as error:
+        yield Check("storage", "broken", f"{storage or default_storage()}: {error}", remedy)
+        return
+    took = f"{root}: writable (1 MiB {'put' if store.in_bucket else 'synced'} in {1000 * speed:.0f} ms)"
     free = free_bytes(root)
-    detail = f"{root}: writable (1 MiB synced in {1000 * speed:.0f} ms), {free / 2**30:.1f} GiB free"
-    yield Check(
-        "storage", "ok" if free >= _LEAST_FREE_BYTES else "note", detail, "" if free >= _LEAST_FREE_BYTES else remedy
-    )
+    if free is None:
+        yield Check("storage", "ok", took)
+        yield from _leases(root)
+        yield from _bucket(root)
+        return
+    enough = free >= _LEAST_FREE_BYTES
+    yield Check("storage", "ok" if enough else "note", f"{took}, {free / 2**30:.1f} GiB free", "" if enough else remedy)
     yield from _file_system(root)
+
+
+def _leases(root: Path) -> Iterator[Check]:
+    """Nothing where they work."""
+    try:
+        possible = leases.possible(root)
+    except BucketError as error:
+        yield Check("leases", "broken", str(error))
+        return
+    if not possible:
+        yield Check(
+            "leases",
+            "broken",
+            f"the server of {root} ignores conditional writes (If-None-Match, If-Match): two drivers would write one stage",
+            "use a server that does them (S3, MinIO), or a mounted file system",
+        )
+
+
+def _bucket(root: Path) -> Iterator[Check]:
+    """What else a storage in a bucket needs: room here for copies, and to tell what killed processes left of uploads."""
+    try:
+        scratch = scratch_facts()
+    except StorageError as error:
+        yield Check("scratch", "broken", str(error))
+    else:
+        fits = scratch.capacity <= scratch.taken + scratch.free and scratch.capacity >= _LEAST_FREE_BYTES
+        remedy = (
+            f"training maps its whole cache from there: give ${ROOM} what the disk has, or another disk by ${SCRATCH}"
+        )
+        yield Check("scratch", "ok" if fits else "note", str(scratch), "" if fits else remedy)
+    try:
+        count = len(UnfinishedUploads(root).found)
+    except (StorageError, BucketError) as error:
+        yield Check("storage", "note", str(error), "without that `roma-ray gc` cannot remove unfinished uploads")
+        return
+    if count:
+        yield Check(
+            "storage",
+            "note",
+            f"{count} unfinished upload(s), of killed runs or of runs at work",
+            "`roma-ray gc --yes` removes them when nothing runs",
+        )
 
 
 def _file_system(root: Path) -> Iterator[Check]:

@@ -13,9 +13,11 @@ from typing import Any
 from roma_ray.cluster.ray_cluster import Cluster, find_address, token_known
 from roma_ray.config.loading import load_config
 from roma_ray.doctor.check import Check
-from roma_ray.errors import RomaError, StorageError
+from roma_ray.errors import BucketError, RomaError, StorageError
 from roma_ray.store.artifacts import Store
+from roma_ray.store.buckets import is_object
 from roma_ray.store.files import exists, read_text, remove_folder, write_text
+from roma_ray.store.staging import SCRATCH, scratch_facts
 
 _NODE_SECONDS = 60
 _COMPARED = ("ray", "torch", "transformers", "roma-ray")
@@ -65,12 +67,12 @@ def _nodes(storage: str | None) -> Iterator[Check]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    root = Store(storage).root
-    probe = root / f".doctor-{uuid.uuid4().hex[:8]}"
     try:
+        probe = Store(storage).root / f".doctor-{uuid.uuid4().hex[:8]}"
         write_text(probe / "driver", probe.name)
-    except StorageError as error:
-        yield Check("storage", "broken", f"{root}: {error}", "choose another with --storage")
+    except (StorageError, BucketError):
+        # This machine's own check has told why.
+        yield Check("nodes", "note", "not asked, for the storage cannot be written from here")
         return
     here = versions()
     task = ray.remote(num_cpus=0, max_retries=0)(probe_node)
@@ -108,10 +110,15 @@ def _judge(node: dict[str, Any], reference: Any, probe: Path, here: dict[str, st
             name,
             "broken",
             f"does not share the storage {probe.parent} ({found['error'] or 'its files are not visible here'})",
-            "give a folder that every node sees (NFS, FSx, Filestore) with --storage or $ROMA_RAY_STORAGE",
+            "give each node the bucket's credentials or a role (cluster/README.md), and the extra `objects`"
+            if is_object(probe)
+            else "give a bucket, or a folder that every node sees (NFS, FSx, Filestore), with --storage or $ROMA_RAY_STORAGE",
         )
+    elif found["error"]:
+        yield Check(name, "broken", found["error"], f"give it another place with ${SCRATCH}")
     else:
-        yield Check(name, "ok", f"reads and writes {probe.parent}")
+        scratch = f"; scratch {found['scratch']}" if found["scratch"] else ""
+        yield Check(name, "ok", f"reads and writes {probe.parent}{scratch}")
 
 
 def versions() -> dict[str, str]:
@@ -126,15 +133,17 @@ def versions() -> dict[str, str]:
 
 
 def probe_node(folder: str) -> dict[str, Any]:
-    """Runs on a node: read the driver's probe, write one back."""
-    result: dict[str, Any] = {"versions": versions(), "read": "", "wrote": "", "error": ""}
+    """Runs on a node: read the driver's probe, write one back; of a bucket, look at the node's scratch too."""
+    result: dict[str, Any] = {"versions": versions(), "read": "", "wrote": "", "error": "", "scratch": ""}
     try:
         result["read"] = read_text(Path(folder) / "driver")
         name = uuid.uuid4().hex[:8]
         write_text(Path(folder) / name, "seen")
         result["wrote"] = name
-    except OSError as error:
-        result["error"] = f"{error.strerror}: {error.filename}"
-    except StorageError as error:
+        if is_object(folder):
+            result["scratch"] = str(scratch_facts())
+    except (StorageError, BucketError) as error:
         result["error"] = str(error)
+    except OSError as error:
+        result["error"] = f"{error.strerror or error}: {error.filename}"
     return result

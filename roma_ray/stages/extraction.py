@@ -168,14 +168,15 @@ def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress) -> 
     passing = 2 * tokens * setup.hidden_size * getattr(torch, setup.model.dtype).itemsize * streaming
     free = free_bytes(stage.path)
     at = ", ".join(map(str, setup.cuts))
+    room = "in a bucket" if free is None else f"{free / 1e9:.0f} GB free"
     if caching:
         progress.say(
             f"activation cache: {tokens:,} tokens x {setup.hidden_size} x {dtype} at layer {at}: {size / 1e9:.2f} GB "
-            f"({free / 1e9:.0f} GB free)"
+            f"({room})"
         )
     if streaming:
         progress.say(f"states between slices take {passing / 1e9:.2f} GB while the extraction streams")
-    if size + passing > 0.95 * free:
+    if free is not None and size + passing > 0.95 * free:
         raise StorageError(
             f"the activation cache and what streaming leaves meanwhile need {(size + passing) / 1e9:.1f} GB and "
             f"{stage.path} has {free / 1e9:.1f} GB left. Give another place with --storage, free some space, use "

@@ -139,7 +139,7 @@ def _profile() -> Any:
 
 
 class UnfinishedUploads:
-    """UnfinishedUploads in parts that were begun below a folder and never ended: nobody reads them, and they are paid for.
+    """Uploads in parts that were begun below a folder and never ended: nobody reads them, and they are paid for.
 
     Of S3 alone: the other clouds remove theirs by themselves.
     """

@@ -197,7 +197,7 @@ class Storage:
         return found
 
     def unfinished_uploads(self) -> list[tuple[str, str]]:
-        """UnfinishedUploads to a bucket that killed processes left in the middle. Raises BucketError, StorageError."""
+        """Uploads to a bucket that killed processes left in the middle. Raises BucketError, StorageError."""
         return UnfinishedUploads(self.store.root).found if self.store.in_bucket else []
 
     def abort_uploads(self) -> None:

@@ -242,9 +242,9 @@ def roomy(folder: str | Path) -> Path:
     return staging.scratch_root() if is_object(folder) else Path(folder)
 
 
-def free_bytes(folder: str | Path) -> int:
-    """Room that is left where a folder is. Raises OSError."""
-    return objects.free_bytes() if is_object(folder) else shutil.disk_usage(folder).free
+def free_bytes(folder: str | Path) -> int | None:
+    """Room that is left where a folder is; None in a bucket, which has no bound. Raises OSError."""
+    return None if is_object(folder) else shutil.disk_usage(folder).free
 
 
 def file_digest(path: str | Path) -> str:

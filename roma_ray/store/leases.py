@@ -42,6 +42,23 @@ class _Found:
     written: float
 
 
+def possible(folder: Path) -> bool:
+    """Whether the bucket does the two conditional writes that leases rest on: some servers ignore the condition. Raises BucketError."""
+    probe = folder / f".lease.{uuid.uuid4().hex}"
+    try:
+        tag = objects.create(probe, b"first")
+        if tag is None or objects.create(probe, b"second") is not None:
+            return False
+        objects.replace(probe, b"third", tag)
+        try:
+            objects.replace(probe, b"fourth", tag)
+        except objects.Lost:
+            return True
+        return False
+    finally:
+        objects.remove(probe)
+
+
 class Lease:
     """One that this process holds, renewed by a thread of its own."""
 

@@ -22,7 +22,6 @@ _TRIES = 5
 # Before another try of a download, in seconds; None: there is none.
 _WAITS = (0.1, 0.2, 0.4, 0.8, None)
 _NO_BUCKET = "cannot {} {}: there is no such bucket. Make it, or correct the address (--storage, $ROMA_RAY_STORAGE)"
-_ROOM = 1 << 62
 
 T = TypeVar("T")
 
@@ -283,8 +282,3 @@ def _groups(keys: Iterator[str], count: int = 1000) -> Iterator[list[str]]:
             group = []
     if group:
         yield group
-
-
-def free_bytes() -> int:
-    """Room that is left in a bucket, which has no bound."""
-    return _ROOM

@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import ContextVar
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,6 +75,38 @@ def capacity(root: Path) -> int:
         except (ValueError, OverflowError):
             raise StorageError(f"${ROOM} is {given!r}, which is no number of GiB") from None
     return (shutil.disk_usage(root).free + sum(size for _, size, _ in _copies(root))) // 2
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """This machine's scratch as it stands."""
+
+    root: Path
+    capacity: int
+    """Bytes that copies may take."""
+    taken: int
+    free: int
+    """What the disk has left beside them."""
+
+    def __str__(self) -> str:
+        room = (
+            f"copies may take {self.capacity / 2**30:.1f} GiB (${ROOM} sets it) and take {self.taken / 2**30:.1f} GiB"
+        )
+        return f"{self.root}: {room}; {self.free / 2**30:.1f} GiB of the disk are free"
+
+
+def scratch_facts() -> Scratch:
+    """Where this machine's copies lie and how many may. Raises StorageError where nothing can be written there."""
+    root = scratch_root()
+    aside = _aside(root, "doctor")
+    try:
+        aside.write_bytes(b"0")
+        taken, free = sum(size for _, size, _ in _copies(root)), shutil.disk_usage(root).free
+    except OSError as error:
+        raise _no_room(aside, error) from error
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
+    return Scratch(root, capacity(root), taken, free)
 
 
 def local_copy(path: str | Path) -> Path:

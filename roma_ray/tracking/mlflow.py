@@ -82,8 +82,7 @@ class Mlflow(Backend):
         if uri is None and store.in_bucket:
             raise ConfigError(
                 f"MLflow's database cannot lie in {store.root}: set tracking.uri (or $MLFLOW_TRACKING_URI) to a server, "
-                "http://..., or to a file here, sqlite:////path/mlflow.db; or run without MLflow: --no-track, "
-                "--set tracking.enabled=false"
+                "http://..., or to a file here, sqlite:////path/mlflow.db; or run without MLflow: --set tracking.enabled=false"
             )
         if uri is None:
             return f"sqlite:///{store.root / 'mlflow.db'}"

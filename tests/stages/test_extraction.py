@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from roma_ray.stages.extraction import EXTRACT, gather
 from roma_ray.stages.finetuning import read_routing_rows
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage
+from tests.bucket import Proxy
 from tests.making import made
 from tests.progress import Told
 from tests.world import make_world
@@ -189,3 +192,17 @@ def test_progress_counts_tokens_for_the_longest_batches_run_first(fresh: tuple[A
     assert first.counted == tokens[:2]
     assert second.meters["extract"] == (sum(tokens), "tokens", sum(tokens[:2]))
     assert second.counted == tokens[2:]
+
+
+def test_the_caches_size_is_told_with_the_room_that_is_left(tmp_path: Path, bucket: Proxy) -> None:
+    """Of a folder in GB; a bucket has no bound, and none is told."""
+    config, lines = make_world(tmp_path, count=12), []
+    for storage in (config.storage, bucket.address("room")):
+        setup, told = resolve(config.model_copy(update={"storage": storage})), Told()
+        made(QUESTIONS, setup)
+        made(EXTRACT, setup, progress=told)
+        lines += [line for line in told.lines if line.startswith("activation cache: ")]
+    local, far = lines
+    free = float(re.search(r": 0\.00 GB \((\d+) GB free\)$", local)[1])  # type: ignore[index]
+    assert free == pytest.approx(shutil.disk_usage(tmp_path).free / 1e9, abs=2)
+    assert far == re.sub(r"\(\d+ GB free\)$", "(in a bucket)", local)

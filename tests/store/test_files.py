@@ -23,7 +23,7 @@ def test_what_is_put_is_got_listed_and_removed(tmp_path: Path) -> None:
     assert [path.name for path in files.listed(folder, "*.json")] == ["y.json"]
     assert [path.name for path in files.below(tmp_path)] == ["x.txt", "y.json", "deep.bin"]
     assert files.size(folder / "x.txt") == 2
-    assert files.free_bytes(folder) > 0
+    assert (files.free_bytes(folder) or 0) > 0
     assert files.exists(folder)
     files.remove(folder / "x.txt")
     files.remove(folder / "x.txt")
