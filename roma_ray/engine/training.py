@@ -34,6 +34,7 @@ from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.slices import Slice
 from roma_ray.store.files import exists
+from roma_ray.store.staging import trailing
 
 PROBE_QUESTIONS = 64
 
@@ -70,7 +71,9 @@ def finetune(
     """
     masters = RouterMasters(head, layers)
     try:
-        return _finetune(head, masters, data, config, seed, world, checkpoint, report, advance, weights)
+        # A checkpoint on its way to a bucket stops no step.
+        with trailing() as put:
+            return _finetune(head, masters, data, config, seed, world, checkpoint, report, advance, weights, put)
     finally:
         masters.detach()
 
@@ -86,6 +89,7 @@ def _finetune(
     report: Callable[[dict[str, Any]], None],
     advance: Callable[[int, str], None],
     weights: WeightsReader,
+    put: Callable[[Callable[[], object]], None],
 ) -> Outcome:
     gates = masters.parameters()
     pretrained, frozen = masters.state(), frozen_digest(head.model)
@@ -99,11 +103,10 @@ def _finetune(
     else:
         state = LoopState(probe=objective.probe(probe_rows), epoch_start=pretrained)
     objective.settle(state.probe)
-    save = (
-        partial(save_checkpoint, checkpoint, masters, optimizer)
-        if checkpoint and world.rank == 0
-        else lambda state: None
-    )
+
+    def save() -> None:
+        if checkpoint and world.rank == 0:
+            put(partial(save_checkpoint, checkpoint, masters, optimizer, state))
 
     per_epoch = math.ceil(len(data.train) / config.batch_size)
     total = per_epoch * config.epochs
@@ -126,7 +129,7 @@ def _finetune(
             optimizer.step()
             state.record(facts, now.strength, now.rate, len(rows))
             if state.step % config.checkpoint_steps == 0 and state.step % per_epoch:
-                save(state)
+                save()
             questions += len(rows)
             advance(len(rows), f"loss {facts['task']:.3f}")
         answers = objective.validation()
@@ -134,7 +137,7 @@ def _finetune(
         record = state.close_epoch(epoch, answers, objective.routing_figures(answers), logp)
         act(config, state, world)
         state.keep_best(masters.state())
-        save(state)
+        save()
         report({**record, "questions_per_second": questions / max(time.monotonic() - clock, 1e-9)})
 
     selected = _take_exported(config, state, masters)

@@ -311,6 +311,30 @@ def in_background() -> Iterator[Uploads]:
         _UPLOADS.reset(token)
 
 
+@contextlib.contextmanager
+def trailing() -> Iterator[Callable[[Callable[[], object]], None]]:
+    """Yield what makes calls whose files for a bucket are put while the caller goes on, one call's after the other's.
+
+    At the end of the block all are there. Raises BucketError for what the bucket did not take, there or at the next call.
+    """
+    last: Uploads | None = None
+
+    def make(call: Callable[[], object]) -> None:
+        nonlocal last
+        if last is not None:
+            last.wait()
+        with in_background() as last:
+            call()
+
+    try:
+        yield make
+        if last is not None:
+            last.wait()
+    finally:
+        if last is not None:
+            last.end()
+
+
 def putting_in_background() -> bool:
     """Whether this thread is `in_background`: small files then go after the large ones that they speak of."""
     return _UPLOADS.get() is not None

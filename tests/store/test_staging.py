@@ -212,3 +212,18 @@ def test_fetching_ahead_makes_copies_before_they_are_asked_for(root: Path, bucke
     time.sleep(0.1)
     assert [files.local(path).read_text() for path in paths] == ["0", "1", "2", "3", "4"]
     assert gets(bucket) == 5
+
+
+def test_one_call_after_another_trails_behind_and_all_are_there_at_the_end(root: Path, bucket: Proxy) -> None:
+    bucket.delay = 0.3
+    with staging.trailing() as put:
+        began = time.monotonic()
+        put(lambda: files.write_text(root / "state", "1"))
+        assert time.monotonic() - began < 0.2
+        put(lambda: files.write_text(root / "state", "2"))  # waits for the first
+        assert time.monotonic() - began > 0.2
+    assert files.read_text(root / "state") == "2"
+    bucket.rule = few("forbidden", 1, lambda request: request.method == "PUT")
+    with pytest.raises(BucketError, match="AccessDenied"):
+        with staging.trailing() as put:
+            put(lambda: files.write_text(root / "state", "3"))
