@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from roma_ray.config.baseline_settings import BaselinesConfig
 from roma_ray.config.finetune_settings import (
     FinetuneConfig,
     GuardConfig,
@@ -27,6 +28,7 @@ _YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
 _YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_sign", "entropy_target")
 _YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits", "guard")
 _YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
+_YOUNGER_METHODS = ("steering", "fragile")
 
 
 def is_cloze(config: Config) -> bool:
@@ -136,6 +138,7 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
     asked, tuned, judged = data["questions"], data["finetune"], data["evaluation"]
     return {
         **data,
+        "baselines": _aged(data["baselines"], BaselinesConfig, _YOUNGER_METHODS),
         "questions": {k: v for k, v in asked.items() if v or k not in _YOUNGER_QUESTIONS},
         "finetune": {
             **_aged(tuned, FinetuneConfig, _YOUNGER_TUNING),

@@ -71,3 +71,27 @@ def _hook(tape: RoutingTape, router: Router) -> Any:
         tape._record(router, output if isinstance(output, Tensor) else output[0])
 
     return record
+
+
+@contextmanager
+def read_choices(routers: Sequence[Router], positions_P: Tensor) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Inside the block a pass over one flat row leaves each router's chosen experts at `positions_P` here, by layer.
+
+    They are weights and indices, [P, K] each, without graph.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(layer: int) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
+            weights, index = (part.detach().flatten(0, -2) for part in output[1:3])
+            seen_P = seen_positions(layer, positions_P.to(index.device))
+            found[layer] = weights[seen_P], index[seen_P]
+
+        return record
+
+    handles = [router.module.register_forward_hook(note(router.layer)) for router in routers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
