@@ -90,7 +90,7 @@ def activation_rates(bench: Bench, rows: Sequence[int], wanted: Tensor) -> Tenso
     """Part of the wanted questions' own prompt tokens that choose each expert: [L, E], fp64. `wanted` is a mask over `rows`."""
     head, states = bench.head, bench.data.states
     routers = [head.routers[n] for n in bench.columns]
-    counts_LE = torch.zeros(len(routers), routers[0].num_experts, dtype=torch.float64)
+    counts_LE = torch.zeros(len(routers), routers[0].width, dtype=torch.float64)
     tokens = 0
     for batch in bench.batches([row for row, one in zip(rows, wanted.tolist(), strict=True) if one]):
         layout = lay_out([bench.data.prompts[row] for row in batch], prefix=states.prefix)
@@ -109,7 +109,7 @@ def activation_rates(bench: Bench, rows: Sequence[int], wanted: Tensor) -> Tenso
             )
         for n, router in enumerate(routers):
             index_TK = choices[router.layer][1].cpu()
-            counts_LE[n] += torch.bincount(index_TK.flatten(), minlength=router.num_experts)
+            counts_LE[n] += torch.bincount(index_TK.flatten(), minlength=router.width)
         tokens += len(read_T)
         bench.advance(len(batch), "activation rates")
     return counts_LE / tokens

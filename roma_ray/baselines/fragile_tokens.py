@@ -159,7 +159,7 @@ class AnswerPass:
             logits_NV = self._run()
         weights_GK, index_GK = choices[self.router.layer]
         shares_GK = weights_GK.float() / weights_GK.float().sum(1, keepdim=True)
-        routes_GE = torch.zeros(len(index_GK), self.router.num_experts, device=index_GK.device)
+        routes_GE = torch.zeros(len(index_GK), self.router.width, device=index_GK.device)
         routes_GE.scatter_(1, index_GK, shares_GK)
         place_G = torch.searchsorted(torch.tensor(self.keep, device=logits_NV.device), self.positions_1G[0])
         return torch.log_softmax(logits_NV.float(), dim=-1)[place_G, self.targets_G], routes_GE

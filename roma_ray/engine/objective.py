@@ -21,7 +21,7 @@ from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.schedules import Moment
 from roma_ray.engine.scoring import Scores, score_rows
-from roma_ray.errors import TrainingError, UnmovedError
+from roma_ray.errors import ConfigError, TrainingError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.priors import base_targets, task_targets, uniform_targets
@@ -31,6 +31,7 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
+from roma_ray.moe.routers import Router
 from roma_ray.moe.scaling import scaled_logits
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -75,6 +76,18 @@ def noise_level(dtype: torch.dtype) -> float:
     0.3 or more where it is the neighbors'. The root leaves room for passes of a GPU that round otherwise.
     """
     return float(torch.finfo(dtype).eps) ** 0.5 / 4
+
+
+def check_widths(routers: Sequence[Router], term: RegularizerConfig) -> None:
+    """Refuse a regularizer that means the number of experts where tuned layers have different ones. Raises ConfigError."""
+    counts = sorted({router.num_experts for router in routers})
+    uniform = term.kind == "prior" and term.prior == "uniform"
+    if len(counts) > 1 and (uniform or (term.kind == "entropy" and term.entropy_target is not None)):
+        asked = "prior: uniform" if uniform else "entropy_target"
+        raise ConfigError(
+            f"finetune.regularizer.{asked} needs one number of experts, and the tuned layers have {counts}: choose layers that are "
+            "alike (routing.layers), or another regularizer"
+        )
 
 
 @dataclass
@@ -128,6 +141,7 @@ class Objective:
         # Whether each position has its own pull. Extraction keeps their mean row alone, so the rows are read here.
         self.each = term.kind == "manifold" and term.positions == "sum"
         self.longest = max(len(prompt.prompt_ids) for prompt in data.prompts)
+        check_widths([head.routers[n] for n in self.columns], term)
         # Whether the task loss reaches the tuned routers at all; `settle` says so.
         self.with_task = True
         if data.cloze:
@@ -180,7 +194,7 @@ class Objective:
         reading = micro.reading
         routers = [self.head.routers[n] for n in self.columns]
         with ExitStack() as stack:
-            shape = len(routers), routers[0].num_experts
+            shape = len(routers), routers[0].width
             factors = None if now is None else now.logit_factors(reading.layout, *shape)
             if factors is not None:
                 stack.enter_context(scaled_logits(routers, factors.to(self.device)))
@@ -245,7 +259,9 @@ class Objective:
         if self.data.base_NLE is None:
             return None
         tuned_VLE = torch.from_numpy(answers.routing_NLE[:, self.columns])
-        figures = routing_figures(tuned_VLE, self.data.base_NLE[answers.rows], self.head.routers[self.columns[0]].top_k)
+        routers = [self.head.routers[n] for n in self.columns]
+        counts = [router.num_experts for router in routers]
+        figures = routing_figures(tuned_VLE, self.data.base_NLE[answers.rows], routers[0].top_k, counts)
         return {"layers": list(self.masters.layers), **figures}
 
     def _score(self, rows: Sequence[int]) -> Scores:

@@ -75,7 +75,7 @@ def _changed(changes: Sequence[_Change]) -> Iterator[None]:
 def _checked(routing: Tensor, positions: Tensor, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
     positions_BP = positions[:, None] if positions.dim() == 1 else positions
     routing_BPLE = routing[:, None] if routing.dim() == 3 else routing
-    expected = (*positions_BP.shape, len(routers), routers[0].num_experts)
+    expected = (*positions_BP.shape, len(routers), routers[0].width)
     if positions_BP.dim() != 2 or tuple(routing_BPLE.shape) != expected:
         raise ValueError(
             f"routing of shape {tuple(routing.shape)} does not fit positions {tuple(positions.shape)}: expected {expected}"
@@ -124,7 +124,7 @@ class _Steering(_Change):
 
     def __init__(self, router: Router, rule: Family, steered_E: Tensor, margin: float) -> None:
         super().__init__(router, rule)
-        self.steered_E, self.margin = steered_E, margin
+        self.steered_E, self.margin = steered_E[: router.num_experts], margin
 
     def logits(self, logits_TE: Tensor) -> Tensor:
         """On log r, which softmax cannot tell from the logits."""
@@ -147,7 +147,7 @@ class _Replacement(_Change):
 
     def __init__(self, router: Router, rule: Family, rows_RE: Tensor, positions_BP: Tensor) -> None:
         super().__init__(router, rule)
-        self.rows_RE, self.positions_BP = rows_RE, positions_BP
+        self.rows_RE, self.positions_BP = rows_RE[:, : router.num_experts], positions_BP
 
     def logits(self, logits_TE: Tensor) -> Tensor:
         """Softmax families: the logits with `log r` in the replaced rows."""

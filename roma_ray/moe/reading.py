@@ -1,6 +1,7 @@
 """Reading live routing weights from a forward pass: the graph is kept, and only the wanted positions stay in memory.
 
-Shapes: B batch, S sequence, P read positions, T flat tokens (B x S), L layers, E experts.
+Shapes: B batch, S sequence, P read positions, T flat tokens (B x S), L layers, E experts (of the widest layer: those that a
+smaller one lacks have r = 0).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from roma_ray.moe.families import Family, family
@@ -46,7 +48,7 @@ class RoutingTape:
         absent_BP = positions_BP < 0
         index_BP = offsets_B1 + positions_BP.clamp(min=0)
         rows = routing_from_logits(flat_TE.index_select(0, index_BP.reshape(-1)), self._family)
-        rows_BPE = rows.reshape(batch, -1, experts)
+        rows_BPE = functional.pad(rows, (0, router.width - experts)).reshape(batch, -1, router.width)
         self._rows[router.layer] = rows_BPE.masked_fill(absent_BP[:, :, None], 0.0)
 
 
