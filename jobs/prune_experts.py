@@ -1,12 +1,13 @@
 """Remove a model's least used experts: `python jobs/prune_experts.py MODEL FOLDER --config FILE --keep 0.6`.
 
-    python jobs/prune_experts.py assets:model pruned --keep 0.6        # the embedded model, by its own training questions
-    roma-ray doctor --model pruned
+    python jobs/prune_experts.py assets:model pruned --keep 0.6 --texts texts.jsonl     # the embedded model
+    roma-ray repair pruned --teacher assets:model --texts texts.jsonl --questions assets:questions/test.jsonl
 
 An expert's load is the part of the training questions' prompt tokens that choose it, in its layer. Experts of all layers are
 ranked together and the least used removed, but no layer keeps fewer than it chooses: layers end with different numbers of
-experts, which config.json says (`num_experts_per_layer`). Nothing else is changed and nothing trained. Only checkpoints in
-one file are written: it is a tool to make something to repair, not a pruning method.
+experts, which config.json says (`num_experts_per_layer`). `--texts` writes those questions with their answers, a text each, to
+repair by. Nothing else is changed and nothing trained. Only checkpoints in one file are written: it is a tool to make something
+to repair, not a pruning method.
 """
 
 from __future__ import annotations
@@ -27,11 +28,13 @@ from roma_ray.engine.forward import lay_out
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import TABLE, read_prompts
 from roma_ray.engine.setup import Setup, resolve
+from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_choices
 from roma_ray.moe.slices import model_facts
 from roma_ray.moe.snapshot import open_snapshot
 from roma_ray.moe.uneven import PER_LAYER
+from roma_ray.questions.prompts import Prompt
 from roma_ray.runs.pipeline import run
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -40,10 +43,22 @@ _EXPERT = re.compile(r"(\bexperts\.)(\d+)(\.)")
 _ROUTED = re.compile(r"\b(gate|router|experts|block_sparse_moe)\b|correction_bias|expert_bias|per_expert")
 
 
-def expert_loads(setup: Setup, limit: int = 500) -> dict[int, Tensor]:
-    """By layer: how often each expert is chosen by the prompt tokens of the first training questions, [E]."""
+def training_prompts(setup: Setup) -> list[Prompt]:
+    """The encoded training questions."""
     questions = run(setup, Silence(), until="questions").stages["questions"]
-    prompts = [p for p in read_prompts(questions.path / TABLE) if p.split == "train"][:limit]
+    return [p for p in read_prompts(questions.path / TABLE) if p.split == "train"]
+
+
+def write_texts(setup: Setup, prompts: Sequence[Prompt], path: Path) -> None:
+    """Write each question with its answer as a row of `text`."""
+    tokenizer = load_tokenizer(setup.model.path, setup.model.revision)
+    texts = [tokenizer.decode([*p.prompt_ids, *p.choice_ids[p.answer]]) for p in prompts]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def expert_loads(setup: Setup, prompts: Sequence[Prompt], limit: int = 500) -> dict[int, Tensor]:
+    """By layer: how often each expert is chosen by the prompt tokens of the first questions, [E]."""
+    prompts = prompts[:limit]
     whole = setup.model.load(0, None, with_lm_head=True)
     loads = {router.layer: torch.zeros(router.num_experts) for router in whole.routers}
     for start in range(0, len(prompts), 16):
@@ -111,13 +126,17 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--config", help="whose training questions tell the load; default: the embedded one")
     parser.add_argument("--keep", type=float, default=0.6, help="part of all experts that stays")
+    parser.add_argument("--texts", type=Path, help="also write the training questions as texts to repair by")
     parser.add_argument("--storage", default="prune-storage")
     options = parser.parse_args()
     setup = resolve(load_config(options.config, [f"model.path={options.model}", f"storage={options.storage}"]))
-    loads = expert_loads(setup)
+    prompts = training_prompts(setup)
+    loads = expert_loads(setup, prompts)
     facts = model_facts(setup.model.path)
     kept = most_used(loads, options.keep, facts["top_k"])
     write_pruned(setup.model.path, options.folder, kept, facts["num_experts"])
+    if options.texts is not None:
+        write_texts(setup, prompts, options.texts)
     for layer, found in kept.items():
         print(f"layer {layer}: keeps {len(found)} of {len(loads[layer])} experts: {', '.join(map(str, found))}")
 

@@ -17,6 +17,7 @@ from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.collapse import routing_figures
+from roma_ray.engine.distillation import Targets, Teacher, distillation_losses
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.schedules import Moment
@@ -109,6 +110,8 @@ class TrainingData:
     rule: str
     cloze: bool
     batch_tokens: int
+    teacher: Teacher | None = None
+    """What a teacher says at the answers' tokens (task loss `distill`)."""
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Micro:
     states_TD: Tensor
     vocabulary_V: Tensor | None
     """The rows of `lm_head` that the task loss reads, where not all."""
+    targets: Targets | None
+    """What the teacher says, where there is one."""
 
 
 class Objective:
@@ -144,10 +149,8 @@ class Objective:
         check_widths([head.routers[n] for n in self.columns], term)
         # Whether the task loss reaches the tuned routers at all; `settle` says so.
         self.with_task = True
-        if data.cloze:
-            self.over = "continuation"
-        else:
-            self.over = config.task_loss
+        self.over = "continuation" if data.cloze and config.task_loss != "distill" else config.task_loss
+        assert self.over != "distill" or data.teacher is not None, "what the teacher says is at hand"
         self.targets = self._targets()
 
     def feed(self, parts: Sequence[Sequence[int]]) -> Iterator[Micro]:
@@ -156,14 +159,15 @@ class Objective:
 
     def prepare(self, rows: Sequence[int]) -> Micro:
         """Lay out a micro-batch and read its states. Raises CacheError."""
-        layout = lay_out(
-            [self.data.prompts[row] for row in rows], prefix=self.data.states.prefix, gold_only=self.data.cloze
-        )
+        teacher = self.data.teacher if self.over == "distill" else None
+        prompts, gold_only = [self.data.prompts[row] for row in rows], self.data.cloze or teacher is not None
+        layout = lay_out(prompts, prefix=self.data.states.prefix, gold_only=gold_only)
         states_TD = self.data.states.packed(rows, layout)
         vocabulary = letter_rows(layout.prompts) if self.over == "choices" else None
         tokens = self.data.tokens
         places = layout.aligned_positions(tokens, self.longest) if self.each else layout.routing_positions(tokens)
-        return Micro(list(rows), Reading.at(layout, {tokens: places}), states_TD, vocabulary)
+        targets = None if teacher is None else teacher.targets(rows)
+        return Micro(list(rows), Reading.at(layout, {tokens: places}), states_TD, vocabulary, targets)
 
     def losses(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph.
@@ -179,7 +183,10 @@ class Objective:
         routing_1PLE, states = self._run(micro, now)
         positions_QP = reading.positions[self.data.tokens].to(self.device)
         routing_QLE = mean_routing(routing_1PLE, positions_QP)
-        task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
+        if micro.targets is None:
+            task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
+        else:
+            task = distillation_losses(states, reading.keep, reading.layout, micro.targets)
         targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
         rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
         term = self.config.regularizer
