@@ -209,7 +209,7 @@ def test_ray_and_mlflow_stay_out_of_the_method() -> None:
 
 
 # Read before any command is known.
-AT_START = {"commands", "options", "grids", "housekeeping", "proving"}
+AT_START = {"commands", "options", "grids", "housekeeping", "proving", "mending"}
 
 
 def test_the_command_line_imports_nothing_heavy_when_it_starts() -> None:

@@ -139,9 +139,9 @@ class Bench:
         )
 
     @contextmanager
-    def gates(self, state: dict[str, Tensor]) -> Iterator[None]:
-        """The head with other routers inside the block: fp32 masters as finetuning leaves them."""
-        masters = RouterMasters(self.head, self.setup.layers)
+    def gates(self, state: dict[str, Tensor], layers: Sequence[int] | None = None) -> Iterator[None]:
+        """The head with other routers inside the block, in the tuned layers or others: fp32 masters as finetuning leaves them."""
+        masters = RouterMasters(self.head, self.setup.layers if layers is None else layers)
         try:
             masters.load(state)
             yield

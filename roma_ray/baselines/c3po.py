@@ -175,7 +175,7 @@ class Neighborhood:
 def core_experts(bench: Bench, routing_QLE: Tensor) -> Tensor:
     """Mask [Q, L, E] of each layer's core experts: the highest-weighed ones, never fewer than the model selects."""
     router = bench.head.routers[0]
-    count = min(router.num_experts, max(router.top_k, round(bench.config.c3po.core_fraction * router.num_experts)))
+    count = min(router.width, max(router.top_k, round(bench.config.c3po.core_fraction * router.width)))
     chosen = routing_QLE.topk(count, dim=-1).indices
     return torch.zeros_like(routing_QLE, dtype=torch.bool).scatter(-1, chosen, True)
 

@@ -6,6 +6,8 @@ from roma_ray.baselines.base_model import Base
 from roma_ray.baselines.c3po import C3po, C3poKernel, C3poMode
 from roma_ray.baselines.contract import Method
 from roma_ray.baselines.dense_backprop import DenseBackprop
+from roma_ray.baselines.expert_steering import ExpertSteering
+from roma_ray.baselines.fragile_tokens import FragileTokens
 from roma_ray.baselines.icl import InContext
 from roma_ray.baselines.names import NAMES
 from roma_ray.baselines.oracle import Oracle, OracleControl
@@ -21,11 +23,13 @@ METHODS: dict[str, Method] = {
         C3po(),
         C3poKernel(),
         C3poMode(),
+        ExpertSteering(),
         RouterTuning(),
         OracleTuning(),
         PrefixTuning(),
         PromptTuning(),
         DenseBackprop(),
+        FragileTokens(),
         Roma(),
         Oracle(),
         OracleControl(),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,16 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from roma_ray.baselines.bench import Bench
+from roma_ray.baselines.budgeted_training import loop_settings, train
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.head_passes import loss_kind, task_loss
 from roma_ray.baselines.whole_model import padded_likelihoods, score_padded
-from roma_ray.config.finetune_settings import ScheduleConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
-from roma_ray.engine.batches import chunks, epoch_order
-from roma_ray.engine.identity import finetune_settings, is_cloze
-from roma_ray.engine.schedules import factor
-from roma_ray.errors import TrainingError
 
 # Random keys and values of size 1 would drown the real ones.
 _PREFIX_DEVIATION = 0.02
@@ -36,11 +31,7 @@ class SoftPrompt(Method):
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The budget, the number of positions, and the loop's settings."""
-        tuning = finetune_settings(config.finetune, cloze=is_cloze(config))
-        settings = {
-            name: tuning[name] for name in ("weight_decay", "clip_norm", *ScheduleConfig.model_fields) if name in tuning
-        }
-        settings["task_loss"] = loss_kind(config)
+        settings = {**loop_settings(config), "task_loss": loss_kind(config)}
         return {**super().configure(config), "finetune": settings, "virtual_tokens": config.baselines.virtual_tokens}
 
     def attached(self, bench: Bench, seed: int) -> Any:
@@ -63,7 +54,7 @@ class SoftPrompt(Method):
                 found_QC = padded_likelihoods(model, prompts, before=self.before(bench), gold_only=gold_only)
                 return task_loss(found_QC, [p.answer for p in prompts], prompts, over).sum()
 
-            losses = train(bench, weight, loss, learning_rate, seed)
+            losses = train(bench, [weight], loss, bench.rows["train"], learning_rate, seed)
             return Fitted({"positions": weight.detach().cpu().clone()}, weight.numel(), {"task_losses": losses})
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
@@ -140,39 +131,3 @@ def _attached(bench: Bench, config: Any, start: Callable[[Tensor], Tensor]) -> I
         # peft leaves its settings on the model that it wraps, and would warn at the next wrapping.
         if hasattr(bench.whole.model, "peft_config"):
             del bench.whole.model.peft_config
-
-
-def train(
-    bench: Bench,
-    weight: nn.Parameter,
-    loss: Callable[[Sequence[int]], Tensor],
-    learning_rate: float,
-    seed: int,
-) -> list[float]:
-    """The budget's epochs of AdamW on one tensor, in the order and with the schedule that finetuning has; mean losses.
-
-    `loss` gives the sum over some rows. Raises TrainingError.
-    """
-    own, base = bench.config, bench.setup.config.finetune
-    rows_of_training = bench.rows["train"]
-    optimizer = torch.optim.AdamW([weight], lr=learning_rate, weight_decay=base.weight_decay, foreach=False)
-    total = base.epochs * math.ceil(len(rows_of_training) / base.batch_size)
-    means, step = [], 0
-    for epoch in range(base.epochs):
-        summed = 0.0
-        for rows in chunks(epoch_order(rows_of_training, seed, epoch), base.batch_size):
-            weight.grad = torch.zeros_like(weight)
-            for micro in chunks(rows, own.micro_batch_size):
-                value = loss(micro)
-                if not torch.isfinite(value):
-                    raise TrainingError(f"the loss is not finite at learning rate {learning_rate}; leave that rate out")
-                (gradient,) = torch.autograd.grad(value, [weight])
-                weight.grad += gradient / len(rows)
-                summed += float(value.detach())
-            torch.nn.utils.clip_grad_norm_([weight], base.clip_norm)
-            optimizer.param_groups[0]["lr"] = learning_rate * factor(base, step, total)
-            optimizer.step()
-            step += 1
-            bench.advance(len(rows), f"loss {summed:.3f}")
-        means.append(summed / len(rows_of_training))
-    return means

@@ -72,6 +72,7 @@ class Subject:
         from roma_ray.moe.fitting import refuse
         from roma_ray.moe.slices import loading_faults, quiet_loading
         from roma_ray.moe.snapshot import open_snapshot
+        from roma_ray.moe.uneven import expert_counts
 
         spec = self.model
         dtype = getattr(torch, spec.dtype)
@@ -79,7 +80,8 @@ class Subject:
         snapshot = open_snapshot(spec.path, spec.revision)
         source: dict[str, Any] = {"pretrained_model_name_or_path": spec.path, "revision": spec.revision}
         loader: Any = AutoModelForCausalLM
-        if snapshot.scheme is not None:
+        # What transformers cannot read or build by itself.
+        if snapshot.scheme is not None or expert_counts(self.config) is not None:
             lazy = snapshot.lazy_tensors(snapshot.tensors, dtype)
             source = {"pretrained_model_name_or_path": None, "config": self.config, "state_dict": lazy}
             loader = model_class_of(self.config, with_lm_head=True)

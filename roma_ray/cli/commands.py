@@ -12,6 +12,7 @@ import click
 import roma_ray
 from roma_ray.cli.grids import tune, verdict
 from roma_ray.cli.housekeeping import explain, gc, ls, rm, show
+from roma_ray.cli.mending import repair
 from roma_ray.cli.options import (
     Commands,
     check,
@@ -352,5 +353,5 @@ def routing(config: Any, out: str, split: str | None, force: bool) -> None:
     say(f"written: {out} ({count} questions, {len(setup.moe_layers)} layers)")
 
 
-for _command in (tune, verdict, control, ls, show, explain, rm, gc):
+for _command in (tune, verdict, control, repair, ls, show, explain, rm, gc):
     main.add_command(_command)

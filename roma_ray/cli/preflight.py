@@ -25,7 +25,7 @@ def check_run(config: Config) -> None:
     for source in config.questions.sources:
         if source.path is not None:
             question_file(source.path)
-    needs = [*_model(config), *_embedding(config.embedding.model)]
+    needs = [*_model(config), *_teacher(config), *_embedding(config.embedding.model)]
     needs += [f"the data set {source.dataset}" for source in config.questions.sources if source.dataset]
     Store(config.storage).check()
     _ask_hub(needs)
@@ -65,6 +65,15 @@ def _model(config: Config) -> list[str]:
         raise ModelError(f"the model folder {path} does not exist")
     hub.check_model(path)
     return [path]
+
+
+def _teacher(config: Config) -> list[str]:
+    """What the teacher needs of it, where the task loss has one. Raises ModelError."""
+    tuned = config.finetune
+    if tuned.task_loss != "distill" or tuned.distill.teacher is None:
+        return []
+    named = {"path": tuned.distill.teacher, "revision": tuned.distill.revision}
+    return _model(config.model_copy(update={"model": config.model.model_copy(update=named)}))
 
 
 def _embedding(model: str) -> list[str]:

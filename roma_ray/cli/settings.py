@@ -30,6 +30,7 @@ _READS: dict[str, tuple[str, ...]] = {
     # Of a model that no run tunes, the prompt serves tasks that are question files.
     "evaluate --adapter": ("model", "questions.prompt", "evaluation", "tracking", "ray"),
     "control": _WORK["finetune"],
+    "repair": (*_WORK["finetune"], "ray"),
     "routing": _PASS,
     "compare": ("tracking",),
 }
@@ -47,7 +48,7 @@ _NOT: dict[str, tuple[str, ...]] = {
     "extract": (*_STAGE_OF_RAY["embed"], *_UP_TO_NEIGHBORS),
     "embed": _UP_TO_NEIGHBORS,
     "neighbors": _UP_TO_NEIGHBORS,
-    **dict.fromkeys(("finetune", "run", "evaluate", "tune", "verdict"), _UP_TO_FINETUNE),
+    **dict.fromkeys(("finetune", "run", "evaluate", "tune", "verdict", "repair"), _UP_TO_FINETUNE),
     # Every method's learning rate comes from one grid, its micro-batches from `baselines`.
     "baselines": (
         *("finetune.learning_rate", "finetune.micro_batch_size", "finetune.checkpoint_steps"),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pydantic import Field, field_validator
+from typing import Self
+
+from pydantic import Field, field_validator, model_validator
 
 from roma_ray.config.section import Section
 
@@ -40,6 +42,41 @@ class C3poConfig(Section):
         return value
 
 
+class SteeringConfig(Section):
+    """Expert steering by a contrast of right and wrong answers (Fayyaz et al. 2025, arXiv 2509.09660), in the tuned layers."""
+
+    promoted: tuple[float, ...] = (0.0, 0.05)
+    """Parts of the tuned layers' experts to promote that are tried, each with each of `demoted`; validation chooses."""
+    demoted: tuple[float, ...] = (0.0, 0.05, 0.15, 0.3)
+    """Parts to demote that are tried."""
+    margin: float = Field(default=0.01, gt=0)
+    """By how much a promoted expert's log r passes the token's highest, and a demoted one's stays below its lowest."""
+
+    @field_validator("promoted", "demoted")
+    @classmethod
+    def _parts(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if not value or not all(0 <= part <= 1 for part in value):
+            raise ValueError("give at least one number between 0 and 1")
+        return value
+
+    @model_validator(mode="after")
+    def _some(self) -> Self:
+        if not any((*self.promoted, *self.demoted)):
+            raise ValueError(
+                "steering.promoted or steering.demoted must hold a number above 0: nothing else would be steered"
+            )
+        return self
+
+
+class FragileConfig(Section):
+    """The last router's update on fragile answer tokens (Yoon et al. 2026, arXiv 2605.07260)."""
+
+    confidence: float = Field(default=0.9, gt=0, le=1)
+    """Answer tokens to which the base model gives a lower probability are fragile."""
+    samples: int = Field(default=16, ge=1)
+    """Routes that are tried for each: the last router's experts under Gumbel noise."""
+
+
 class BaselinesConfig(Section):
     """The methods of Table 1 (`roma-ray baselines`). Part of no other stage's fingerprint.
 
@@ -61,6 +98,8 @@ class BaselinesConfig(Section):
     """`dense_backprop`: what a default vector keeps of itself at each step (the paper's beta)."""
     oracle: OracleConfig = OracleConfig()
     c3po: C3poConfig = C3poConfig()
+    steering: SteeringConfig = SteeringConfig()
+    fragile: FragileConfig = FragileConfig()
 
     @field_validator("learning_rates")
     @classmethod

@@ -92,6 +92,20 @@ class GuardConfig(Section):
     """Of the first epoch's mean gradient norm on a layer's gate: a healthy one falls."""
 
 
+class DistillConfig(Section):
+    """The teacher of `task_loss: distill`: its next-token distribution at the answers' tokens is what the student's is drawn to."""
+
+    teacher: str | None = None
+    """Folder or hub id of a checkpoint with the student's tokenizer (the model before pruning); default: the student itself, which
+    `dtype` then makes another."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub teacher."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Type that it runs in; `auto` is the checkpoint's."""
+    top_n: int = Field(default=64, ge=1)
+    """Its likeliest tokens that are kept at each place; all others count as one outcome."""
+
+
 class FinetuneConfig(ScheduleConfig):
     """Router finetuning, eq. 8-10; the schedule is the learning rate's."""
 
@@ -106,9 +120,10 @@ class FinetuneConfig(ScheduleConfig):
     decay_to: Literal["zero", "base"] = "zero"
     """Zero, as usual, which pretrained gates are far from; or the pretrained gates themselves. (Soft prompts decay to zero.)"""
     clip_norm: float = Field(default=1.0, gt=0)
-    task_loss: Literal["choices", "vocabulary"] = "choices"
-    """`letter`: cross-entropy over the choice letters or over the whole vocabulary. `cloze` always uses the gold
-    continuation over the whole vocabulary."""
+    task_loss: Literal["choices", "vocabulary", "distill"] = "choices"
+    """`letter`: cross-entropy over the choice letters or over the whole vocabulary. `cloze` and `free` always use the right
+    continuation over the whole vocabulary. `distill`, in any format: KL to a teacher at the right answer's tokens."""
+    distill: DistillConfig = DistillConfig()
     task_schedule: TaskScheduleConfig = TaskScheduleConfig()
     logits: LogitsConfig = LogitsConfig()
     select: Literal["last", "best_validation"] = "last"

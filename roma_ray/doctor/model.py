@@ -52,9 +52,11 @@ def _config(path: str, storage: str | None) -> Config:
 
 
 def _described(path: str, facts: dict[str, Any]) -> str:
+    least, most = min(facts["experts_by_layer"]), max(facts["experts_by_layer"])
+    counted = f"{most}" if least == most else f"{least} to {most}"
     return (
         f"{path}: {facts['model_type']}, {facts['parameters'] / 1e9:.3g} billion parameters, experts in {len(facts['moe_layers'])} "
-        f"of {facts['num_layers']} layers, {facts['top_k']} of {facts['num_experts']} a token"
+        f"of {facts['num_layers']} layers, {facts['top_k']} of {counted} a token"
     )
 
 

@@ -38,22 +38,30 @@ _MOST_FINDINGS = 3
 _ROUNDING = 1e-9
 
 
-def routing_figures(tuned_VLE: Tensor, base_VLE: Tensor, top_k: int) -> dict[str, Any]:
-    """Figures of routing rows, tuned and base of the same questions: lists by layer; selected are the top k of r."""
+def routing_figures(
+    tuned_VLE: Tensor, base_VLE: Tensor, top_k: int, counts: Sequence[int] | None = None
+) -> dict[str, Any]:
+    """Figures of routing rows, tuned and base of the same questions: lists by layer; selected are the top k of r.
+
+    `counts`: the experts of each layer, where rows are padded to the largest.
+    """
     experts = tuned_VLE.shape[-1]
     load_LE = diagnostics.expert_load(diagnostics.top_k_selection(tuned_VLE, top_k), experts)
     base_LE = diagnostics.expert_load(diagnostics.top_k_selection(base_VLE, top_k), experts)
+    own_L = [experts] * len(load_LE) if counts is None else list(counts)
+    absent_L = experts - torch.tensor(own_L)
     percentiles = diagnostics.load_percentiles(load_LE, list(_PERCENTS.values()))
     return {
         "num_experts": experts,
+        **({"experts": own_L} if len(set(own_L)) > 1 else {}),
         "top_k": top_k,
         "entropy": diagnostics.routing_entropy(tuned_VLE).tolist(),
         **{name: row.tolist() for name, row in zip(_PERCENTS, percentiles, strict=True)},
-        "unused_experts": (load_LE == 0).sum(-1).tolist(),
+        "unused_experts": ((load_LE == 0).sum(-1) - absent_L).tolist(),
         "kl_to_base": diagnostics.routing_kl(tuned_VLE, base_VLE).tolist(),
         "base_entropy": diagnostics.routing_entropy(base_VLE).tolist(),
         "base_load_max": base_LE.amax(-1).tolist(),
-        "base_unused_experts": (base_LE == 0).sum(-1).tolist(),
+        "base_unused_experts": ((base_LE == 0).sum(-1) - absent_L).tolist(),
     }
 
 
@@ -62,9 +70,11 @@ def collapsed(record: Mapping[str, Any], guard: GuardConfig) -> list[str]:
     found = record.get("routing")
     if guard.action == "none" or not found:
         return []
-    even, full = math.log(found["num_experts"]), 1 / found["top_k"]
+    full = 1 / found["top_k"]
     phrases = []
     for n, layer in enumerate(found["layers"]):
+        experts = found["experts"][n] if "experts" in found else found["num_experts"]
+        even = math.log(experts)
         entropy, before = found["entropy"][n], found["base_entropy"][n]
         if entropy < guard.least_entropy * before - _ROUNDING:
             phrases.append(
@@ -76,9 +86,9 @@ def collapsed(record: Mapping[str, Any], guard: GuardConfig) -> list[str]:
                 f"layer {layer} has gone {flatter:.0%} of the way to even routing (most_entropy: {guard.most_entropy:.0%})"
             )
         lost = found["unused_experts"][n] - found["base_unused_experts"][n]
-        if lost > guard.most_unused * found["num_experts"] + _ROUNDING:
+        if lost > guard.most_unused * experts + _ROUNDING:
             phrases.append(
-                f"layer {layer} uses {lost} experts of {found['num_experts']} fewer than the base model (most_unused: "
+                f"layer {layer} uses {lost} experts of {experts} fewer than the base model (most_unused: "
                 f"{guard.most_unused:.0%})"
             )
         if (nearer := _way(found["load_max"][n], found["base_load_max"][n], full)) > guard.most_load + _ROUNDING:

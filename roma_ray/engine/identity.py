@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from roma_ray.config.baseline_settings import BaselinesConfig
 from roma_ray.config.finetune_settings import (
+    DistillConfig,
     FinetuneConfig,
     GuardConfig,
     LogitsConfig,
@@ -25,8 +27,9 @@ from roma_ray.errors import ConfigError
 # Settings that came after storages were filled: their defaults stand in no identity.
 _YOUNGER_SCHEDULE = ("warmup_steps", "anneal", "anneal_floor")
 _YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_sign", "entropy_target")
-_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits", "guard")
+_YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits", "guard", "distill")
 _YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
+_YOUNGER_METHODS = ("steering", "fragile")
 
 
 def is_cloze(config: Config) -> bool:
@@ -45,6 +48,15 @@ def refuse_free_form(config: Config, what: str) -> None:
         raise ConfigError(
             f"{what} compares the choices of multiple-choice questions, and questions.prompt.format is free: ask questions with "
             "choices (format letter or cloze). Of free-form questions, `roma-ray run` and `roma-ray local` train and judge."
+        )
+
+
+def refuse_distilled(config: Config, what: str) -> None:
+    """Raise ConfigError where the task loss is the distance to a teacher and `what` has task losses of its own."""
+    if config.finetune.task_loss == "distill":
+        raise ConfigError(
+            f"{what} trains by the right answers, and finetune.task_loss is distill: set it to choices. `roma-ray run`, `local` and "
+            "`repair` train against a teacher"
         )
 
 
@@ -106,7 +118,8 @@ def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
         "task_schedule": (config.task_schedule, _idle_schedule(config.task_schedule, "finetune.task_schedule")),
         "logits": (config.logits, _idle_logits(config.logits)),
     }
-    outside = {"checkpoint_steps", "regularizer", "guard", *younger, *_idle_finetune(config, cloze=cloze)}
+    # What a teacher says is another stage, which the training is made of.
+    outside = {"checkpoint_steps", "regularizer", "guard", "distill", *younger, *_idle_finetune(config, cloze=cloze)}
     settings = _aged(config.model_dump(mode="json", exclude=outside), FinetuneConfig, _YOUNGER_TUNING)
     acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, config.epochs)))
     settings["regularizer"] = _aged(acting, RegularizerConfig, _YOUNGER_TERM)
@@ -136,6 +149,7 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
     asked, tuned, judged = data["questions"], data["finetune"], data["evaluation"]
     return {
         **data,
+        "baselines": _aged(data["baselines"], BaselinesConfig, _YOUNGER_METHODS),
         "questions": {k: v for k, v in asked.items() if v or k not in _YOUNGER_QUESTIONS},
         "finetune": {
             **_aged(tuned, FinetuneConfig, _YOUNGER_TUNING),
@@ -170,6 +184,7 @@ def idle_settings(config: Config) -> dict[str, str]:
         "finetune.task_schedule": _idle_schedule(tuned.task_schedule, "finetune.task_schedule"),
         "finetune.logits": _idle_logits(tuned.logits),
         "finetune.guard": _idle_guard(tuned),
+        "finetune.distill": _idle_distill(tuned),
     }
     return {f"{section}.{name}": why for section, found in sections.items() for name, why in found.items()}
 
@@ -212,7 +227,7 @@ def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
     found = _idle_schedule(config, "finetune")
     if config.weight_decay == 0:
         found["decay_to"] = "finetune.weight_decay is 0"
-    if cloze:
+    if cloze and config.task_loss != "distill":
         found["task_loss"] = "questions.prompt.format is not letter"
     # The last epoch is the best one.
     return found if config.epochs > 1 else {**found, "select": "finetune.epochs is 1"}
@@ -221,6 +236,12 @@ def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
 def _idle_schedule(schedule: ScheduleConfig, name: str) -> dict[str, str]:
     found = {} if schedule.warmup_steps is None else {"warmup_fraction": f"{name}.warmup_steps is given"}
     return found if schedule.anneal != "none" else {**found, "anneal_floor": f"{name}.anneal is none"}
+
+
+def _idle_distill(config: FinetuneConfig) -> dict[str, str]:
+    if config.task_loss != "distill":
+        return dict.fromkeys(DistillConfig.model_fields, f"finetune.task_loss is {config.task_loss}")
+    return {} if config.distill.teacher else {"revision": "finetune.distill.teacher is not set"}
 
 
 def _idle_logits(logits: LogitsConfig) -> dict[str, str]:

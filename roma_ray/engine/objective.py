@@ -17,11 +17,12 @@ from roma_ray.config.finetune_settings import FinetuneConfig, RegularizerConfig
 from roma_ray.engine.batches import chunks
 from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.collapse import routing_figures
+from roma_ray.engine.distillation import Targets, Teacher, distillation_losses
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.schedules import Moment
 from roma_ray.engine.scoring import Scores, score_rows
-from roma_ray.errors import TrainingError, UnmovedError
+from roma_ray.errors import ConfigError, TrainingError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.priors import base_targets, task_targets, uniform_targets
@@ -31,6 +32,7 @@ from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, reach_of, read_weights
 from roma_ray.moe.reading import read_routing
+from roma_ray.moe.routers import Router
 from roma_ray.moe.scaling import scaled_logits
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -77,6 +79,18 @@ def noise_level(dtype: torch.dtype) -> float:
     return float(torch.finfo(dtype).eps) ** 0.5 / 4
 
 
+def check_widths(routers: Sequence[Router], term: RegularizerConfig) -> None:
+    """Refuse a regularizer that means the number of experts where tuned layers have different ones. Raises ConfigError."""
+    counts = sorted({router.num_experts for router in routers})
+    uniform = term.kind == "prior" and term.prior == "uniform"
+    if len(counts) > 1 and (uniform or (term.kind == "entropy" and term.entropy_target is not None)):
+        asked = "prior: uniform" if uniform else "entropy_target"
+        raise ConfigError(
+            f"finetune.regularizer.{asked} needs one number of experts, and the tuned layers have {counts}: choose layers that are "
+            "alike (routing.layers), or another regularizer"
+        )
+
+
 @dataclass
 class TrainingData:
     """What the loop reads: everything by row number of the question table."""
@@ -96,6 +110,8 @@ class TrainingData:
     rule: str
     cloze: bool
     batch_tokens: int
+    teacher: Teacher | None = None
+    """What a teacher says at the answers' tokens (task loss `distill`)."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +123,8 @@ class Micro:
     states_TD: Tensor
     vocabulary_V: Tensor | None
     """The rows of `lm_head` that the task loss reads, where not all."""
+    targets: Targets | None
+    """What the teacher says, where there is one."""
 
 
 class Objective:
@@ -128,12 +146,11 @@ class Objective:
         # Whether each position has its own pull. Extraction keeps their mean row alone, so the rows are read here.
         self.each = term.kind == "manifold" and term.positions == "sum"
         self.longest = max(len(prompt.prompt_ids) for prompt in data.prompts)
+        check_widths([head.routers[n] for n in self.columns], term)
         # Whether the task loss reaches the tuned routers at all; `settle` says so.
         self.with_task = True
-        if data.cloze:
-            self.over = "continuation"
-        else:
-            self.over = config.task_loss
+        self.over = "continuation" if data.cloze and config.task_loss != "distill" else config.task_loss
+        assert self.over != "distill" or data.teacher is not None, "what the teacher says is at hand"
         self.targets = self._targets()
 
     def feed(self, parts: Sequence[Sequence[int]]) -> Iterator[Micro]:
@@ -142,14 +159,15 @@ class Objective:
 
     def prepare(self, rows: Sequence[int]) -> Micro:
         """Lay out a micro-batch and read its states. Raises CacheError."""
-        layout = lay_out(
-            [self.data.prompts[row] for row in rows], prefix=self.data.states.prefix, gold_only=self.data.cloze
-        )
+        teacher = self.data.teacher if self.over == "distill" else None
+        prompts, gold_only = [self.data.prompts[row] for row in rows], self.data.cloze or teacher is not None
+        layout = lay_out(prompts, prefix=self.data.states.prefix, gold_only=gold_only)
         states_TD = self.data.states.packed(rows, layout)
         vocabulary = letter_rows(layout.prompts) if self.over == "choices" else None
         tokens = self.data.tokens
         places = layout.aligned_positions(tokens, self.longest) if self.each else layout.routing_positions(tokens)
-        return Micro(list(rows), Reading.at(layout, {tokens: places}), states_TD, vocabulary)
+        targets = None if teacher is None else teacher.targets(rows)
+        return Micro(list(rows), Reading.at(layout, {tokens: places}), states_TD, vocabulary, targets)
 
     def losses(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """(task, regularizer, routing entropy) summed over a micro-batch; the first two carry the graph.
@@ -165,7 +183,10 @@ class Objective:
         routing_1PLE, states = self._run(micro, now)
         positions_QP = reading.positions[self.data.tokens].to(self.device)
         routing_QLE = mean_routing(routing_1PLE, positions_QP)
-        task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
+        if micro.targets is None:
+            task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
+        else:
+            task = distillation_losses(states, reading.keep, reading.layout, micro.targets)
         targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
         rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
         term = self.config.regularizer
@@ -180,7 +201,7 @@ class Objective:
         reading = micro.reading
         routers = [self.head.routers[n] for n in self.columns]
         with ExitStack() as stack:
-            shape = len(routers), routers[0].num_experts
+            shape = len(routers), routers[0].width
             factors = None if now is None else now.logit_factors(reading.layout, *shape)
             if factors is not None:
                 stack.enter_context(scaled_logits(routers, factors.to(self.device)))
@@ -245,7 +266,9 @@ class Objective:
         if self.data.base_NLE is None:
             return None
         tuned_VLE = torch.from_numpy(answers.routing_NLE[:, self.columns])
-        figures = routing_figures(tuned_VLE, self.data.base_NLE[answers.rows], self.head.routers[self.columns[0]].top_k)
+        routers = [self.head.routers[n] for n in self.columns]
+        counts = [router.num_experts for router in routers]
+        figures = routing_figures(tuned_VLE, self.data.base_NLE[answers.rows], routers[0].top_k, counts)
         return {"layers": list(self.masters.layers), **figures}
 
     def _score(self, rows: Sequence[int]) -> Scores:

@@ -10,8 +10,9 @@ methods           one object a method, in order: name, title, sees_labels, seeds
                   difference_stderr (to the base model, paired), first_seed (lost, won and mcnemar_p of the first seed alone: the test
                   takes verdicts, and a mean over seeds is none), tasks (accuracy by task), measures {measure of
                   `evaluation/measures.py`: {micro, macro, tasks}: the mean over seeds as tuned, paired with the base model as base},
-                  held_out (where tasks are held out, else null: see `evaluation/transfer.py`), learning_rate, validation_accuracy,
-                  trials (validation accuracy by learning rate),
+                  held_out (where tasks are held out, else null: see `evaluation/transfer.py`), learning_rate or chosen (what a
+                  method without a rate chose by itself), validation_accuracy, trials (validation accuracy by learning rate, or by
+                  what else was tried),
                   trained_parameters, train_seconds (of the chosen learning rate, preparation included), selection_seconds (of the
                   whole grid), flops_per_question, questions_per_second, fingerprints. A failed one: name, title, failure
 configured        the measure by which answers are chosen: that of accuracy, difference and first_seed
@@ -43,6 +44,7 @@ from roma_ray.store.artifacts import Stage, fingerprint
 SPLIT = "test"
 _FACTS = (
     "learning_rate",
+    "chosen",
     "validation_accuracy",
     "trials",
     "trained_parameters",
@@ -191,7 +193,10 @@ def _reached(table: pa.Table) -> np.ndarray:
 
 
 COSTS = ("method", "rate", "trained", "train s", "MFLOPs each", "questions/s")
-COST_LEGEND = "rate: the learning rate that was chosen; trained: parameters; each, /s: a question, trunk included"
+COST_LEGEND = (
+    "rate: the learning rate that was chosen (of expert_steering: experts promoted and demoted); trained: parameters; "
+    "each, /s: a question, trunk included"
+)
 _SEES_LABELS = " †"
 
 
@@ -284,7 +289,7 @@ def cost_rows(summary: Mapping[str, Any]) -> list[tuple[str, ...]]:
     return [
         (
             _named(found),
-            "" if found["learning_rate"] is None else f"{found['learning_rate']:g}",
+            found["chosen"] or "" if found["learning_rate"] is None else f"{found['learning_rate']:g}",
             f"{found['trained_parameters']:,}",
             f"{found['train_seconds']:.1f}",
             f"{found['flops_per_question'] / 1e6:,.1f}",

@@ -87,7 +87,7 @@ def save_adapter(
         revision=revision if part.revision is None else part.revision,
         model_type=part.model_type,
         layers=layers,
-        num_experts=tuned[0].num_experts,
+        num_experts=max(router.num_experts for router in tuned),
         dtype=type_name(part.dtype),
         fingerprint=fingerprint,
     )
@@ -130,6 +130,7 @@ def write_manifest(folder: Path, checkpoint: RouterCheckpoint, *, kind: str) -> 
         "model_type": checkpoint.model_type,
         "layers": list(checkpoint.layers),
         "num_experts": checkpoint.num_experts,
+        **_uneven(checkpoint),
         "dtype": checkpoint.dtype,
         "fingerprint": checkpoint.fingerprint,
         "tensors": {
@@ -138,6 +139,13 @@ def write_manifest(folder: Path, checkpoint: RouterCheckpoint, *, kind: str) -> 
         },
     }
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+
+
+def _uneven(checkpoint: RouterCheckpoint) -> dict[str, list[int]]:
+    """The experts of each tuned layer, where they differ: a reader of equal layers refuses the tensors' shapes."""
+    counts = {layer_of(key): len(tensor) for key, tensor in checkpoint.tensors.items()}
+    alike = set(counts.values()) <= {checkpoint.num_experts}
+    return {} if alike else {"num_experts_per_layer": [counts[layer] for layer in checkpoint.layers]}
 
 
 def read_manifest(folder: Path, *, kind: str) -> dict[str, Any]:
@@ -180,10 +188,14 @@ def _fault(manifest: Mapping[str, Any]) -> str | None:
         return f"it tunes layers {brief(layers)}, but its tensors are of others"
     if not isinstance(getattr(torch, str(manifest["dtype"]), None), torch.dtype):
         return f"{brief(manifest['dtype'])} is no type of numbers"
+    counts = manifest.get("num_experts_per_layer", [experts] * len(layers))
+    if not isinstance(counts, list) or len(counts) != len(layers) or experts not in counts:
+        return "num_experts_per_layer does not fit its layers and num_experts"
+    of = dict(zip(layers, counts, strict=True))
     for key, fact in known.items():
         shape = fact.get("shape") if isinstance(fact, dict) else None
-        if not isinstance(shape, list) or shape[:1] != [experts] or type(shape[0]) is not int:
-            return f"{key} is not of {experts} experts"
+        if not isinstance(shape, list) or shape[:1] != [of[layer_of(key)]] or type(shape[0]) is not int:
+            return f"{key} is not of {of[layer_of(key)]} experts"
     return None
 
 

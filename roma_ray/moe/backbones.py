@@ -24,6 +24,7 @@ from transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe import Qwen3VLMoePre
 
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import is_wrapper, refusal
+from roma_ray.moe.uneven import expert_counts, uneven_class
 
 # Where a wrapper of transformers 5 has its language model; older files have the whole of it, head and all, under one name.
 LANGUAGE_MODEL = "model.language_model."
@@ -95,7 +96,13 @@ for _base, _causal, _rules in _COMPOSED.values():
 
 
 def model_class_of(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
-    """The class for a configuration: transformers' own, or one composed of its parts. Raises ModelError for no class."""
+    """The class for a configuration: transformers' own, or one composed of its parts or layers. Raises ModelError for no class."""
+    found = _alike(config, with_lm_head=with_lm_head)
+    return found if expert_counts(config) is None else uneven_class(found)  # type: ignore[arg-type]
+
+
+def _alike(config: PreTrainedConfig, *, with_lm_head: bool) -> type[PreTrainedModel]:
+    """The class of a model whose layers have equally many experts."""
     if config.model_type in _COMPOSED:
         base, causal, _ = _COMPOSED[config.model_type]
         return causal if with_lm_head else base

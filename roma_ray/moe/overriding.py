@@ -1,4 +1,4 @@
-"""Replacing a model's routing at chosen positions, through the family's own choice of experts.
+"""Replacing a model's routing at chosen positions, or steering its experts at all, through the family's own choice of experts.
 
 Softmax families receive `log r` as router logits (shifted by the row's own log-sum-exp, which softmax cannot see, so that
 their own routing gives their own logits back); sigmoid families receive the scores `r x (sum of the row's own scores)`
@@ -10,12 +10,13 @@ Shapes: B batch, S sequence, P positions, T flat tokens (B x S), L layers, E exp
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 from roma_ray.errors import ModelError
 from roma_ray.moe.families import Family, Scoring, family
 from roma_ray.moe.packing import seen_positions
+from roma_ray.moe.replacing import replaced
 from roma_ray.moe.routers import Router
 
 LINEAR = (functional.linear,)
@@ -43,25 +45,37 @@ def override_routing(
     """
     rows_RLE, positions_BP = _checked(routing_BLE, positions_B, routers)
     rule = family(model.config)
-    wrapped: list[tuple[nn.Module, Any]] = []
-    try:
-        for column, router in enumerate(routers):
-            module = router.module
-            wrapped.append((module, module.__dict__.get("forward")))
-            replacement = _Replacement(router, rule, rows_RLE[:, column], positions_BP)
-            module.__dict__["forward"] = replacement.around(module.forward)
+    changes = [_Replacement(router, rule, rows_RLE[:, column], positions_BP) for column, router in enumerate(routers)]
+    with _changed(changes):
         yield
-    finally:
-        for module, previous in wrapped:
-            del module.__dict__["forward"]
-            if previous is not None:
-                module.__dict__["forward"] = previous
+
+
+@contextmanager
+def steer_routing(
+    model: PreTrainedModel, routers: Sequence[Router], steered_LE: Tensor, margin: float
+) -> Iterator[None]:
+    """Raise and lower experts of `routers` at every token inside the `with` block.
+
+    `steered_LE`, with L in the order of `routers`: +1 gives an expert the highest log r of the token plus `margin`, -1 the
+    lowest less `margin`, 0 leaves it; the family's own choice and weights follow. Raises ModelError as `override_routing`.
+    """
+    rule = family(model.config)
+    with _changed([_Steering(router, rule, steered_LE[n], margin) for n, router in enumerate(routers)]):
+        yield
+
+
+@contextmanager
+def _changed(changes: Sequence[_Change]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(replaced(change.router.module, change.around(change.router.module.forward)))
+        yield
 
 
 def _checked(routing: Tensor, positions: Tensor, routers: Sequence[Router]) -> tuple[Tensor, Tensor]:
     positions_BP = positions[:, None] if positions.dim() == 1 else positions
     routing_BPLE = routing[:, None] if routing.dim() == 3 else routing
-    expected = (*positions_BP.shape, len(routers), routers[0].num_experts)
+    expected = (*positions_BP.shape, len(routers), routers[0].width)
     if positions_BP.dim() != 2 or tuple(routing_BPLE.shape) != expected:
         raise ValueError(
             f"routing of shape {tuple(routing.shape)} does not fit positions {tuple(positions.shape)}: expected {expected}"
@@ -69,18 +83,25 @@ def _checked(routing: Tensor, positions: Tensor, routers: Sequence[Router]) -> t
     return routing_BPLE.flatten(0, 1).float(), positions_BP
 
 
-class _Replacement:
-    """What replaces one router's rows during one `with` block."""
+class _Change(ABC):
+    """What one router's logits or scores become during one `with` block."""
 
-    def __init__(self, router: Router, rule: Family, rows_RE: Tensor, positions_BP: Tensor) -> None:
+    def __init__(self, router: Router, rule: Family) -> None:
         self.router, self.rule = router, rule
-        self.rows_RE, self.positions_BP = rows_RE, positions_BP
+
+    @abstractmethod
+    def logits(self, logits_TE: Tensor) -> Tensor:
+        """Softmax families: the changed logits, fp32."""
+
+    @abstractmethod
+    def scores(self, scores_TE: Tensor) -> Tensor:
+        """Sigmoid families: the changed scores."""
 
     def around(self, forward: Callable[..., Any]) -> Callable[..., Any]:
-        """The router's forward with its logits (or sigmoid scores) replaced at the wanted rows."""
+        """The router's forward with its logits (or sigmoid scores) changed."""
 
-        def replaced(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-            # The replaced logits are fp32 whatever the model's type, so that r is not rounded; what leaves the router
+        def changed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+            # The changed logits are fp32 whatever the model's type, so that r is not rounded; what leaves the router
             # must have the types that it always has, or the experts would compute in another one.
             with torch.no_grad():
                 # One token, in as many dimensions as this family's router takes.
@@ -95,7 +116,38 @@ class _Replacement:
             interception.check()
             return tuple(value.to(known.dtype) for value, known in zip(output, usual, strict=True))
 
-        return replaced
+        return changed
+
+
+class _Steering(_Change):
+    """Experts raised above and lowered below all others of their router."""
+
+    def __init__(self, router: Router, rule: Family, steered_E: Tensor, margin: float) -> None:
+        super().__init__(router, rule)
+        self.steered_E, self.margin = steered_E[: router.num_experts], margin
+
+    def logits(self, logits_TE: Tensor) -> Tensor:
+        """On log r, which softmax cannot tell from the logits."""
+        return self._steered(logits_TE.float().log_softmax(-1))
+
+    def scores(self, scores_TE: Tensor) -> Tensor:
+        """On the scores' logarithms: log r but for a number of the token's own."""
+        logs_TE = scores_TE.float().clamp_min(torch.finfo(torch.float32).tiny).log()
+        return self._steered(logs_TE).exp().to(scores_TE.dtype)
+
+    def _steered(self, logs_TE: Tensor) -> Tensor:
+        steered_E = self.steered_E.to(logs_TE.device)
+        highest_T1, lowest_T1 = logs_TE.amax(-1, keepdim=True), logs_TE.amin(-1, keepdim=True)
+        raised_TE = torch.where(steered_E > 0, highest_T1 + self.margin, logs_TE)
+        return torch.where(steered_E < 0, lowest_T1 - self.margin, raised_TE)
+
+
+class _Replacement(_Change):
+    """What replaces one router's rows."""
+
+    def __init__(self, router: Router, rule: Family, rows_RE: Tensor, positions_BP: Tensor) -> None:
+        super().__init__(router, rule)
+        self.rows_RE, self.positions_BP = rows_RE[:, : router.num_experts], positions_BP
 
     def logits(self, logits_TE: Tensor) -> Tensor:
         """Softmax families: the logits with `log r` in the replaced rows."""

@@ -1,6 +1,7 @@
 """Reading live routing weights from a forward pass: the graph is kept, and only the wanted positions stay in memory.
 
-Shapes: B batch, S sequence, P read positions, T flat tokens (B x S), L layers, E experts.
+Shapes: B batch, S sequence, P read positions, T flat tokens (B x S), L layers, E experts (of the widest layer: those that a
+smaller one lacks have r = 0).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import PreTrainedModel
 
 from roma_ray.moe.families import Family, family
@@ -46,7 +48,7 @@ class RoutingTape:
         absent_BP = positions_BP < 0
         index_BP = offsets_B1 + positions_BP.clamp(min=0)
         rows = routing_from_logits(flat_TE.index_select(0, index_BP.reshape(-1)), self._family)
-        rows_BPE = rows.reshape(batch, -1, experts)
+        rows_BPE = functional.pad(rows, (0, router.width - experts)).reshape(batch, -1, router.width)
         self._rows[router.layer] = rows_BPE.masked_fill(absent_BP[:, :, None], 0.0)
 
 
@@ -71,3 +73,27 @@ def _hook(tape: RoutingTape, router: Router) -> Any:
         tape._record(router, output if isinstance(output, Tensor) else output[0])
 
     return record
+
+
+@contextmanager
+def read_choices(routers: Sequence[Router], positions_P: Tensor) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
+    """Inside the block a pass over one flat row leaves each router's chosen experts at `positions_P` here, by layer.
+
+    They are weights and indices, [P, K] each, without graph.
+    """
+    found: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def note(layer: int) -> Any:
+        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
+            weights, index = (part.detach().flatten(0, -2) for part in output[1:3])
+            seen_P = seen_positions(layer, positions_P.to(index.device))
+            found[layer] = weights[seen_P], index[seen_P]
+
+        return record
+
+    handles = [router.module.register_forward_hook(note(router.layer)) for router in routers]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()

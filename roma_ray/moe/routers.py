@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from roma_ray.errors import ModelError
 from roma_ray.moe.backbones import LANGUAGE_MODEL
 from roma_ray.moe.families import Family, Scoring, family
+from roma_ray.moe.uneven import expert_counts, widest
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Router:
     """What holds the tuned parameters and makes the logits: the module itself, in some families a linear layer in it."""
     num_experts: int
     top_k: int
+    width: int
+    """Experts of the whole model's largest layer: what routing rows are padded to, where layers have different numbers."""
 
 
 def find_routers(model: PreTrainedModel, *, first_layer: int = 0, wrapped: bool = False) -> list[Router]:
@@ -45,6 +48,7 @@ def find_routers(model: PreTrainedModel, *, first_layer: int = 0, wrapped: bool 
     """
     rule = family(model.config)
     router_class = _router_class(model)
+    text_config = model.config.get_text_config()
     prefix = "" if model.get_output_embeddings() is not None else f"{model.base_model_prefix}."
     routers: dict[int, Router] = {}
     for name, module in model.named_modules():
@@ -61,8 +65,9 @@ def find_routers(model: PreTrainedModel, *, first_layer: int = 0, wrapped: bool 
         whole_name = prefix + path.replace(f"layers.{index}.", f"layers.{layer}.", 1)
         if wrapped:
             whole_name = f"{LANGUAGE_MODEL}{whole_name.removeprefix('model.')}"
-        counts = _expert_counts(module, gate, model.config.get_text_config())
-        routers[layer] = Router(layer, path, whole_name, module, gate, *counts)
+        counts = _expert_counts(module, gate, text_config)
+        width = counts[0] if expert_counts(text_config) is None else widest(text_config)
+        routers[layer] = Router(layer, path, whole_name, module, gate, *counts, width)
     return [routers[layer] for layer in sorted(routers)]
 
 

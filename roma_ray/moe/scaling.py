@@ -26,7 +26,7 @@ def scaled_logits(routers: Sequence[Router], factors_TLE: Tensor) -> Iterator[No
     """
     with ExitStack() as stack:
         for column, router in enumerate(routers):
-            stack.enter_context(replaced(router.module, _scaled(router, factors_TLE[:, column])))
+            stack.enter_context(replaced(router.module, _scaled(router, factors_TLE[:, column, : router.num_experts])))
         yield
 
 

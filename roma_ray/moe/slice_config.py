@@ -16,7 +16,7 @@ from roma_ray.errors import ModelError
 # One entry a layer: cut out the slice's part.
 _PER_LAYER = (
     *("layer_types", "mlp_layer_types", "layers_block_type", "no_rope_layers"),
-    *("num_attention_heads_per_layer", "layer_rope_theta"),
+    *("num_attention_heads_per_layer", "layer_rope_theta", "num_experts_per_layer"),
 )
 # How many of the first layers are dense, by the families' names for it.
 _DENSE_FIRST = ("first_k_dense_replace", "num_dense_layers")

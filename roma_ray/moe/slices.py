@@ -31,6 +31,7 @@ from roma_ray.moe.parts import EMBEDDINGS, NORMS, final_norm
 from roma_ray.moe.routers import Router, find_routers
 from roma_ray.moe.slice_config import slice_config
 from roma_ray.moe.snapshot import Snapshot, open_snapshot
+from roma_ray.moe.uneven import PER_LAYER, expert_counts
 
 _LAYER_KEY = re.compile(r"^((?:(?:model|backbone)\.)?layers\.)(\d+)(\..+)$")
 _EMBEDDING_KEY = re.compile(rf"^(?:(?:model|backbone)\.)?(?:{'|'.join(EMBEDDINGS)})\.weight$")
@@ -83,7 +84,8 @@ class Slice:
 def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
     """Return what can be known of a model without its weights, as plain JSON-able values.
 
-    Keys: `model_type`, `scoring`, `num_layers`, `moe_layers` (list), `num_experts`, `top_k`, `hidden_size`, `vocab_size`,
+    Keys: `model_type`, `scoring`, `num_layers`, `moe_layers` (list), `num_experts` (of the largest
+    layer), `experts_by_layer` (of the MoE layers), `top_k`, `hidden_size`, `vocab_size`,
     `parameters` (of the whole model), `dtype` (name of the type that the checkpoint says it is in, else "float32"),
     `quantization` ("MXFP4", "FP8" or None: how it is stored, before it is loaded), `revision` (commit hash or None). Raises
     ModelError.
@@ -91,8 +93,11 @@ def model_facts(path: str, *, revision: str | None = None) -> dict[str, Any]:
     snapshot = open_snapshot(path, revision)
     with refusing_malformed(snapshot.folder / "config.json", ModelError):
         facts = _facts(snapshot)
-    if not 1 <= facts["top_k"] <= facts["num_experts"]:
-        raise ModelError(f"{path} chooses {facts['top_k']} of {facts['num_experts']} experts, which no model does")
+    for layer, experts in zip(facts["moe_layers"], facts["experts_by_layer"], strict=True):
+        if not 1 <= facts["top_k"] <= experts:
+            raise ModelError(
+                f"{path} chooses {facts['top_k']} of {experts} experts in layer {layer}, which no model does"
+            )
     return facts
 
 
@@ -101,6 +106,10 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
     config = snapshot.backbone()
     model = skeleton_of(model_class_of(config, with_lm_head=True), config)
     routers = find_routers(model)
+    counts = expert_counts(config)
+    bare = [router.layer for router in routers if counts is not None and counts[router.layer] == 0]
+    if bare:
+        raise ModelError(f"{snapshot.path}: {PER_LAYER} gives layer {bare[0]} no experts, and it is no dense one")
     if not routers:
         raise ModelError(
             f"{snapshot.path} is a {rule.model_type} model without any MoE layer: {refusal(rule.model_type)}"
@@ -110,7 +119,8 @@ def _facts(snapshot: Snapshot) -> dict[str, Any]:
         "scoring": rule.scoring.value,
         "num_layers": config.num_hidden_layers,
         "moe_layers": [router.layer for router in routers],
-        "num_experts": routers[0].num_experts,
+        "num_experts": routers[0].width,
+        "experts_by_layer": [router.num_experts for router in routers],
         "top_k": routers[0].top_k,
         "hidden_size": config.hidden_size,
         "vocab_size": config.vocab_size,

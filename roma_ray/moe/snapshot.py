@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,9 +19,10 @@ from transformers import AutoConfig, PreTrainedConfig
 from roma_ray.errors import ModelError
 from roma_ray.moe import deepseek
 from roma_ray.moe.backbones import backbone_of
-from roma_ray.moe.families import refusal, supported_families
+from roma_ray.moe.families import has_family, refusal, supported_families
 from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.moe.quantized import Scheme, Stored, Unpacked, scheme_of
+from roma_ray.moe.uneven import GateRows, declare
 from roma_ray.store.buckets import is_object
 from roma_ray.store.files import local_place
 
@@ -81,8 +82,33 @@ class Snapshot:
         return config
 
     def backbone(self) -> PreTrainedConfig:
-        """The configuration of the layers: a multimodal model's language model, any other's own. Errors as `config`."""
-        return backbone_of(self.config())
+        """The configuration of the layers: a multimodal model's language model, any other's own. Errors as `config`.
+
+        Where layers have different numbers of experts it says so (`uneven.py`), also if config.json does not.
+        """
+        config = backbone_of(self.config())
+        if has_family(config):
+            declare(config, self.path, GateRows(self._keys, config, self._shapes))
+        return config
+
+    @cached_property
+    def _keys(self) -> tuple[str, ...]:
+        """The stored keys; none of a folder without weights, which says so when they are wanted, and none where all of a hub model's
+        weights would be fetched for them.
+        """
+        try:
+            if self.revision is not None:
+                self.file(_INDEX)
+            return tuple(self.weight_map)
+        except ModelError:
+            return ()
+
+    def _shapes(self, keys: Sequence[str], download: bool) -> dict[str, tuple[int, ...]] | None:
+        """The stored shapes of some tensors; None where a hub model's files would be fetched for them and may not be."""
+        if self.revision is not None and not download:
+            return None
+        held = {name: _held(self.file(name)) for name in {self.weight_map[key] for key in keys}}
+        return {key: held[self.weight_map[key]][key][0] for key in keys}
 
     @cached_property
     def scheme(self) -> Scheme | None:

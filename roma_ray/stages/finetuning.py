@@ -19,6 +19,7 @@ from roma_ray.config.finetune_settings import FinetuneConfig
 from roma_ray.engine.cache import ROWS, States, open_states
 from roma_ray.engine.collapse import collapsed, describe_collapse, entropy_kept
 from roma_ray.engine.devices import device_kind
+from roma_ray.engine.distillation import Teacher
 from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.objective import TrainingData, is_idle, is_noise
@@ -37,6 +38,7 @@ from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighborhoods import NEIGHBORS, answered_rightly, read_neighborhoods, usable_rows
+from roma_ray.stages.teaching import TEACHER, is_distilled, taught, teacher_stage
 from roma_ray.store.artifacts import Stage, note_device, write_json, write_text
 from roma_ray.store.files import exists, read_json, remove
 from roma_ray.store.logs import append_line, whole_lines
@@ -106,6 +108,7 @@ class TrainJob(Job):
             rule=answer_rule(config.questions.prompt),
             cloze=is_cloze(config),
             batch_tokens=config.extraction.batch_tokens,
+            teacher=Teacher(self.stages[TEACHER.name].path, prompts) if is_distilled(config) else None,
         )
 
     def run(
@@ -182,6 +185,7 @@ def finetune_routers(job: Job, runners: Runners, progress: Progress) -> Facts:
     Raises TrainingError, CacheError, StorageError.
     """
     setup, stage = job.setup, job.stage
+    taught(setup, job.stages, runners, progress)
     total = job.stages["neighbors"].manifest()["facts"]["training"] * setup.config.finetune.epochs
     guard = setup.config.finetune.guard
 
@@ -281,6 +285,7 @@ FINETUNE = Step(
     (EXTRACT, NEIGHBORS),
     finetune_identity,
     finetune_routers,
+    others=teacher_stage,
     reads_states=True,
     shown=((ADAPTER, "adapter"), (EPOCHS, None), (STEPS, None)),
 )

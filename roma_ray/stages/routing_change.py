@@ -55,7 +55,7 @@ def routing_change(
     generator = torch.Generator().manual_seed(seed)
     members = torch.randperm(len(tasks), generator=generator)[:DIAGNOSED_ROWS].sort().values.tolist()
     before, after = (torch.from_numpy(s.routing_NLE[members][:, columns]) for s in (base, tuned))
-    top_k, experts = head.routers[0].top_k, head.routers[0].num_experts
+    top_k, experts = head.routers[0].top_k, head.routers[0].width
     chosen = [diagnostics.top_k_selection(r, top_k) for r in (before, after)]
     drawn = [tasks[n] for n in members]
     points = embeddings_NC[[base.rows[n] for n in members]]

@@ -31,6 +31,8 @@ KINDS = {
     "comparison": "methods",
     "baselines": "method",
     "benchmarks": "benchmarks",
+    "repair": "repair",
+    "teacher": "what a teacher says",
     "neighbors": "neighborhoods",
     "embed": "embeddings",
     "extract": "extraction",

@@ -57,7 +57,7 @@ def test_choices_of_several_tokens(cloze: Bench, name: str) -> None:
     method = METHODS[name]
     rows = [row for row in cloze.rows["test"] if max(map(len, cloze.data.prompts[row].choice_ids)) > 1][:5]
     assert rows
-    fitted = fitted_on(method, cloze) if method.trains or name == "c3po_mode" else NOTHING
+    fitted = fitted_on(method, cloze) if method.trains or name in ("c3po_mode", "expert_steering") else NOTHING
     answers = method.predict(given_to(method, cloze), fitted, rows, 1)
     assert [len(s) for s in answers.scores] == [len(cloze.data.prompts[row].choice_ids) for row in rows]
     assert np.isfinite(np.concatenate(answers.scores)).all()
@@ -112,6 +112,11 @@ def test_every_setting_of_a_method_is_part_of_its_identity() -> None:
         "baselines.c3po.step_size=7": {"c3po"},
         "baselines.c3po.alphas=[0.5]": {"c3po_kernel"},
         "baselines.c3po.mode_alpha=0.9": {"c3po_mode"},
+        "baselines.steering.promoted=[0.5]": {"expert_steering"},
+        "baselines.steering.demoted=[0.5]": {"expert_steering"},
+        "baselines.steering.margin=0.5": {"expert_steering"},
+        "baselines.fragile.confidence=0.5": {"fragile_tokens"},
+        "baselines.fragile.samples=5": {"fragile_tokens"},
         "finetune.regularizer.weight=7": {"roma", "oracle_tuning"},
         "finetune.clip_norm=7": training,
         "finetune.regularizer.warmup_fraction=0.7": {"roma", "oracle_tuning"},

@@ -41,7 +41,9 @@ def test_a_method_that_would_follow_noise_is_refused(unreached: Bench, name: str
         method.fit(unreached, method.prepare(unreached, 0), 0.003, 0)
 
 
-@pytest.mark.parametrize("name", ["c3po_kernel", "c3po_mode", "dense_backprop", "prompt_tuning"])
+@pytest.mark.parametrize(
+    "name", ["c3po_kernel", "c3po_mode", "expert_steering", "dense_backprop", "fragile_tokens", "prompt_tuning"]
+)
 def test_a_method_with_something_else_to_follow_is_not(unreached: Bench, name: str) -> None:
     method, rows = METHODS[name], unreached.rows["test"][:4]
     fitted = method.fit(unreached, method.prepare(unreached, 0), 0.003, 0)

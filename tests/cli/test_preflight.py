@@ -64,6 +64,13 @@ def early(folder: Path, *arguments: str, **environment: str) -> tuple[int, str]:
         (["evaluate", "--tasks", "piqa", "--adapter", "none"], 2, "--adapter none: there is no such file"),
         (["baselines", "--methods", "romo"], 2, "did you mean roma?"),
         (["compare", "x", "--out", "table.pdf"], 2, "which says the form"),
+        (["repair", "assets:model", "--teacher", "./none", "--texts", "rows.jsonl"], 1, "the model folder ./none"),
+        (["repair", "assets:model", "--texts", "none.jsonl"], 1, "'none.jsonl' does not exist"),
+        (
+            ["repair", "assets:model", "--texts", "rows.jsonl", "--questions", "no.jsonl"],
+            1,
+            "'no.jsonl' does not exist",
+        ),
         (["local", "--summary", "none/x.json"], 2, "its folder does not exist"),
     ],
 )
@@ -71,6 +78,7 @@ def test_what_needs_no_library_is_told_before_any_is_loaded(
     arguments: list[str], code: int, message: str, tmp_path: Path
 ) -> None:
     (tmp_path / "questions.jsonl").write_text("")
+    (tmp_path / "rows.jsonl").write_text('{"text": "one two"}\n')
     (tmp_path / "notes.txt").write_text("")
     found, errors = early(tmp_path, *arguments)
     assert found == code, errors

@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from jobs.prune_experts import write_pruned
 from roma_ray.errors import ModelError
 from roma_ray.moe import snapshot
 from roma_ray.moe.slices import load_slice, model_facts
@@ -72,3 +74,28 @@ def test_unknown_repositories_and_missing_weights(hub) -> None:
     (repository / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="Only safetensors"):
         load_slice("lab/tiny", dtype=torch.float32, with_lm_head=True)
+
+
+def test_what_is_known_of_a_model_costs_no_weights(hub) -> None:
+    repository, asked = hub
+    save_tiny(tiny_moe("olmoe", seed=5), repository)
+    facts = model_facts("lab/tiny")
+    assert facts["experts_by_layer"] == [8] * 6
+    assert "model.safetensors" not in {name for name, _ in asked}
+
+
+def test_layers_that_differ_are_told_of_a_hub_model_by_its_gates(hub, tmp_path: Path) -> None:
+    repository, _ = hub
+    save_tiny(tiny_moe("olmoe", seed=5), tmp_path / "whole")
+    kept = {layer: list(range(6 if layer == 2 else 8)) for layer in range(6)}
+    write_pruned(str(tmp_path / "whole"), tmp_path / "pruned", kept, 8)
+    config = json.loads((tmp_path / "pruned" / "config.json").read_text())
+    config.pop("num_experts_per_layer")
+    tensors = load_file(tmp_path / "pruned" / "model.safetensors")
+    repository.mkdir()
+    (repository / "config.json").write_text(json.dumps(config))
+    names = {key: f"part-{'layers.2.' in key:d}.safetensors" for key in tensors}
+    for name in set(names.values()):
+        save_file({key: t for key, t in tensors.items() if names[key] == name}, repository / name, {"format": "pt"})
+    (repository / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    assert model_facts("lab/tiny")["experts_by_layer"] == [8, 8, 6, 8, 8, 8]
