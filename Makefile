@@ -3,6 +3,7 @@
 # make test   the test suite            make check   ruff and mypy            make clean   remove what these made
 # make chaos  every fault on a simulated cluster of three nodes, as a table
 # make matrix the suite with the lowest and the newest transformers allowed, for a release (TESTS=tests/moe for some)
+# make bench-gpu  the figures of a GPU, in one command; needs torch and transformers, not Ray, MLflow or FAISS
 # make fuzz   100,000 damaged files through every reader (INPUTS=... for another number)
 #
 # Needs Python 3.11 or newer with its venv module, pip, and nothing else. Settings, all on the command line:
@@ -31,7 +32,7 @@ INSTALLED := $(VENV)/.installed-$(EXTRAS)
 DEVELOPED := $(VENV)/.installed-$(EXTRAS),dev
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: help venv dev demo test matrix fuzz chaos check bench format pin clean
+.PHONY: help venv dev demo test matrix fuzz chaos check bench bench-gpu format pin clean
 
 help:
 	@awk '!/^#/ {exit} {sub(/^# ?/, ""); print}' $(firstword $(MAKEFILE_LIST))
@@ -80,6 +81,11 @@ bench: venv
 	@missed=0; for name in $(BENCHMARKS); do \
 	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --json bench-$$name.json || missed=1; \
 	done; exit $$missed
+
+# Installs nothing: a GPU image's own interpreter serves where there is no environment here (PYTHON=... names another).
+GPU_OPTIONS ?=
+bench-gpu:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu.py --json bench-gpu.json $(GPU_OPTIONS)
 
 format: dev
 	$(BIN)/ruff check --fix .

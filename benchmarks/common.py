@@ -145,20 +145,22 @@ def machine() -> dict[str, Any]:
 
 
 def matmul_rate(device: str) -> float:
-    """Measured FLOP/s of a large bf16 matmul on a GPU: what the device gives at best."""
+    """Measured FLOP/s of a large matmul, what the device gives at best: in bf16 on a GPU, in fp32 and smaller on a CPU."""
     import time
 
     import torch
 
-    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (512, torch.float32)
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    a = torch.randn(size, size, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype)
     for _ in range(3):
         a @ a
-    torch.cuda.synchronize()
+    wait()
     started = time.perf_counter()
     for _ in range(20):
         a @ a
-    torch.cuda.synchronize()
-    return 20 * 2 * 8192**3 / (time.perf_counter() - started)
+    wait()
+    return 20 * 2 * size**3 / (time.perf_counter() - started)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
