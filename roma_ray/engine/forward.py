@@ -12,11 +12,13 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from roma_ray.config.free_form import ANSWER
 from roma_ray.engine.batches import is_letter
 from roma_ray.moe.layers import aligned_positions, token_positions
 from roma_ray.moe.packing import Packing, Segment, pack
+from roma_ray.moe.sending import sent
 from roma_ray.questions.prompts import Prompt, rule_scores
 
 
@@ -154,7 +156,9 @@ def choice_scores(logits_NV: Tensor, keep: Sequence[int], layout: Layout) -> lis
             targets += ids
             counts.append(len(ids))
     picked = logp_NV[torch.tensor(rows), torch.tensor(targets)].cpu()
-    scores = iter([part.sum().item() for part in picked.split(counts)])
+    # Mostly one number a choice, which is its sum.
+    sums = picked.tolist() if max(counts) == 1 else [part.sum().item() for part in picked.split(counts)]
+    scores = iter(sums)
     return [[next(scores) for _ in question] for question in layout.score_tokens]
 
 
@@ -192,15 +196,39 @@ def task_losses(
     """
     place = {token: n for n, token in enumerate(keep)}
     column = {int(token): n for n, token in enumerate(rows_V)} if rows_V is not None else None
+    tokens = [
+        question[0 if layout.gold_only else prompt.answer]
+        for prompt, question in zip(layout.prompts, layout.score_tokens, strict=True)
+    ]
+    counts = [len(some) for some in tokens]
+    # One gather for all questions: a copy of each one's indices would make a GPU wait for the host some hundred times a step.
+    rows_P = sent(torch.tensor([place[token] for some in tokens for token in some]), logits_NV.device)
+    logits_PV = logits_NV.index_select(0, rows_P).float()
+    if over != "choices":
+        gold_P = torch.tensor([id for prompt in layout.prompts for id in prompt.choice_ids[prompt.answer]])
+        return _summed(logits_PV, sent(gold_P, logits_NV.device), counts)
+    # Questions of equally many choices go together; their losses are added in the questions' order.
+    groups: dict[int, list[int]] = {}
+    for number, prompt in enumerate(layout.prompts):
+        groups.setdefault(len(prompt.choice_ids), []).append(number)
     losses = []
-    for prompt, question in zip(layout.prompts, layout.score_tokens, strict=True):
-        tokens = question[0 if layout.gold_only else prompt.answer]
-        logits_PV = logits_NV[[place[token] for token in tokens]].float()
-        if over == "choices":
-            letters = [ids[0] if column is None else column[ids[0]] for ids in prompt.choice_ids]
-            answer = torch.tensor([prompt.answer], device=logits_NV.device)
-            losses.append(torch.nn.functional.cross_entropy(logits_PV[:, letters], answer))
-        else:
-            gold = torch.tensor(prompt.choice_ids[prompt.answer], device=logits_NV.device)
-            losses.append(torch.nn.functional.cross_entropy(logits_PV, gold))
-    return torch.stack(losses).sum()
+    for group in groups.values():
+        prompts = [layout.prompts[n] for n in group]
+        letters_QC = [[ids[0] if column is None else column[ids[0]] for ids in prompt.choice_ids] for prompt in prompts]
+        own_QV = logits_PV if len(groups) == 1 else logits_PV.index_select(0, sent(torch.tensor(group), rows_P.device))
+        choices_QC = own_QV.gather(1, sent(torch.tensor(letters_QC), rows_P.device))
+        answers_Q = sent(torch.tensor([prompt.answer for prompt in prompts]), rows_P.device)
+        losses.append(functional.cross_entropy(choices_QC, answers_Q, reduction="none"))
+    if len(groups) == 1:
+        return losses[0].sum()
+    order = torch.tensor([n for group in groups.values() for n in group]).argsort()
+    return torch.cat(losses).index_select(0, sent(order, rows_P.device)).sum()
+
+
+def _summed(logits_PV: Tensor, gold_P: Tensor, counts: Sequence[int]) -> Tensor:
+    """The sum over the questions of the mean cross-entropy over each one's tokens, `counts` of them."""
+    if max(counts) == 1:
+        return functional.cross_entropy(logits_PV, gold_P, reduction="none").sum()
+    logp_PV = torch.log_softmax(logits_PV, dim=-1)
+    parts = zip(logp_PV.split(list(counts)), gold_P.split(list(counts)), strict=True)
+    return torch.stack([functional.nll_loss(logp, gold) for logp, gold in parts]).sum()

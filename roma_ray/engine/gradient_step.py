@@ -30,12 +30,17 @@ def apply(masters: RouterMasters, mean: Tensor, clip_norm: float) -> dict[str, f
             gate.grad = mean[start : start + gate.numel()].reshape(gate.shape).clone()
             start += gate.numel()
         norms.append(mean[first:start].norm())
-    norm = float(torch.nn.utils.clip_grad_norm_(gates, clip_norm))
+    norms.append(torch.nn.utils.clip_grad_norm_(gates, clip_norm))
+    # One transfer from the device for all of them: each would wait for the whole step.
+    task, manifold, entropy, loss, *by_layer, norm = torch.cat([mean[start:], torch.stack(norms)]).tolist()
+    if not math.isfinite(loss):
+        raise TrainingError(
+            f"the loss is not finite (task {task}, regularizer {manifold}). Lower finetune.learning_rate or "
+            "finetune.regularizer.weight; the last checkpoint is kept."
+        )
     if not math.isfinite(norm):
         raise TrainingError(
             "a gate's gradient is not finite. Lower finetune.learning_rate; the last checkpoint is kept."
         )
-    # One transfer from the device for all of them.
-    task, manifold, entropy, *by_layer = torch.cat([mean[start:], torch.stack(norms)]).tolist()
     layers = {layer_norm(layer): value for layer, value in zip(masters.layers, by_layer, strict=True)}
     return {"task": task, "manifold": manifold, "entropy": entropy, "norm": norm, **layers}

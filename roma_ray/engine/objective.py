@@ -22,7 +22,7 @@ from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.schedules import Moment
 from roma_ray.engine.scoring import Scores, score_rows
-from roma_ray.errors import ConfigError, TrainingError, UnmovedError
+from roma_ray.errors import ConfigError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.priors import base_targets, task_targets, uniform_targets
@@ -34,6 +34,7 @@ from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, reach_of,
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.routers import Router
 from roma_ray.moe.scaling import scaled_logits
+from roma_ray.moe.sending import pinned, sent
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 
@@ -162,7 +163,8 @@ class Objective:
         teacher = self.data.teacher if self.over == "distill" else None
         prompts, gold_only = [self.data.prompts[row] for row in rows], self.data.cloze or teacher is not None
         layout = lay_out(prompts, prefix=self.data.states.prefix, gold_only=gold_only)
-        states_TD = self.data.states.packed(rows, layout)
+        # Pinned here, in the thread that reads ahead: the copy then does not wait for the step before.
+        states_TD = pinned(self.data.states.packed(rows, layout), self.device)
         vocabulary = letter_rows(layout.prompts) if self.over == "choices" else None
         tokens = self.data.tokens
         places = layout.aligned_positions(tokens, self.longest) if self.each else layout.routing_positions(tokens)
@@ -181,13 +183,14 @@ class Objective:
         """As `losses`, with what the regularizer may see in its place."""
         reading = micro.reading
         routing_1PLE, states = self._run(micro, now)
-        positions_QP = reading.positions[self.data.tokens].to(self.device)
+        positions_QP = sent(reading.positions[self.data.tokens], self.device)
         routing_QLE = mean_routing(routing_1PLE, positions_QP)
         if micro.targets is None:
             task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
         else:
             task = distillation_losses(states, reading.keep, reading.layout, micro.targets)
-        targets = self.targets.take(torch.tensor(micro.rows), torch.device(self.device))
+        own = self.targets.take(torch.tensor(micro.rows))
+        targets = NeighborTargets(*(sent(column, self.device) for column in own))
         rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
         term = self.config.regularizer
         on = Regularized(
@@ -204,7 +207,7 @@ class Objective:
             shape = len(routers), routers[0].width
             factors = None if now is None else now.logit_factors(reading.layout, *shape)
             if factors is not None:
-                stack.enter_context(scaled_logits(routers, factors.to(self.device)))
+                stack.enter_context(scaled_logits(routers, sent(factors, self.device)))
             tape = stack.enter_context(read_routing(self.head.model, routers, reading.flat_positions))
             out = run_packed(
                 self.head,
@@ -241,20 +244,18 @@ class Objective:
         return position_targets(data.neighborhoods, routing_NPLE, places_NP >= 0)
 
     def gradients(self, micro: Micro, now: Moment) -> Tensor:
-        """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer and entropy."""
+        """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer, entropy and objective.
+
+        Whether they are finite is seen once a step (`apply`): to look here would make a GPU wait at each micro-batch.
+        """
         task, penalty, entropy = self.losses(micro, now)
         # Adding an unused term would still be exact, but a run without one must be readable as such.
         loss = now.task * task if now.strength == 0 else now.task * task + now.strength * penalty
         if not self.with_task:
             # Its gradient is rounding noise, which Adam would make steps of.
             loss = now.strength * penalty
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is not finite (task {task.item()}, regularizer {penalty.item()}). Lower finetune.learning_rate or "
-                "finetune.regularizer.weight; the last checkpoint is kept."
-            )
         parts = torch.autograd.grad(loss, self.masters.parameters())
-        sums = torch.stack([task.detach(), penalty.detach(), entropy]).float()
+        sums = torch.stack([task.detach(), penalty.detach(), entropy, loss.detach()]).float()
         return torch.cat([*(p.reshape(-1) for p in parts), sums])
 
     def validation(self) -> Scores:

@@ -18,6 +18,7 @@ from roma_ray.errors import GuardError
 from roma_ray.moe.finite import begins, watching
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
+from roma_ray.moe.sending import pinned
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 
@@ -96,7 +97,7 @@ def score_rows(
 
     def prepare(chosen: Sequence[int]) -> tuple[Reading, Tensor]:
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
-        return Reading.of(layout, (tokens,)), states.packed(chosen, layout)
+        return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), head.device)
 
     found: dict[int, tuple[list[float], np.ndarray, int]] = {}
     for (chosen, size), (reading, states_TD) in zip(plan, prefetched(prepare, members), strict=True):

@@ -12,16 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
-from importlib.util import find_spec
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from roma_ray.moe.sending import sent
+from roma_ray.moe.varlen import serves, varlen
 
 # Keys that are gathered for one group: at a width of 2,048 in bf16, 134 MB of keys and as much of values.
 _KEYS_AT_ONCE = 32_768
@@ -51,6 +54,11 @@ class Group:
     rooted: bool
     """No segment has a parent and every token asks: plain causal attention."""
 
+    def to(self, device: str | torch.device) -> Group:
+        """The same tables on a device."""
+        named = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **named)
+
     def visible(self, window: int | None) -> Tensor:
         """Which keys each query sees, bool [G, Q, K]: its past, no further back than `window`."""
         places_K = torch.arange(self.keys_GK.shape[1], device=self.keys_GK.device)
@@ -66,6 +74,8 @@ class Packing:
     segments: tuple[Segment, ...]
     starts: tuple[int, ...]
     """First flat token of each segment."""
+    firsts: tuple[int, ...]
+    """Position of each segment's first token in its own sequence."""
     ids_T: Tensor
     positions_T: Tensor
     """Position of each token in its own sequence, from the root of its tree."""
@@ -91,9 +101,8 @@ class Packing:
 
     def to(self, device: str | torch.device) -> Packing:
         """The same packing with its tensors on a device."""
-        return Packing(
-            self.segments, self.starts, self.ids_T.to(device), self.positions_T.to(device), device=str(device)
-        )
+        ids_T, positions_T = sent(self.ids_T, device), sent(self.positions_T, device)
+        return Packing(self.segments, self.starts, self.firsts, ids_T, positions_T, device=str(device))
 
     def queries(self) -> Queries:
         """The attention of every token."""
@@ -120,6 +129,7 @@ class Queries:
 def pack(segments: Sequence[Segment]) -> Packing:
     """Lay segments out flat, in order; a parent must come before its children and no segment may be empty."""
     starts: list[int] = []
+    firsts: list[int] = []
     positions: list[int] = []
     ends: list[int] = []
     total = 0
@@ -128,33 +138,48 @@ def pack(segments: Sequence[Segment]) -> Packing:
         assert segment.parent < number, "a parent comes before its children"
         first = ends[segment.parent] if segment.parent >= 0 else 0
         starts.append(total)
+        firsts.append(first)
         positions.extend(range(first, first + len(segment.ids)))
         ends.append(first + len(segment.ids))
         total += len(segment.ids)
     ids = [token for segment in segments for token in segment.ids]
-    return Packing(tuple(segments), tuple(starts), torch.tensor(ids), torch.tensor(positions))
+    return Packing(tuple(segments), tuple(starts), tuple(firsts), torch.tensor(ids), torch.tensor(positions))
 
 
 def _queries(packing: Packing, kept: Sequence[int] | None) -> Queries:
     """Group the query tokens by their segments' depth, so that long prompts and short continuations do not pad each other."""
-    rank = None if kept is None else {token: n for n, token in enumerate(kept)}
-    depths: dict[int, list[tuple[int, list[int]]]] = {}
+    rank = np.arange(len(packing)) if kept is None else np.asarray(kept)
+    depths: dict[int, list[_Asked]] = {}
     for number, segment in enumerate(packing.segments):
         start = packing.starts[number]
-        tokens = [t for t in range(start, start + len(segment.ids)) if rank is None or t in rank]
-        if tokens:
-            depths.setdefault(len(packing.path(number)), []).append((number, tokens))
-    groups = tuple(
-        _group(packing, part, rank) for _, members in sorted(depths.items()) for part in _bounded(packing, members)
-    )
-    return Queries(groups, torch.cat([group.rows_N for group in groups]).argsort())
+        first, end = (int(n) for n in np.searchsorted(rank, (start, start + len(segment.ids))))
+        if end > first:
+            depths.setdefault(len(packing.path(number)), []).append(_Asked(number, first, rank[first:end]))
+    groups = [
+        _group(packing, part, rooted=kept is None and depth == 1)
+        for depth, members in sorted(depths.items())
+        for part in _bounded(packing, members)
+    ]
+    order_N = torch.cat([group.rows_N for group in groups]).argsort()
+    return Queries(tuple(group.to(packing.device) for group in groups), sent(order_N, packing.device))
 
 
-def _bounded(packing: Packing, members: Sequence[tuple[int, list[int]]]) -> Iterator[Sequence[tuple[int, list[int]]]]:
+@dataclass(frozen=True)
+class _Asked:
+    """The query tokens of a segment."""
+
+    segment: int
+    first: int
+    """Place of the first of them among all that ask."""
+    tokens: np.ndarray
+    """Flat indices."""
+
+
+def _bounded(packing: Packing, members: Sequence[_Asked]) -> Iterator[Sequence[_Asked]]:
     """Parts of a group whose padded keys stay within a bound: after a long shared segment every question has all its keys."""
     start, longest = 0, 0
-    for end, (number, _) in enumerate(members):
-        keys = int(packing.positions_T[packing.starts[number]]) + len(packing.span(number))
+    for end, asked in enumerate(members):
+        keys = packing.firsts[asked.segment] + len(packing.segments[asked.segment].ids)
         if end > start and (end - start + 1) * max(longest, keys) > _KEYS_AT_ONCE:
             yield members[start:end]
             start, longest = end, 0
@@ -162,26 +187,31 @@ def _bounded(packing: Packing, members: Sequence[tuple[int, list[int]]]) -> Iter
     yield members[start:]
 
 
-def _group(packing: Packing, members: Sequence[tuple[int, list[int]]], rank: dict[int, int] | None) -> Group:
-    keys, queries = [], []
-    for number, tokens in members:
-        path = packing.path(number)
-        keys.append([t for part in path for t in packing.span(part)])
-        before = len(keys[-1]) - len(packing.span(number))
-        queries.append([before + t - packing.starts[number] for t in tokens])
-    width, length = max(map(len, queries)), max(map(len, keys))
-    asked = [t for _, tokens in members for t in tokens]
-
-    def table(values: Any) -> Tensor:
-        return torch.tensor(values, device=packing.device)
-
+def _group(packing: Packing, members: Sequence[_Asked], *, rooted: bool) -> Group:
+    """The tables of a group, on the CPU."""
+    counts = [packing.firsts[asked.segment] + len(packing.segments[asked.segment].ids) for asked in members]
+    width, length = max(len(asked.tokens) for asked in members), max(counts)
+    rows, places = [], []
+    positions_GQ = np.empty((len(members), width), np.int64)
+    keys_GK = np.empty((len(members), length), np.int64)
+    for n, asked in enumerate(members):
+        size, before = len(asked.tokens), 0
+        rows.append(np.arange(asked.first, asked.first + size))
+        places.append(n * width + np.arange(size))
+        positions_GQ[n, :size] = packing.firsts[asked.segment] - packing.starts[asked.segment] + asked.tokens
+        positions_GQ[n, size:] = positions_GQ[n, size - 1]
+        for part in packing.path(asked.segment):
+            span = packing.span(part)
+            keys_GK[n, before : before + len(span)] = np.arange(span.start, span.stop)
+            before += len(span)
+        keys_GK[n, before:] = keys_GK[n, 0]
     return Group(
-        rows_N=table(asked if rank is None else [rank[t] for t in asked]),
-        place_N=table([row * width + n for row, some in enumerate(queries) for n in range(len(some))]),
-        positions_GQ=table([row + [row[-1]] * (width - len(row)) for row in queries]),
-        keys_GK=table([row + [row[0]] * (length - len(row)) for row in keys]),
-        key_counts_G=table([len(row) for row in keys]),
-        rooted=rank is None and all(packing.segments[n].parent < 0 for n, _ in members),
+        rows_N=torch.from_numpy(np.concatenate(rows)),
+        place_N=torch.from_numpy(np.concatenate(places)),
+        positions_GQ=torch.from_numpy(positions_GQ),
+        keys_GK=torch.from_numpy(keys_GK),
+        key_counts_G=torch.tensor(counts),
+        rooted=rooted,
     )
 
 
@@ -206,15 +236,17 @@ class Captured(Exception):
 class _Trim:
     layer: int
     keep_N: Tensor
+    host_N: Tensor
 
 
 _trim: ContextVar[_Trim | None] = ContextVar("roma_trim", default=None)
 
 
 @contextmanager
-def trimmed_layer(layer: int, keep_N: Tensor) -> Iterator[None]:
-    """Inside the block `layer` (whole-model index) computes only the tokens `keep_N`, ascending flat indices."""
-    token = _trim.set(_Trim(layer, keep_N))
+def trimmed_layer(layer: int, keep_N: Tensor, host_N: Tensor) -> Iterator[None]:
+    """Inside the block `layer` (whole-model index) computes only the tokens `keep_N`, ascending flat indices; `host_N` are the
+    same on the CPU."""
+    token = _trim.set(_Trim(layer, keep_N, host_N))
     try:
         yield
     finally:
@@ -228,11 +260,14 @@ def kept_tokens(layer: int) -> Tensor | None:
 
 
 def seen_positions(layer: int, positions: Tensor) -> Tensor:
-    """Where flat token positions lie among the tokens that `layer` computes in the running pass; -1 stays."""
-    keep_N = kept_tokens(layer)
-    if keep_N is None:
+    """Where flat token positions lie among the tokens that `layer` computes in the running pass; -1 stays.
+
+    Give positions on the CPU: the check that they are there waits for the device that has them.
+    """
+    trim = _trim.get()
+    if trim is None or trim.layer != layer:
         return positions
-    keep_N = keep_N.to(positions.device)
+    keep_N = trim.host_N if positions.device.type == "cpu" else trim.keep_N
     found = torch.searchsorted(keep_N, positions.clamp(min=0)).clamp(max=len(keep_N) - 1)
     present = (keep_N[found] == positions) | (positions < 0)
     assert bool(present.all()), "a token that is read in the last layer must be kept"
@@ -299,8 +334,9 @@ def _attend(
     outputs = []
     for group in queries.groups:
         mine_NHC = query_NHC.index_select(0, group.rows_N)
-        if group.rooted and sinks_H is None and not eager and _has_varlen(query, value):
-            outputs.append(_varlen(group, mine_NHC, key_THC, value_THC, window, scale))
+        if group.rooted and sinks_H is None and not eager and serves(query, key, value, window):
+            mine = (mine_NHC, key_THC.index_select(0, group.rows_N), value_THC.index_select(0, group.rows_N))
+            outputs.append(varlen(*mine, group.key_counts_G, group.keys_GK.shape[1], window, scale))
             continue
         padded_GQHC = mine_NHC.new_zeros(group.positions_GQ.numel(), *mine_NHC.shape[1:])
         padded_GQHC = padded_GQHC.index_copy(0, group.place_N, mine_NHC).unflatten(0, group.positions_GQ.shape)
@@ -341,41 +377,6 @@ def _padded(
         logits = logits - logits.max(dim=-1, keepdim=True).values
     weights = functional.softmax(logits, dim=-1, dtype=torch.float32).to(query.dtype)
     return (weights[..., : key.shape[2]] @ value).transpose(1, 2)
-
-
-def _has_varlen(query: Tensor, value: Tensor) -> bool:
-    """Whether torch's FlashAttention for ragged batches serves this call: half precision on a GPU, torch 2.10 or newer,
-    heads of one width for queries and values (DeepSeek's are not)."""
-    width = query.shape[-1]
-    if width != value.shape[-1] or width > 256 or width % 8:
-        return False
-    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    return find_spec("torch.nn.attention.varlen") is not None
-
-
-def _varlen(
-    group: Group, query_NHC: Tensor, key_THC: Tensor, value_THC: Tensor, window: int | None, scale: float
-) -> Tensor:
-    """Attention of whole root segments by FlashAttention, without any padding; returns [N, H, C]."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    ends = functional.pad(group.key_counts_G.cumsum(0), (1, 0)).to(torch.int32)
-    longest = group.keys_GK.shape[1]
-    out = varlen_attn(
-        query_NHC.contiguous(),
-        key_THC.index_select(0, group.rows_N),
-        value_THC.index_select(0, group.rows_N),
-        ends,
-        ends,
-        longest,
-        longest,
-        scale=scale,
-        window_size=(-1 if window is None else window - 1, 0),
-        enable_gqa=query_NHC.shape[1] != key_THC.shape[1],
-    )
-    assert isinstance(out, Tensor)
-    return out
 
 
 def _window(local_size: int | None = None, **_: Any) -> int | None:

@@ -23,6 +23,7 @@ from roma_ray.moe.families import Family, family
 from roma_ray.moe.packing import Attention, Captured, Packing, packed_attention, trimmed_layer
 from roma_ray.moe.parts import feed_forward, has_mixer, recurrent_mixer, without_feed_forward, without_mixer
 from roma_ray.moe.replacing import replaced
+from roma_ray.moe.sending import sent
 from roma_ray.moe.slices import Slice
 from roma_ray.moe.tree_mixer import along_the_tree
 
@@ -63,7 +64,7 @@ def run_packed(
     if states_TD is None:
         inputs["input_ids"] = packing.ids_T[None]
     else:
-        inputs["inputs_embeds"] = states_TD.to(part.device, part.dtype)[None]
+        inputs["inputs_embeds"] = sent(states_TD, part.device, part.dtype)[None]
     layers = part.model.base_model.layers
     rule = family(part.model.config)
     with ExitStack() as stack:
@@ -112,9 +113,11 @@ def _around(
 ) -> Callable[..., Tensor]:
     """The forward of one layer with the parts left out that are known already or not wanted."""
     forward = block.forward
-    keep_N = None if keep is None else torch.tensor(keep, dtype=torch.long, device=attention.packing.ids_T.device)
-    if keep_N is not None:
-        stack.enter_context(trimmed_layer(index, keep_N))
+    keep_N = None
+    if keep is not None:
+        host_N = torch.tensor(keep, dtype=torch.long)
+        keep_N = sent(host_N, attention.packing.ids_T.device)
+        stack.enter_context(trimmed_layer(index, keep_N, host_N))
 
     def run(hidden_states: Tensor, *others: Any, **settings: Any) -> Tensor:
         # Gemma 4 hands its layers an input of their own, which no supported model has.
@@ -187,7 +190,7 @@ def experts_block(part: Slice, layer: int) -> nn.Module:
 
 def _rows_of(part: Slice, rows_V: Tensor) -> Callable[[Tensor], Tensor]:
     head = part.model.get_output_embeddings()
-    rows_V = rows_V.to(part.device)
+    rows_V = sent(rows_V, part.device)
     weight = head.weight.index_select(0, rows_V)
     bias = None if getattr(head, "bias", None) is None else head.bias.index_select(0, rows_V)
     return lambda hidden_states: functional.linear(hidden_states, weight, bias)

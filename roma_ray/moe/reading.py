@@ -16,8 +16,9 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 
 from roma_ray.moe.families import Family, family
-from roma_ray.moe.packing import seen_positions
+from roma_ray.moe.packing import kept_tokens, seen_positions
 from roma_ray.moe.routers import Router, routing_from_logits
+from roma_ray.moe.sending import sent
 
 
 class RoutingTape:
@@ -30,6 +31,7 @@ class RoutingTape:
         self._positions_BP = positions_BP
         self._family = rule
         self._rows: dict[int, Tensor] = {}
+        self._untrimmed: dict[tuple[int, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def routing_BPLE(self) -> Tensor:
@@ -40,16 +42,27 @@ class RoutingTape:
     def _record(self, router: Router, logits_TE: Tensor) -> None:
         experts = logits_TE.shape[-1]
         flat_TE = logits_TE.reshape(-1, experts)
-        positions_BP = seen_positions(router.layer, self._positions_BP.to(flat_TE.device))
-        batch = positions_BP.shape[0]
+        batch = self._positions_BP.shape[0]
         assert flat_TE.shape[0] % batch == 0, f"{flat_TE.shape[0]} tokens are not a whole batch of {batch} rows"
-        length = flat_TE.shape[0] // batch
-        offsets_B1 = torch.arange(batch, device=flat_TE.device)[:, None] * length
-        absent_BP = positions_BP < 0
-        index_BP = offsets_B1 + positions_BP.clamp(min=0)
-        rows = routing_from_logits(flat_TE.index_select(0, index_BP.reshape(-1)), self._family)
+        index_R, absent_BP = self._places(router.layer, flat_TE.shape[0] // batch, flat_TE.device)
+        rows = routing_from_logits(flat_TE.index_select(0, index_R), self._family)
         rows_BPE = functional.pad(rows, (0, router.width - experts)).reshape(batch, -1, router.width)
         self._rows[router.layer] = rows_BPE.masked_fill(absent_BP[:, :, None], 0.0)
+
+    def _places(self, layer: int, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Flat index of each wanted position in a layer's logits, and which are padding; made where the positions are, sent
+        once for all layers that compute every token."""
+        everywhere = kept_tokens(layer) is None
+        known = self._untrimmed.get((length, device)) if everywhere else None
+        if known is not None:
+            return known
+        positions_BP = seen_positions(layer, self._positions_BP)
+        offsets_B1 = torch.arange(positions_BP.shape[0], device=positions_BP.device)[:, None] * length
+        index_R = (offsets_B1 + positions_BP.clamp(min=0)).reshape(-1)
+        made = sent(index_R, device), sent(positions_BP < 0, device)
+        if everywhere:
+            self._untrimmed[length, device] = made
+        return made
 
 
 @contextmanager

@@ -109,3 +109,34 @@ def test_prediction_rules() -> None:
     prompt = Prompt("e", "t", "train", (1,), ((1, 2), (3,), (4,)), (10, 2, 2), 0, False)
     assert predict([-5.0, -2.0, -2.0], prompt, "raw") == 1
     assert predict([-5.0, -2.0, -2.0], prompt, "normalized") == 0
+
+
+UNEQUAL = [
+    *LETTERS,
+    Prompt("e", "t", "train", (3, 4, 5), ((20,), (21,), (22,)), (1, 1, 1), 2, False),
+    Prompt("f", "t", "train", (6,), ((20,), (21,), (22,), (23,), (24,)), (1,) * 5, 4, False),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("prompts", "over"), [(UNEQUAL, "choices"), (UNEQUAL, "vocabulary"), (CLOZE, "continuation")])
+def test_all_questions_at_once_have_the_bits_of_one_after_another(
+    prompts: list[Prompt], over: str, dtype: torch.dtype
+) -> None:
+    layout = lay_out(prompts, gold_only=over == "continuation")
+    keep = layout.keep()
+    drawn = torch.randn(len(keep), 40, generator=torch.Generator().manual_seed(3)).mul(5).to(dtype)
+    together, apart = drawn.clone().requires_grad_(), drawn.clone().requires_grad_()
+    found = task_losses(together, keep, layout, over=over)
+    losses = []
+    for prompt, question in zip(prompts, layout.score_tokens, strict=True):
+        tokens = question[0 if layout.gold_only else prompt.answer]
+        logits_PV = apart[[keep.index(token) for token in tokens]].float()
+        if over == "choices":
+            logits_PV, gold = logits_PV[:, [ids[0] for ids in prompt.choice_ids]], [prompt.answer]
+        else:
+            gold = list(prompt.choice_ids[prompt.answer])
+        losses.append(torch.nn.functional.cross_entropy(logits_PV, torch.tensor(gold)))
+    wanted = torch.stack(losses).sum()
+    assert torch.equal(found, wanted)
+    assert torch.equal(*(torch.autograd.grad(a, b)[0] for a, b in ((found, together), (wanted, apart))))

@@ -243,8 +243,36 @@ def test_ragged_flash_attention_is_called_as_it_wants(monkeypatch: pytest.Monkey
         model = tiny_moe(family, seed=0)
         want = run_whole(model, packing)
         with monkeypatch.context() as patch:
-            patch.setattr(packing_module, "_has_varlen", lambda query, value: True)
+            patch.setattr(packing_module, "serves", lambda *call: True)
             got = run_whole(model, packing)
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
         assert set(calls) == windows
         calls.clear()
+
+
+@pytest.mark.parametrize("bound", [6, 32_768])
+def test_the_tables_of_attention_are_those_of_a_literal_walk_along_the_tree(
+    bound: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packing_module, "_KEYS_AT_ONCE", bound)
+    lengths, parents = (3, 2, 4, 1, 2, 5, 1), (-1, 0, 0, 1, 1, -1, 5)
+    packing = pack([Segment((1,) * n, parent) for n, parent in zip(lengths, parents, strict=True)])
+    owner = [n for n, length in enumerate(lengths) for _ in range(length)]
+    for kept in (None, [0, 4, 5, 9, 10, 17]):
+        queries = packing.queries() if kept is None else packing.queries_of(kept)
+        asked = list(range(len(packing))) if kept is None else kept
+        seen: list[int] = []
+        for group in queries.groups:
+            width = group.positions_GQ.shape[1]
+            for row, place in zip(group.rows_N.tolist(), group.place_N.tolist(), strict=True):
+                token = asked[row]
+                line = [t for part in packing.path(owner[token]) for t in packing.span(part)]
+                n = place // width
+                assert group.keys_GK[n, : group.key_counts_G[n]].tolist() == line
+                assert set(group.keys_GK[n, group.key_counts_G[n] :].tolist()) <= {line[0]}
+                assert group.positions_GQ.flatten()[place] == line.index(token)
+                seen.append(row)
+            assert group.rooted is (kept is None and all(parents[owner[asked[r]]] < 0 for r in group.rows_N.tolist()))
+            assert group.keys_GK.numel() <= max(bound, group.keys_GK.shape[1])
+        assert sorted(seen) == list(range(len(asked)))
+        assert torch.tensor(seen)[queries.order_N].tolist() == list(range(len(asked)))
