@@ -56,7 +56,7 @@ class Group:
 
     def to(self, device: str | torch.device) -> Group:
         """The same tables on a device."""
-        named = {name: sent(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        named: dict[str, Any] = {k: sent(v, device) for k, v in vars(self).items() if isinstance(v, Tensor)}
         return replace(self, **named)
 
     def visible(self, window: int | None) -> Tensor:
