@@ -25,7 +25,7 @@ from roma_ray.moe.parts import feed_forward, has_mixer, recurrent_mixer, without
 from roma_ray.moe.replacing import replaced
 from roma_ray.moe.sending import sent
 from roma_ray.moe.slices import Slice
-from roma_ray.moe.tree_mixer import along_the_tree
+from roma_ray.moe.tree_mixer import along_the_tree, sequences
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def run_packed(
     with ExitStack() as stack:
         stack.enter_context(packed_attention(attention))
         last = part.stop - 1
-        for block in layers:
-            mixer = recurrent_mixer(block)
-            if mixer is not None:
-                stack.enter_context(replaced(mixer, along_the_tree(mixer, packing)))
+        mixers = [mixer for block in layers if (mixer := recurrent_mixer(block)) is not None]
+        tables = sequences(packing) if mixers else ()
+        for mixer in mixers:
+            stack.enter_context(replaced(mixer, along_the_tree(mixer, *tables)))
         for layer in {part.start if resume else -1, *after_attention, last if keep is not None else -1} - {-1}:
             block = layers[layer - part.start]
             run = _around(

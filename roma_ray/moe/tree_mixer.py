@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from roma_ray.moe.packing import Packing
+from roma_ray.moe.sending import sent
 
 
-def along_the_tree(mixer: nn.Module, packing: Packing) -> Callable[..., Any]:
-    """The mixer's forward for the flat row [1, T, D] of a packing; returns [1, T, D']."""
+def along_the_tree(mixer: nn.Module, gather_GS: Tensor, first_T: Tensor) -> Callable[..., Any]:
+    """The mixer's forward for the flat row [1, T, D] of a packing, whose `sequences` these are; returns [1, T, D']."""
     forward = mixer.forward
-    gather_GS, first_T = _sequences(packing)
 
     def mixed(hidden_states: Tensor, **settings: Any) -> Tensor:
         rows_GSD = hidden_states[0][gather_GS]
@@ -32,7 +32,7 @@ def along_the_tree(mixer: nn.Module, packing: Packing) -> Callable[..., Any]:
     return mixed
 
 
-def _sequences(packing: Packing) -> tuple[Tensor, Tensor]:
+def sequences(packing: Packing) -> tuple[Tensor, Tensor]:
     """Flat tokens of each leaf's sequence [G, S], right-padded; where each token stands first in that table, flat [T]."""
     parents = {segment.parent for segment in packing.segments}
     rows = []
@@ -45,5 +45,5 @@ def _sequences(packing: Packing) -> tuple[Tensor, Tensor]:
         for place, token in enumerate(row):
             if first[token] < 0:
                 first[token] = number * width + place
-    table = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows], device=packing.device)
-    return table, torch.tensor(first, device=packing.device)
+    table = torch.tensor([row + [row[0]] * (width - len(row)) for row in rows])
+    return sent(table, packing.device), sent(torch.tensor(first), packing.device)
