@@ -56,7 +56,7 @@ def test_a_feed_forward_part_that_goes_on_running_is_seen(tmp_path: Path, monkey
 
 def test_a_recurrent_layer_that_mixes_questions_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     part = loaded(tmp_path, "qwen3_next")
-    monkeypatch.setattr(passes, "along_the_tree", lambda mixer, packing: mixer.forward)
+    monkeypatch.setattr(passes, "along_the_tree", lambda mixer, *tables: mixer.forward)
     with pytest.raises(ModelError, match=r"packed, layer 0 differs"):
         check_slice(part)
 
