@@ -70,6 +70,10 @@ class BucketError(RomaError, RuntimeError):
     """A bucket refuses something, does not answer or does not exist, or there is no room here for copies of what is in it."""
 
 
+class OddNameError(BucketError):
+    """An object has a name that no file can have, so another program's."""
+
+
 class TrainingError(RomaError, RuntimeError):
     """Finetuning produced a non-finite loss or gradient, or a frozen weight moved."""
 

@@ -16,8 +16,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from roma_ray.errors import ArtifactError, BusyError, StorageError
-from roma_ray.store.buckets import as_path, has_scheme, is_object
+from roma_ray.errors import ArtifactError, BucketError, BusyError, StorageError
+from roma_ray.store.buckets import as_path, checked, has_scheme, is_object
 from roma_ray.store.files import (
     below,
     create,
@@ -89,7 +89,7 @@ class Store:
         if has_scheme(text):
             self.root = as_path(text)
         else:
-            self.root = Path(text) if is_object(text) else Path(text).expanduser().absolute()
+            self.root = checked(Path(text)) if is_object(text) else Path(text).expanduser().absolute()
 
     @property
     def in_bucket(self) -> bool:
@@ -98,6 +98,9 @@ class Store:
 
     def check(self) -> None:
         """Raise StorageError when nothing can be written here: told before any work, and before anything else is."""
+        # Another process may have removed stages since this one looked.
+        for folder in [folder for folder in _manifests if self.root in folder.parents]:
+            _forget(folder)
         write_text(self.root / ".writable", "")
 
     @contextlib.contextmanager
@@ -282,7 +285,7 @@ class Stage:
 
     def _leave_nothing(self) -> None:
         """Remove the folder of a stage that ended before it wrote anything."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, BucketError):
             if {file.name for file in listed(self.path)} <= {_LOCK, IDENTITY, _MAKERS}:
                 remove_folder(self.path)
                 drop_empty(self.path.parent)

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
+from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qsl, urlencode
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from roma_ray.errors import BucketError, StorageError
 
@@ -23,8 +25,15 @@ if TYPE_CHECKING:
 
 SCHEMES = ("s3", "gs", "az")
 _QUERY = {"endpoint_override", "region", "scheme"}
-# Of each request, beside the library's own: it waits longer each time, for three minutes in all.
-_RETRIES: RetryConfig = {"max_retries": 12}
+_BUCKET = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+Patience = Literal["bytes", "answer", "lease"]
+"""How long a request is waited for: one that moves many bytes, one that does not, and one that renews a lease."""
+# A connection that went dead without a word is given up after the first. Of each request's tries, which wait longer each time.
+_PATIENCE: dict[Patience, tuple[str, RetryConfig]] = {
+    "bytes": ("30 minutes", {"max_retries": 12}),
+    "answer": ("2 minutes", {"max_retries": 12}),
+    "lease": ("10 seconds", {"max_retries": 12, "retry_timeout": timedelta(seconds=10)}),
+}
 _ALLOWED = "cluster/README.md lists what the role must be allowed"
 
 
@@ -54,6 +63,11 @@ def as_path(address: str) -> Path:
             "AWS_SECRET_ACCESS_KEY), from the machine's role, or from the cloud's own files"
         )
     options = dict(parse_qsl(query, keep_blank_values=True))
+    if bucket and (not _BUCKET.fullmatch(bucket) or not prefix.isprintable()):
+        raise StorageError(
+            f"the address {scheme}://{bucket!r}/... cannot be a bucket's: of its name letters, digits, dots, hyphens and underscores "
+            "are known, and of the prefix no control characters"
+        )
     if not bucket or set(options) - _QUERY or ".." in Path(prefix).parts:
         raise StorageError(
             f"the address {scheme}://{bucket or '...'} is not understood: it is {scheme}://bucket/prefix, perhaps with "
@@ -63,6 +77,11 @@ def as_path(address: str) -> Path:
         raise StorageError(f"{scheme}:// takes no ?{'&'.join(options)}: another server is named in the environment")
     server = _server(options)
     return Path(f"{scheme}:", bucket + (f"?{urlencode(server)}" if server else ""), prefix)
+
+
+def checked(path: Path) -> Path:
+    """An object's path that somebody gave as one (`s3:/bucket/prefix`). Raises StorageError as its address would."""
+    return as_path(address(path) if len(path.parts) > 1 else f"{path}//")
 
 
 def _server(options: dict[str, str]) -> dict[str, str]:
@@ -81,27 +100,29 @@ def address(path: str | Path) -> str:
     return f"{scheme}//{'/'.join([bucket, *rest])}{separator}{query}"
 
 
-def place_of(path: str | Path) -> tuple[Any, str]:
-    """The bucket's connection and the key of a path."""
+def place_of(path: str | Path, patience: Patience = "answer") -> tuple[Any, str]:
+    """The bucket's connection and the key of a path. Raises StorageError for a server that cannot be one, or without obstore."""
     scheme, bucket, *rest = Path(path).parts
-    return _bucket(scheme.rstrip(":"), bucket), "/".join(rest)
+    return _bucket(scheme.rstrip(":"), bucket, patience), "/".join(rest)
 
 
 @lru_cache(maxsize=32)
-def _bucket(scheme: str, name: str) -> Any:
+def _bucket(scheme: str, name: str, patience: Patience) -> Any:
     try:
+        from obstore.exceptions import BaseError
         from obstore.store import AzureStore, GCSStore, S3Store
     except ImportError:
         raise StorageError(
             f"a storage at {scheme}:// needs obstore: pip install 'roma-ray[objects]' on every node"
         ) from None
     bucket, _, query = name.partition("?")
-    # A request may take as long as its bytes need; a dead connection is seen much earlier.
-    client: ClientConfig = {"timeout": "30 minutes", "connect_timeout": "10 seconds"}
-    if scheme == "gs":
-        return GCSStore(bucket, client_options=client, retry_config=_RETRIES)
-    if scheme == "az":
-        return AzureStore(bucket, client_options=client, retry_config=_RETRIES)
+    timeout, retries = _PATIENCE[patience]
+    client: ClientConfig = {"timeout": timeout, "connect_timeout": "10 seconds"}
+    if scheme != "s3":
+        return (GCSStore if scheme == "gs" else AzureStore)(bucket, client_options=client, retry_config=retries)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if not os.environ.get(name, "").isprintable():
+            raise StorageError(f"${name} holds a line break or a control character, perhaps at its end: take it out")
     endpoint, region = _endpoint(query)
     known: dict[str, Any] = {}
     if endpoint:
@@ -109,7 +130,13 @@ def _bucket(scheme: str, name: str) -> Any:
         client["allow_http"] = endpoint.startswith("http://")
     if region:
         known["region"] = region
-    return S3Store(bucket, client_options=client, retry_config=_RETRIES, credential_provider=_profile(), **known)
+    try:
+        return S3Store(bucket, client_options=client, retry_config=retries, credential_provider=_profile(), **known)
+    except BaseError as error:
+        # It reads more of them than are named here.
+        raise StorageError(
+            f"cannot reach s3://{bucket}: {str(error).splitlines()[0][:300]}. Correct that in the environment ($AWS_...)"
+        ) from None
 
 
 def _endpoint(query: str) -> tuple[str | None, str | None]:
@@ -119,7 +146,22 @@ def _endpoint(query: str) -> tuple[str | None, str | None]:
         options.get("endpoint_override") or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     )
     region = options.get("region") or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint and not _is_server(endpoint):
+        raise StorageError(
+            f"{endpoint!r} is no server of a bucket: give http://host:port or https://host (?endpoint_override=, "
+            "$AWS_ENDPOINT_URL_S3, $AWS_ENDPOINT_URL)"
+        )
     return endpoint, region or ("us-east-1" if endpoint else None)
+
+
+def _is_server(endpoint: str) -> bool:
+    try:
+        parts = urlsplit(endpoint)
+        # The port is looked at when it is asked for.
+        known = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return known and endpoint.isprintable() and " " not in endpoint
 
 
 def _profile() -> Any:

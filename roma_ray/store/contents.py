@@ -17,10 +17,20 @@ from typing import Any
 
 import yaml
 
-from roma_ray.errors import ArtifactError, ConfigError, StorageError
+from roma_ray.errors import ArtifactError, ConfigError, OddNameError, StorageError
 from roma_ray.store.artifacts import CONFIG, IDENTITY, MANIFEST, MEMBERS, Stage, Store, read_manifest
 from roma_ray.store.buckets import UnfinishedUploads, is_object
-from roma_ray.store.files import entries, exists, is_folder, is_link, is_special, read_json, read_text, remove_folder
+from roma_ray.store.files import (
+    entries,
+    exists,
+    is_folder,
+    is_link,
+    is_special,
+    listed,
+    read_json,
+    read_text,
+    remove_folder,
+)
 
 KINDS = {
     "report": "run",
@@ -168,8 +178,8 @@ class Storage:
                 f"nothing in {self.store.root} has the name or id {text!r}: `roma-ray ls` lists what there is"
             )
         if len(found) > 1:
-            listed = ", ".join(f"{item.kind}/{item.id}" for item in found)
-            raise ConfigError(f"{text!r} can be any of {listed}: give one's id")
+            known = ", ".join(f"{item.kind}/{item.id}" for item in found)
+            raise ConfigError(f"{text!r} can be any of {known}: give one's id")
         return found[0]
 
     def removal(self, wanted: Sequence[Item]) -> list[Removal]:
@@ -177,8 +187,8 @@ class Storage:
         for item in wanted:
             users = [user for user in _users(item) if user not in wanted]
             if users:
-                listed = ", ".join(f"{user.kind}/{user.id}" for user in users)
-                raise ArtifactError(f"{item.kind}/{item.id} is what {listed} is built on: remove that first")
+                built = ", ".join(f"{user.kind}/{user.id}" for user in users)
+                raise ArtifactError(f"{item.kind}/{item.id} is what {built} is built on: remove that first")
         return [
             Removal(item, "asked for" if item in wanted else "no other run needs it") for item in self.alone(*wanted)
         ]
@@ -259,13 +269,27 @@ def _folders(root: Path) -> Iterator[tuple[Path, Files]]:
     if not is_object(root):
         yield from ((path, dict(_files(path))) for path in _local_folders(root))
         return
-    found: dict[Path, Files] = {}
-    for path, size, written in entries(root):
-        kind, name, *rest = path.relative_to(root).parts if len(path.relative_to(root).parts) > 2 else ("", "")
-        if _FINGERPRINT.fullmatch(name):
-            found.setdefault(root / kind / name, {})["/".join(rest)] = (size, written)
     ranks = {kind: rank for rank, kind in enumerate(KINDS)}
-    yield from sorted(found.items(), key=lambda one: (ranks.get(one[0].parent.name, len(ranks)), one[0]))
+    # Not all at once: what else lies below the prefix may be another program's, with names that no file can have.
+    for kind in sorted(listed(root), key=lambda path: (ranks.get(path.name, len(ranks)), path)):
+        if kind.name in KINDS or _holds_stages(kind):
+            yield from sorted(_stages_below(kind).items())
+
+
+def _holds_stages(folder: Path) -> bool:
+    try:
+        return folder.name[0] != "." and any(_FINGERPRINT.fullmatch(path.name) for path in listed(folder))
+    except OddNameError:
+        return False
+
+
+def _stages_below(kind: Path) -> dict[Path, Files]:
+    found: dict[Path, Files] = {}
+    for path, size, written in entries(kind):
+        name, *rest = path.relative_to(kind).parts
+        if rest and _FINGERPRINT.fullmatch(name):
+            found.setdefault(kind / name, {})["/".join(rest)] = (size, written)
+    return found
 
 
 def _local_folders(root: Path) -> Iterator[Path]:

@@ -19,7 +19,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from roma_ray.errors import StorageError
+from roma_ray.errors import BucketError, StorageError
 from roma_ray.store import buckets, objects, staging
 from roma_ray.store.buckets import is_object
 
@@ -133,7 +133,7 @@ def is_link(path: str | Path) -> bool:
 
 def is_folder(path: str | Path) -> bool:
     """Whether there is such a folder; in a bucket, whether there is anything below it."""
-    return any(True for _ in objects.below(path)) if is_object(path) else Path(path).is_dir()
+    return objects.any_below(path) if is_object(path) else Path(path).is_dir()
 
 
 def size(path: str | Path) -> int:
@@ -178,7 +178,7 @@ def remove(path: str | Path) -> None:
 def remove_folder(folder: str | Path) -> None:
     """Remove all below a folder, as far as that goes."""
     if is_object(folder):
-        with contextlib.suppress(StorageError):
+        with contextlib.suppress(BucketError):
             objects.remove_folder(folder)
         return
     shutil.rmtree(folder, ignore_errors=True)

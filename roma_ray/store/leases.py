@@ -93,7 +93,7 @@ class Lease:
                 began = time.monotonic()
                 self.count += 1
                 try:
-                    self.tag = objects.replace(self.path, self.text(), self.tag)
+                    self.tag = objects.replace(self.path, self.text(), self.tag, "lease")
                 except objects.Lost:
                     self._taken = True
                     return
@@ -113,7 +113,7 @@ class Lease:
             if not self.lost:
                 # What is not given back expires.
                 with contextlib.suppress(objects.Lost, BucketError):
-                    objects.replace(self.path, b"{}", self.tag)
+                    objects.replace(self.path, b"{}", self.tag, "lease")
 
 
 _held: dict[Path, Lease] = {}
@@ -173,11 +173,15 @@ def _take(lease: Lease) -> str | None:
         if tag is not None:
             break
     lease.start(tag, began)
-    for one in objects.listed(_beside(lease.path), "*"):
-        with contextlib.suppress(FileNotFoundError):
-            if (other := _live(one, _read(one))) is not None:
-                lease.end()
-                return other
+    try:
+        for one in objects.listed(_beside(lease.path), "*"):
+            with contextlib.suppress(FileNotFoundError):
+                if (other := _live(one, _read(one))) is not None:
+                    lease.end()
+                    return other
+    except BaseException:
+        lease.end()  # else this process would renew it as long as it lives
+        raise
     return None
 
 
@@ -187,10 +191,14 @@ def _share(lease: Lease, place: Path) -> str | None:
     tag = objects.create(lease.path, lease.text())
     assert tag is not None, "no other lease has this name"
     lease.start(tag, began)
-    with contextlib.suppress(FileNotFoundError):
-        if (other := _live(place, _read(place))) is not None:
-            _give_back(lease, shared=True)
-            return other
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if (other := _live(place, _read(place))) is not None:
+                _give_back(lease, shared=True)
+                return other
+    except BaseException:
+        _give_back(lease, shared=True)
+        raise
     return None
 
 
@@ -200,10 +208,12 @@ def _read(path: Path) -> _Found:
     try:
         value = dict(json.loads(content))
         owner, token, seconds = str(value.get("owner", "")), str(value.get("token", "")), float(value.get("seconds", 0))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError, RecursionError):
         # Nobody's that keeps to this form: it expires like any other.
         owner, token, seconds = "unknown", "unknown", _SECONDS
-    return _Found(owner[:200], token, min(max(seconds, 0.0), 3600.0), facts.tag, facts.written)
+    return _Found(
+        "".join(filter(str.isprintable, owner))[:200], token, min(max(seconds, 0.0), 3600.0), facts.tag, facts.written
+    )
 
 
 def _live(path: Path, found: _Found) -> str | None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from roma_ray.errors import BucketError
-from roma_ray.store.buckets import place_of
+from roma_ray.errors import BucketError, OddNameError
+from roma_ray.store.buckets import Patience, place_of
 
 _DIGEST = "sha256"
 # In one request up to here; above, in parts, of which a killed process may leave some (`roma-ray gc` removes them).
@@ -65,10 +65,15 @@ def _told(path: str | Path, doing: str, *, last: bool = True) -> Iterator[None]:
             "what they allow (cluster/README.md lists it), then run the same command again: finished work is kept."
         ) from None
     except exceptions.BaseError as error:
-        if not last and "Server returned" not in str(error):
+        if not last and "Server returned" not in str(error) and not _odd_name(error):
             return
         if _no_bucket(error):
             raise BucketError(_NO_BUCKET.format(doing, path)) from None
+        if _odd_name(error):
+            raise OddNameError(
+                f"cannot {doing} {path}: {_reason(error)}. No file can have such a name, and nothing here gives one: remove or "
+                "rename that object by the bucket's own tools, or choose another prefix"
+            ) from None
         known = (
             "no credentials were found: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or use a machine with a role"
         )
@@ -81,6 +86,11 @@ def _told(path: str | Path, doing: str, *, last: bool = True) -> Iterator[None]:
 
 def _no_bucket(error: Exception) -> bool:
     return any(words in str(error) for words in ("NoSuchBucket", "ContainerNotFound", "bucket does not exist"))
+
+
+def _odd_name(error: Exception) -> bool:
+    """Whether a list held a name that the library refuses: with `//`, `..` or control characters."""
+    return "invalid path" in str(error) or "empty path segment" in str(error)
 
 
 def _reason(error: Exception) -> str:
@@ -96,7 +106,7 @@ def put(path: str | Path, content: bytes | Path, digest: str) -> str:
     """Put bytes, or a file's, whole, with their SHA-256; the ETag. Raises BucketError."""
     import obstore
 
-    store, key = place_of(path)
+    store, key = place_of(path, "bytes")
     size = len(content) if isinstance(content, bytes) else content.stat().st_size
     with _told(path, "write"):
         done = obstore.put(
@@ -132,17 +142,17 @@ def create(path: str | Path, content: bytes) -> str | None:
     raise BucketError(f"cannot write {path}: other writers kept it busy. Run the same command again.")
 
 
-def replace(path: str | Path, content: bytes, tag: str) -> str:
+def replace(path: str | Path, content: bytes, tag: str, patience: Patience = "answer") -> str:
     """Put bytes in place of the object with this ETag; the new one. Raises Lost where it is another by now, BucketError."""
     import obstore
 
-    store, key = place_of(path)
+    store, key = place_of(path, patience)
     try:
         with _told(path, "write"):
             return str(obstore.put(store, key, content, mode={"e_tag": tag}, use_multipart=False)["e_tag"])
     except (Lost, FileNotFoundError):
         with contextlib.suppress(FileNotFoundError):
-            there, facts = get(path)
+            there, facts = get(path, patience)
             if there == content and facts.tag != tag:
                 return facts.tag
         raise Lost(str(path)) from None
@@ -157,11 +167,11 @@ def _tried(path: str | Path, doing: str, call: Callable[[], T]) -> T:
     raise AssertionError("the last try returns or raises")
 
 
-def get(path: str | Path) -> tuple[bytes, Facts]:
+def get(path: str | Path, patience: Patience = "answer") -> tuple[bytes, Facts]:
     """An object's bytes, and what the bucket says of them. Raises FileNotFoundError, BucketError."""
     import obstore
 
-    store, key = place_of(path)
+    store, key = place_of(path, patience)
 
     def read() -> tuple[bytes, Facts]:
         found = obstore.get(store, key)
@@ -189,7 +199,7 @@ def fetch(path: str | Path, target: Path, tag: str) -> None:
     """Write the object with this ETag to a local file. Raises FileNotFoundError, Lost (another by now), OSError, BucketError."""
     import obstore
 
-    store, key = place_of(path)
+    store, key = place_of(path, "bytes")
 
     def read() -> None:
         with open(target, "wb") as stream:
@@ -201,20 +211,20 @@ def fetch(path: str | Path, target: Path, tag: str) -> None:
 
 def exists(path: str | Path) -> bool:
     """Whether there is such an object, or any below a folder of that name. Raises BucketError."""
-    store, key = place_of(path)
-    if key:
+    if place_of(path)[1]:
         with contextlib.suppress(FileNotFoundError):
             facts(path)
             return True
         if Path(path).suffix:
             return False  # no folder here is named like a file
-    import obstore
-
-    return _tried(path, "list", lambda: any(obstore.list(store, f"{key}/" if key else None, chunk_size=1)))
+    return any_below(path)
 
 
 def below(folder: str | Path) -> list[tuple[Path, int, float]]:
-    """Every object below a folder: path, bytes, when it was put. Raises BucketError."""
+    """Every object below a folder: path, bytes, when it was put. Raises BucketError.
+
+    Some tools put an empty object in a folder's own place (`folder/`), which is listed by the folder's name: it is left out.
+    """
     import obstore
 
     store, key = place_of(folder)
@@ -222,9 +232,37 @@ def below(folder: str | Path) -> list[tuple[Path, int, float]]:
 
     def read() -> list[tuple[Path, int, float]]:
         parts = obstore.list(store, f"{key}/" if key else None)
-        found = [(root / o["path"], o["size"], o["last_modified"].timestamp()) for part in parts for o in part]
-        # Some tools put an empty object in a folder's own place.
-        return [one for one in found if one[0] != Path(folder)]
+        return [(root / o["path"], o["size"], o["last_modified"].timestamp()) for part in parts for o in part]
+
+    found = _tried(folder, "list", read)
+    folders = (
+        {above for path, size, _ in found for above in path.parents} if any(not one[1] for one in found) else set()
+    )
+    return [one for one in found if one[1] or not (one[0] in folders or one[0] == Path(folder) or _is_gone(one[0]))]
+
+
+def _is_gone(path: Path) -> bool:
+    try:
+        facts(path)
+    except FileNotFoundError:
+        return True
+    return False
+
+
+def any_below(folder: str | Path) -> bool:
+    """Whether there is any object below a folder. Raises BucketError."""
+    import obstore
+    from obstore.exceptions import BaseError
+
+    store, key = place_of(folder)
+
+    def read() -> bool:
+        try:
+            return any(obstore.list(store, f"{key}/" if key else None, chunk_size=1))
+        except BaseError as error:
+            if _odd_name(error):
+                return True
+            raise
 
     return _tried(folder, "list", read)
 

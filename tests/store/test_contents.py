@@ -16,8 +16,10 @@ from roma_ray.engine.setup import resolve
 from roma_ray.errors import ArtifactError, BusyError, ConfigError, StorageError
 from roma_ray.runs.pipeline import run
 from roma_ray.stages.finetuning import ADAPTER
+from roma_ray.store import objects
 from roma_ray.store.artifacts import CONFIG, IDENTITY, MANIFEST, MEMBERS, Stage, Store, read_manifest, write_text
 from roma_ray.store.contents import Storage
+from tests.bucket import NAME, Proxy
 from tests.world import make_world
 
 
@@ -329,3 +331,24 @@ def test_local_is_this_process_however_it_is_said(tmp_path: Path, monkeypatch: p
     refused = command("tune", "--address", "local")
     assert refused.exit_code == 2
     assert "--address new" in refused.output
+
+
+def test_what_else_lies_below_a_prefix_is_nobodys_stage(bucket: Proxy) -> None:
+    import boto3
+
+    store = Store(bucket.address("contents/strangers"))
+    stage = make(store, "extract")
+    mine = make(store, "my_stage")
+    client = boto3.client("s3", endpoint_url=bucket.endpoint, region_name="us-east-1")
+    for name in ("photos//1.jpg", "photos/../2.jpg", "photos/a\tb/3.jpg", "extract/note.txt", "extract/deep/x"):
+        client.put_object(Bucket=NAME, Key=f"contents/strangers/{name}", Body=b"1")
+    assert set(Storage(store).items) == {stage.fingerprint, mine.fingerprint}
+
+
+def test_a_process_sees_what_another_removed_once_it_begins_something_new(bucket: Proxy) -> None:
+    store = Store(bucket.address("contents/removed"))
+    stage = make(store, "extract")
+    assert stage.manifest()["facts"] == {}
+    objects.remove_folder(stage.path)  # as another process does
+    store.check()
+    assert not stage.complete

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from roma_ray.errors import StorageError
+from roma_ray.errors import BucketError, StorageError
 from roma_ray.store import files, leases
 from roma_ray.store.buckets import as_path
 from roma_ray.store.leases import Taken, check_held, leased
@@ -183,3 +183,40 @@ def test_renewing_costs_one_request_each_time(place: Path, bucket: Proxy) -> Non
         time.sleep(1.3)
         assert {request.method for request in before} == {"PUT"}
         assert 1 <= len(before) <= 3
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_could_not_be_taken_is_not_renewed(place: Path, bucket: Proxy, shared: bool) -> None:
+    if shared:
+        with leased(place):
+            pass
+        bucket.rule = lambda request: "forbidden" if request.method == "GET" and request.key.endswith(".lock") else None
+    else:
+        bucket.rule = lambda request: "forbidden" if request.lists else None
+    with pytest.raises(BucketError):
+        with leased(place, shared=shared):
+            pass
+    bucket.reset()
+    with leased(place):
+        pass
+
+
+def test_a_renewal_that_is_never_answered_keeps_nobody(place: Path, bucket: Proxy) -> None:
+    def rule(request: Request) -> None:
+        if request.method == "PUT" and request.key.endswith(".lock"):
+            time.sleep(30)
+
+    with leased(place):
+        bucket.rule = rule
+        time.sleep(3)
+        began = time.monotonic()
+    assert time.monotonic() - began < 15
+    bucket.reset()
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b'{"token": "x", "seconds": 1' + b"0" * 400 + b"}"])
+def test_what_somebody_else_put_there_expires_like_any_other(place: Path, content: bytes) -> None:
+    files.write_bytes(place, content)
+    with pytest.raises(Taken, match="unknown; its lease expires in"):
+        with leased(place):
+            pass

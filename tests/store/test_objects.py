@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from roma_ray.errors import BucketError, RomaError, StorageError
 from roma_ray.store import buckets, files, objects
+from roma_ray.store.artifacts import Store
 from roma_ray.store.buckets import address, as_path, is_object
 from roma_ray.store.objects import Lost
-from tests.bucket import REFUSALS, Proxy, Request, every, few
+from tests.bucket import NAME, REFUSALS, Proxy, Request, every, few
 
 CONTENT = os.urandom(300_000)
 DIGEST = hashlib.sha256(CONTENT).hexdigest()
@@ -68,6 +70,9 @@ def test_files_have_no_such_path(path: str) -> None:
         ("s3:///x", "not understood"),
         ("s3://bucket/../other", "not understood"),
         ("gs://bucket?region=x", "takes no"),
+        ("s3://bucket#part/x", "cannot be a bucket's"),
+        ("s3://two words/x", "cannot be a bucket's"),
+        ("s3://bucket/a\tb", "no control characters"),
     ],
 )
 def test_other_addresses_are_refused_without_a_word_of_their_secrets(text: str, says: str) -> None:
@@ -75,6 +80,32 @@ def test_other_addresses_are_refused_without_a_word_of_their_secrets(text: str, 
         as_path(text)
     assert "secret@" not in str(caught.value)
     assert "=secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["s3:/", "s3:/bucket/../other", "s3:/bucket/a\tb"])
+def test_a_path_is_held_against_what_an_address_is(text: str) -> None:
+    with pytest.raises(StorageError, match="address"):
+        Store(text)
+
+
+@pytest.mark.parametrize("server", ["http://", "ftp://host", "host:9000", "http://host:99999", "http://a b"])
+def test_what_can_be_no_server_is_told(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server)
+    with pytest.raises(StorageError, match="no server of a bucket"):
+        objects.get(Path("s3:/of-no-server/x"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("AWS_SECRET_ACCESS_KEY", "secret\n"), ("AWS_SKIP_SIGNATURE", "perhaps"), ("AWS_S3_EXPRESS", "1")],
+)
+def test_an_environment_that_cannot_be_is_told_without_its_secrets(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(StorageError, match="AWS_") as caught:
+        objects.get(Path("s3:/of-no-environment/x"))
+    assert "secret" not in str(caught.value)
 
 
 def test_people_read_addresses_and_no_paths() -> None:
@@ -113,6 +144,33 @@ def test_what_is_not_there_is_missing_as_a_file_is(root: Path) -> None:
     files.remove_folder(root / "nothing")
     assert files.listed(root / "nothing") == []
     assert files.below(root / "nothing") == []
+
+
+@pytest.fixture
+def stranger(root: Path, bucket: Proxy) -> Callable[[str, bytes], object]:
+    """Puts an object below the root as another program may, whatever its name."""
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=bucket.endpoint, region_name="us-east-1")
+    prefix = "/".join(root.parts[2:])
+    return lambda name, content: client.put_object(Bucket=NAME, Key=f"{prefix}/{name}", Body=content)
+
+
+def test_what_tools_put_in_a_folders_place_is_no_file(root: Path, stranger: Callable[[str, bytes], object]) -> None:
+    files.write_text(root / "deep" / "one.txt", "1")
+    files.write_text(root / "empty", "")
+    for name in ("", "deep/", "lone/"):
+        stranger(name, b"")
+    assert files.below(root) == [root / "deep" / "one.txt", root / "empty"]
+    assert sorted(path.name for path in files.local_tree(root).iterdir()) == ["deep", "empty"]
+    assert files.file_facts(files.below(root))[1][0] == 0
+
+
+@pytest.mark.parametrize("name", ["a//b", "a/../b", "a/./b", "a/\x01", "a\tb"])
+def test_names_that_no_file_can_have_are_told(name: str, root: Path, stranger: Callable[[str, bytes], object]) -> None:
+    stranger(name, b"1")
+    with pytest.raises(BucketError, match="No file can have such a name"):
+        files.below(root)
 
 
 def test_lists_are_those_of_a_folder(root: Path, tmp_path: Path) -> None:
@@ -249,7 +307,8 @@ def test_a_bucket_that_is_not_there_is_told(bucket: Proxy) -> None:
 
 def test_a_storm_without_end_ends_in_words(root: Path, bucket: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
     """With the library's own patience shortened: by itself it tries for three minutes."""
-    monkeypatch.setattr(buckets, "_RETRIES", {"max_retries": 1})
+    monkeypatch.setitem(buckets._PATIENCE, "answer", ("2 minutes", {"max_retries": 1}))
+    monkeypatch.setitem(buckets._PATIENCE, "bytes", ("2 minutes", {"max_retries": 1}))
     buckets._bucket.cache_clear()
     bucket.rule = lambda request: "slow"
     try:
