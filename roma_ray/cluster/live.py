@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.store.buckets import is_object
-from roma_ray.store.logs import append_line, whole_lines
+from roma_ray.store.logs import append_line, put_again, whole_lines
 
 FILE = ".live.jsonl"
 _SECONDS_BETWEEN_LINES = 0.3
+# To a bucket, which is sent all lines again with each: as a training gets long, they get rarer.
+_BYTES_A_SECOND = 20_000
 
 
 class LiveWriter:
@@ -35,7 +37,8 @@ class LiveWriter:
         """`count` more questions are done; written at most a few times a second."""
         self.done += count
         busy = self._written is not None and not self._written.done()
-        if not busy and time.monotonic() - self.last >= _SECONDS_BETWEEN_LINES:
+        wait = max(_SECONDS_BETWEEN_LINES, put_again(self.path) / _BYTES_A_SECOND)
+        if not busy and time.monotonic() - self.last >= wait:
             self._write({"done": self.done, "note": note})
 
     def epoch(self, record: dict[str, Any]) -> None:

@@ -38,6 +38,7 @@ from roma_ray.store.files import unwritable as unwritable
 from roma_ray.store.files import write_atomically as write_atomically
 from roma_ray.store.files import write_json as write_json
 from roma_ray.store.files import write_text as write_text
+from roma_ray.store.leases import LOCK
 from roma_ray.store.locks import Held, check_held, locked
 from roma_ray.store.staging import unseal
 from roma_ray.versions import decisive_among, decisive_versions, differences, library_versions
@@ -52,7 +53,6 @@ MEMBERS = ".members.json"
 _DEVICES = ".devices"
 _BEGUN = ".begun"
 _MAKERS = ".makers"
-_LOCK = ".lock"
 
 
 def fingerprint(value: Any) -> str:
@@ -227,7 +227,7 @@ class Stage:
             "makers": self._noted_makers(),
         }
         try:
-            check_held(self.path / _LOCK)
+            check_held(self.path / LOCK)
         except Held as error:
             raise BusyError(
                 f"another run may have taken over the {self.name} stage {self.fingerprint}: {error}"
@@ -261,7 +261,7 @@ class Stage:
         """Hold the stage's lock. Raises BusyError when another process is writing, StorageError as writes do."""
         with contextlib.ExitStack() as held:
             try:
-                held.enter_context(locked(self.path / _LOCK, sign=True))
+                held.enter_context(locked(self.path / LOCK, sign=True))
             except Held as other:
                 raise BusyError(
                     f"another run ({str(other) or 'unknown'}) is writing the {self.name} stage {self.fingerprint}. Wait for it to "
@@ -280,13 +280,15 @@ class Stage:
                     self.note_makers()
                 yield
             except BaseException:
-                self._leave_nothing()
+                with contextlib.suppress(Held):
+                    check_held(self.path / LOCK)
+                    self._leave_nothing()
                 raise
 
     def _leave_nothing(self) -> None:
         """Remove the folder of a stage that ended before it wrote anything."""
         with contextlib.suppress(OSError, BucketError):
-            if {file.name for file in listed(self.path)} <= {_LOCK, IDENTITY, _MAKERS}:
+            if {file.name for file in listed(self.path)} <= {LOCK, IDENTITY, _MAKERS}:
                 remove_folder(self.path)
                 drop_empty(self.path.parent)
 

@@ -18,13 +18,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from roma_ray.errors import BucketError, StorageError
+from roma_ray.errors import BucketError, BusyError, StorageError
 from roma_ray.store import objects
 
 SECONDS = "ROMA_RAY_LEASE_SECONDS"
 _SECONDS, _LEAST_SECONDS = 60.0, 2.0
 _POLL_SECONDS, _LOOK_SECONDS = 1.0, 0.2
 _SHARED, _CLOCK = ".shared", ".clock"
+LOCK = ".lock"
+"""Of the folder that it lies in, what its holder alone writes."""
 
 
 class Taken(Exception):
@@ -124,6 +126,16 @@ def check_held(path: Path) -> None:
     lease = _held.get(path)
     if lease is not None and lease.lost:
         raise Taken(f"this one did not renew its lease for {lease.seconds:.0f} s")
+
+
+def check_may_write(path: Path) -> None:
+    """Raise BusyError where this process held the lease on a folder above, and may have lost it."""
+    for place, lease in list(_held.items()):
+        if place.parent in path.parents and place.name == LOCK and lease.lost:
+            raise BusyError(
+                f"another run may have taken over {place.parent}: this one did not renew its lease for {lease.seconds:.0f} s, and "
+                "writes nothing more there. Run the same command again."
+            )
 
 
 @contextlib.contextmanager

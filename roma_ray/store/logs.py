@@ -37,7 +37,7 @@ def whole_lines(path: str | Path, offset: int = 0) -> tuple[list[str], int]:
     """
     try:
         if buckets.is_object(path):
-            new = objects.get(path)[0][offset:]
+            new = objects.get_after(path, offset) if offset else objects.get(path)[0]
         else:
             with open(path, "rb") as stream:
                 stream.seek(offset)
@@ -51,6 +51,11 @@ def whole_lines(path: str | Path, offset: int = 0) -> tuple[list[str], int]:
 _known: dict[Path, tuple[bytes, str]] = {}
 """What this process last put to a log in a bucket, and its ETag: where nobody else wrote, it need not be read again."""
 _MOST_KNOWN = 16
+
+
+def put_again(path: str | Path) -> int:
+    """Bytes that are put again with the next line of a log in a bucket, as far as this process knows."""
+    return len(_known.get(Path(path), (b"", ""))[0])
 
 
 def _append(path: Path, line: bytes) -> None:

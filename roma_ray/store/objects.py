@@ -180,6 +180,16 @@ def get(path: str | Path, patience: Patience = "answer") -> tuple[bytes, Facts]:
     return _tried(path, "read", read)
 
 
+def get_after(path: str | Path, offset: int) -> bytes:
+    """An object's bytes from this one on. Raises FileNotFoundError, BucketError."""
+    import obstore
+
+    store, key = place_of(path)
+    if facts(path).size <= offset:
+        return b""
+    return _tried(path, "read", lambda: bytes(obstore.get(store, key, options={"range": {"offset": offset}}).bytes()))
+
+
 def facts(path: str | Path) -> Facts:
     """What the bucket says of an object. Raises FileNotFoundError, BucketError."""
     import obstore

@@ -26,7 +26,7 @@ from typing import TypeVar
 from safetensors import SafetensorError
 
 from roma_ray.errors import ArtifactError, BucketError, RomaError, StorageError
-from roma_ray.store import objects
+from roma_ray.store import leases, objects
 
 SCRATCH, ROOM = "ROMA_RAY_SCRATCH", "ROMA_RAY_SCRATCH_GIB"
 _COPIES, _WRITING, _LOCKS = "copies", "writing", "locks"
@@ -251,6 +251,7 @@ def write_through(path: str | Path, write: Callable[[Path], object]) -> None:
 def _upload(root: Path, path: str | Path, aside: Path) -> None:
     try:
         digest = digest_of(aside)
+        leases.check_may_write(Path(path))
         objects.put(path, aside if aside.stat().st_size else b"", digest)
         place = _named(root, path, digest)
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -10,12 +10,15 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
-from roma_ray.errors import BucketError, StorageError
+from roma_ray.errors import BucketError, BusyError, StorageError
 from roma_ray.store import files, leases
+from roma_ray.store.artifacts import Store
 from roma_ray.store.buckets import as_path
 from roma_ray.store.leases import Taken, check_held, leased
+from roma_ray.store.tables import write_table
 from tests.bucket import Proxy, Request, few
 
 _HOLDER = """
@@ -220,3 +223,22 @@ def test_what_somebody_else_put_there_expires_like_any_other(place: Path, conten
     with pytest.raises(Taken, match="unknown; its lease expires in"):
         with leased(place):
             pass
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_who_lost_a_stage_writes_no_more_in_it(place: Path, large: bool) -> None:
+    stage = Store(place.parent).stage("extract", {}, {}, 1)
+
+    def work() -> None:
+        with stage.exclusive():
+            leases._held[stage.path / ".lock"]._over.set()  # renews no more, as a stopped process
+            time.sleep(3)
+            if large:
+                write_table(stage.path / "rows.parquet", {"row": [1]}, pa.schema([("row", pa.int64())]))
+            else:
+                files.write_text(stage.path / "facts.json", "1")
+
+    with pytest.raises(BusyError, match="writes nothing more there"):
+        work()
+    # Nor does it clear up what may be another's.
+    assert {path.name for path in files.listed(stage.path)} == {".identity.json", ".lock", ".makers"}
