@@ -29,7 +29,7 @@ from roma_ray.store.artifacts import unwritable
 from roma_ray.store.buckets import is_object
 from roma_ray.store.files import remove, remove_folder
 from roma_ray.store.logs import append_line, whole_lines
-from roma_ray.store.staging import in_background
+from roma_ray.store.uploads import in_background
 
 ATTEMPTS = ".attempts"
 _ROLL = "roll"

@@ -34,7 +34,7 @@ from roma_ray.moe.masters import RouterMasters, frozen_digest
 from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.slices import Slice
 from roma_ray.store.files import exists
-from roma_ray.store.staging import trailing
+from roma_ray.store.uploads import trailing
 
 PROBE_QUESTIONS = 64
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from roma_ray.engine.setup import Setup
 from roma_ray.store.artifacts import Stage
-from roma_ray.store.staging import Uploads, in_background
+from roma_ray.store.uploads import Uploads, in_background
 
 
 @dataclass(frozen=True)

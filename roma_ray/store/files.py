@@ -20,7 +20,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from roma_ray.errors import BucketError, StorageError
-from roma_ray.store import buckets, leases, objects, staging
+from roma_ray.store import buckets, leases, objects, staging, uploads
 from roma_ray.store.buckets import is_object
 
 _ASIDE = ".tmp"
@@ -76,7 +76,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Put bytes whole. Raises StorageError."""
-    if is_object(path) and not staging.putting_in_background():
+    if is_object(path) and not uploads.putting_in_background():
         leases.check_may_write(Path(path))
         objects.put(path, content, hashlib.sha256(content).hexdigest())
         return

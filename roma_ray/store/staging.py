@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -27,6 +26,8 @@ from safetensors import SafetensorError
 
 from roma_ray.errors import ArtifactError, BucketError, RomaError, StorageError
 from roma_ray.store import leases, objects
+from roma_ray.store.pins import pin, pinned
+from roma_ray.store.uploads import UPLOADS
 
 SCRATCH, ROOM = "ROMA_RAY_SCRATCH", "ROMA_RAY_SCRATCH_GIB"
 _COPIES, _WRITING, _LOCKS = "copies", "writing", "locks"
@@ -152,12 +153,11 @@ def _fetch(root: Path, path: str | Path, place: Path, found: objects.Facts) -> N
         try:
             objects.fetch(path, aside, found.tag)
             if aside.stat().st_size == found.size and found.digest in (None, digest_of(aside)):
-                place.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(aside, place)
+                _keep(aside, place)
                 return
-        except FileNotFoundError:
-            raise
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and aside.parent.exists():
+                raise  # the object is gone, not the scratch
             raise _no_room(place, error) from error
         finally:
             shutil.rmtree(aside.parent, ignore_errors=True)
@@ -182,6 +182,8 @@ def unseal(folder: Path) -> None:
 def local_tree(folder: str | Path) -> Path:
     """A local folder of the same name with copies of all below a folder of objects; of an object, its copy.
 
+    It stays as long as this process is one that asked for it, whatever room there is: its files are opened one by one.
+
     Raises FileNotFoundError, ArtifactError (damaged), BucketError, StorageError (no room here).
     """
     root, folder = scratch_root(), Path(folder)
@@ -192,20 +194,32 @@ def local_tree(folder: str | Path) -> Path:
         raise FileNotFoundError(f"there is nothing at {folder}")
     if any(".." in name.parts for name in names.values()):
         raise StorageError(f"{folder} holds an object whose name leads out of it; it cannot be copied")
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        copies = dict(zip(names, pool.map(local_copy, names), strict=True))
-    marks = hashlib.sha256("\0".join(f"{names[path]}\0{copies[path]}" for path in sorted(names)).encode()).hexdigest()
-    place = root / _COPIES / marks[:2] / marks[2:26] / folder.name
-    with _locked(root, place):
-        if not _used(place):
-            aside = _aside(root, folder.name)
-            for path, copy in copies.items():
-                target = aside / names[path]
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.link(copy, target)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(aside, place)
-            shutil.rmtree(aside.parent, ignore_errors=True)
+    aside = _aside(root, folder.name)
+
+    def linked(path: Path) -> Path:
+        copy, target = local_copy(path), aside / names[path]
+        # At once: a copy may go before the last one is there.
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(copy, target)
+        return copy
+
+    try:
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            copies = dict(zip(names, pool.map(linked, names), strict=True))
+        listing = "\0".join(f"{names[path]}\0{copies[path]}" for path in sorted(names))
+        marks = hashlib.sha256(listing.encode()).hexdigest()
+        place = root / _COPIES / marks[:2] / marks[2:26] / folder.name
+        with _locked(root, place):
+            if not _used(place):
+                place.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(aside, place)
+            pin(place)
+    except OSError as error:
+        if isinstance(error, RomaError) or (isinstance(error, FileNotFoundError) and aside.parent.exists()):
+            raise
+        raise _no_room(aside, error) from error
+    finally:
+        shutil.rmtree(aside.parent, ignore_errors=True)
     return place
 
 
@@ -241,7 +255,7 @@ def write_through(path: str | Path, write: Callable[[Path], object]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside.parent, ignore_errors=True)
         raise _no_room(aside, error) from error
-    waiting = _UPLOADS.get()
+    waiting = UPLOADS.get()
     if waiting is None:
         _upload(root, path, aside)
     else:
@@ -254,91 +268,16 @@ def _upload(root: Path, path: str | Path, aside: Path) -> None:
         leases.check_may_write(Path(path))
         objects.put(path, aside if aside.stat().st_size else b"", digest)
         place = _named(root, path, digest)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        os.replace(aside, place)
+        # Without it, who asks for a copy fetches one.
+        with contextlib.suppress(OSError):
+            _keep(aside, place)
+    except OSError as error:
+        if isinstance(error, RomaError):
+            raise
+        raise _no_room(aside, error) from error
     finally:
         shutil.rmtree(aside.parent, ignore_errors=True)
     _make_room(root, place)
-
-
-class Uploads:
-    """Puts that go on in the background, in their order; after one that fails none is made."""
-
-    def __init__(self) -> None:
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="upload")
-        self._waiting: list[Future[None]] = []
-
-    def submit(self, put: Callable[[], None]) -> None:
-        """Put something after all that was submitted before."""
-        before = self._waiting[-1] if self._waiting else None
-
-        def after() -> None:
-            if before is not None:
-                before.result()
-            put()
-
-        self._waiting.append(self._pool.submit(after))
-
-    @property
-    def begun(self) -> bool:
-        """Whether anything was submitted."""
-        return bool(self._waiting)
-
-    def wait(self) -> None:
-        """Wait until all is put. Raises BucketError for what the bucket did not take."""
-        self.end()
-        if self._waiting:
-            self._waiting[-1].result()
-
-    def end(self) -> None:
-        """Wait until all is put or has failed."""
-        self._pool.shutdown()
-
-
-_UPLOADS: ContextVar[Uploads | None] = ContextVar("uploads", default=None)
-
-
-@contextlib.contextmanager
-def in_background() -> Iterator[Uploads]:
-    """Within the block, this thread's files for a bucket are put by another one; the caller waits for it when he must."""
-    uploads = Uploads()
-    token = _UPLOADS.set(uploads)
-    try:
-        yield uploads
-    except BaseException:
-        uploads.end()
-        raise
-    finally:
-        _UPLOADS.reset(token)
-
-
-@contextlib.contextmanager
-def trailing() -> Iterator[Callable[[Callable[[], object]], None]]:
-    """Yield what makes calls whose files for a bucket are put while the caller goes on, one call's after the other's.
-
-    At the end of the block all are there. Raises BucketError for what the bucket did not take, there or at the next call.
-    """
-    last: Uploads | None = None
-
-    def make(call: Callable[[], object]) -> None:
-        nonlocal last
-        if last is not None:
-            last.wait()
-        with in_background() as last:
-            call()
-
-    try:
-        yield make
-        if last is not None:
-            last.wait()
-    finally:
-        if last is not None:
-            last.end()
-
-
-def putting_in_background() -> bool:
-    """Whether this thread is `in_background`: small files then go after the large ones that they speak of."""
-    return _UPLOADS.get() is not None
 
 
 def digest_of(path: Path) -> str:
@@ -351,6 +290,14 @@ def at_once(call: Callable[[Path], T], paths: Iterable[Path]) -> list[T]:
     """`call` of each path, several at a time: a bucket takes its time for each, whatever is asked. In their order."""
     with ThreadPoolExecutor(4 * _AT_ONCE) as pool:
         return list(pool.map(call, paths))
+
+
+def _keep(aside: Path, place: Path) -> None:
+    """Make a file the copy that its name promises, also after a failure of power. Raises OSError."""
+    with open(aside, "rb") as stream:
+        os.fsync(stream.fileno())
+    place.parent.mkdir(parents=True, exist_ok=True)
+    os.replace(aside, place)
 
 
 def _named(root: Path, path: str | Path, state: str) -> Path:
@@ -372,9 +319,13 @@ def _aside(root: Path, name: str) -> Path:
 @contextlib.contextmanager
 def _locked(root: Path, place: Path) -> Iterator[None]:
     """Let one process of this machine at a time make a copy; the others then find it."""
-    folder = root / _LOCKS
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / place.parent.parent.name, "a") as handle:
+    lock = root / _LOCKS / place.parent.parent.name
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        handle = open(lock, "a")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise _no_room(lock, error) from error
+    with handle:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)
         yield
@@ -384,7 +335,9 @@ def _used(place: Path) -> bool:
     """Whether the copy is there; if so it is among the last to go."""
     try:
         os.utime(place.parent)
-    except FileNotFoundError:
+    except PermissionError:
+        pass  # another user's, who shares the scratch
+    except OSError:
         return False
     return place.exists()
 
@@ -420,6 +373,7 @@ def _make_room(root: Path, kept: Path) -> None:
     for used, size, folder in copies:
         if excess <= 0:
             return
-        if folder != kept.parent and now - used > _SETTLING_SECONDS:
-            shutil.rmtree(folder, ignore_errors=True)
-            excess -= size
+        with contextlib.suppress(OSError):
+            if folder != kept.parent and now - used > _SETTLING_SECONDS and not pinned(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+                excess -= size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,10 +15,11 @@ import pytest
 import torch
 
 from roma_ray.errors import ArtifactError, BucketError, StorageError
-from roma_ray.store import files, objects, staging
+from roma_ray.store import files, objects, pins, staging
 from roma_ray.store.buckets import as_path
 from roma_ray.store.tensors import mapped, read_tensors, write_tensors
-from tests.bucket import Proxy, few
+from roma_ray.store.uploads import in_background, trailing
+from tests.bucket import Proxy, Request, few
 
 
 @pytest.fixture
@@ -167,7 +169,7 @@ def test_several_processes_of_a_node_share_a_copy(root: Path, bucket: Proxy) -> 
 def test_puts_in_the_background_keep_their_order(root: Path, bucket: Proxy) -> None:
     bucket.delay = 0.1
     began = time.monotonic()
-    with staging.in_background() as uploads:
+    with in_background() as uploads:
         write_tensors(root / "1.safetensors", {"x": torch.arange(10)})
         files.write_json(root / "2.json", {})
         files.write_text(root / "3", "")
@@ -184,7 +186,7 @@ def test_what_the_bucket_does_not_take_in_the_background_is_told_and_nothing_aft
     root: Path, bucket: Proxy
 ) -> None:
     bucket.rule = few("forbidden", 1, lambda request: request.method == "PUT")
-    with staging.in_background() as uploads:
+    with in_background() as uploads:
         files.write_text(root / "1", "")
         files.write_text(root / "2", "")
     with pytest.raises(BucketError, match="AccessDenied"):
@@ -193,7 +195,7 @@ def test_what_the_bucket_does_not_take_in_the_background_is_told_and_nothing_aft
 
 
 def test_only_the_thread_that_asked_for_it_puts_in_the_background(root: Path) -> None:
-    with staging.in_background() as uploads:
+    with in_background() as uploads:
         other = threading.Thread(target=lambda: files.write_text(root / "now", ""))
         other.start()
         other.join()
@@ -216,7 +218,7 @@ def test_fetching_ahead_makes_copies_before_they_are_asked_for(root: Path, bucke
 
 def test_one_call_after_another_trails_behind_and_all_are_there_at_the_end(root: Path, bucket: Proxy) -> None:
     bucket.delay = 0.3
-    with staging.trailing() as put:
+    with trailing() as put:
         began = time.monotonic()
         put(lambda: files.write_text(root / "state", "1"))
         assert time.monotonic() - began < 0.2
@@ -225,5 +227,79 @@ def test_one_call_after_another_trails_behind_and_all_are_there_at_the_end(root:
     assert files.read_text(root / "state") == "2"
     bucket.rule = few("forbidden", 1, lambda request: request.method == "PUT")
     with pytest.raises(BucketError, match="AccessDenied"):
-        with staging.trailing() as put:
+        with trailing() as put:
             put(lambda: files.write_text(root / "state", "3"))
+
+
+def test_a_scratch_that_goes_while_something_is_fetched_is_told_as_that(root: Path, bucket: Proxy) -> None:
+    objects.put(root / "one", b"1", hashlib.sha256(b"1").hexdigest())
+
+    def rule(request: Request) -> None:
+        if request.method == "GET":
+            shutil.rmtree(staging.scratch_root() / "writing")
+
+    bucket.rule = rule
+    with pytest.raises(BucketError, match="Local copies of the bucket's files lie there"):
+        files.local(root / "one")
+    bucket.reset()
+    assert files.local(root / "one").read_bytes() == b"1"
+
+
+def test_a_scratch_that_goes_while_something_is_put_is_told_as_that(root: Path) -> None:
+    def write(aside: Path) -> None:
+        aside.write_bytes(b"1")
+        threading.Timer(0.2, shutil.rmtree, [staging.scratch_root()]).start()
+
+    with in_background() as uploads:
+        uploads.submit(lambda: time.sleep(0.5))
+        files.write_atomically(root / "one", write)
+    with pytest.raises(BucketError, match="Local copies of the bucket's files lie there"):
+        uploads.wait()
+
+
+@pytest.mark.skipif(os.getuid() == 0, reason="root may write everywhere")
+def test_a_scratch_that_another_user_locks_is_told(root: Path) -> None:
+    files.write_text(root / "one", "1")
+    locks = staging.scratch_root() / "locks"
+    locks.mkdir()
+    locks.chmod(0o500)
+    with pytest.raises(BucketError, match="Permission denied"):
+        files.local(root / "one")
+
+
+def test_a_folder_larger_than_its_room_is_whole_and_stays(
+    root: Path, bucket: Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies of single files go before the last one has come; who opens the folder's files one by one finds them all."""
+    monkeypatch.setattr(staging, "_SETTLING_SECONDS", 0.3)
+    monkeypatch.setattr(staging, "_AT_ONCE", 1)
+    monkeypatch.setenv("ROMA_RAY_SCRATCH_GIB", "0")
+    for number in range(6):
+        files.write_bytes(root / "model" / f"{number}", b"%d" % number * 1000)
+    bucket.delay = 0.1
+    place = files.local_tree(root / "model")
+    assert len(list((staging.scratch_root() / "copies").rglob("[0-5]"))) < 12  # some have gone meanwhile
+    monkeypatch.setattr(staging, "_SETTLING_SECONDS", 0.0)
+    bucket.delay = 0.0
+    files.write_bytes(root / "other", b"x" * 1000)
+    files.local(root / "other")
+    assert [(place / f"{number}").read_bytes() for number in range(6)] == [b"%d" % n * 1000 for n in range(6)]
+    monkeypatch.setattr(pins, "_MOST_PINS", 0)
+    files.local_tree(root / "model")  # as a process that has ended
+    files.local(root / "other")
+    files.write_bytes(root / "more", b"x" * 1000)
+    files.local(root / "more")
+    assert not place.exists()
+
+
+def test_who_gives_up_puts_nothing_more(root: Path) -> None:
+    def work() -> None:
+        with in_background() as uploads:
+            for _ in range(20):
+                uploads.submit(lambda: time.sleep(0.5))
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert time.monotonic() - began < 5
