@@ -175,7 +175,7 @@ def get(path: str | Path, patience: Patience = "answer") -> tuple[bytes, Facts]:
 
     def read() -> tuple[bytes, Facts]:
         found = obstore.get(store, key)
-        return bytes(found.bytes()), _facts(found)
+        return bytes(found.bytes()), _facts(path, found)
 
     return _tried(path, "read", read)
 
@@ -196,11 +196,16 @@ def facts(path: str | Path) -> Facts:
 
     store, key = place_of(path)
     with _told(path, "read"):
-        return _facts(obstore.get(store, key, options={"head": True}))
+        return _facts(path, obstore.get(store, key, options={"head": True}))
 
 
-def _facts(found: Any) -> Facts:
+def _facts(path: str | Path, found: Any) -> Facts:
     meta = found.meta
+    if not meta["e_tag"]:
+        raise BucketError(
+            f"cannot read {path}: what answers is no bucket's server, as it gives no ETag; perhaps a proxy, or a network that wants "
+            "a sign-in. Check the address and the network, then run the same command again: finished work is kept."
+        )
     digest = found.attributes.get(_DIGEST)
     return Facts(meta["size"], str(meta["e_tag"]), meta["last_modified"].timestamp(), digest)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -342,3 +344,33 @@ def test_a_list_is_asked_for_again_and_not_kept(root: Path, bucket: Proxy) -> No
     put(root / "two", b"")
     bucket.rule = lists
     assert len(files.below(root)) == 2
+
+
+def test_what_is_no_buckets_server_gives_no_bytes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A proxy, or a network that wants a sign-in, answers everything with a page."""
+
+    class Page(BaseHTTPRequestHandler):
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.send_header("Content-Length", "13")
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(b"<html></html>")
+
+        do_HEAD = do_GET
+
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    path = as_path(f"s3://bucket/x?endpoint_override=http://127.0.0.1:{server.server_port}") / "model.safetensors"
+    for read in (files.read_bytes, files.size, files.local):
+        with pytest.raises(BucketError, match="no bucket's server"):
+            read(path)
+    server.shutdown()
+    server.server_close()
