@@ -126,7 +126,7 @@ def config_of(run: str, storage: str | None, overrides: Sequence[str] = ()) -> C
     from roma_ray.errors import ArtifactError
     from roma_ray.store.artifacts import CONFIG, Store
     from roma_ray.store.contents import Storage
-    from roma_ray.store.files import exists
+    from roma_ray.store.files import exists, local
 
     found = Storage(Store(storage))
     item = found.find(run)
@@ -134,7 +134,7 @@ def config_of(run: str, storage: str | None, overrides: Sequence[str] = ()) -> C
     file = next(filter(exists, files), None)
     if file is None:
         raise ArtifactError(f"{item.kind}/{item.id} has no configuration beside it: give the run's own with --config")
-    return load_config(str(file), overrides).model_copy(update={"storage": storage})
+    return load_config(str(local(file)), overrides).model_copy(update={"storage": storage})
 
 
 def setup_of_finished(config: Any) -> Any:

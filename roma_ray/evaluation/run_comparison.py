@@ -24,7 +24,7 @@ from roma_ray.evaluation.results_file import read_verdicts
 from roma_ray.evaluation.statistics import accuracy, bootstrap_interval, macro, pair, standard_error
 from roma_ray.store.artifacts import Stage, Store, read_manifest
 from roma_ray.store.buckets import SCHEMES, as_path, is_object
-from roma_ray.store.files import exists, is_folder, listed, written_at
+from roma_ray.store.files import exists, is_folder, listed, local, written_at
 
 MACRO = "macro average"
 _STAGES = ("benchmarks", "evaluate")
@@ -179,7 +179,7 @@ def run_name(folder: Path) -> str | None:
                 kept.append(report / CONFIG)
     for path in sorted(filter(exists, kept), key=written_at, reverse=True):
         with suppress(ConfigError):
-            name = read_settings(path).get("name")
+            name = read_settings(local(path)).get("name")
             if isinstance(name, str) and name.strip():
                 return printable(name)
     return None

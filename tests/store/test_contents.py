@@ -11,9 +11,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from roma_ray.cli.commands import main
+from roma_ray.cli.printing import config_of
+from roma_ray.config.loading import load_config
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ArtifactError, BusyError, ConfigError, StorageError
+from roma_ray.evaluation.run_comparison import run_name
 from roma_ray.runs.pipeline import run
 from roma_ray.stages.finetuning import ADAPTER
 from roma_ray.store import objects
@@ -352,3 +355,11 @@ def test_a_process_sees_what_another_removed_once_it_begins_something_new(bucket
     objects.remove_folder(stage.path)  # as another process does
     store.check()
     assert not stage.complete
+
+
+def test_a_runs_configuration_and_name_are_read_from_a_bucket(bucket: Proxy) -> None:
+    address = bucket.address("contents/named")
+    stage = make(Store(address), "evaluate", name="mine")
+    write_text(stage.path / CONFIG, load_config().model_copy(update={"name": "mine"}).to_yaml())
+    assert config_of("mine", address).name == "mine"
+    assert run_name(stage.path) == "mine"
