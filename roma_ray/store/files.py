@@ -96,7 +96,7 @@ def create(path: str | Path, text: str) -> bool:
 
 def read_text(path: str | Path) -> str:
     """A file's UTF-8 text. Raises OSError (FileNotFoundError where there is none), UnicodeDecodeError."""
-    return read_bytes(path).decode()
+    return objects.get(path)[0].decode() if is_object(path) else Path(path).read_text(encoding="utf-8")
 
 
 def read_bytes(path: str | Path) -> bytes:
