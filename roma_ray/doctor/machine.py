@@ -172,7 +172,7 @@ def _bucket(root: Path) -> Iterator[Check]:
     """What else a storage in a bucket needs: room here for copies, and to tell what killed processes left of uploads."""
     try:
         scratch = scratch_facts()
-    except StorageError as error:
+    except (StorageError, BucketError) as error:
         yield Check("scratch", "broken", str(error))
     else:
         fits = scratch.capacity <= scratch.taken + scratch.free and scratch.capacity >= _LEAST_FREE_BYTES

@@ -99,7 +99,7 @@ def _reason(error: Exception) -> str:
     code, words = (re.search(f"<{tag}>([^<]{{1,200}})</{tag}>", text) for tag in ("Code", "Message"))
     if code:
         return f"{code[1]}: {words[1]}" if words else code[1]
-    return text.splitlines()[0].replace("Error performing ", "")[:300]
+    return text.splitlines()[0].replace("Error performing ", "").partition(" for path ")[0][:300]
 
 
 def put(path: str | Path, content: bytes | Path, digest: str) -> str:
