@@ -89,6 +89,27 @@ def make_prompts(count: int, vocabulary: int, seed: int = 0) -> list[Any]:
     return prompts
 
 
+def save_questions(place: Path, prompts: Sequence[Any]) -> None:
+    """Write prompts as the table that a questions stage leaves in its folder."""
+    from roma_ray.engine.question_table import QUESTIONS, write_table
+
+    columns: dict[str, Any] = {
+        "row": range(len(prompts)),
+        "id": [p.id for p in prompts],
+        "task": [p.task for p in prompts],
+        "split": [p.split for p in prompts],
+        "question": [p.id for p in prompts],
+        "choices": [["a", "b", "c", "d"]] * len(prompts),
+        "answer": [p.answer for p in prompts],
+        "context": [None] * len(prompts),
+        "prompt_ids": [list(p.prompt_ids) for p in prompts],
+        "choice_ids": [[list(c) for c in p.choice_ids] for p in prompts],
+        "choice_chars": [list(p.choice_chars) for p in prompts],
+        "truncated": [False] * len(prompts),
+    }
+    write_table(place / "questions.parquet", columns, QUESTIONS)
+
+
 @dataclass
 class Bench:
     """One script's figures and gates."""

@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from common import Bench, machine, make_prompts, options, save_model, steady_process, table
+from common import Bench, machine, make_prompts, options, save_model, save_questions, steady_process, table
 
 
 def make_work(place: Path, batches: int) -> Any:
@@ -29,7 +29,6 @@ def make_work(place: Path, batches: int) -> Any:
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
     from roma_ray.engine.model_spec import ModelSpec
-    from roma_ray.engine.question_table import QUESTIONS, write_table
     from roma_ray.engine.setup import resolve
     from roma_ray.store.artifacts import Stage, write_json
 
@@ -37,21 +36,7 @@ def make_work(place: Path, batches: int) -> Any:
     save_model(place / "model", hidden=256, layers=8, experts=16, top_k=4, expert_width=256, vocabulary=vocabulary)
     # A prompt has 76 tokens of its own on average: 80 more than fill a batch.
     prompts = make_prompts(batches * 80, vocabulary)
-    table_columns: dict[str, Any] = {
-        "row": range(len(prompts)),
-        "id": [p.id for p in prompts],
-        "task": [p.task for p in prompts],
-        "split": [p.split for p in prompts],
-        "question": [p.id for p in prompts],
-        "choices": [["a", "b", "c", "d"]] * len(prompts),
-        "answer": [p.answer for p in prompts],
-        "context": [None] * len(prompts),
-        "prompt_ids": [list(p.prompt_ids) for p in prompts],
-        "choice_ids": [[list(c) for c in p.choice_ids] for p in prompts],
-        "choice_chars": [list(p.choice_chars) for p in prompts],
-        "truncated": [False] * len(prompts),
-    }
-    write_table(place / "questions.parquet", table_columns, QUESTIONS)
+    save_questions(place, prompts)
     prefix = shared_prefix(prompts)
     plan = plan_batches([own_tokens(p, prefix) for p in prompts], 4096)[:batches]
     assert len(plan) == batches

@@ -23,7 +23,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from common import Bench, machine, make_prompts, options, save_model, steady_process, table
+from common import Bench, machine, make_prompts, options, save_model, save_questions, steady_process, table
 
 FAR_SECONDS, FAR_BYTES = 0.05, 200e6
 STAGES = ("questions", "extract", "embed", "neighbors", "finetune", "evaluate")
@@ -77,21 +77,14 @@ def whole_run(storage: str, scratch: Path) -> dict[str, Any]:
 
 
 def extraction(model: str, prompts: list[Any], folder: str, scratch: str, queue: Any) -> None:
-    """The batches of an extraction in this process, and then what two epochs read: seconds of each, tokens."""
+    """The batches of an extraction in this process: wall and CPU seconds, their count, tokens."""
     os.environ["ROMA_RAY_SCRATCH"] = scratch
-    from roma_ray.engine.work import serial
+    from roma_ray.engine.work import one_by_one
 
     work, batches = make_work(model, prompts, folder)
     do = work.open()
-
-    class Opened:
-        name, folder = work.name, work.folder
-
-        def open(self) -> Any:
-            return do
-
     began, cpu = time.monotonic(), time.process_time()
-    tokens = sum(report.tokens for report in serial(Opened(), range(batches)))
+    tokens = sum(report.tokens for report in one_by_one(do, range(batches)))
     queue.put((time.monotonic() - began, time.process_time() - cpu, batches, tokens))
 
 
@@ -104,30 +97,14 @@ def make_work(model: str, prompts: list[Any], folder: str) -> tuple[Any, int]:
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
     from roma_ray.engine.model_spec import ModelSpec
-    from roma_ray.engine.question_table import QUESTIONS, write_table
     from roma_ray.engine.setup import resolve
     from roma_ray.store.artifacts import Stage, Store, write_json
 
     place = Store(folder).root
-    columns: dict[str, Any] = {
-        "row": range(len(prompts)),
-        "id": [p.id for p in prompts],
-        "task": [p.task for p in prompts],
-        "split": [p.split for p in prompts],
-        "question": [p.id for p in prompts],
-        "choices": [["a", "b", "c", "d"]] * len(prompts),
-        "answer": [p.answer for p in prompts],
-        "context": [None] * len(prompts),
-        "prompt_ids": [list(p.prompt_ids) for p in prompts],
-        "choice_ids": [[list(c) for c in p.choice_ids] for p in prompts],
-        "choice_chars": [list(p.choice_chars) for p in prompts],
-        "truncated": [False] * len(prompts),
-    }
-    write_table(place / "questions.parquet", columns, QUESTIONS)
+    save_questions(place, prompts)
     prefix = shared_prefix(prompts)
     plan = plan_batches([own_tokens(p, prefix) for p in prompts], 8192)
     stage = Stage(place / "extract", "extract", {})
-    write_json(place / PLAN, {"prefix": prefix, "batches": plan})
     write_json(stage.path / PLAN, {"prefix": prefix, "batches": plan})
     settings = [f"model.path={model}", f"storage={folder}", "questions.prompt.format=letter", "routing.layers=L1"]
     spec = ModelSpec(model, None, "float32", "eager", "sdpa", "cpu", 1)
