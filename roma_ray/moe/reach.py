@@ -11,12 +11,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from roma_ray.moe.routers import Router
+from roma_ray.moe.routers import Router, seen_choices
 
 # Reached gates have ratios near 1, unreached ones below 1e-6 in fp32 and 1e-3 in bf16.
 UNREACHED = 1e-2
@@ -36,18 +35,11 @@ def read_weights(routers: Sequence[Router]) -> Iterator[dict[int, Tensor]]:
     """Inside the block a forward pass leaves the chosen experts' weights [T, K] of each router here, by layer, with graph."""
     found: dict[int, Tensor] = {}
 
-    def note(layer: int) -> Any:
-        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
-            found[layer] = output[1]
+    def see(layer: int, output: tuple[Tensor, ...]) -> None:
+        found[layer] = output[1]
 
-        return record
-
-    handles = [router.module.register_forward_hook(note(router.layer)) for router in routers]
-    try:
+    with seen_choices(routers, see):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def reach_of(weights_TK: Tensor, rows_PE: Tensor, gates: Sequence[Tensor]) -> float:

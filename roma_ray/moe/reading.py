@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from roma_ray.moe.families import Family, family
 from roma_ray.moe.packing import kept_tokens, seen_positions
-from roma_ray.moe.routers import Router, routing_from_logits
+from roma_ray.moe.routers import Router, routing_from_logits, seen_choices
 from roma_ray.moe.sending import sent
 
 
@@ -96,17 +96,10 @@ def read_choices(routers: Sequence[Router], positions_P: Tensor) -> Iterator[dic
     """
     found: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def note(layer: int) -> Any:
-        def record(_module: nn.Module, _inputs: Any, output: tuple[Tensor, ...]) -> None:
-            weights, index = (part.detach().flatten(0, -2) for part in output[1:3])
-            seen_P = seen_positions(layer, positions_P.to(index.device))
-            found[layer] = weights[seen_P], index[seen_P]
+    def see(layer: int, output: tuple[Tensor, ...]) -> None:
+        weights, index = (part.detach().flatten(0, -2) for part in output[1:3])
+        seen_P = seen_positions(layer, positions_P.to(index.device))
+        found[layer] = weights[seen_P], index[seen_P]
 
-        return record
-
-    handles = [router.module.register_forward_hook(note(router.layer)) for router in routers]
-    try:
+    with seen_choices(routers, see):
         yield found
-    finally:
-        for handle in handles:
-            handle.remove()

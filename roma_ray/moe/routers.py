@@ -5,6 +5,8 @@ Shapes: T flat tokens, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,6 +38,21 @@ class Router:
     top_k: int
     width: int
     """Experts of the whole model's largest layer: what routing rows are padded to, where layers have different numbers."""
+
+
+@contextmanager
+def seen_choices(routers: Sequence[Router], see: Callable[[int, tuple[Tensor, ...]], None]) -> Iterator[None]:
+    """Inside the block `see(layer, output)` hears what each router puts out, (logits or probabilities, weights, indices)."""
+
+    def hook(layer: int) -> Any:
+        return lambda module, inputs, output: see(layer, output)
+
+    handles = [router.module.register_forward_hook(hook(router.layer)) for router in routers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def find_routers(model: PreTrainedModel, *, first_layer: int = 0, wrapped: bool = False) -> list[Router]:
