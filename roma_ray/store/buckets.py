@@ -120,9 +120,11 @@ def _bucket(scheme: str, name: str, patience: Patience) -> Any:
     client: ClientConfig = {"timeout": timeout, "connect_timeout": "10 seconds"}
     if scheme != "s3":
         return (GCSStore if scheme == "gs" else AzureStore)(bucket, client_options=client, retry_config=retries)
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
-        if not os.environ.get(name, "").isprintable():
-            raise StorageError(f"${name} holds a line break or a control character, perhaps at its end: take it out")
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN"):
+        if not os.environ.get(variable, "").isprintable():
+            raise StorageError(
+                f"${variable} holds a line break or a control character, perhaps at its end: take it out"
+            )
     endpoint, region = _endpoint(query)
     known: dict[str, Any] = {}
     if endpoint:

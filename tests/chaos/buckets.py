@@ -12,7 +12,7 @@ from tests.chaos.scene import Scene, names_up_to
 from tests.chaos.simulated import PATIENCE, Driver
 
 # Longer than a lease: what a killed driver held is free by then.
-_EXPIRED_SECONDS = 6.5
+_EXPIRED_SECONDS = 11.5
 _MOMENTS = 20
 
 STORMS = {

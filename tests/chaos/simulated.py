@@ -35,7 +35,7 @@ def quiet_environment(folder: Path, token: str) -> dict[str, str]:
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
         "HOME": str(folder),
         "ROMA_RAY_SCRATCH": str(folder / "scratch"),
-        "ROMA_RAY_LEASE_SECONDS": "5",
+        "ROMA_RAY_LEASE_SECONDS": "10",
         **CREDENTIALS,
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",

@@ -18,7 +18,7 @@ import pytest
 from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
-from roma_ray.errors import ArtifactError, BucketError, BusyError, ConfigError
+from roma_ray.errors import ArtifactError, BucketError, BusyError, ConfigError, ModelError
 from roma_ray.runs.pipeline import Run
 from roma_ray.runs.pipeline import run as pipeline
 from roma_ray.store import files
@@ -113,6 +113,7 @@ def test_lists_that_come_late_change_no_result(
     bucket.rule = lambda request: "stale" if request.lists else None
     found = ran(config, bucket.address(prefix(request)))
     assert bucket.told
+    assert found
     assert found.items() <= straight.items()
     bucket.reset()
     assert ran(config, bucket.address(prefix(request))).items() <= straight.items()
@@ -329,7 +330,7 @@ def test_models_and_questions_may_lie_in_a_bucket(
 
 def test_a_model_that_is_not_there_is_told(config: Config, bucket: Proxy) -> None:
     missing = config.model.model_copy(update={"path": bucket.address("nowhere/model")})
-    with pytest.raises((ConfigError, Exception), match="model folder s3://bucket/nowhere/model does not exist"):
+    with pytest.raises(ModelError, match="model folder s3://bucket/nowhere/model does not exist"):
         resolve(config.model_copy(update={"model": missing}))
 
 
