@@ -20,7 +20,7 @@ from torch import Tensor
 from roma_ray.engine.forward import Layout
 from roma_ray.errors import CacheError
 from roma_ray.questions.prompts import Prompt
-from roma_ray.store.files import read_json
+from roma_ray.store.files import fetch_ahead, read_json
 from roma_ray.store.tensors import DAMAGED, mapped
 
 PLAN = "plan.json"
@@ -99,6 +99,7 @@ class Teacher:
             raise CacheError(
                 f"{self.folder / PLAN} cannot be read ({error}); remove the folder and run again"
             ) from None
+        fetch_ahead([teacher_file(self.folder, batch) for batch in range(len(batches))])
         for batch, rows in enumerate(batches):
             start = 0
             for row in rows:

@@ -32,7 +32,7 @@ from roma_ray.moe.passes import run_packed
 from roma_ray.questions.prompts import Prompt
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, note_device, write_json
-from roma_ray.store.files import exists, read_json
+from roma_ray.store.files import exists, present, read_json
 from roma_ray.store.tensors import write_tensors
 
 VERSION = 1
@@ -139,7 +139,8 @@ def teach(job: Job, runners: Runners, progress: Progress) -> Facts:
         lengths = [len(p.prompt_ids) + len(p.choice_ids[p.answer]) - 1 for p in prompts]
         write_json(stage.path / PLAN, {"batches": plan_batches(lengths, setup.config.extraction.batch_tokens)})
     plan: list[list[int]] = read_json(stage.path / PLAN)["batches"]
-    pending = [n for n in range(len(plan)) if not exists(teacher_file(stage.path, n))]
+    done = present([teacher_file(stage.path, n) for n in range(len(plan))])
+    pending = [n for n, there in enumerate(done) if not there]
     progress.say(
         f"teacher: {spec.path} in {spec.dtype}, its {stage.identity['settings']['top_n']} likeliest tokens a place"
     )
