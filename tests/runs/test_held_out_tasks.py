@@ -149,7 +149,7 @@ def test_an_unknown_task_is_told_before_any_work_and_on_finished_questions(confi
 
 def test_a_benchmark_of_a_held_out_task_is_not_searched_in_its_own_questions(config: Config, finished: Run) -> None:
     prompts = read_prompts(finished.stages["questions"].path / TABLE)
-    plain = locate(resolve(config))["finetune"].path / ADAPTER
+    plain = run(resolve(config), Silence(), until="finetune").stages["finetune"].path / ADAPTER
     for adapter, tasks in ((finished.stages["finetune"].path / ADAPTER, {"pick"}), (plain, {"pick", "copy"})):
         texts = training_texts(finished.setup.store, str(adapter))
         assert texts is not None

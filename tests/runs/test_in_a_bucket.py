@@ -242,6 +242,19 @@ def test_another_driver_that_completed_the_stage_is_used_where_it_made_the_same(
         stage.verify()
 
 
+def test_of_a_complete_stage_the_bucket_is_asked_once(stage: Stage, bucket: Proxy) -> None:
+    files.write_text(stage.path / "a", "1")
+    finish(stage)
+    stage.manifest()
+    files.local(stage.path / "a")
+    bucket.reset()
+    for _ in range(3):
+        assert stage.complete
+        assert set(stage.manifest()["files"]) == {"a"}
+        assert files.local(stage.path / "a").read_text() == "1"
+    assert bucket.requests.total() == 0
+
+
 def test_who_lost_its_lease_completes_nothing(stage: Stage) -> None:
     from roma_ray.store import leases
 
