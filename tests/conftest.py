@@ -29,8 +29,12 @@ settings.register_profile("roma", deadline=None, derandomize=True)
 settings.load_profile("roma")
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """For parallel runs: a file's tests stay together, and so do all of a folder that share what takes long to make."""
+    """For parallel runs: a file's tests stay together, and so do all of a folder that share what takes long to make.
+
+    Before xdist's own hook, which reads the marks.
+    """
     groups = {"cluster": "ray", "tracking": "mlflow"}
     for item in items:
         place = item.path.relative_to(Path(__file__).parent)
