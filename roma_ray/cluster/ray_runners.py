@@ -67,6 +67,7 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
     return Runners(
         extract=ray_executor(cluster, "extract", device),
         embed=ray_executor(cluster, "embed", device),
+        search=ray_executor(cluster, "evaluate", device),
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
         baselines=baselines_on_ray(cluster, device),

@@ -29,10 +29,12 @@ class Runners:
 
     extract: Executor = serial
     embed: Executor = serial
+    search: Executor = serial
+    """Of neighbors in a large S."""
     finetune: Trainer | None = None
     """None: in this process."""
     call: Callable[..., Any] = call_here
-    """Calls `function(*arguments, progress=...)`, known by a name, for the stages of one process: neighbors, evaluate."""
+    """Calls `function(*arguments, progress=...)`, known by a name, for work of one process: neighbors, evaluate."""
     baselines: Executor = serial
     heads: Heads = FRESH
     """Where the stages of this process get their head from."""

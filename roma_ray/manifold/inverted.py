@@ -9,8 +9,12 @@ Shapes: N questions, M candidates (S), C width, Q queried rows, B a block of the
 P lists probed, T a sample of the queried rows.
 """
 
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,51 +34,115 @@ _ROUNDS = 5
 _TRAINING_ROWS = 32
 
 
-@dataclass(frozen=True)
-class Proposals:
+class Proposals(Protocol):
     """Candidates of each queried row and how good they are."""
 
+    @property
+    def recall(self) -> float:
+        """Share of the sample's true nearest k that are among the proposed."""
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Of the queried rows start..stop - 1: scores [B, F], fp32, falling, -inf where there is no candidate; numbers, int64."""
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is looked for: `count` likely nearest candidates of each queried row, which hold the nearest k as a rule."""
+
+    candidates_M: Tensor
+    rows_Q: Tensor
+    k: int
+    count: int
+    """At most M, at least k."""
+
+    @property
+    def shards(self) -> int:
+        """How many parts S is searched in."""
+        return -(-len(self.candidates_M) // SHARD_ROWS)
+
+    @property
+    def sample_T(self) -> Tensor:
+        """The queried rows that the recall is measured on."""
+        at_T = torch.linspace(0, len(self.rows_Q) - 1, min(_SAMPLE, len(self.rows_Q))).round().long().unique()
+        return self.rows_Q[at_T]
+
+    def recall(self, samples: Sequence[Sample]) -> float:
+        """The share of the sample's nearest k that were found, from what each shard says of it, in their order."""
+        true_TF = found_TF = torch.empty(len(self.sample_T), 0)
+        true_picks_TF = picks_TF = torch.empty(len(self.sample_T), 0, dtype=torch.int64)
+        for one in samples:
+            true_TF, true_picks_TF = merged(true_TF, true_picks_TF, one.true_TK, one.true_picks_TK, self.k)
+            found_TF, picks_TF = merged(found_TF, picks_TF, one.found_TF, one.picks_TF, self.count)
+        return share_found(true_picks_TF, picks_TF, self.others(true_picks_TF))
+
+    def others(self, picks_TK: Tensor) -> Tensor:
+        """Which of the sample's candidates are not the question itself: it always finds itself, which must not count as found."""
+        return self.candidates_M[picks_TK] != self.sample_T[:, None]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one shard holds for the sample and what its lists find of it."""
+
+    true_TK: Tensor
+    true_picks_TK: Tensor
+    found_TF: Tensor
+    picks_TF: Tensor
+
+
+class Shard:
+    """One part of S in lists, of which as many are looked into as the sample needs. Memory: its vectors, twice while they are sorted."""
+
+    def __init__(self, unit: UnitRows, wanted: Wanted, number: int, device: torch.device) -> None:
+        self.unit, self.wanted, self.first = unit, wanted, number * SHARD_ROWS
+        vectors_MC = _taken(unit, wanted.candidates_M[self.first : self.first + SHARD_ROWS]).to(device)
+        sample_TC = unit.take(wanted.sample_T).float()
+        near_TK, near_picks_TK = TorchSearch(vectors_MC, device).top(sample_TC, min(wanted.k, len(vectors_MC)))
+        self.lists = InvertedLists(vectors_MC)
+        counted_TK = wanted.others(near_picks_TK + self.first)
+        self.probes, found_TF, picks_TF = self.lists.tuned(sample_TC, near_picks_TK, wanted.count, counted_TK)
+        self.sample = Sample(near_TK, near_picks_TK + self.first, found_TF, picks_TF + self.first)
+
+    def top(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Scores and numbers [B, F] of this shard's candidates for the queried rows start..stop - 1."""
+        parts = [
+            self.lists.top(self.unit.take(rows_B).float(), self.wanted.count, self.probes)
+            for rows_B in self.wanted.rows_Q[start:stop].split(_BLOCK)
+        ]
+        return torch.cat([scores for scores, _ in parts]), torch.cat([picks for _, picks in parts]) + self.first
+
+
+@dataclass(frozen=True)
+class Held:
+    """Proposals in memory."""
+
     scores_QF: Tensor
-    """fp32, falling; -inf where there is no candidate."""
     picks_QF: Tensor
-    """Candidate numbers, int64."""
     recall: float
-    """Share of the sample's true nearest k that are among the proposed."""
+
+    def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        return self.scores_QF[start:stop], self.picks_QF[start:stop]
 
 
-def propose(
-    unit: UnitRows, candidates_M: Tensor, rows_Q: Tensor, k: int, count: int, device: torch.device
-) -> Proposals:
-    """`count` likely nearest candidates of each queried row.
+Propose = Callable[[UnitRows, Wanted, torch.device], Proposals]
+"""Looks for what is wanted somewhere."""
 
-    Memory: one shard's vectors, twice while they are sorted, and Q x count x 12 bytes. `count` must be at least k; recall is
-    that of the nearest k.
-    """
-    count = min(count, len(candidates_M))
-    scores_QF = torch.full((len(rows_Q), count), float("-inf"))
-    picks_QF = torch.zeros(len(rows_Q), count, dtype=torch.int64)
-    at_T = torch.linspace(0, len(rows_Q) - 1, min(_SAMPLE, len(rows_Q))).round().long().unique()
-    sample_TC = unit.take(rows_Q[at_T]).float()
-    true_TF, true_picks_TF = torch.empty(len(at_T), 0), torch.empty(len(at_T), 0, dtype=torch.int64)
-    first = 0
-    for part_M in candidates_M.split(SHARD_ROWS):
-        vectors_MC = _taken(unit, part_M).to(device)
-        near_TF, near_picks_TF = TorchSearch(vectors_MC, device).top(sample_TC, min(k, len(part_M)))
-        true_TF, true_picks_TF = merged(true_TF, true_picks_TF, near_TF, near_picks_TF + first, k)
-        lists = InvertedLists(vectors_MC)
-        del vectors_MC
-        probes = lists.tuned(sample_TC, near_picks_TF, count, part_M[near_picks_TF] != rows_Q[at_T][:, None])
-        for at_B in torch.arange(len(rows_Q)).split(_BLOCK):
-            found_BF, found_picks_BF = lists.top(unit.take(rows_Q[at_B]).float(), count, probes)
-            scores_QF[at_B], picks_QF[at_B] = merged(
-                scores_QF[at_B], picks_QF[at_B], found_BF, found_picks_BF + first, count
-            )
-        first += len(part_M)
-        # Before the next shard is read: one shard's vectors at a time, twice while they are sorted into lists.
-        del lists
-    # A question always finds itself, and is no neighbor of its own: it must not count as found.
-    others_TF = candidates_M[true_picks_TF] != rows_Q[at_T][:, None]
-    return Proposals(scores_QF, picks_QF, share_found(true_picks_TF, picks_QF[at_T], others_TF))
+
+def propose(unit: UnitRows, wanted: Wanted, device: torch.device) -> Proposals:
+    """Search one shard after another. Memory: one shard's vectors, twice while they are sorted, and Q x count x 12 bytes."""
+    scores_QF = torch.full((len(wanted.rows_Q), wanted.count), float("-inf"))
+    picks_QF = torch.zeros(len(wanted.rows_Q), wanted.count, dtype=torch.int64)
+    samples = []
+    for number in range(wanted.shards):
+        shard = Shard(unit, wanted, number, device)
+        samples.append(shard.sample)
+        for start in range(0, len(wanted.rows_Q), _BLOCK):
+            part = slice(start, min(start + _BLOCK, len(wanted.rows_Q)))
+            found = shard.top(part.start, part.stop)
+            scores_QF[part], picks_QF[part] = merged(scores_QF[part], picks_QF[part], *found, wanted.count)
+        # Before the next shard is read: one shard's vectors at a time.
+        del shard
+    return Held(scores_QF, picks_QF, wanted.recall(samples))
 
 
 def _taken(unit: UnitRows, rows_M: Tensor) -> Tensor:
@@ -111,14 +179,19 @@ class InvertedLists:
         self.vectors_MC = vectors_MC[self.order_M]
         self.order_M = self.order_M.cpu()
 
-    def tuned(self, queries_TC: Tensor, wanted_TK: Tensor, count: int, counted_TK: Tensor) -> int:
-        """The least power of two of lists that finds the wanted candidates that count often enough; all lists find all."""
+    def tuned(
+        self, queries_TC: Tensor, wanted_TK: Tensor, count: int, counted_TK: Tensor
+    ) -> tuple[int, Tensor, Tensor]:
+        """The least power of two of lists that finds the wanted candidates that count often enough, and what it finds (as `top`).
+
+        All lists find all.
+        """
         probes = 1
-        while probes < len(self.means_LC):
-            if share_found(wanted_TK, self.top(queries_TC, count, probes)[1], counted_TK) >= _AIM:
-                return probes
+        while True:
+            scores_TF, picks_TF = self.top(queries_TC, count, probes)
+            if probes >= len(self.means_LC) or share_found(wanted_TK, picks_TF, counted_TK) >= _AIM:
+                return min(probes, len(self.means_LC)), scores_TF, picks_TF
             probes *= 2
-        return len(self.means_LC)
 
     def top(self, queries_BC: Tensor, count: int, probes: int) -> tuple[Tensor, Tensor]:
         """Scores [B, F], falling, and numbers within the shard of the best candidates in the `probes` nearest lists."""

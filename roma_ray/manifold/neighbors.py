@@ -18,6 +18,7 @@ from torch import Tensor
 
 from roma_ray.config.schema import check_epsilon
 from roma_ray.errors import ConfigError, NeighborError
+from roma_ray.manifold import inverted
 from roma_ray.manifold.quantiles import QUANTILES, quantiles
 from roma_ray.manifold.ranking import QuestionTable, row_key
 from roma_ray.manifold.search import BackendName
@@ -28,6 +29,8 @@ from roma_ray.manifold.similarity import (
     similarity_of_cosines,
 )
 
+# What a question draws is a function of its id.
+DRAWN = ("random", "task", "shuffled")
 Method = Literal["knn", "epsilon", "random", "task", "shuffled", "self"]
 # Questions whose scores against all successes are held at once.
 BLOCK_ROWS = 2048
@@ -90,8 +93,8 @@ def find_neighbors(
     successful_N: Tensor,
     *,
     training_N: Tensor,
-    ids: Sequence[str],
-    text_keys: Sequence[str],
+    ids: Sequence[str] | Tensor,
+    text_keys: Sequence[str] | Tensor,
     tasks: Sequence[str] | None = None,
     queried_N: Tensor | None = None,
     method: Method = "knn",
@@ -104,15 +107,18 @@ def find_neighbors(
     device: str | torch.device | None = None,
     batch_rows: int = BLOCK_ROWS,
     exact_up_to: int = EXACT_UP_TO,
+    propose: inverted.Propose = inverted.propose,
 ) -> Neighborhoods:
     """N(x_i) and W_ij (eq. 3, 4, 6) of the queried questions (all training questions unless given).
 
     Embeddings are scaled to length 1. `successful_N`, `training_N`, `queried_N` are masks; successful questions must be training
-    questions. `text_keys` are the embedded texts (or digests of them), `ids` are unique. `epsilon` is a similarity. `random` draws
+    questions. `text_keys` are the embedded texts (or numbers [N] that are equal where the texts are), `ids` are unique (or each
+    id's place [N] among all, sorted, which the methods that draw do not take). `epsilon` is a similarity. `random` draws
     k of S uniformly by (seed, id) alone, whatever the order of the table, and weighs them by similarity like the others (the paper
     says nothing else); `task` does so among the successes of the question's own task (`tasks`, a name a question). `shuffled`
     deals knn's neighborhoods out anew: a derangement by (seed, ids). `self`: no search.
-    `knn` is exact up to `exact_up_to` successes; with more, inverted lists find at least 95 % of the neighbors, measured.
+    `knn` is exact up to `exact_up_to` successes; with more, inverted lists find at least 95 % of the neighbors, measured, where
+    `propose` searches them (in this process, unless given).
     Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises ConfigError for settings out of range,
     EmbeddingError for embeddings without a direction, and NeighborError when S is empty, holds a question outside the
     training part, more than 90 % of the neighborhoods are empty, they hold more than 200 million pairs, or cannot be shuffled.
@@ -124,13 +130,15 @@ def find_neighbors(
         raise ConfigError("neighbor method `task` needs `tasks`: the name of each question's task")
     if method == "self":
         return own_neighborhoods(queried_N)
-    table = QuestionTable(embeddings_NC, successful_N, ids, text_keys, backend, device)
+    names: Sequence[str] = [] if isinstance(ids, Tensor) else ids
+    assert names or method not in DRAWN, f"method {method} draws by the ids themselves"
+    table = QuestionTable(embeddings_NC, successful_N, ids, text_keys, backend, device, propose)
     rows_Q = queried_N.nonzero()[:, 0]
     recall = 1.0
     if method == "epsilon":
         found = table.within(rows_Q, epsilon, similarity, sigma, batch_rows)
     elif method in ("random", "task"):
-        found = table.drawn(rows_Q, k, seed, ids, tasks if method == "task" else None)
+        found = table.drawn(rows_Q, k, seed, names, tasks if method == "task" else None)
     else:
         found, recall = table.near(rows_Q, k, batch_rows, exact_up_to)
     sizes_N = torch.bincount(found.rows, minlength=len(ids))
@@ -147,7 +155,7 @@ def find_neighbors(
         recall=recall,
     )
     if method == "shuffled":
-        near = _dealt(near, table.group_N, [row_key(seed, key) for key in ids])
+        near = _dealt(near, table.group_N, [row_key(seed, key) for key in names])
         return replace(near, similarities=_own_similarities(near, table, similarity, sigma))
     return near
 
@@ -233,20 +241,22 @@ def _check_table(
     successful_N: Tensor,
     training_N: Tensor,
     queried_N: Tensor,
-    ids: Sequence[str],
-    text_keys: Sequence[str],
+    ids: Sequence[str] | Tensor,
+    text_keys: Sequence[str] | Tensor,
 ) -> None:
     lengths = {len(embeddings_NC), len(successful_N), len(training_N), len(queried_N), len(ids), len(text_keys)}
     assert len(lengths) == 1, f"columns of the question table differ in length: {sorted(lengths)}"
     assert successful_N.dtype == training_N.dtype == queried_N.dtype == torch.bool, "masks must be bool"
-    assert len(set(ids)) == len(ids), "question ids must be unique"
+    distinct = len(ids.unique()) if isinstance(ids, Tensor) else len(set(ids))
+    assert distinct == len(ids), "question ids must be unique"
     if not successful_N.any():
         raise NeighborError("no question is successful (eq. 2), so there is no neighbor to choose from")
     leaked_N = successful_N & ~training_N
     if leaked_N.any():
-        first = ids[int(leaked_N.nonzero()[0, 0])]
+        row = int(leaked_N.nonzero()[0, 0])
+        first = f"row {row}" if isinstance(ids, Tensor) else repr(ids[row])
         raise NeighborError(
-            f"{int(leaked_N.sum())} successful questions are not of the training part ({first!r} among them): "
+            f"{int(leaked_N.sum())} successful questions are not of the training part ({first} among them): "
             "neighbors may only be training questions"
         )
 

@@ -59,19 +59,22 @@ class QuestionTable:
         self,
         embeddings_NC: Tensor,
         successful_N: Tensor,
-        ids: Sequence[str],
-        text_keys: Sequence[str],
+        ids: Sequence[str] | Tensor,
+        text_keys: Sequence[str] | Tensor,
         backend: BackendName,
         device: str | torch.device | None,
+        propose: inverted.Propose = inverted.propose,
     ) -> None:
         self.unit = UnitRows(embeddings_NC)
-        by_id_N = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+        self.propose = propose
+        by_id_N = (
+            ids.argsort() if isinstance(ids, Tensor) else torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+        )
         self.id_rank_N = torch.empty_like(by_id_N).scatter_(0, by_id_N, torch.arange(len(ids)))
         self.candidates_M = by_id_N[successful_N[by_id_N]]
-        seen: dict[str, int] = {}
-        self.group_N = torch.tensor([seen.setdefault(key, len(seen)) for key in text_keys])
+        self.group_N = text_keys if isinstance(text_keys, Tensor) else _numbered(text_keys)
         # How many candidates may be neighbors of a question: all but those with its own text.
-        equal_G = torch.bincount(self.group_N[self.candidates_M], minlength=len(seen))
+        equal_G = torch.bincount(self.group_N[self.candidates_M], minlength=int(self.group_N.max()) + 1)
         self.eligible_N = len(self.candidates_M) - equal_G[self.group_N]
         self.place = (backend, device)
         # Bound of the error of an fp32 inner product of two unit vectors of C numbers, input rounding included.
@@ -112,17 +115,19 @@ class QuestionTable:
         Rows whose proposals are used up by equal texts are searched exactly; so are all where the recall falls short.
         """
         device = resolve_backend(*self.place)[1]
-        found = inverted.propose(self.unit, self.candidates_M, rows_Q, k + 1, k + _SLACK, device)
+        wanted = inverted.Wanted(self.candidates_M, rows_Q, k + 1, min(k + _SLACK, len(self.candidates_M)))
+        found = self.propose(self.unit, wanted, device)
         if found.recall < inverted.RECALL:
             return self.nearest(rows_Q, k, batch_rows), 1.0
         done: list[Pairs] = []
-        for at_B in torch.arange(len(rows_Q)).split(batch_rows):
-            rows_B = rows_Q[at_B]
-            pairs, _, lacking_B = self._best(rows_B, k, found.scores_QF[at_B], found.picks_QF[at_B])
-            done.append(pairs[~lacking_B[torch.searchsorted(rows_B, pairs.rows)]])
+        for start in range(0, len(rows_Q), batch_rows):
+            rows_B = rows_Q[start : start + batch_rows]
+            pairs, _, lacking_B = self._best(rows_B, k, *found.part(start, start + len(rows_B)))
+            pairs = pairs[~lacking_B[torch.searchsorted(rows_B, pairs.rows)]]
             if lacking_B.any():
-                done.append(self.nearest(rows_B[lacking_B], k, batch_rows))
-        return self.ranked(Pairs.joined(done)), found.recall
+                pairs = self.ranked(Pairs.joined([pairs, self.nearest(rows_B[lacking_B], k, batch_rows)]))
+            done.append(pairs)
+        return Pairs.joined(done), found.recall
 
     def nearest(self, rows_Q: Tensor, k: int, batch_rows: int) -> Pairs:
         """Eq. 3: the k most similar candidates of each row, fewer only where S has no more."""
@@ -207,6 +212,12 @@ class QuestionTable:
         rows_P = rows_Q.repeat_interleave(torch.tensor([len(own) for own in picks], dtype=torch.int64))
         others_P = self.candidates_M[torch.tensor([pick for own in picks for pick in own], dtype=torch.int64)]
         return self.ranked(Pairs(rows_P, others_P, self.unit.cosines(rows_P, others_P)))
+
+
+def _numbered(keys: Sequence[str]) -> Tensor:
+    """A number for each key, equal where the keys are."""
+    seen: dict[str, int] = {}
+    return torch.tensor([seen.setdefault(key, len(seen)) for key in keys])
 
 
 def row_key(seed: int, row_id: str) -> int:

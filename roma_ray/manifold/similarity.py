@@ -76,9 +76,13 @@ class UnitRows:
     Raises EmbeddingError for rows that have no direction (zero, infinite or NaN).
     """
 
-    def __init__(self, embeddings_NC: Tensor) -> None:
+    def __init__(self, embeddings_NC: Tensor, norm_N: Tensor | None = None) -> None:
+        """`norm_N`: the rows' lengths, fp64, where another has found them already."""
         assert embeddings_NC.ndim == 2, f"embeddings must be [N, C], not {tuple(embeddings_NC.shape)}"
         self.table_NC = embeddings_NC.detach().cpu()
+        if norm_N is not None:
+            self.norm_N = norm_N
+            return
         parts = [part.double().norm(dim=1) for part in self.table_NC.split(_PAIRS_AT_ONCE)]
         self.norm_N = torch.cat(parts)
         bad_N = ~(torch.isfinite(self.norm_N) & (self.norm_N > 0))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
@@ -20,7 +21,7 @@ from roma_ray.engine.batches import chunks
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, read_table, rows_of, write_table
+from roma_ray.engine.question_table import TABLE, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup, model_identity, resolve_path
 from roma_ray.engine.steps import Facts, Step
@@ -32,7 +33,7 @@ from roma_ray.questions.records import Question
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, note_device, write_json
 from roma_ray.store.files import local_place, present, read_json
-from roma_ray.store.tables import read_tables
+from roma_ray.store.tables import read_tables, table_rows
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 VERSION = 1
@@ -104,13 +105,28 @@ def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
 
 def embedding_texts(questions: Stage, context: bool) -> list[str]:
     """The text of each question that is embedded: question, choices, and its context by option; no instruction, no free answer."""
+    return list(_texts(questions, context))
+
+
+def text_numbers(questions: Stage, context: bool) -> torch.Tensor:
+    """A number for each question [N], equal where the embedded texts are, without holding the texts."""
+    digests = bytearray()
+    for text in _texts(questions, context):
+        digests += hashlib.blake2b(text.encode(), digest_size=16).digest()
+    pairs_N2 = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
+    order = np.lexsort((pairs_N2[:, 0], pairs_N2[:, 1]))
+    new = (pairs_N2[order][1:] != pairs_N2[order][:-1]).any(axis=1)
+    numbers_N = np.empty(len(order), dtype=np.int64)
+    numbers_N[order] = np.concatenate([[0], np.cumsum(new)])
+    return torch.from_numpy(numbers_N)
+
+
+def _texts(questions: Stage, context: bool) -> Iterator[str]:
     columns = ["id", "task", "question", "choices", "answer", "context"]
     if questions.identity["settings"]["prompt"]["format"] == FREE:
         columns.append("form")
-    rows = rows_of(read_table(questions.path / TABLE, columns))
-    return [
-        embedding_text(Question(**{**row, "choices": tuple(row["choices"])}), include_context=context) for row in rows
-    ]
+    for row in table_rows(questions.path / TABLE, columns):
+        yield embedding_text(Question(**{**row, "choices": tuple(row["choices"])}), include_context=context)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,17 @@ from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.success import successes
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, NeighborError
-from roma_ray.manifold.inverted import SHARD_ROWS
+from roma_ray.manifold.inverted import SHARD_ROWS, Propose, propose
 from roma_ray.manifold.neighborhood_summary import NeighborSummary, summarise
-from roma_ray.manifold.neighbors import BLOCK_ROWS, Neighborhoods, find_neighbors, successful_set
+from roma_ray.manifold.neighbors import BLOCK_ROWS, DRAWN, Neighborhoods, find_neighbors, successful_set
 from roma_ray.manifold.search import TILE_SCORES
-from roma_ray.stages.embedding import EMBED, embedding_texts, read_embeddings
+from roma_ray.stages.embedding import EMBED, VECTORS, read_embeddings, text_numbers
 from roma_ray.stages.extraction import EXTRACT
+from roma_ray.stages.neighbor_lists import LISTS, spread
 from roma_ray.stages.preparation import training_rows
-from roma_ray.store.artifacts import Stage
+from roma_ray.store.artifacts import Stage, note_device
+from roma_ray.store.files import remove_folder
+from roma_ray.store.tensors import shapes
 
 VERSION = 2
 PAIRS = "neighbors.parquet"
@@ -54,18 +57,25 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     training_N[training_rows(table, asked.fraction, data_seed(config), asked.held_out_tasks)] = True
     training_N &= usable_rows(extraction)
     correct_N = answered_rightly(setup, job.stages)
-    embeddings_NC = read_embeddings(embeddings)
     successful_N = _successful(config, extraction, correct_N, training_N)
-    progress.say(describe_search(len(embeddings_NC), embeddings_NC.shape[1], int(successful_N.sum())))
-    found = search(setup, questions, embeddings, successful_N, training_N)
-    _write(job.stage, found)
-    successful = int((correct_N & training_N).sum())
-    return {
-        **asdict(summarise(found)),
-        "successful": successful,
-        "training": int(training_N.sum()),
-        "recall": found.recall,
-    }
+    successful = int(successful_N.sum())
+    rows, width = shapes(embeddings.path / VECTORS)["embeddings"]
+    progress.say(describe_search(rows, width, successful))
+    if config.neighbors.method in ("knn", "shuffled") and successful > config.neighbors.exact_up_to:
+        note_device(job.folder, "cpu")  # where the ranking is decided, whatever searched
+        searched = spread(job, runners.search, progress)
+        found = search(setup, questions, embeddings, successful_N, training_N, propose=searched)
+        facts = _write(job.stage, found)
+        remove_folder(job.stage.path / LISTS)
+    else:
+        facts = runners.call(job.name, _alone, job, successful_N, training_N, progress=progress)
+    return {**facts, "successful": int((correct_N & training_N).sum()), "training": int(training_N.sum())}
+
+
+def _alone(job: Job, successful_N: torch.Tensor, training_N: torch.Tensor, progress: Progress) -> Facts:
+    """Search in one process, near a device where there is one, and write what it found."""
+    note_device(job.folder, "cpu")
+    return _write(job.stage, search(job.setup, job.stages["questions"], job.stages["embed"], successful_N, training_N))
 
 
 def _successful(config: Config, extraction: Stage, correct_N: torch.Tensor, training_N: torch.Tensor) -> torch.Tensor:
@@ -91,19 +101,21 @@ def search(
     successful_N: torch.Tensor,
     training_N: torch.Tensor,
     queried_N: torch.Tensor | None = None,
+    propose: Propose = propose,
 ) -> Neighborhoods:
     """Neighborhoods by the configured rule, of the training questions or of those that are asked for. Raises NeighborError."""
     config = setup.config
     settings = config.neighbors
-    table = read_table(questions.path / TABLE, ["id", "task"])
+    drawn = settings.method in DRAWN
+    ids = read_table(questions.path / TABLE, ["id"]).column("id")
     return find_neighbors(
         read_embeddings(embeddings),
         successful_N,
         training_N=training_N,
         queried_N=queried_N,
-        ids=table.column("id").to_pylist(),
-        tasks=table.column("task").to_pylist(),
-        text_keys=embedding_texts(questions, config.embedding.context),
+        ids=ids.to_pylist() if drawn else _places(ids),
+        tasks=read_table(questions.path / TABLE, ["task"]).column("task").to_pylist() if drawn else None,
+        text_keys=text_numbers(questions, config.embedding.context),
         method=settings.method,
         k=settings.k,
         epsilon=settings.epsilon,
@@ -112,7 +124,14 @@ def search(
         seed=config.seed,
         backend=settings.backend,
         exact_up_to=settings.exact_up_to,
+        propose=propose,
     )
+
+
+def _places(ids: pa.ChunkedArray) -> torch.Tensor:
+    """Each id's place among all, sorted [N]: UTF-8's bytes sort as its characters do."""
+    order_N = torch.from_numpy(pc.sort_indices(ids).to_numpy().astype("int64"))
+    return torch.empty_like(order_N).scatter_(0, order_N, torch.arange(len(order_N)))
 
 
 def answered_rightly(setup: Setup, stages: Mapping[str, Stage]) -> torch.Tensor:
@@ -123,7 +142,7 @@ def answered_rightly(setup: Setup, stages: Mapping[str, Stage]) -> torch.Tensor:
     rows = stages["extract"].path / ROWS
     if is_free(setup.config):
         return torch.tensor(successes(setup.config.extraction.success, stages["questions"].path / TABLE, rows))
-    return torch.tensor(read_table(rows, ["is_correct"]).column("is_correct").to_pylist())
+    return _mask(read_table(rows, ["is_correct"]).column("is_correct"))
 
 
 def describe_search(questions: int, width: int, successful: int) -> str:
@@ -147,11 +166,15 @@ def describe(facts: dict[str, Any]) -> str:
 
 def usable_rows(extraction: Stage) -> torch.Tensor:
     """Mask [N] of the questions that extraction did not set aside."""
-    errors = read_table(extraction.path / ROWS, ["error"]).column("error")
-    return torch.tensor([e is None for e in errors.to_pylist()])
+    return _mask(read_table(extraction.path / ROWS, ["error"]).column("error").is_null())
 
 
-def _write(stage: Stage, found: Neighborhoods) -> None:
+def _mask(column: pa.ChunkedArray) -> torch.Tensor:
+    return torch.from_numpy(column.to_numpy().astype(bool))
+
+
+def _write(stage: Stage, found: Neighborhoods) -> Facts:
+    """Put the neighborhoods; what the manifest says of them."""
     if len(found.indices) > _MOST_PAIRS:
         raise NeighborError(
             f"{len(found.indices):,} pairs of neighbors are more than their table can hold; take a larger neighbors.epsilon or a "
@@ -163,16 +186,17 @@ def _write(stage: Stage, found: Neighborhoods) -> None:
     flat = {"neighbors": found.indices, "similarities": found.similarities, "weights": found.weights}
     columns = {name: pa.ListArray.from_arrays(offsets, pa.array(values.numpy())) for name, values in flat.items()}
     write_table(stage.path / PAIRS, {"row": rows.numpy(), **columns}, _SCHEMA, {"questions": len(found.queried)})
+    return {**asdict(summarise(found)), "recall": found.recall}
 
 
 def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
     """The neighborhoods over all `questions` rows of the question table. Raises ArtifactError."""
     table = read_table(stage.path / PAIRS, _SCHEMA.names)
-    rows: list[int] = table.column("row").to_pylist()
-    if rows != sorted(set(rows)) or (rows and rows[-1] >= questions):
+    rows = torch.from_numpy(table.column("row").to_numpy().copy())
+    if (rows.diff() < 1).any() or (len(rows) and not 0 <= rows[0] <= rows[-1] < questions):
         raise ArtifactError(f"{stage.path / PAIRS} does not belong to these questions; remove its folder and run again")
     sizes = torch.zeros(questions, dtype=torch.int64)
-    sizes[rows] = torch.tensor(pc.list_value_length(table.column("neighbors")).to_numpy(), dtype=torch.int64)
+    sizes[rows] = torch.from_numpy(pc.list_value_length(table.column("neighbors")).to_numpy().astype("int64"))
     queried = torch.zeros(questions, dtype=torch.bool)
     queried[rows] = True
     return Neighborhoods(
@@ -195,6 +219,5 @@ NEIGHBORS = Step(
     (EXTRACT, EMBED),
     lambda setup: neighbors_settings(setup.config),
     neighbors,
-    device="cpu",  # where the ranking is decided, whatever searched
     lines=lambda stage: [describe(stage.manifest()["facts"])],
 )

@@ -70,6 +70,26 @@ def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> 
             raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
 
 
+def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """A Parquet file's rows one by one; no more than some thousands are held. Raises as `read_table`."""
+    names = list(columns)
+    try:
+        with pq.ParquetFile(local(path), page_checksum_verification=True) as file:
+            missing = set(names) - set(file.schema_arrow.names)
+            if missing:
+                raise ArtifactError(
+                    f"{path} lacks the column(s) {', '.join(sorted(missing))}; it was written by another version"
+                )
+            for part in file.iter_batches(_ROWS_AT_ONCE, columns=names):
+                yield from part.to_pylist()
+    except FileNotFoundError:
+        raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
+    except (OSError, pa.ArrowException) as error:
+        raise ArtifactError(
+            f"{path} cannot be read ({error}); remove its folder and run again to recompute it"
+        ) from None
+
+
 def table_facts(table: pa.Table, *counts: str) -> dict[str, Any]:
     """The JSON facts written with a table. Raises ArtifactError when they are damaged or lack one of the `counts`."""
     try:
