@@ -33,14 +33,14 @@ LISTS = ".lists"
 BLOCK = 2**17
 
 
-def spread(job: Job, execute: Executor, progress: Progress) -> Propose:
-    """Searches S by batches that `execute` runs. Raises what that raises, StorageError, ArtifactError."""
+def spread(job: Job, execute: Executor, progress: Progress, block: int = BLOCK) -> Propose:
+    """Searches S by batches of `block` questions that `execute` runs. Raises what that raises, StorageError, ArtifactError."""
 
     def propose(unit: UnitRows, wanted: Wanted, device: torch.device) -> Proposals:
-        work = ListsWork(job.setup, job.stages, job.stage, wanted.shards, -(-len(wanted.rows_Q) // BLOCK))
+        work = ListsWork(job.setup, job.stages, job.stage, block, -(-len(wanted.rows_Q) // block))
         sought = {"candidates": wanted.candidates_M, "rows": wanted.rows_Q, "norms": unit.norm_N}
         write_tensors(work.place / "wanted.safetensors", {**sought, "counts": torch.tensor([wanted.k, wanted.count])})
-        batches = range(work.shards * work.blocks)
+        batches = range(wanted.shards * work.blocks)
         done = {n for n, there in enumerate(present([work.found(n) for n in batches])) if there}
         sizes = [work.rows(n, len(wanted.rows_Q)) for n in batches]
         with progress.meter("neighbors", sum(sizes), "lookups", sum(sizes[n] for n in done)) as meter:
@@ -55,8 +55,10 @@ def spread(job: Job, execute: Executor, progress: Progress) -> Propose:
 class ListsWork(Job):
     """The search as planned batches, a shard's one after another."""
 
-    shards: int
+    block: int
+    """Questions of a batch; the last of a shard may have fewer."""
     blocks: int
+    """Batches of a shard."""
 
     @property
     def place(self) -> Path:
@@ -73,7 +75,7 @@ class ListsWork(Job):
 
     def rows(self, batch: int, queried: int) -> int:
         """How many questions a batch answers."""
-        return min(BLOCK, queried - batch % self.blocks * BLOCK)
+        return min(self.block, queried - batch % self.blocks * self.block)
 
     def open(self) -> Callable[[int], Report]:
         """Map the embeddings; returns the function that answers one block from one shard, whose lists are kept for its next."""
@@ -93,7 +95,7 @@ class ListsWork(Job):
                 held[number] = Shard(unit, wanted, number, device)
             if block == 0:
                 write_tensors(self.sample(number), vars(held[number].sample))
-            start = block * BLOCK
+            start = block * self.block
             stop = start + self.rows(batch, len(wanted.rows_Q))
             scores_BF, picks_BF = held[number].top(start, stop)
             write_tensors(self.found(batch), {"scores": scores_BF, "picks": picks_BF.int()})
@@ -106,22 +108,22 @@ class Found:
     """The answers of all shards, merged in their order a block of questions at a time."""
 
     def __init__(self, work: ListsWork, wanted: Wanted) -> None:
-        self.work, self.count = work, wanted.count
-        self.recall = wanted.recall([Sample(**_read(work.sample(number))) for number in range(work.shards)])
+        self.work, self.count, self.shards = work, wanted.count, wanted.shards
+        self.recall = wanted.recall([Sample(**_read(work.sample(number))) for number in range(wanted.shards)])
         self._block, self._best = -1, (torch.empty(0), torch.empty(0, dtype=torch.int64))
 
     def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        parts = []
-        for block in range(start // BLOCK, (stop - 1) // BLOCK + 1):
+        parts, size = [], self.work.block
+        for block in range(start // size, (stop - 1) // size + 1):
             if block != self._block:
                 self._block, self._best = block, self._merged(block)
-            here = slice(max(0, start - block * BLOCK), stop - block * BLOCK)
+            here = slice(max(0, start - block * size), stop - block * size)
             parts.append((self._best[0][here], self._best[1][here]))
         return torch.cat([scores for scores, _ in parts]), torch.cat([picks for _, picks in parts])
 
     def _merged(self, block: int) -> tuple[Tensor, Tensor]:
         best: tuple[Tensor, Tensor] | None = None
-        for shard in range(self.work.shards):
+        for shard in range(self.shards):
             found = _read(self.work.found(shard * self.work.blocks + block))
             scores_BF, picks_BF = found["scores"], found["picks"].long()
             # As in one process: the first into an answer that holds nothing yet.

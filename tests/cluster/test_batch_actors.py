@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +17,22 @@ from roma_ray.cluster.batch_actors import ATTEMPTS, BatchWorker, Marks, ray_exec
 from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
+from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
-from roma_ray.engine.runners import Runners
+from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import resolve
-from roma_ray.engine.work import Work
+from roma_ray.engine.steps import locate
+from roma_ray.engine.work import Report, Work
 from roma_ray.errors import ModelError, StorageError, WorkerError
 from roma_ray.runs.pipeline import Run
+from roma_ray.stages import neighborhoods
 from roma_ray.stages.extraction import EXTRACT
+from roma_ray.stages.neighbor_lists import spread
+from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, file_digest
 from tests.cluster.support import DeadlyWork, FailingWork
-from tests.making import made
+from tests.making import made, with_settings
 from tests.world import make_world
 
 
@@ -71,6 +78,26 @@ def test_a_killed_worker_and_a_poison_row(local_run: Run, cluster: Cluster, tmp_
 def _errors(folder: Path, batch: int) -> list[tuple[int, str | None]]:
     table = read_table(batch_table(folder, batch), ["row", "error"])
     return list(zip(table.column("row").to_pylist(), table.column("error").to_pylist(), strict=True))
+
+
+def test_neighbors_in_a_large_s_are_searched_by_workers(
+    local_run: Run, cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setup = with_settings(local_run.setup, "neighbors", exact_up_to=1, k=2)
+    job = NEIGHBORS.job(setup, locate(NEIGHBORS, setup))
+    seen: list[int] = []
+
+    def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        for report in ray_executor(cluster, "evaluate", "cpu")(work, batches):
+            seen.append(report.batch)
+            yield report
+
+    monkeypatch.setattr(neighborhoods, "spread", partial(spread, block=8))
+    facts = neighborhoods.neighbors(job, Runners(search=execute), Silence())
+    found = file_digest(job.stage.path / PAIRS)
+    assert len(seen) > 3
+    assert neighborhoods.neighbors(job, LOCAL, Silence()) == facts
+    assert file_digest(job.stage.path / PAIRS) == found
 
 
 @pytest.mark.parametrize(("bug", "kind", "text"), [(False, ModelError, "no such model"), (True, WorkerError, "Zero")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,9 @@ from roma_ray.errors import ArtifactError
 from roma_ray.manifold import inverted
 from roma_ray.manifold.inverted import propose
 from roma_ray.runs.pipeline import Run
-from roma_ray.stages import neighbor_lists, neighborhoods
+from roma_ray.stages import neighborhoods
 from roma_ray.stages.embedding import embedding_texts, text_numbers
-from roma_ray.stages.neighbor_lists import LISTS
+from roma_ray.stages.neighbor_lists import LISTS, spread
 from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS, neighbors
 from tests.making import with_settings
 
@@ -28,7 +29,7 @@ from tests.making import with_settings
 def job(letter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A search of sixty questions in several shards and several blocks."""
     monkeypatch.setattr(inverted, "SHARD_ROWS", 7)
-    monkeypatch.setattr(neighbor_lists, "BLOCK", 8)
+    monkeypatch.setattr(neighborhoods, "spread", partial(spread, block=8))
     setup: Setup = with_settings(letter_run.setup, "neighbors", exact_up_to=1, k=2)
     found = NEIGHBORS.job(setup, locate(NEIGHBORS, setup))
     assert found.stage.path != letter_run.stages["neighbors"].path
