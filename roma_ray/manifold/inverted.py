@@ -46,7 +46,7 @@ class Proposals(Protocol):
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Lookup:
     """What is looked for: `count` likely nearest candidates of each queried row, which hold the nearest k as a rule."""
 
     candidates_M: Tensor
@@ -93,7 +93,7 @@ class Sample:
 class Shard:
     """One part of S in lists, of which as many are looked into as the sample needs. Memory: its vectors, twice while they are sorted."""
 
-    def __init__(self, unit: UnitRows, wanted: Wanted, number: int, device: torch.device) -> None:
+    def __init__(self, unit: UnitRows, wanted: Lookup, number: int, device: torch.device) -> None:
         self.unit, self.wanted, self.first = unit, wanted, number * SHARD_ROWS
         vectors_MC = _taken(unit, wanted.candidates_M[self.first : self.first + SHARD_ROWS]).to(device)
         sample_TC = unit.take(wanted.sample_T).float()
@@ -113,7 +113,7 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Held:
+class ProposalsInMemory:
     """Proposals in memory."""
 
     scores_QF: Tensor
@@ -124,11 +124,11 @@ class Held:
         return self.scores_QF[start:stop], self.picks_QF[start:stop]
 
 
-Propose = Callable[[UnitRows, Wanted, torch.device], Proposals]
+Propose = Callable[[UnitRows, Lookup, torch.device], Proposals]
 """Looks for what is wanted somewhere."""
 
 
-def propose(unit: UnitRows, wanted: Wanted, device: torch.device) -> Proposals:
+def propose(unit: UnitRows, wanted: Lookup, device: torch.device) -> Proposals:
     """Search one shard after another. Memory: one shard's vectors, twice while they are sorted, and Q x count x 12 bytes."""
     scores_QF = torch.full((len(wanted.rows_Q), wanted.count), float("-inf"))
     picks_QF = torch.zeros(len(wanted.rows_Q), wanted.count, dtype=torch.int64)
@@ -142,7 +142,7 @@ def propose(unit: UnitRows, wanted: Wanted, device: torch.device) -> Proposals:
             scores_QF[part], picks_QF[part] = merged(scores_QF[part], picks_QF[part], *found, wanted.count)
         # Before the next shard is read: one shard's vectors at a time.
         del shard
-    return Held(scores_QF, picks_QF, wanted.recall(samples))
+    return ProposalsInMemory(scores_QF, picks_QF, wanted.recall(samples))
 
 
 def _taken(unit: UnitRows, rows_M: Tensor) -> Tensor:

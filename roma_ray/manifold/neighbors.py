@@ -130,20 +130,16 @@ def find_neighbors(
         raise ConfigError("neighbor method `task` needs `tasks`: the name of each question's task")
     if method == "self":
         return own_neighborhoods(queried_N)
-    names: Sequence[str] = [] if isinstance(ids, Tensor) else ids
-    assert names or method not in DRAWN, f"method {method} draws by the ids themselves"
     table = QuestionTable(embeddings_NC, successful_N, ids, text_keys, backend, device, propose)
-    rows_Q = queried_N.nonzero()[:, 0]
-    recall = 1.0
+    rows_Q, recall = queried_N.nonzero()[:, 0], 1.0
     if method == "epsilon":
         found = table.within(rows_Q, epsilon, similarity, sigma, batch_rows)
     elif method in ("random", "task"):
-        found = table.drawn(rows_Q, k, seed, names, tasks if method == "task" else None)
+        found = table.drawn(rows_Q, k, seed, _names(ids), tasks if method == "task" else None)
     else:
         found, recall = table.near(rows_Q, k, batch_rows, exact_up_to)
-    sizes_N = torch.bincount(found.rows, minlength=len(ids))
-    empty = int((sizes_N[rows_Q] == 0).sum())
-    if empty > EMPTY_LIMIT * len(rows_Q):
+    sizes_N = torch.bincount(found.rows, minlength=len(training_N))
+    if (empty := int((sizes_N[rows_Q] == 0).sum())) > EMPTY_LIMIT * len(rows_Q):
         nearest = table.nearest(rows_Q[:: max(1, len(rows_Q) // 1000)], 1, batch_rows).cosines
         raise NeighborError(_mostly_empty(method, epsilon, similarity, sigma, empty, len(rows_Q), nearest))
     near = Neighborhoods(
@@ -155,7 +151,7 @@ def find_neighbors(
         recall=recall,
     )
     if method == "shuffled":
-        near = _dealt(near, table.group_N, [row_key(seed, key) for key in names])
+        near = _dealt(near, table.group_N, [row_key(seed, key) for key in _names(ids)])
         return replace(near, similarities=_own_similarities(near, table, similarity, sigma))
     return near
 
@@ -170,6 +166,11 @@ def own_neighborhoods(queried_N: Tensor) -> Neighborhoods:
         weights=torch.ones(count, dtype=torch.float64),
         queried=queried_N.clone(),
     )
+
+
+def _names(ids: Sequence[str] | Tensor) -> Sequence[str]:
+    assert not isinstance(ids, Tensor), f"the methods {', '.join(DRAWN)} draw by the ids themselves"
+    return ids
 
 
 def _own_similarities(near: Neighborhoods, table: QuestionTable, similarity: SimilarityName, sigma: float) -> Tensor:

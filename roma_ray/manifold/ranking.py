@@ -115,7 +115,7 @@ class QuestionTable:
         Rows whose proposals are used up by equal texts are searched exactly; so are all where the recall falls short.
         """
         device = resolve_backend(*self.place)[1]
-        wanted = inverted.Wanted(self.candidates_M, rows_Q, k + 1, min(k + _SLACK, len(self.candidates_M)))
+        wanted = inverted.Lookup(self.candidates_M, rows_Q, k + 1, min(k + _SLACK, len(self.candidates_M)))
         found = self.propose(self.unit, wanted, device)
         if found.recall < inverted.RECALL:
             return self.nearest(rows_Q, k, batch_rows), 1.0

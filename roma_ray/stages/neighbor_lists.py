@@ -20,7 +20,7 @@ from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.work import Executor, Job, Report
 from roma_ray.errors import ArtifactError
-from roma_ray.manifold.inverted import Proposals, Propose, Sample, Shard, Wanted, merged
+from roma_ray.manifold.inverted import Lookup, Proposals, Propose, Sample, Shard, merged
 from roma_ray.manifold.search import resolve_backend
 from roma_ray.manifold.similarity import UnitRows
 from roma_ray.stages.embedding import read_embeddings
@@ -36,17 +36,17 @@ BLOCK = 2**17
 def spread(job: Job, execute: Executor, progress: Progress, block: int = BLOCK) -> Propose:
     """Searches S by batches of `block` questions that `execute` runs. Raises what that raises, StorageError, ArtifactError."""
 
-    def propose(unit: UnitRows, wanted: Wanted, device: torch.device) -> Proposals:
-        work = ListsWork(job.setup, job.stages, job.stage, block, -(-len(wanted.rows_Q) // block))
-        sought = {"candidates": wanted.candidates_M, "rows": wanted.rows_Q, "norms": unit.norm_N}
-        write_tensors(work.place / "wanted.safetensors", {**sought, "counts": torch.tensor([wanted.k, wanted.count])})
-        batches = range(wanted.shards * work.blocks)
+    def propose(unit: UnitRows, lookup: Lookup, device: torch.device) -> Proposals:
+        work = ListsWork(job.setup, job.stages, job.stage, block, -(-len(lookup.rows_Q) // block))
+        sought = {"candidates": lookup.candidates_M, "rows": lookup.rows_Q, "norms": unit.norm_N}
+        write_tensors(work.place / "lookup.safetensors", {**sought, "counts": torch.tensor([lookup.k, lookup.count])})
+        batches = range(lookup.shards * work.blocks)
         done = {n for n, there in enumerate(present([work.found(n) for n in batches])) if there}
-        sizes = [work.rows(n, len(wanted.rows_Q)) for n in batches]
+        sizes = [work.rows(n, len(lookup.rows_Q)) for n in batches]
         with progress.meter("neighbors", sum(sizes), "lookups", sum(sizes[n] for n in done)) as meter:
             for report in execute(work, sorted(set(batches) - done)):
                 meter.advance(sizes[report.batch], seconds=report.seconds)
-        return Found(work, wanted)
+        return Found(work, lookup)
 
     return propose
 
@@ -80,8 +80,8 @@ class ListsWork(Job):
     def open(self) -> Callable[[int], Report]:
         """Map the embeddings; returns the function that answers one block from one shard, whose lists are kept for its next."""
         set_threads(self.setup.model.threads)
-        sought = _read(self.place / "wanted.safetensors")
-        wanted = Wanted(sought["candidates"], sought["rows"], *sought["counts"].tolist())
+        sought = _read(self.place / "lookup.safetensors")
+        lookup = Lookup(sought["candidates"], sought["rows"], *sought["counts"].tolist())
         unit = UnitRows(read_embeddings(self.stages["embed"]), sought["norms"])
         device = resolve_backend(self.setup.config.neighbors.backend)[1]
         note_device(self.folder, device_kind(device.type))
@@ -92,11 +92,11 @@ class ListsWork(Job):
             number, block = divmod(batch, self.blocks)
             if number not in held:
                 held.clear()
-                held[number] = Shard(unit, wanted, number, device)
+                held[number] = Shard(unit, lookup, number, device)
             if block == 0:
                 write_tensors(self.sample(number), vars(held[number].sample))
             start = block * self.block
-            stop = start + self.rows(batch, len(wanted.rows_Q))
+            stop = start + self.rows(batch, len(lookup.rows_Q))
             scores_BF, picks_BF = held[number].top(start, stop)
             write_tensors(self.found(batch), {"scores": scores_BF, "picks": picks_BF.int()})
             return Report(batch, stop - start, 0, 0, time.monotonic() - started)
@@ -107,9 +107,9 @@ class ListsWork(Job):
 class Found:
     """The answers of all shards, merged in their order a block of questions at a time."""
 
-    def __init__(self, work: ListsWork, wanted: Wanted) -> None:
-        self.work, self.count, self.shards = work, wanted.count, wanted.shards
-        self.recall = wanted.recall([Sample(**_read(work.sample(number))) for number in range(wanted.shards)])
+    def __init__(self, work: ListsWork, lookup: Lookup) -> None:
+        self.work, self.count, self.shards = work, lookup.count, lookup.shards
+        self.recall = lookup.recall([Sample(**_read(work.sample(number))) for number in range(lookup.shards)])
         self._block, self._best = -1, (torch.empty(0), torch.empty(0, dtype=torch.int64))
 
     def part(self, start: int, stop: int) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from roma_ray.manifold import inverted
-from roma_ray.manifold.inverted import InvertedLists, ShardedSearch, Wanted, propose
+from roma_ray.manifold.inverted import InvertedLists, Lookup, ShardedSearch, propose
 from roma_ray.manifold.neighbors import Neighborhoods, find_neighbors
 from roma_ray.manifold.search import TorchSearch
 from roma_ray.manifold.similarity import UnitRows
@@ -59,7 +59,7 @@ def test_where_lists_find_too_little_the_search_is_exact(monkeypatch: pytest.Mon
     monkeypatch.setattr(inverted, "_AIM", 0.0)
     table = torch.randn(1500, 64, generator=torch.Generator().manual_seed(1))
     unit, rows = UnitRows(table), torch.arange(1500)
-    assert propose(unit, Wanted(rows, rows, 4, 11), torch.device("cpu")).recall < 0.95
+    assert propose(unit, Lookup(rows, rows, 4, 11), torch.device("cpu")).recall < 0.95
     got = search(table, exact_up_to=500)
     assert got.recall == 1.0
     assert torch.equal(got.indices, search(table).indices)
