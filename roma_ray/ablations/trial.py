@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any, TypeVar
 
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.cluster.ray_runners import near_device
+from roma_ray.cluster.ray_runners import in_one_process
 from roma_ray.cluster.ray_training import finetune_on_ray
 from roma_ray.engine.heads import FRESH, Heads, KeptHeads
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.runners import Runners, Trainer, call_here
+from roma_ray.engine.runners import Runners, Trainer
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import complete, order
+from roma_ray.engine.work import Executor
 from roma_ray.errors import BusyError
 from roma_ray.stages.finetuning import TrainJob, epochs_of
 from roma_ray.stages.paired_evaluation import EVALUATE, read_evaluation
@@ -48,10 +49,10 @@ def here(work: TrialWork, report: Report) -> dict[str, Any]:
 
 
 def with_train(work: TrialWork, report: Report) -> dict[str, Any]:
-    """A trial of several workers: this process only directs them; evaluation goes where a device is."""
+    """A trial of several workers: this process only directs them; evaluation goes, as one process, where a device is."""
     cluster = Cluster(work.setup.config)
     device = work.setup.model.device
-    return do_trial(work, report, FRESH, finetune_on_ray(cluster, device), near_device(cluster, device))
+    return do_trial(work, report, FRESH, finetune_on_ray(cluster, device), in_one_process(cluster, device))
 
 
 def do_trial(
@@ -59,11 +60,11 @@ def do_trial(
     hear: Report,
     heads: Heads,
     trainer: Trainer | None = None,
-    call: Callable[..., Any] = call_here,
+    evaluate: Executor | None = None,
 ) -> dict[str, Any]:
     """Do what is missing of a trial; `hear` is told of each epoch. Returns the closing record. Raises RomaError.
 
-    `trainer` trains, and `call` calls the evaluation, in place of this process.
+    `trainer` trains, and `evaluate` answers the evaluation's questions, in place of this process.
     """
     set_threads(work.setup.model.threads)
     setup, stages = work.setup, work.stages
@@ -78,7 +79,7 @@ def do_trial(
 
         train(job, told, advance)
 
-    runners = Runners(finetune=each, call=call, heads=heads)
+    runners = Runners(finetune=each, evaluate=evaluate, heads=heads)
     for step in order(EVALUATE):
         # What trials share was compared with its digests before any of them started.
         patiently(partial(complete, step, step.job(setup, stages), runners, Silence(), verify=False))

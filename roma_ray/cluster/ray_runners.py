@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +18,7 @@ from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, resolve
-from roma_ray.engine.work import Executor, serial
+from roma_ray.engine.work import Executor, Report, Work, serial
 from roma_ray.store.artifacts import Store
 
 LOCAL_ADDRESS = "local"
@@ -70,6 +70,7 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         search=ray_executor(cluster, "evaluate", device),
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
+        evaluate=ray_executor(cluster, "evaluate", device),
         baselines=baselines_on_ray(cluster, device),
     )
 
@@ -105,6 +106,21 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
             return ray.get(task.remote(function, arguments))
 
     return call
+
+
+def in_one_process(cluster: Cluster, device: str) -> Executor:
+    """Does batches one after another, here when this machine has the device, else in a task of the cluster that has it."""
+    call = near_device(cluster, device)
+
+    def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        if batches:
+            yield from call(work.name, _all, work, list(batches), progress=Silence())
+
+    return execute
+
+
+def _all(work: Work, batches: Sequence[int], progress: Progress) -> list[Report]:
+    return list(serial(work, batches))
 
 
 def _task(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -47,13 +47,16 @@ def share_of(left: float | None) -> int | None:
 
 
 def begins_here(cluster: Cluster, stage: str, device: str, model: ModelSpec | str | None) -> bool:
-    """Whether a stage begins in this process: on a cluster of our own, with a small model, where no setting speaks of workers."""
+    """Whether a stage begins in this process: with a small model, where no setting speaks of workers, on a cluster of our own; an
+    evaluation, which is short, on any.
+    """
     import torch
 
     settings = cluster.config.ray
     asked = getattr(settings, f"{stage}_workers") or getattr(settings, stage) != PlacementConfig()
     streamed = stage == "extract" and cluster.config.extraction.memory_gb is not None
-    if asked or streamed or not cluster.own or not (device == "cpu" or torch.cuda.is_available()):
+    here = cluster.own or stage == "evaluate"
+    if asked or streamed or not here or not (device == "cpu" or torch.cuda.is_available()):
         return False
     size = _bytes_of(model)
     return size is not None and size <= _SMALL_BYTES

@@ -46,8 +46,11 @@ class States(Protocol):
 class ActivationCache:
     """States of each question of a finished extraction, after the attention of layer `cut`."""
 
-    def __init__(self, folder: str | Path, cut: int) -> None:
-        """Open the cache of an extraction stage. Raises CacheError (truncated, foreign), ArtifactError (missing rows)."""
+    def __init__(self, folder: str | Path, cut: int, *, ahead: bool = True) -> None:
+        """Open the cache of an extraction stage; `ahead`: where it is far away, begin to fetch all of it.
+
+        Raises CacheError (truncated, foreign), ArtifactError (missing rows).
+        """
         self.folder, self.cut = Path(folder), cut
         table = read_table(self.folder / ROWS, ["row", "batch", "offset", "tokens", "shard_tokens"])
         self.prefix: int = table_facts(table, "prefix")["prefix"]
@@ -56,7 +59,8 @@ class ActivationCache:
         self.tokens: list[int | None] = table.column("tokens").to_pylist()
         self._totals = dict(zip(self.batch, table.column("shard_tokens").to_pylist(), strict=True))
         self._shards: dict[int, Any] = {}
-        fetch_ahead([batch_activations(self.folder, batch, cut) for batch in sorted(set(self.batch))])
+        if ahead:
+            fetch_ahead([batch_activations(self.folder, batch, cut) for batch in sorted(set(self.batch))])
 
     def states(self, row: int) -> Tensor:
         """A question's own states, [tokens, D] in the cache's type: prompt after the prefix, continuations. Raises CacheError."""
@@ -105,15 +109,23 @@ class FrozenLayers:
         return out.after_attention[self.cut]
 
 
-def open_states(model: ModelSpec, extraction: str | Path, cut: int) -> States:
-    """The cache of an extraction at `cut`, or the frozen layers where it kept none. Raises CacheError, ModelError."""
+def open_states(model: ModelSpec, extraction: str | Path, cut: int, *, ahead: bool = True) -> States:
+    """The cache of an extraction at `cut`, or the frozen layers where it kept none. Raises CacheError, ModelError.
+
+    `ahead`: whoever opens them reads most of them.
+    """
     settings = read_manifest(extraction)["identity"]["settings"]
     if cut in settings["cuts"]:
-        return ActivationCache(extraction, cut)
+        return ActivationCache(extraction, cut, ahead=ahead)
     if settings["cuts"]:
         raise CacheError(f"{extraction} holds the activations of layer(s) {settings['cuts']}, not of layer {cut}")
-    table = read_table(Path(extraction) / ROWS, ["row"])
-    return FrozenLayers(model.load(0, cut + 1, with_lm_head=False), cut, table_facts(table)["prefix"])
+    return FrozenLayers(model.load(0, cut + 1, with_lm_head=False), cut, prefix_of(extraction))
+
+
+def prefix_of(extraction: str | Path) -> int:
+    """Tokens of the segment that all prompts of an extraction share. Raises ArtifactError."""
+    prefix: int = table_facts(read_table(Path(extraction) / ROWS, ["row"]), "prefix")["prefix"]
+    return prefix
 
 
 def _of_gold(own: Tensor, prompt: Prompt, prefix: int) -> list[Tensor]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.moe.routers import router_parameters
+from roma_ray.moe.routers import gates_of, put_gates
 from roma_ray.moe.slices import Slice
 
 
@@ -37,16 +35,13 @@ class KeptHeads(Heads):
             self._head, self._key = model.load(cut, None, with_lm_head=True), (model, cut)
             self.loaded += 1
         head = self._head
-        base = [{name: p.detach().clone() for name, p in router_parameters(r).items()} for r in head.routers]
+        base = gates_of(head.routers)
         try:
             yield head
         except BaseException:
             self._head = None
             raise
-        with torch.no_grad():
-            for router, values in zip(head.routers, base, strict=True):
-                for name, parameter in router_parameters(router).items():
-                    parameter.copy_(values[name])
+        put_gates(head.routers, base)
 
 
 FRESH = Heads()

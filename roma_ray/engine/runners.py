@@ -34,7 +34,9 @@ class Runners:
     finetune: Trainer | None = None
     """None: in this process."""
     call: Callable[..., Any] = call_here
-    """Calls `function(*arguments, progress=...)`, known by a name, for work of one process: neighbors, evaluate."""
+    """Calls `function(*arguments, progress=...)`, known by a name, for work of one process: neighbors, repair."""
+    evaluate: Executor | None = None
+    """None: in this process, with a head from `heads`."""
     baselines: Executor = serial
     heads: Heads = FRESH
     """Where the stages of this process get their head from."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -74,7 +74,17 @@ def plan_scoring(
     ]
 
 
-@torch.inference_mode()
+def joined(parts: Sequence[Scores]) -> Scores:
+    """The answers to the questions of several lists, at least one, in a row."""
+    return Scores(
+        [row for part in parts for row in part.rows],
+        [scores for part in parts for scores in part.scores],
+        [chosen for part in parts for chosen in part.predictions],
+        np.concatenate([part.correct for part in parts]),
+        np.concatenate([part.routing_NLE for part in parts]),
+    )
+
+
 def score_rows(
     head: Slice,
     states: States,
@@ -89,35 +99,63 @@ def score_rows(
     """Score every choice of the questions `rows` (indices into `prompts`) with the head; `advance` hears of each batch's tokens.
 
     Batches are planned from the rows alone, so base and tuned heads see the same batches. Raises CacheError; GuardError where
-    any score is not finite: extraction has set aside what fails in the base model, and to set aside more here would judge
-    tuned routers by the questions that they leave.
+    any score is not finite.
     """
     plan = plan_scoring(prompts, rows, states.prefix, batch_tokens)
-    members = [batch for batch, _ in plan]
+    found = []
+    scored = score_batches(head, states, prompts, [batch for batch, _ in plan], tokens=tokens, rule=rule)
+    for (_, size), scores in zip(plan, scored, strict=True):
+        found.append(scores)
+        advance(size)
+    whole = joined(found).of(rows)
+    check_finite(whole, head, states, prompts, tokens)
+    return whole
+
+
+def score_batches(
+    head: Slice, states: States, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]], *, tokens: str, rule: str
+) -> Iterator[Scores]:
+    """Score planned batches one after another; the next one's states are read meanwhile. Raises CacheError."""
 
     def prepare(chosen: Sequence[int]) -> tuple[Reading, Tensor]:
-        layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
-        return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), head.device)
+        return _prepared(head, states, prompts, chosen, tokens)
 
-    found: dict[int, tuple[list[float], np.ndarray, int]] = {}
-    for (chosen, size), (reading, states_TD) in zip(plan, prefetched(prepare, members), strict=True):
-        with read_routing(head.model, head.routers, reading.flat_positions) as tape:
-            out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
-        routing_QLE = reading.routing(tape.routing_BPLE)[tokens]
-        scores = choice_scores(out.states, reading.keep, reading.layout)
-        chose = answered(out.states, reading.keep, reading.layout, scores, rule)
-        found.update({row: (scores[n], routing_QLE[n], chose[n]) for n, row in enumerate(chosen)})
-        advance(size)
-    answers = [found[row][0] for row in rows]
-    bad = [row for row, scores in zip(rows, answers, strict=True) if not all(map(math.isfinite, scores))]
-    if bad:
-        reading, states_TD = prepare(bad[:1])
-        with watching(head.model, head.start) as seen:
-            run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
-        raise GuardError(
-            f"the scores of {len(bad):,} of {len(rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
-            f"{begins(seen.origin)}"
-        )
-    predictions = [found[row][2] for row in rows]
-    correct = np.array([p == prompts[row].answer for p, row in zip(predictions, rows, strict=True)], dtype=bool)
-    return Scores(list(rows), answers, predictions, correct, np.stack([found[row][1] for row in rows]))
+    for chosen, (reading, states_TD) in zip(batches, prefetched(prepare, batches), strict=True):
+        yield _scored(head, prompts, chosen, reading, states_TD, rule)
+
+
+def _prepared(
+    head: Slice, states: States, prompts: Sequence[Prompt], chosen: Sequence[int], tokens: str
+) -> tuple[Reading, Tensor]:
+    layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
+    return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), head.device)
+
+
+@torch.inference_mode()
+def _scored(
+    head: Slice, prompts: Sequence[Prompt], chosen: Sequence[int], reading: Reading, states_TD: Tensor, rule: str
+) -> Scores:
+    with read_routing(head.model, head.routers, reading.flat_positions) as tape:
+        out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
+    (routing_QLE,) = reading.routing(tape.routing_BPLE).values()
+    scores = choice_scores(out.states, reading.keep, reading.layout)
+    predictions = answered(out.states, reading.keep, reading.layout, scores, rule)
+    correct = np.array([p == prompts[row].answer for p, row in zip(predictions, chosen, strict=True)], dtype=bool)
+    return Scores(list(chosen), scores, predictions, correct, routing_QLE)
+
+
+@torch.inference_mode()
+def check_finite(scores: Scores, head: Slice, states: States, prompts: Sequence[Prompt], tokens: str) -> None:
+    """Raise GuardError where any score is not finite, with the layer where that begins: extraction has set aside what fails in the
+    base model, and to set aside more here would judge tuned routers by the questions that they leave.
+    """
+    bad = [row for row, own in zip(scores.rows, scores.scores, strict=True) if not all(map(math.isfinite, own))]
+    if not bad:
+        return
+    reading, states_TD = _prepared(head, states, prompts, bad[:1], tokens)
+    with watching(head.model, head.start) as seen:
+        run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
+    raise GuardError(
+        f"the scores of {len(bad):,} of {len(scores.rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
+        f"{begins(seen.origin)}"
+    )

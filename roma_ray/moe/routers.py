@@ -98,6 +98,19 @@ def router_parameters(router: Router) -> dict[str, nn.Parameter]:
     return {name: found[name] for name in ("weight", "bias") if name in found}
 
 
+def gates_of(routers: Sequence[Router]) -> list[dict[str, Tensor]]:
+    """A copy of the parameters that make each router's logits."""
+    return [{name: p.detach().clone() for name, p in router_parameters(router).items()} for router in routers]
+
+
+@torch.no_grad()
+def put_gates(routers: Sequence[Router], gates: Sequence[dict[str, Tensor]]) -> None:
+    """Copy such parameters back, in place."""
+    for router, values in zip(routers, gates, strict=True):
+        for name, parameter in router_parameters(router).items():
+            parameter.copy_(values[name])
+
+
 def routing_from_logits(logits_TE: Tensor, scoring: Family | Scoring) -> Tensor:
     """Return r, the distribution over all E experts that router logits mean, before any top-k: fp32, rows sum to 1.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,9 +16,12 @@ from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, make
 from roma_ray.errors import BusyError
 from roma_ray.store.artifacts import Stage
+from roma_ray.store.files import remove_folder
 
 VERSION = 2
 SCORES = "scores.parquet"
+PARTS = ".parts"
+"""Where answers lie, in this stage's folder and in the evaluation's, until they are gathered."""
 _SCHEMA = pa.schema(
     [
         ("row", pa.int64()),
@@ -44,22 +48,29 @@ def base_stage(setup: Setup, extraction: Stage) -> Stage:
     return setup.store.stage("base", numbers, {"extract": extraction.fingerprint}, VERSION)
 
 
-def base_scores(stage: Stage, rows: Sequence[int], score: Callable[[], Scores]) -> Scores:
-    """The scores of `rows` as `score` gives them, kept for the next time. Raises what `score` raises, ArtifactError."""
+def base_scores(stage: Stage, rows: Sequence[int], score: Callable[[Path], Scores], elsewhere: Path) -> Scores:
+    """The scores of `rows` as `score` gives them, kept for the next time. Raises what `score` raises, ArtifactError.
+
+    `score` is told the folder for what it leaves on its way: the stage's, or `elsewhere` while another process fills that one.
+    """
 
     def keep() -> Facts:
-        scores = score()
-        _write(stage, scores)
+        scores = score(stage.path)
+        write_scores(stage.path / SCORES, scores)
+        remove_folder(stage.path / PARTS)
         return {"rows": len(scores.rows)}
 
     try:
-        return _read(make(stage, keep), rows)
+        kept = scores_of(read_table(make(stage, keep).path / SCORES))
     except BusyError:
         # Another trial is computing the same scores. Waiting would take as long, and longer if it dies.
-        return score()
+        return score(elsewhere)
+    assert kept.rows == list(rows), "the rows are a function of the extraction, which is part of the stage's identity"
+    return kept
 
 
-def _write(stage: Stage, scores: Scores) -> None:
+def write_scores(path: Path, scores: Scores, **facts: Any) -> None:
+    """Write scores as a table, with further facts in its metadata. Raises StorageError."""
     columns = {
         "row": scores.rows,
         "scores": scores.scores,
@@ -67,20 +78,18 @@ def _write(stage: Stage, scores: Scores) -> None:
         "correct": scores.correct.tolist(),
         "routing": list(scores.routing_NLE.reshape(len(scores.rows), -1)),
     }
-    facts = {"layers": scores.routing_NLE.shape[1], "experts": scores.routing_NLE.shape[2]}
-    write_table(stage.path / SCORES, columns, _SCHEMA, facts)
+    shape = {"layers": scores.routing_NLE.shape[1], "experts": scores.routing_NLE.shape[2]}
+    write_table(path, columns, _SCHEMA, {**shape, **facts})
 
 
-def _read(stage: Stage, rows: Sequence[int]) -> Scores:
-    table = read_table(stage.path / SCORES, _SCHEMA.names)
-    facts = table_facts(table)
-    found: list[int] = table.column("row").to_pylist()
-    assert found == list(rows), "the rows are a function of the extraction, which is part of the stage's identity"
+def scores_of(table: pa.Table) -> Scores:
+    """The scores of such a table. Raises ArtifactError."""
+    facts = table_facts(table, "layers", "experts")
     routing = matrix(table, "routing", facts["layers"] * facts["experts"])
     return Scores(
-        found,
+        table.column("row").to_pylist(),
         table.column("scores").to_pylist(),
         table.column("prediction").to_pylist(),
         np.array(table.column("correct").to_pylist(), dtype=bool),
-        routing.reshape(len(found), facts["layers"], facts["experts"]).copy(),
+        routing.reshape(len(table), facts["layers"], facts["experts"]).copy(),
     )

@@ -4,63 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from roma_ray.benchmarks.scorers import Routers
-from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
 from roma_ray.engine.identity import success_settings
-from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
-from roma_ray.engine.success import accepted_answers
-from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.evaluation.free_results import FreeJudged, Texts, read_free, write_free_results
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, overlap
 from roma_ray.evaluation.measures import pair_measures
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import by_group
-from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import Stage, fingerprint
-
-
-def write_texts(
-    setup: Setup,
-    head: Slice,
-    adapter: Path,
-    questions: Stage,
-    prompts: Sequence[Prompt],
-    rows: Sequence[int],
-    progress: Progress,
-) -> Texts | None:
-    """What base and tuned routers write to some questions; the layers below the head run each prompt once for both. None where
-    success needs no written answers. The head is left with the base's routers.
-
-    Raises ModelError, CheckpointError, GuardError.
-    """
-    success, model = setup.config.extraction.success, setup.model
-    if not success.writes:
-        return None
-    tokenizer = load_tokenizer(model.path, model.revision)
-    below = [model.load(0, setup.cut, with_lm_head=False)] if setup.cut else []
-    decoder = Decoder([*below, head], tokenizer, rules_for(model, tokenizer, prompts, success))
-    routers = Routers(head, str(adapter))
-    found: dict[str, dict[int, Written]] = {"base": {}, "tuned": {}}
-    asked = [prompts[row] for row in rows]
-    with progress.meter("write", len(rows), "questions") as meter:
-        for numbers, begun in begun_batches(decoder, asked, success.generation_batch):
-            for name, answers in found.items():
-                routers.put(name)
-                answers.update(zip(numbers, decoder.write(begun), strict=True))
-            meter.advance(len(numbers))
-    routers.put("base")
-    every = accepted_answers(questions.path / TABLE)
-    written = {name: [answers[n] for n in range(len(rows))] for name, answers in found.items()}
-    return Texts([every[row] for row in rows], written)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The evaluate stage: base and tuned routers on the same questions, in one process, from the exported adapter."""
+"""The evaluate stage: base and tuned routers on the same questions, from the exported adapter."""
 
 from __future__ import annotations
 
@@ -10,33 +10,34 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from roma_ray.engine.cache import open_states
 from roma_ray.engine.identity import answer_rule, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
-from roma_ray.engine.scoring import Scores, plan_scoring, score_rows
+from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
-from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, check_not_identical, overlap
+from roma_ray.evaluation.free_results import Texts
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, overlap
 from roma_ray.evaluation.measures import RULES, pair_measures
 from roma_ray.evaluation.results_file import RESULTS, read_judged, write_results
 from roma_ray.evaluation.shares import answer_shares
 from roma_ray.evaluation.statistics import compare
 from roma_ray.evaluation.transfer import by_group
-from roma_ray.moe.adapters import load_adapter
 from roma_ray.questions.prompts import Prompt, PromptBuilder
 from roma_ray.questions.records import Question
 from roma_ray.stages import routing_change
-from roma_ray.stages.base_scores import base_scores, base_stage, scoring
+from roma_ray.stages.answer_work import writes
+from roma_ray.stages.answering import answer
+from roma_ray.stages.base_scores import PARTS
 from roma_ray.stages.embedding import read_embeddings
-from roma_ray.stages.finetuning import ADAPTER, FINETUNE, epochs_of
-from roma_ray.stages.free_evaluation import Asking, Judgement, judge_free, write_texts
+from roma_ray.stages.finetuning import FINETUNE, epochs_of
+from roma_ray.stages.free_evaluation import Asking, Judgement, judge_free
 from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
-from roma_ray.store.files import read_json
+from roma_ray.store.files import read_json, remove_folder
 
 VERSION = 7
 SUMMARY = "evaluation.json"
@@ -45,8 +46,9 @@ SUMMARY = "evaluation.json"
 def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Judge base and exported tuned routers on the test questions. Raises GuardError, CacheError, CheckpointError.
 
-    Only what is read is scored: with the tuned routers the test questions and a sample of the trained ones, whose routing
-    `diagnostics` measures; with the base's the test and validation questions, once for all that start from it.
+    Only what is read is scored, by whoever works (`answering.py`): with the tuned routers the test questions and a sample of the
+    trained ones, whose routing `diagnostics` measures; with the base's the test and validation questions, once for all that start
+    from it.
     """
     setup, stage, stages = job.setup, job.stage, job.stages
     questions, extraction, tuned = (stages[name] for name in ("questions", "extract", "finetune"))
@@ -59,34 +61,21 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     test, judged = of_split["test"], sorted(every["validation"] + every["test"])
     near = read_neighborhoods(stages["neighbors"], len(prompts))
     trained = routing_change.sampled(near.queried & (near.sizes > 0))
-    prompt, arguments = setup.config.questions.prompt, scoring(setup)
-    states = open_states(setup.model, extraction.path, setup.cut)
-    kept = base_stage(setup, extraction)
-    tokens = [_tokens(prompts, rows, states.prefix, arguments["batch_tokens"]) for rows in (judged, test, trained)]
-    meter_of = progress.meter("evaluate", sum(tokens), "tokens", tokens[0] * kept.complete)
-    with runners.heads.lend(setup.model, setup.cut) as head, meter_of as meter:
-
-        def score(rows: Sequence[int]) -> Scores:
-            return score_rows(head, states, prompts, rows, **arguments, advance=meter.advance)
-
-        all_base = base_scores(kept, judged, lambda: score(judged))
-        stage.note_makers(of=kept)
-        free = is_free(setup.config)
-        adapter = tuned.path / ADAPTER
-        texts = write_texts(setup, head, adapter, questions, prompts, test, progress) if free else None
-        load_adapter(adapter, head)
-        after, live = score(test), score(trained) if trained else None
-    base, validation = all_base.of(test), all_base.of(of_split["validation"])
-    check_not_identical(base.scores, after.scores)
-    columns = [n for n, router in enumerate(head.routers) if router.layer in setup.layers]
+    prompt = setup.config.questions.prompt
+    asked = {"base": judged, "tuned": test, "trained": trained, "texts": test if writes(setup) else []}
+    answers = answer(job, runners, progress, prompts, asked)
+    base, validation = answers.base.of(test), answers.base.of(of_split["validation"])
+    after = answers.tuned
+    columns = [n for n, layer in enumerate(answers.routers) if layer in setup.layers]
     tasks = [prompts[row].task for row in test]
-    asked = Asking(
-        setup, stage, questions, prompts, columns, {prompts[r].task for r in near.queried.nonzero()[:, 0].tolist()}
-    )
-    found = judge_free(asked, base, after, texts) if free else _judge_choices(asked, base, after)
+    trained_tasks = {prompts[r].task for r in near.queried.nonzero()[:, 0].tolist()}
+    asking = Asking(setup, stage, questions, prompts, columns, trained_tasks)
+    found = (judge_free if is_free(setup.config) else _judge_choices)(asking, base, after, answers.texts)
     embeddings = stages["embed"]
-    changed = routing_change.routing_change(setup, head, tasks, base, after, columns, read_embeddings(embeddings))
-    lived = {"train": live, "test": after}
+    changed = routing_change.routing_change(
+        setup, answers.top_k, tasks, base, after, columns, read_embeddings(embeddings)
+    )
+    lived = {"train": answers.trained, "test": after}
     distance = routing_change.manifold_distance(setup, questions, extraction, embeddings, near, lived, columns)
     result = {
         "splits": {"test": by_task(tasks, *found.verdicts)},
@@ -94,13 +83,16 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
         **found.figures,
         "guards": found.guards,
         "diagnostics": {**changed, "manifold_distance": distance},
-        "pin": evaluation_pin(questions, {**prompt_settings(prompt), "rule": arguments["rule"], **found.pinned}, test),
+        "pin": evaluation_pin(
+            questions, {**prompt_settings(prompt), "rule": answer_rule(prompt), **found.pinned}, test
+        ),
     }
     write_json(stage.path / SUMMARY, result)
+    remove_folder(stage.path / PARTS)
     return {"rows": len(test), "pin": result["pin"], "metric": found.metric}
 
 
-def _judge_choices(asked: Asking, base: Scores, tuned: Scores) -> Judgement:
+def _judge_choices(asked: Asking, base: Scores, tuned: Scores, _: Texts | None) -> Judgement:
     """The test questions of multiple choice, by every measure. Raises StorageError."""
     setup, stage, questions, prompts = asked.setup, asked.stage, asked.questions, asked.prompts
     prompt, rule = setup.config.questions.prompt, answer_rule(setup.config.questions.prompt)
@@ -118,15 +110,9 @@ EVALUATE = Step(
     (FINETUNE,),
     lambda setup: {},
     evaluate,
-    device="model",
     reads_states=True,
     shown=((SUMMARY, None),),
 )
-
-
-def _tokens(prompts: Sequence[Prompt], rows: Sequence[int], prefix: int, batch_tokens: int) -> int:
-    """What scoring some rows is counted by: not questions, for the longest run first."""
-    return sum(size for _, size in plan_scoring(prompts, rows, prefix, batch_tokens))
 
 
 def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str, list[int]]:

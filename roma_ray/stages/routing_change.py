@@ -22,7 +22,6 @@ from roma_ray.errors import NeighborError
 from roma_ray.evaluation.statistics import pair, relative_change, standard_error, with_error
 from roma_ray.manifold import diagnostics
 from roma_ray.manifold.neighbors import Neighborhoods
-from roma_ray.moe.slices import Slice
 from roma_ray.stages.finetuning import read_routing_rows
 from roma_ray.stages.neighborhoods import answered_rightly, search
 from roma_ray.store.artifacts import Stage
@@ -43,19 +42,21 @@ def sampled(mask_N: Tensor) -> list[int]:
 
 def routing_change(
     setup: Setup,
-    head: Slice,
+    top_k: int,
     tasks: Sequence[str],
     base: Scores,
     tuned: Scores,
     columns: list[int],
     embeddings_NC: Tensor,
 ) -> dict[str, Any]:
-    """How routing changed on the test questions (at most DIAGNOSED_ROWS), and how far it agrees with the embeddings."""
+    """How routing changed on the test questions (at most DIAGNOSED_ROWS), and how far it agrees with the embeddings; `top_k` experts are
+    chosen in a layer.
+    """
     seed = data_seed(setup.config)
     generator = torch.Generator().manual_seed(seed)
     members = torch.randperm(len(tasks), generator=generator)[:DIAGNOSED_ROWS].sort().values.tolist()
     before, after = (torch.from_numpy(s.routing_NLE[members][:, columns]) for s in (base, tuned))
-    top_k, experts = head.routers[0].top_k, head.routers[0].width
+    experts = before.shape[-1]
     chosen = [diagnostics.top_k_selection(r, top_k) for r in (before, after)]
     drawn = [tasks[n] for n in members]
     points = embeddings_NC[[base.rows[n] for n in members]]

@@ -22,7 +22,7 @@ from roma_ray.engine.steps import locate
 from roma_ray.engine.work import serial
 from roma_ray.errors import GuardError, ModelError
 from roma_ray.runs.pipeline import Run, run
-from roma_ray.stages import paired_evaluation
+from roma_ray.stages import answer_work, paired_evaluation
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.failed_questions import OriginWork
 from roma_ray.stages.preparation import QUESTIONS
@@ -124,7 +124,7 @@ def test_tuned_routers_whose_scores_are_not_finite_are_refused(
     with pytest.raises(GuardError, match=rf"of 9 questions are not finite.*layer {broken} \(mlp\).*mlp\.gate\.weight"):
         score_rows(head, states, prompts, range(9), tokens="Last1", rule="raw", batch_tokens=500)
 
-    monkeypatch.setattr(paired_evaluation, "load_adapter", load_broken)
+    monkeypatch.setattr(answer_work, "load_adapter", load_broken)
     stages = letter_run.stages
     monkeypatch.setattr(Stage, "complete", property(lambda stage: stage.name != "evaluate"))
     with pytest.raises(GuardError, match=rf"layer {broken} \(mlp\)"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -208,16 +207,16 @@ def test_grouping() -> None:
 
 def test_only_what_is_read_is_scored(finished: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Tuned routers answer the test questions and a sample of the trained ones; validation was measured in training."""
-    from roma_ray.engine.scoring import score_rows
-    from roma_ray.stages import paired_evaluation, routing_change
+    from roma_ray.stages import answer_work, routing_change
 
-    asked = []
+    asked: dict[str, list[int]] = {}
+    score = answer_work.Answerer._score
 
-    def noting(head: object, states: object, prompts: object, rows: list[int], **more: Any) -> object:
-        asked.append(list(rows))
-        return score_rows(head, states, prompts, rows, **more)
+    def noting(self: answer_work.Answerer, section: str, part: int, planned: answer_work.Part) -> None:
+        asked.setdefault(section, []).extend(planned.rows)
+        score(self, section, part, planned)
 
-    monkeypatch.setattr(paired_evaluation, "score_rows", noting)
+    monkeypatch.setattr(answer_work.Answerer, "_score", noting)
     monkeypatch.setattr(routing_change, "TRAINED_ROWS", 5)
     storage = tmp_path / "storage"
     shutil.copytree(finished.setup.store.root, storage)
@@ -225,7 +224,8 @@ def test_only_what_is_read_is_scored(finished: Run, monkeypatch: pytest.MonkeyPa
         shutil.rmtree(storage / stage)
     again = run(resolve(finished.setup.config.model_copy(update={"storage": str(storage)})), Silence())
     prompts = read_prompts(finished.stages["questions"].path / TABLE)
-    base, tuned, trained = asked
+    assert list(asked) == ["base", "tuned", "trained"]
+    base, tuned, trained = asked.values()
     assert {prompts[row].split for row in base} == {"validation", "test"}
     assert {prompts[row].split for row in tuned} == {"test"}
     assert {prompts[row].split for row in trained} == {"train"}
