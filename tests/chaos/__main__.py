@@ -36,7 +36,7 @@ def main() -> int:
         extraction={"batch_tokens": 256},
         embedding={"batch_size": 1},
         finetune={"epochs": 2, "batch_size": 8, "micro_batch_size": 3, "checkpoint_steps": 2},
-        ray={"extract_workers": 3, "embed_workers": 3, "finetune_workers": 3},
+        ray={"extract_workers": 3, "embed_workers": 3, "finetune_workers": 3, "evaluate_workers": 3},
     )
     reference = run(resolve(config, device="cpu"), Silence())
     failed = 0

@@ -17,7 +17,7 @@ from tests.chaos.sweeps import in_a_trial, sweep_driver_killed
 from tests.chaos.tracking import tracking_server_gone
 
 # The titles of a stage's workers.
-TITLES = {"extract": "MapWorker", "embed": "MapWorker", "finetune": "RayTrainWorker"}
+TITLES = {"extract": "MapWorker", "embed": "MapWorker", "finetune": "RayTrainWorker", "evaluate": "MapWorker"}
 
 
 def worker_killed(stage: str, scene: Scene) -> None:
@@ -74,10 +74,9 @@ class Fault:
 
 FAULTS = (
     *(Fault(f"worker killed in {stage}", partial(worker_killed, stage)) for stage in TITLES),
-    Fault("worker killed in evaluate", partial(in_benchmarks, "worker killed")),
+    Fault("worker killed in evaluate --tasks", partial(in_benchmarks, "worker killed")),
     *(Fault(f"node removed in {stage}", partial(node_removed, stage)) for stage in TITLES),
-    Fault("node removed in evaluate", partial(in_benchmarks, "node removed")),
-    # Of a run's own questions, in the driver itself where it has the device; then of benchmarks, on workers.
+    Fault("node removed in evaluate --tasks", partial(in_benchmarks, "node removed")),
     *(Fault(f"driver killed in {stage}", partial(driver_killed, stage)) for stage in BEGUN),
     Fault("driver killed in evaluate --tasks", partial(in_benchmarks, "driver killed")),
     *(

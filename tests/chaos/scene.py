@@ -24,7 +24,7 @@ BEGUN = {
     "extract": "batches/*.parquet",
     "embed": "batches/*.parquet",
     "finetune": "checkpoint.safetensors",
-    "evaluate": ".lock",
+    "evaluate": ".parts/*/*.parquet",
 }
 
 

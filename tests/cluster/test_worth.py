@@ -53,7 +53,7 @@ class Slow:
         return lambda batch: Report(batch, 1, 0, 0, self.seconds)
 
 
-def shared_out(cluster: Cluster, work: Slow, count: int) -> tuple[list[int], list[int], float | None]:
+def shared_out(cluster: Cluster, work: Slow, count: int, stage: str = "extract") -> tuple[list[int], list[int], float | None]:
     """The batches done here, those left for workers, and what their work was measured to take."""
     rest: list[int] = []
     told: list[float | None] = [None]
@@ -63,7 +63,7 @@ def shared_out(cluster: Cluster, work: Slow, count: int) -> tuple[list[int], lis
         told[0] = left
         yield from (Report(batch, 1, 0, 0, 0.0) for batch in batches)
 
-    done = [report.batch for report in begun_here(cluster, "extract", "cpu", others)(work, range(count))]
+    done = [report.batch for report in begun_here(cluster, stage, "cpu", others)(work, range(count))]
     assert done == list(range(count))
     return done[: count - len(rest)], rest, told[0]
 
@@ -95,6 +95,9 @@ def test_clusters_large_models_and_streaming_get_workers(
 ) -> None:
     spec = local_run.setup.model
     assert shared_out(Unstarted(world, elsewhere=True), Slow(0.0, spec), 2)[1] == [0, 1]
+    # An evaluation is short: also beside others' clusters it begins here.
+    assert shared_out(Unstarted(world, elsewhere=True), Slow(0.0, spec), 2, "evaluate")[1] == []
+    assert shared_out(Unstarted(world, elsewhere=True), Slow(1.0, spec), 100, "evaluate")[1] == list(range(1, 100))
     assert shared_out(Unstarted(world), Slow(0.0, None), 2)[1] == [0, 1]
     assert shared_out(Unstarted(world), Slow(0.0, "minilm"), 2)[1] == []
     assert shared_out(Unstarted(world), Slow(0.0, world.embedding.model), 2)[1] == []

@@ -89,7 +89,7 @@ def straight(world: tuple[Path, Config]) -> dict[str, object]:
     [
         ("in-extraction", "extract/*/batches/*.parquet", 5),
         ("in-training", "finetune/*/checkpoint.safetensors", 1),
-        ("in-evaluation", "evaluate/*/.lock", 1),
+        ("in-evaluation", "evaluate/*/.parts/tuned/*.parquet", 1),
     ],
 )
 def test_kill_9_and_the_same_command_give_the_same_bits(

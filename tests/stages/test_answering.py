@@ -10,26 +10,28 @@ from pathlib import Path
 
 import pytest
 
-from roma_ray.engine.cache import prefix_of
+from roma_ray.engine.cache import ROWS, prefix_of
 from roma_ray.engine.heads import KeptHeads
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import TABLE, read_prompts
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.scoring import plan_scoring
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.work import Executor, Report, Work, serial
 from roma_ray.errors import ArtifactError, IdenticalError, WorkerError
 from roma_ray.runs.pipeline import Run, run
-from roma_ray.stages import answer_work
+from roma_ray.stages import answer_work, answering
 from roma_ray.stages.answer_work import Answerer, AnswerWork, number, plan_scores, section_of
 from roma_ray.stages.base_scores import PARTS, base_stage
+from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.paired_evaluation import EVALUATE
+from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage
 from tests.free_world import free_world, squad
 from tests.making import made
 from tests.progress import Told
-from tests.world import WORDS, make_world
+from tests.world import make_world
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +44,15 @@ def choices_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 def written_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Questions without choices, whose answers are written."""
     root = tmp_path_factory.mktemp("written")
-    success = {"metric": "contains", "max_new_tokens": 4, "generation_batch": 2}
-    # A random model says some of these words.
-    rows = [{**row, "answers": {"text": WORDS, "answer_start": [0] * len(WORDS)}} for row in squad(40)]
-    return run(resolve(free_world(root, rows, extraction={"batch_tokens": 256, "success": success})), Silence())
+    success = {"metric": "exact_match", "max_new_tokens": 4, "generation_batch": 2, "stop": ["zzz"]}
+    extraction = {"batch_tokens": 64, "success": success}
+    rows = squad(40)
+    setup = resolve(free_world(root / "first", rows, extraction=extraction))
+    made(QUESTIONS, setup)
+    # A random model writes nothing right, so the training rows' answers are what it writes.
+    for row, text in zip(rows, read_table(made(EXTRACT, setup).path / ROWS).column("text").to_pylist(), strict=True):
+        row["answers"]["text"] = [row["answers"]["text"][0], *([text] if text else [])]
+    return run(resolve(free_world(root / "second", rows, extraction=extraction)), Silence())
 
 
 def dealt(workers: int) -> Executor:
@@ -217,22 +224,24 @@ def test_damaged_parts_are_refused_by_name(choices_run: Run, tmp_path: Path) -> 
         work.planned("base", [])
 
 
-def test_equal_models_are_refused_before_anything_is_written(written_run: Run, tmp_path: Path) -> None:
+def test_equal_models_are_refused_before_anything_is_written(
+    written_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def alike(base: object, tuned: object) -> None:
+        raise IdenticalError("equal on every question")
+
+    monkeypatch.setattr(answering, "check_not_identical", alike)
     setup = again(written_run, tmp_path / "storage")
-    sections: list[str] = []
+    answered: list[str] = []
 
-    def untuned(work: Work, batches: Sequence[int]) -> Iterator[Report]:
-        assert isinstance(work, AnswerWork)
-        head = setup.model.load(setup.cut, None, with_lm_head=True)
-        answer = Answerer(work, head)
-        answer.gates.known["tuned"] = answer.gates.known["base"]
-        for batch in batches:
-            sections.append(section_of(batch)[0])
-            yield answer(batch)
+    def noting(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        for report in serial(work, batches):
+            answered.append(section_of(report.batch)[0])
+            yield report
 
-    with pytest.raises(IdenticalError, match="equal the base model's on every question"):
-        made(EVALUATE, setup, Runners(evaluate=untuned))
-    assert "texts" not in sections
+    with pytest.raises(IdenticalError, match="equal on every question"):
+        made(EVALUATE, setup, Runners(evaluate=noting))
+    assert set(answered) == {"base", "tuned"}
 
 
 def test_parts_are_the_planned_batches_in_their_order(choices_run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
