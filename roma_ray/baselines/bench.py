@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from roma_ray.stages.finetuning import TrainJob
 from roma_ray.stages.neighborhoods import usable_rows
 from roma_ray.store.artifacts import Stage
 
+Kept = TypeVar("Kept")
 HIDDEN = -1
 """The answer of a question whose label a method must not see."""
 
@@ -61,6 +62,7 @@ class Bench:
     advance: Callable[..., None] = _ignore
     """Receives progress."""
     _heads: dict[str, Slice] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def config(self) -> BaselinesConfig:
@@ -91,11 +93,22 @@ class Bench:
         """Forget the loaded models: the next use loads them anew."""
         self._heads.clear()
 
+    def once(self, name: str, make: Callable[[], Kept]) -> Kept:
+        """What a method computes of all its questions before it works on the first of them; kept for the further ones."""
+        if name not in self._kept:
+            self._kept[name] = make()
+        found: Kept = self._kept[name]
+        return found
+
     def blinded(self) -> Bench:
         """The same bench without the answers of test questions and held-out tasks; it shares the loaded models."""
+        return self.once("blinded", self._blinded)
+
+    def _blinded(self) -> Bench:
         seen = ("train", "validation")
         prompts = [p if p.split in seen else dataclasses.replace(p, answer=HIDDEN) for p in self.data.prompts]
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, prompts=prompts))
+        # What was kept may hold answers.
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, prompts=prompts), _kept={})
 
     def score(self, rows: Sequence[int], *, tokens: str = "Last1") -> Scores:
         """The head's answers to the questions, with the routing rows of the tuned layers' tokens."""

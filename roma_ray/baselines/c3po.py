@@ -30,6 +30,7 @@ class C3po(Method):
 
     name = "c3po"
     title = "test-time re-mixing by the neighbors' loss (neighborhood gradient descent)"
+    works_on: str | None = "test"
 
     reads = frozenset({"neighbors", "core_fraction", "steps", "step_size"})
     """Which of the settings `baselines.c3po` act."""
@@ -39,15 +40,29 @@ class C3po(Method):
         settings = config.baselines.c3po.model_dump(mode="json", include=set(self.reads))
         return {"c3po": settings, "sigma": config.neighbors.sigma, "task_loss": loss_kind(config)}
 
-    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+    def check(self, bench: Bench) -> None:
         """Look whether there is a gradient to follow. Raises UnmovedError."""
         check_reach(bench, self.name)
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """Nothing is learned before the questions. Raises as `check`."""
+        self.check(bench)
         return NOTHING
+
+    def parts(self, bench: Bench) -> list[list[int]]:
+        """With each question run its neighbors."""
+        return bench.batches(bench.rows["test"], copies=self._copies(bench))
+
+    def work(self, bench: Bench, rows: Sequence[int], seed: int) -> Answers:
+        """As `predict`; the neighbors of all test questions are searched at once."""
+        near = bench.once(f"{C3po.name} neighbors", lambda: bench.neighbors_of(bench.rows["test"]))
+        return self._answers(bench, rows, near)
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The answers under the re-mixed routing; a question without neighbors keeps its own."""
-        near = bench.neighbors_of(rows)
+        return self._answers(bench, rows, bench.neighbors_of(rows))
 
+    def _answers(self, bench: Bench, rows: Sequence[int], near: Neighborhoods) -> Answers:
         def reroute(batch: list[int], own_QLE: Tensor) -> Tensor:
             routing_QLE = own_QLE.clone()
             if led := [n for n, row in enumerate(batch) if len(near.of(row)[0])]:
@@ -55,7 +70,10 @@ class C3po(Method):
                 routing_QLE[led] = self.remix(neighborhood, own_QLE[led], core_experts(bench, own_QLE[led]))
             return routing_QLE
 
-        return answers_under(bench, rows, reroute, self.name, copies=1 + bench.config.c3po.neighbors)
+        return answers_under(bench, rows, reroute, self.name, copies=self._copies(bench))
+
+    def _copies(self, bench: Bench) -> int:
+        return 1 + bench.config.c3po.neighbors
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The new routing [Q, L, E] of the batch's questions."""
@@ -77,9 +95,8 @@ class C3poKernel(C3po):
     title = "test-time re-mixing towards the neighbors' mean routing (kernel regression)"
     reads = frozenset({"neighbors", "core_fraction", "alphas"})
 
-    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+    def check(self, bench: Bench) -> None:
         """It tries mixtures, and follows no gradient."""
-        return NOTHING
 
     def remix(self, near: Neighborhood, own_QLE: Tensor, core_QLE: Tensor) -> Tensor:
         """The best of alpha ω + (1 - alpha) ω̂ under the neighbors' kernel-weighted loss, for each question.
@@ -104,6 +121,8 @@ class C3poMode(C3po):
 
     name = "c3po_mode"
     title = "test-time re-mixing towards the densest successful routing (mode finding)"
+    # A pass or two over the head, as for the answers themselves.
+    works_on = None
     reads = frozenset({"neighbors", "core_fraction", "steps", "mode_alpha"})
 
     def configure(self, config: Config) -> dict[str, Any]:

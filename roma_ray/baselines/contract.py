@@ -3,6 +3,7 @@
 A method sees a `Bench`: questions, the activation cache, the base model's routing, neighborhoods, and the head. Unless it
 says that it `sees_labels`, the test questions that it is given carry no answer, so no method can use one by mistake.
 The runner (`method_runs.py`) chooses the learning rate on the validation questions, over one grid for all methods that train.
+What a method does at each question by itself it may leave to others (`works_on`): then it is done in planned parts.
 """
 
 from __future__ import annotations
@@ -46,13 +47,38 @@ class Method(ABC):
     runs_whole_model: bool = False
     """It changes what the trunk sees, so its questions cost the whole model and cached activations do not serve."""
 
+    works_on: str | None = None
+    """The split on whose questions it works one by one, each by itself (`test`: to answer them, `train`: before it learns). They are
+    shared out in planned parts (`method_parts.py`) among the workers there are. None: the whole method is one task."""
+
     def configure(self, config: Config) -> dict[str, Any]:
         """The settings that its result depends on besides those of the bench, as plain JSON: part of its fingerprint."""
         return {"budget": budget(config)} if self.trains else {}
 
+    def check(self, bench: Bench) -> None:
+        """Refuse before any work. Raises UnmovedError."""
+        return
+
+    def parts(self, bench: Bench) -> list[list[int]]:
+        """The questions of `works_on` in planned batches, each of which is worked on alone: so who does which changes no bit."""
+        assert self.works_on is not None
+        return bench.batches(bench.rows[self.works_on])
+
+    def work(self, bench: Bench, rows: Sequence[int], seed: int) -> Answers:
+        """What it finds for the questions of a part: where it works on the test questions, its answers. Raises CacheError."""
+        return self.predict(bench, NOTHING, rows, seed)
+
+    def learned(self, bench: Bench, found: Answers) -> dict[str, Tensor]:
+        """Where it works on the training questions: what `prepare` gives, of all that was found."""
+        assert self.works_on == "train"
+        return {}
+
     def prepare(self, bench: Bench, seed: int) -> dict[str, Tensor]:
         """What all learning rates share, computed once."""
-        return {}
+        if self.works_on != "train":
+            return {}
+        self.check(bench)
+        return self.learned(bench, self.work(bench, bench.rows["train"], seed))
 
     def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
         """Learn from the training questions; leaves the bench as it was. Raises TrainingError, CacheError."""

@@ -14,6 +14,8 @@ from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.whole_model import score_whole
 from roma_ray.config.schema import Config
 from roma_ray.engine.answers import Answers
+from roma_ray.engine.batches import plan_batches
+from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.manifold.neighbors import find_neighbors
@@ -30,10 +32,26 @@ class InContext(Method):
     name = "icl"
     title = "solved training questions before each question, the nearest by embedding"
     runs_whole_model = True
+    works_on = "test"
 
     def configure(self, config: Config) -> dict[str, Any]:
         """The number of demonstrations."""
         return {"shots": config.baselines.shots}
+
+    def parts(self, bench: Bench) -> list[list[int]]:
+        """By the lengths of the longer prompts."""
+        rows, prompts = bench.rows["test"], self._of_test(bench)
+        planned = plan_batches([own_tokens(prompts[row], 0) for row in rows], bench.data.batch_tokens)
+        return [[rows[n] for n in batch] for batch in planned]
+
+    def work(self, bench: Bench, rows: Sequence[int], seed: int) -> Answers:
+        """As `predict`; the demonstrations of all test questions are searched at once."""
+        prompts = self._of_test(bench)
+        return Answers(list(rows), score_whole(bench, [prompts[row] for row in rows]))
+
+    def _of_test(self, bench: Bench) -> dict[int, Prompt]:
+        rows = bench.rows["test"]
+        return bench.once("icl prompts", lambda: dict(zip(rows, self.prompts(bench, rows), strict=True)))
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:
         """The whole model's answers to the longer prompts."""

@@ -10,7 +10,7 @@ import json
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from torch import Tensor
 from roma_ray.baselines.bench import Bench, QuestionCost, open_bench
 from roma_ray.baselines.contract import Fitted, Method
 from roma_ray.baselines.method_costs import counted, trunk_cost
+from roma_ray.baselines.method_parts import PARTS, all_parts, do_part, missing_parts, plan_parts, read_parts
+from roma_ray.baselines.method_parts import given as as_given
 from roma_ray.baselines.method_registry import METHODS
 from roma_ray.engine.answers import ANSWERS, write_answers
 from roma_ray.engine.model_spec import set_threads
@@ -33,7 +35,7 @@ from roma_ray.stages.embedding import EMBED
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighborhoods import NEIGHBORS
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
-from roma_ray.store.files import exists, read_json, remove
+from roma_ray.store.files import exists, read_json, remove, remove_folder
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
 VERSION = 2
@@ -108,9 +110,12 @@ class MethodsWork:
 
     def open(self) -> Callable[[int], Report]:
         """Open the bench; returns the function that runs one method."""
+        return partial(self.run, self.bench())
+
+    def bench(self) -> Bench:
+        """What the methods work on, in this process."""
         set_threads(self.setup.model.threads)
-        bench = open_bench(self.setup, self.stages)
-        return lambda batch: self.run(bench, batch)
+        return open_bench(self.setup, self.stages)
 
     def next_stage(self, batch: int) -> Stage:
         """The first stage of a method that is not complete, or its last."""
@@ -118,21 +123,59 @@ class MethodsWork:
         stages = [method_stage(self.setup, self.stages, self.methods[batch], seed) for seed in seeds]
         return next((stage for stage in stages if not stage.complete), stages[-1])
 
+    def ahead(self, batch: int) -> list[Stage]:
+        """The stages of a method, one a seed, whose questions others may work on before it is run."""
+        name = self.methods[batch]
+        if METHODS[name].works_on is None:
+            return []
+        return [method_stage(self.setup, self.stages, name, seed) for seed in seeds_of(self.setup, name, self.seeds)]
+
+    def plan(self, bench: Bench, batch: int, number: int) -> Report:
+        """Plan the parts of a method with its nth seed, unless they were done, or it is to be refused; `rows`: how many parts are left."""
+        method, stage = METHODS[self.methods[batch]], self.ahead(batch)[number]
+
+        def do() -> int:
+            if stage.reusable or exists(stage.path / _PREPARED):
+                return 0
+            with stage.exclusive():
+                remove(stage.path / FAILURE)
+                method.check(as_given(bench, method))
+                return len(missing_parts(stage, len(plan_parts(stage, method, bench))))
+
+        return self._attempt(bench, batch, stage, do)
+
+    def part(self, bench: Bench, batch: int, number: int, part: int) -> Report:
+        """Work on a part of a method's questions with its nth seed."""
+        method, stage = METHODS[self.methods[batch]], self.ahead(batch)[number]
+        seed = seeds_of(self.setup, self.methods[batch], self.seeds)[number]
+
+        def do() -> int:
+            stage.note_makers()
+            do_part(stage, method, bench, seed, part)
+            return len(read_parts(stage)[part])
+
+        return self._attempt(bench, batch, stage, do)
+
+    def _attempt(self, bench: Bench, batch: int, stage: Stage, do: Callable[[], int]) -> Report:
+        """A report of what `do` does, which returns its rows; a failure is written down and named by the driver."""
+        started = time.monotonic()
+        try:
+            return Report(batch, do(), 0, 0, time.monotonic() - started)
+        # Whatever one method's fault is, the others' rows are kept; it is named, and the command ends with 1.
+        except Exception as error:  # noqa: BLE001 - the border between methods
+            bench.drop_models()
+            note_failure(stage, error)
+            return Report(batch, 0, 0, 1, time.monotonic() - started)
+
     def run(self, bench: Bench, batch: int) -> Report:
         """Run one method with all its seeds; a failure is written down and named by the driver."""
         started, name = time.monotonic(), self.methods[batch]
-        failed = 0
         for seed in seeds_of(self.setup, name, self.seeds):
             stage = method_stage(self.setup, self.stages, name, seed)
-            try:
-                run_method(bench, name, seed)
-            # Whatever one method's fault is, the others' rows are kept; it is named, and the command ends with 1.
-            except Exception as error:  # noqa: BLE001 - the border between methods
-                bench.drop_models()
-                note_failure(stage, error)
-                failed += 1
+            report = self._attempt(bench, batch, stage, partial(_answered, bench, name, seed))
+            if report.errors:
                 break
-        return Report(batch, len(bench.rows["test"]), 0, failed, time.monotonic() - started)
+        return replace(report, seconds=time.monotonic() - started)
 
 
 def note_failure(stage: Stage, error: BaseException) -> None:
@@ -150,6 +193,12 @@ def read_failure(stage: Stage) -> dict[str, str] | None:
     return found
 
 
+def _answered(bench: Bench, name: str, seed: int) -> int:
+    """How many questions a method has answered, now or before."""
+    run_method(bench, name, seed)
+    return len(bench.rows["test"])
+
+
 def run_method(bench: Bench, name: str, seed: int) -> Stage:
     """Fit one method with one seed and let it answer the test questions. Raises RomaError."""
     step = method_step(name, seed, bench)
@@ -162,8 +211,8 @@ def _answer(
     assert bench is not None
     stage = job.stage
     remove(stage.path / FAILURE)
-    given = bench if method.sees_labels else bench.blinded()
-    prepared, preparing = _prepared(stage, method, given, seed)
+    given = as_given(bench, method)
+    prepared, preparing = _prepared(stage, method, bench, seed)
     if method.trains:
         fitted, chosen = _choose(bench, given, job, method, prepared, seed)
     else:
@@ -171,12 +220,16 @@ def _answer(
         fitted = method.fit(given, prepared, 0.0, seed)
         # What a method without a learning rate chose on the validation questions by itself, and from what.
         chosen = {"fit_seconds": time.monotonic() - clock, **fitted.facts}
-    # Loaded before the clock starts: reading a model from disk is no part of a question's time.
-    _ = bench.whole if method.runs_whole_model else bench.head
-    clock = time.monotonic()
-    answers = method.predict(given, fitted, bench.rows["test"], seed)
-    predicting = time.monotonic() - clock
+    if method.works_on == "test":
+        answers, predicting = all_parts(stage, method, bench, seed)
+    else:
+        # Loaded before the clock starts: reading a model from disk is no part of a question's time.
+        _ = bench.whole if method.runs_whole_model else bench.head
+        clock = time.monotonic()
+        answers = method.predict(given, fitted, bench.rows["test"], seed)
+        predicting = time.monotonic() - clock
     write_answers(stage.path / ANSWERS, answers, bench.data.prompts, bench.data.rule)
+    remove_folder(stage.path / PARTS)
     return {
         "method": method.name,
         "seed": seed,
@@ -190,13 +243,19 @@ def _answer(
 
 def _prepared(stage: Stage, method: Method, bench: Bench, seed: int) -> tuple[dict[str, Tensor], float]:
     """What all trials share, from an earlier attempt where there was one, and the seconds that it took."""
-    path = stage.path / _PREPARED
+    path, given = stage.path / _PREPARED, as_given(bench, method)
     if not exists(path):
         clock = time.monotonic()
-        made = method.prepare(bench, seed)
+        if method.works_on == "train":
+            method.check(given)
+            found, seconds = all_parts(stage, method, bench, seed)
+            made = method.learned(given, found)
+        else:
+            made = method.prepare(given, seed)
+            seconds = time.monotonic() - clock
         if not made:
             return {}, 0.0
-        _save(path, made, {"seconds": time.monotonic() - clock})
+        _save(path, made, {"seconds": seconds})
     tensors, facts = _load(path)
     return tensors, float(facts["seconds"])
 

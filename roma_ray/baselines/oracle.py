@@ -75,7 +75,7 @@ def _descend(run: HeadRun, losses: Callable[[Tensor], tuple[Tensor, Tensor]], st
     return Optimum(best_QLE.cpu(), as_lists(best_QC, run.prompts), first_Q.cpu(), best_Q.cpu())
 
 
-def answers_towards(bench: Bench, rows: Sequence[int], aims: dict[int, int]) -> Answers:
+def answers_towards(bench: Bench, rows: Sequence[int], aims: dict[int, int], note: str = "oracle") -> Answers:
     """Optimise every question towards its aim, batch by batch, and give the answers under the best routing."""
     found: dict[int, tuple[list[float], np.ndarray]] = {}
     for batch in bench.batches(rows):
@@ -83,7 +83,7 @@ def answers_towards(bench: Bench, rows: Sequence[int], aims: dict[int, int]) -> 
         routing = best.routing_QLE.numpy()
         for number, row in enumerate(batch):
             found[row] = (best.scores[number], routing[number])
-        bench.advance(len(batch), "oracle")
+        bench.advance(len(batch), note)
     return Answers(
         list(rows),
         [found[row][0] for row in rows],
@@ -98,14 +98,19 @@ class Oracle(Method):
     name = "oracle"
     title = "routing of each question optimized with its label (eq. 1): an upper bound"
     sees_labels = True
+    works_on = "test"
 
     def configure(self, config: Config) -> dict[str, Any]:
         """Steps and step size."""
         return {"oracle": config.baselines.oracle.model_dump(), "task_loss": loss_kind(config)}
 
-    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+    def check(self, bench: Bench) -> None:
         """Look whether there is a gradient to follow. Raises UnmovedError."""
         check_reach(bench, self.name)
+
+    def fit(self, bench: Bench, prepared: dict[str, Tensor], learning_rate: float, seed: int) -> Fitted:
+        """Nothing is learned before the questions. Raises as `check`."""
+        self.check(bench)
         return NOTHING
 
     def predict(self, bench: Bench, fitted: Fitted, rows: Sequence[int], seed: int) -> Answers:

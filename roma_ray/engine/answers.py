@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from roma_ray.engine.forward import predict
 from roma_ray.engine.question_table import matrix, read_table, table_facts, write_table
-from roma_ray.errors import GuardError
+from roma_ray.errors import ArtifactError, GuardError
 from roma_ray.questions.prompts import Prompt
 
 ANSWERS = "answers.parquet"
@@ -26,6 +27,14 @@ _SCHEMA = pa.schema(
         ("prediction", pa.int32()),
         ("correct", pa.bool_()),
         ("scores", pa.list_(pa.float32())),
+        ("aim", pa.int32()),
+        ("routing", pa.list_(pa.float32())),
+    ]
+)
+_FOUND = pa.schema(
+    [
+        ("row", pa.int64()),
+        ("scores", pa.list_(pa.float64())),
         ("aim", pa.int32()),
         ("routing", pa.list_(pa.float32())),
     ]
@@ -75,6 +84,36 @@ def write_answers(path: Path, answers: Answers, prompts: Sequence[Prompt], rule:
     }
     shape = {} if routing is None else {"layers": routing.shape[1], "experts": routing.shape[2]}
     write_table(path, columns, _SCHEMA, shape)
+
+
+def write_found(path: Path, answers: Answers, facts: Mapping[str, Any]) -> None:
+    """Write answers as they are, unjudged, with facts in the table's metadata. Raises StorageError."""
+    routing = answers.routing_NLE
+    columns = {
+        "row": answers.rows,
+        "scores": answers.scores,
+        "aim": [None] * len(answers.rows) if answers.aims is None else answers.aims,
+        "routing": [None] * len(answers.rows) if routing is None else list(routing.reshape(len(routing), -1)),
+    }
+    shape = {} if routing is None else {"layers": routing.shape[1], "experts": routing.shape[2]}
+    write_table(path, columns, _FOUND, {**facts, **shape})
+
+
+def gathered(tables: Sequence[pa.Table], rows: Sequence[int]) -> Answers:
+    """The answers of such tables, in the order of `rows`. Raises ArtifactError where they do not hold each row once."""
+    whole = pa.concat_tables([table.replace_schema_metadata(None) for table in tables])
+    place = {row: n for n, row in enumerate(whole.column("row").to_pylist())}
+    if len(place) != len(whole) or place.keys() != set(rows):
+        raise ArtifactError("a method's parts do not hold each question once; remove its folder and run again")
+    facts, table = table_facts(tables[0]), whole.take(pa.array([place[row] for row in rows], pa.int64()))
+    aims = table.column("aim")
+    routing = None
+    if "layers" in facts:
+        shape = (facts["layers"], facts["experts"])
+        routing = matrix(table, "routing", shape[0] * shape[1]).reshape(len(table), *shape).copy()
+    return Answers(
+        list(rows), table.column("scores").to_pylist(), None if aims.null_count else aims.to_pylist(), routing
+    )
 
 
 def read_answers(path: Path, split: str) -> pa.Table:

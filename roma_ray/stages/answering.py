@@ -34,7 +34,7 @@ from roma_ray.stages.base_scores import base_scores, base_stage, scoring
 
 
 @dataclass(frozen=True)
-class Answered:
+class Evaluated:
     """What both models answered."""
 
     base: Scores
@@ -49,7 +49,7 @@ class Answered:
 
 def answer(
     job: Job, runners: Runners, progress: Progress, prompts: Sequence[Prompt], rows: Mapping[str, Sequence[int]]
-) -> Answered:
+) -> Evaluated:
     """The answers to the questions `rows` of each section (`SECTIONS`); the base's are kept for all that start from it.
 
     Raises GuardError, also where both models answer alike to the bit, CheckpointError, CacheError, ModelError, WorkerError.
@@ -80,7 +80,7 @@ def answer(
         texts = _texts(job, passing, rows["texts"], progress) if rows["texts"] else None
         passing.end()
         shape = passing.work.shape("tuned")
-    return Answered(base, tuned, trained, texts, shape["routers"], shape["top_k"])
+    return Evaluated(base, tuned, trained, texts, shape["routers"], shape["top_k"])
 
 
 def _texts(job: Job, passing: _Passing, rows: Sequence[int], progress: Progress) -> Texts:

@@ -53,7 +53,9 @@ class Slow:
         return lambda batch: Report(batch, 1, 0, 0, self.seconds)
 
 
-def shared_out(cluster: Cluster, work: Slow, count: int, stage: str = "extract") -> tuple[list[int], list[int], float | None]:
+def shared_out(
+    cluster: Cluster, work: Slow, count: int, stage: str = "extract"
+) -> tuple[list[int], list[int], float | None]:
     """The batches done here, those left for workers, and what their work was measured to take."""
     rest: list[int] = []
     told: list[float | None] = [None]
