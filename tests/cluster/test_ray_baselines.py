@@ -105,8 +105,9 @@ def test_methods_on_workers_and_two_that_die(
     assert [read_failure(stage) for stage in places] == [None] * len(places)
     assert [stage.path for stage in places if (stage.path / PARTS).exists()] == []
     parts = {note.name: note.read_text() for note in tmp_path.iterdir()}
-    assert {name.split("-")[0] for name in parts} == {"1", "2", "3", "4"}
-    assert len(parts) > 8
+    # The parts of the method that died after them were there.
+    assert {name.split("-")[0] for name in parts} == {"1", "3", "4"}
+    assert len(parts) > 6
     assert len(set(parts.values())) > 1
 
 
