@@ -3,7 +3,7 @@
 Simulates 1 to 256 nodes of 8 workers for 49,000 to 10 million questions: extraction and embedding as batches that a driver
 hands out one after the other to workers that start, load a model, compute and write to shared storage; reading the questions,
 gathering the extraction's rows and finding neighbors in the driver; finetuning on no more workers than a step has micro-batches;
-evaluation in one process with one device.
+evaluation as batches again, whose rows the driver puts in order.
 
 What goes in is measured: `--summary` takes a finished run's rates (its stage seconds and counts, one worker), `--measure` the
 driver's overhead by running empty batches through Ray on this machine. What was not measured here is an option with its default
@@ -42,7 +42,7 @@ class Rates:
     train_per_second: float = 400.0
     """Questions through the head, forward and backward; an estimate as above."""
     evaluate_per_second: float = 1500.0
-    """Questions through the head, forward."""
+    """Questions through the head, forward; each is asked twice, of base and tuned routers."""
     start_seconds: float = 20.0
     """A worker's process with its imports (12 to 26 s on CPUs)."""
     load_seconds: float = 15.0
@@ -114,6 +114,9 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
     trained = rates.trained_part * questions
     successes = rates.successful_part * trained
     exact = successes <= EXACT_UP_TO
+    # A part of the evaluation is up to eight batches (roma_ray/stages/answer_work.py).
+    judged, parts = 2 * (questions - trained), replace(rates, questions_a_batch=8 * rates.questions_a_batch)
+    evaluate = batches(int(judged), rates.evaluate_per_second, workers, parts, ROUTING_BYTES, loading)
     steps = rates.epochs * trained / rates.questions_a_step
     trainers = min(workers, rates.micro_batches)
     step = rates.questions_a_step / rates.train_per_second / trainers + rates.step_seconds
@@ -124,7 +127,7 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
         "embed": embed["seconds"],
         "neighbors": trained * successes / rates.pairs_per_second if exact else trained / rates.neighbors_per_second,
         "finetune": rates.start_seconds + rates.load_seconds + steps * step,
-        "evaluate": rates.load_seconds + 2 * (questions - trained) / rates.evaluate_per_second,
+        "evaluate": evaluate["seconds"] + judged / rates.gather_per_second,
     }
     shares = {name: extract[name] for name in ("driver", "storage", "start")}
     busiest = max(shares, key=lambda name: shares[name])
@@ -133,6 +136,8 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
 
 
 WIDTH_BYTES = 384 * 4.0
+# Of 5 layers of 64 experts.
+ROUTING_BYTES = 5 * 64 * 4.0
 EXACT_UP_TO = 200_000
 
 

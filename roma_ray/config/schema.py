@@ -258,12 +258,14 @@ class RayConfig(Section):
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
     evaluate_workers: int | None = Field(default=None, ge=1)
-    """As `extract_workers`, for benchmarks."""
+    """As `extract_workers`, for a run's own test questions and for benchmarks; an evaluation by a small model begins in the driver
+    also where there is a cluster."""
     finetune_workers: int | None = Field(default=None, ge=1)
     """Training processes; never more than a step has micro-batches. Default as for `extract_workers`, and one for each 50
     micro-batches of the whole run."""
     baselines_workers: int | None = Field(default=None, ge=1)
-    """Methods that are fitted and asked at a time, each in a process of its own. Default as for `extract_workers`."""
+    """Processes that fit and ask methods, one each at a time, or work on a part of a method's questions. Default as for
+    `extract_workers`."""
     cpus_per_worker: float = Field(default=0.5, gt=0)
     """Logical CPUs that Ray sets aside for a worker: a fraction, so that Ray's own tasks always find a CPU."""
     gpus_per_worker: float = Field(default=1.0, gt=0)
@@ -273,7 +275,7 @@ class RayConfig(Section):
     finetune: PlacementConfig = PlacementConfig()
     evaluate: PlacementConfig = PlacementConfig()
     baselines: PlacementConfig = PlacementConfig()
-    """Where the work of one process (neighbors, evaluation) runs when the driver's machine has no GPU."""
+    """`evaluate` also says where the work of one process (neighbors, repair) runs when the driver's machine has no GPU."""
     wait_seconds: int = Field(default=0, ge=0)
     """On a cluster that scales: ask for the workers' nodes, and wait so long for them. Then name the number of workers
     and `device: cuda`, for neither can be counted before the nodes are there. 0: the nodes that are there must do."""
@@ -281,7 +283,7 @@ class RayConfig(Section):
     """Deaths of finetuning workers, trials and tasks, for memory or otherwise, that are answered by another try, from the last
     checkpoint where there is one."""
     no_progress_seconds: int = Field(default=1800, ge=10)
-    """Extraction and embedding give up after this long without a finished batch."""
+    """Extraction, embedding and evaluation give up after this long without a finished batch."""
 
 
 class TrackingConfig(Section):
