@@ -18,25 +18,26 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from roma_ray.engine.batches import PlannedBatches
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, answered, choice_scores, lay_out, mean_routing, own_tokens
 from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
 from roma_ray.engine.identity import answer_rule, is_free
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.question_table import TABLE, read_prompts, write_table
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table, table_facts, write_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
-from roma_ray.errors import ArtifactError, ModelError, RomaError
+from roma_ray.errors import ModelError, RomaError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
 from roma_ray.store.artifacts import note_device
-from roma_ray.store.files import read_json
 from roma_ray.store.tensors import write_tensors
 
-PLAN = "plan.json"
+PLAN = "plan.parquet"
 NOT_FINITE = "the model's scores are not finite"
+_PLANNED = pa.schema([("rows", pa.list_(pa.int32()))])
 _FAILURES = (RuntimeError, ValueError, IndexError)
 
 
@@ -153,13 +154,18 @@ class Extracted:
         return Extracted([], {}, {}, [], [])
 
 
-def read_plan(path: Path) -> tuple[int, list[list[int]]]:
+def write_plan(path: Path, prefix: int, plan: PlannedBatches) -> None:
+    """Keep the planned batches, and the tokens of the prefix that all prompts share. Raises StorageError."""
+    rows = pa.ListArray.from_arrays(pa.array(plan.starts, pa.int32()), pa.array(plan.rows, pa.int32()))
+    write_table(path, {"rows": rows}, _PLANNED, {"prefix": prefix})
+
+
+def read_plan(path: Path) -> tuple[int, PlannedBatches]:
     """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
-    try:
-        plan = read_json(path)
-        return int(plan["prefix"]), [[int(row) for row in batch] for batch in plan["batches"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from None
+    table = read_table(path, _PLANNED.names)
+    rows = table.column("rows").combine_chunks()
+    prefix: int = table_facts(table, "prefix")["prefix"]
+    return prefix, PlannedBatches(rows.values.to_numpy().astype(np.int64), rows.offsets.to_numpy())
 
 
 class Batches:

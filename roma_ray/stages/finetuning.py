@@ -87,8 +87,7 @@ class TrainJob(Job):
         config, extraction = self.setup.config, self.stages["extract"]
         prompts = read_prompts(self.stages["questions"].path / TABLE, held_out=config.questions.held_out_tasks)
         neighborhoods = read_neighborhoods(self.stages["neighbors"], len(prompts))
-        usable = usable_rows(extraction).tolist()
-        validation = [n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]]
+        validation = prompts.rows_of("validation", usable_rows(extraction))
         if not validation:
             raise QuestionError(
                 "no validation question came through extraction, so no epoch can be judged; see `error` in "

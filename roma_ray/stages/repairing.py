@@ -102,8 +102,7 @@ def measure(asked: Setup | None, job: Job, runners: Runners, progress: Progress)
     """Measure teacher, student and repaired student on the test texts. Raises QuestionError, CacheError, CheckpointError."""
     setup, stages = job.setup, job.stages
     prompts = read_prompts(stages["questions"].path / TABLE)
-    usable = usable_rows(stages["extract"]).tolist()
-    rows = [n for n, prompt in enumerate(prompts) if prompt.split == "test" and usable[n]]
+    rows = prompts.rows_of("test", usable_rows(stages["extract"]))
     if not rows:
         raise QuestionError("no test text came through extraction, so nothing can be measured: give more texts")
     teacher = Teacher(stages[TEACHER.name].path, prompts)

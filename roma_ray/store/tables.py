@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,11 +14,18 @@ import pyarrow.parquet as pq
 
 from roma_ray.errors import ArtifactError
 from roma_ray.store.files import local, locals_of, write_atomically
+from roma_ray.store.scratch import ScratchTable
 
 WRITING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 """How tables are written: a damaged page is then seen when it is read, also where no manifest speaks for the file yet."""
 
 _ROWS_AT_ONCE = 8192
+
+PART_ROWS = 65_536
+"""Rows of a part: what is held at once where a table is gone through, and a row group of those that are written in parts."""
+
+HELD_BYTES = 2**28
+"""Larger tables that are held for picking rows from lie in this machine's scratch, mapped."""
 
 
 def write_table(
@@ -43,21 +51,90 @@ def write_parts(path: str | Path, schema: pa.Schema, parts: Iterable[pa.Table]) 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file. Raises ArtifactError when it is missing, corrupted or lacks a column."""
-    try:
+    with _readable(path):
         names = list(columns) if columns is not None else None
         table = pq.read_table(local(path), columns=names, partitioning=None, page_checksum_verification=True)
+    _check_columns(path, columns or (), table.column_names)
+    return table
+
+
+def iterate_table(path: str | Path, columns: Sequence[str], rows: int = PART_ROWS) -> Iterator[pa.Table]:
+    """The columns of a Parquet file, at most so many rows at a time. Raises as `read_table`."""
+    with _opened(path, columns) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=list(columns)):
+            yield pa.Table.from_batches([batch])
+        if not file.metadata.num_rows:
+            yield file.schema_arrow.empty_table().select(list(columns))
+
+
+def read_rows(path: str | Path, columns: Sequence[str], rows: Sequence[int]) -> pa.Table:
+    """Some rows of a Parquet file, in the order asked for; only the row groups that hold them are read. Raises as `read_table`."""
+    wanted = np.asarray(rows, dtype=np.int64)
+    with _opened(path, columns) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < starts[-1]:
+            raise ArtifactError(
+                f"{path} has {starts[-1]} rows and not all that were asked for; it is of other questions"
+            )
+        groups = np.searchsorted(starts, wanted, side="right") - 1
+        parts, places = [file.schema_arrow.empty_table().select(list(columns))], [np.empty(0, dtype=np.int64)]
+        for group in np.unique(groups).tolist():
+            mine = np.flatnonzero(groups == group)
+            part = file.read_row_group(group, columns=list(columns))
+            parts.append(part.take(pa.array(wanted[mine] - starts[group])).select(list(columns)))
+            places.append(mine)
+    # The metadata of an empty table are the file's, and of a part as well.
+    return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
+
+
+def hold(parts: Iterable[pa.Table]) -> pa.Table:
+    """Tables of one schema as one: in memory, or of more than `HELD_BYTES` in this machine's scratch, mapped. Raises StorageError.
+
+    Pages of a mapped file are not the process's own: the system takes them back when it needs them.
+    """
+    held: list[pa.Table] = []
+    scratch: ScratchTable | None = None
+    for part in parts:
+        if scratch is None and sum(table.nbytes for table in (*held, part)) > HELD_BYTES:
+            scratch = ScratchTable(part.schema)
+            for table in held:
+                scratch.append(table)
+            held = []
+        if scratch is None:
+            held.append(part)
+        else:
+            scratch.append(part)
+    return pa.concat_tables(held) if scratch is None else scratch.mapped().read_all()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    with _readable(path), pq.ParquetFile(local(path), pre_buffer=False, page_checksum_verification=True) as file:
+        _check_columns(path, columns, file.schema_arrow.names)
+        yield file
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """What reading a missing or damaged file raises, as an ArtifactError with the remedy."""
+    try:
+        yield
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        # Arrow decodes the names in a damaged file's schema itself.
         raise ArtifactError(
             f"{path} cannot be read ({error}); remove its folder and run again to recompute it"
         ) from None
-    missing = set(columns or ()) - set(table.column_names)
+
+
+def _check_columns(path: str | Path, wanted: Sequence[str], there: Sequence[str]) -> None:
+    missing = set(wanted) - set(there)
     if missing:
         raise ArtifactError(
             f"{path} lacks the column(s) {', '.join(sorted(missing))}; it was written by another version"
         )
-    return table
 
 
 def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
