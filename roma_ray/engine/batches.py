@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import overload
 
 import numpy as np
+import pyarrow as pa
 
 from roma_ray.questions.prompts import Prompt
+from roma_ray.store.tables import read_table, table_facts, write_table
+
+_PLANNED = pa.schema([("rows", pa.list_(pa.int32()))])
 
 
 class PlannedBatches(Sequence[list[int]]):
@@ -62,6 +67,20 @@ def plan_batches(tokens: Sequence[int] | np.ndarray, batch_tokens: int) -> Plann
         stop = int(np.searchsorted(totals, before + batch_tokens, side="right"))
         starts.append(max(stop, starts[-1] + 1))
     return PlannedBatches(order, np.asarray(starts))
+
+
+def write_plan(path: Path, plan: PlannedBatches, prefix: int = 0) -> None:
+    """Keep planned batches, and the tokens of the prefix that all prompts share. Raises StorageError."""
+    rows = pa.ListArray.from_arrays(pa.array(plan.starts, pa.int32()), pa.array(plan.rows, pa.int32()))
+    write_table(path, {"rows": rows}, _PLANNED, {"prefix": prefix})
+
+
+def read_plan(path: Path) -> tuple[int, PlannedBatches]:
+    """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
+    table = read_table(path, _PLANNED.names)
+    rows = table.column("rows").combine_chunks()
+    prefix: int = table_facts(table, "prefix")["prefix"]
+    return prefix, PlannedBatches(rows.values.to_numpy().astype(np.int64), rows.offsets.to_numpy())
 
 
 def is_letter(prompt: Prompt) -> bool:

@@ -18,13 +18,13 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from roma_ray.engine.batches import PlannedBatches
+from roma_ray.engine.batches import read_plan as read_plan
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, answered, choice_scores, lay_out, mean_routing, own_tokens
 from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
 from roma_ray.engine.identity import answer_rule, is_free
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.question_table import TABLE, read_prompts, read_table, table_facts, write_table
+from roma_ray.engine.question_table import TABLE, read_prompts, write_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
@@ -37,7 +37,6 @@ from roma_ray.store.tensors import write_tensors
 
 PLAN = "plan.parquet"
 NOT_FINITE = "the model's scores are not finite"
-_PLANNED = pa.schema([("rows", pa.list_(pa.int32()))])
 _FAILURES = (RuntimeError, ValueError, IndexError)
 
 
@@ -152,20 +151,6 @@ class Extracted:
     @staticmethod
     def empty() -> Extracted:
         return Extracted([], {}, {}, [], [])
-
-
-def write_plan(path: Path, prefix: int, plan: PlannedBatches) -> None:
-    """Keep the planned batches, and the tokens of the prefix that all prompts share. Raises StorageError."""
-    rows = pa.ListArray.from_arrays(pa.array(plan.starts, pa.int32()), pa.array(plan.rows, pa.int32()))
-    write_table(path, {"rows": rows}, _PLANNED, {"prefix": prefix})
-
-
-def read_plan(path: Path) -> tuple[int, PlannedBatches]:
-    """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
-    table = read_table(path, _PLANNED.names)
-    rows = table.column("rows").combine_chunks()
-    prefix: int = table_facts(table, "prefix")["prefix"]
-    return prefix, PlannedBatches(rows.values.to_numpy().astype(np.int64), rows.offsets.to_numpy())
 
 
 class Batches:

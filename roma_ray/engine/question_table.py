@@ -38,8 +38,6 @@ QUESTIONS = pa.schema(
 FREE_QUESTIONS = pa.schema([*QUESTIONS, ("form", pa.string()), ("verdict", pa.bool_())])
 """Of free-form questions, whose `choices` are the accepted answers."""
 
-REJECTED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
-
 
 def read_prompts(path: str | Path, *, held_out: Sequence[str] = ()) -> Prompts:
     """The encoded prompts of a question table, decoded when they are asked for; parts as with tasks `held_out`."""

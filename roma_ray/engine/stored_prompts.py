@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from roma_ray.errors import ArtifactError
 from roma_ray.questions.held_out import UNUSED
+from roma_ray.questions.labels import Labels
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.tables import hold
 
@@ -33,53 +34,6 @@ _TYPES = {
 }
 _DECODED = ("id", "prompt_ids", "choice_ids", "choice_chars")
 PROMPT_COLUMNS = tuple(_TYPES)
-
-
-class Labels:
-    """A text a question, of few different ones."""
-
-    def __init__(self) -> None:
-        self._known: dict[str, int] = {}
-        self._codes: list[np.ndarray] = []
-
-    def extend(self, column: pa.ChunkedArray) -> None:
-        """Add a part's texts."""
-        coded = column.combine_chunks().dictionary_encode()
-        known = [self._code(name) for name in coded.dictionary.to_pylist()]
-        self._codes.append(np.asarray(known, dtype=np.int32)[coded.indices.to_numpy(zero_copy_only=False)])
-
-    def _code(self, name: str) -> int:
-        return self._known.setdefault(name, len(self._known))
-
-    @cached_property
-    def names(self) -> list[str]:
-        """The different texts, in the order of their codes."""
-        return list(self._known)
-
-    @cached_property
-    def codes(self) -> np.ndarray:
-        """Place of each question's text among the names, [N] int32."""
-        whole = np.concatenate([np.empty(0, dtype=np.int32), *self._codes])
-        self._codes.clear()
-        return whole
-
-    def mask(self, names: Iterable[str]) -> np.ndarray:
-        """Whether each question has one of these texts, [N] bool."""
-        return np.isin(self.codes, [self._known[name] for name in names if name in self._known])
-
-    def put(self, mask: np.ndarray, name: str) -> None:
-        """Give the questions of a mask another text."""
-        self.codes[mask] = self._code(name)
-        self.__dict__.pop("names", None)
-
-    def __getitem__(self, row: int) -> str:
-        return self.names[self.codes[row]]
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __iter__(self) -> Iterator[str]:
-        return map(self.names.__getitem__, self.codes.tolist())
 
 
 def _checked(table: pa.Table) -> pa.Table:

@@ -16,9 +16,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roma_ray.engine.batches import PlannedBatches, plan_batches
+from roma_ray.engine.batches import PlannedBatches, plan_batches, read_plan, write_plan
 from roma_ray.engine.cache import ROWS
-from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan, write_plan
+from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype
 from roma_ray.engine.generation import ENDINGS
 from roma_ray.engine.identity import answer_rule, writing_settings
 from roma_ray.engine.kept_selfchecks import worst_of
@@ -146,7 +146,7 @@ def _plan(stage: Stage, measured: Measured, batch_tokens: int) -> tuple[int, Pla
     """Tokens of the shared prefix, and the planned batches, as saved by the first attempt or made now."""
     path = stage.path / PLAN
     if not exists(path):
-        write_plan(path, measured.prefix, plan_batches(measured.own_tokens(), batch_tokens))
+        write_plan(path, plan_batches(measured.own_tokens(), batch_tokens), measured.prefix)
     return read_plan(path)
 
 

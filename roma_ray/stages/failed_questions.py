@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
+from roma_ray.engine.batches import read_plan
+from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table
 from roma_ray.engine.forward import lay_out
 from roma_ray.engine.question_table import TABLE, read_some_prompts
 from roma_ray.engine.setup import Setup

@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -88,24 +88,61 @@ def read_rows(path: str | Path, columns: Sequence[str], rows: Sequence[int]) -> 
     return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
 
 
-def hold(parts: Iterable[pa.Table]) -> pa.Table:
-    """Tables of one schema as one: in memory, or of more than `HELD_BYTES` in this machine's scratch, mapped. Raises StorageError.
+class Holder:
+    """Tables of one schema, added one by one: in memory, or of more than `HELD_BYTES` in this machine's scratch, mapped.
 
     Pages of a mapped file are not the process's own: the system takes them back when it needs them.
     """
-    held: list[pa.Table] = []
-    scratch: ScratchTable | None = None
-    for part in parts:
-        if scratch is None and sum(table.nbytes for table in (*held, part)) > HELD_BYTES:
-            scratch = ScratchTable(part.schema)
-            for table in held:
-                scratch.append(table)
-            held = []
-        if scratch is None:
-            held.append(part)
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._held: list[pa.Table] = []
+        self._bytes = 0
+        self._scratch: ScratchTable | None = None
+
+    def add(self, part: pa.Table) -> None:
+        """Put rows behind the others. Raises StorageError."""
+        self._bytes += part.nbytes
+        if self._scratch is None and self._bytes > HELD_BYTES:
+            self._scratch = ScratchTable(self.schema)
+            for table in self._held:
+                self._scratch.append(table)
+            self._held = []
+        if self._scratch is None:
+            self._held.append(part)
         else:
-            scratch.append(part)
-    return pa.concat_tables(held) if scratch is None else scratch.mapped().read_all()
+            self._scratch.append(part)
+
+    def table(self) -> pa.Table:
+        """All rows; no more can be added. Raises StorageError."""
+        if self._scratch is not None:
+            return self._scratch.mapped().read_all()
+        return pa.concat_tables([self.schema.empty_table(), *self._held])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what nobody read."""
+        if self._scratch is not None:
+            self._scratch.close()
+
+
+def hold(parts: Iterable[pa.Table]) -> pa.Table:
+    """Tables of one schema, at least one, as one that a `Holder` holds. Raises StorageError."""
+    stream = iter(parts)
+    first = next(stream)
+    with Holder(first.schema) as holder:
+        holder.add(first)
+        for part in stream:
+            holder.add(part)
+        return holder.table()
+
+
+def in_parts(table: pa.Table) -> Iterator[pa.Table]:
+    """A table as parts of at most `PART_ROWS` rows, each in one piece."""
+    for start in range(0, max(1, len(table)), PART_ROWS):
+        yield table.slice(start, PART_ROWS).combine_chunks()
 
 
 @contextlib.contextmanager
@@ -145,26 +182,6 @@ def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> 
             yield read_table(next(places), columns)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
-
-
-def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A Parquet file's rows one by one; no more than some thousands are held. Raises as `read_table`."""
-    names = list(columns)
-    try:
-        with pq.ParquetFile(local(path), page_checksum_verification=True) as file:
-            missing = set(names) - set(file.schema_arrow.names)
-            if missing:
-                raise ArtifactError(
-                    f"{path} lacks the column(s) {', '.join(sorted(missing))}; it was written by another version"
-                )
-            for part in file.iter_batches(_ROWS_AT_ONCE, columns=names):
-                yield from part.to_pylist()
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error}); remove its folder and run again to recompute it"
-        ) from None
 
 
 def table_facts(table: pa.Table, *counts: str) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 from roma_ray.cluster.batch_actors import ATTEMPTS, BatchWorker, Marks, ray_executor
 from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table, read_plan
+from roma_ray.engine.batches import read_plan
+from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.runners import LOCAL, Runners

@@ -12,9 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.engine.batches import PlannedBatches
+from roma_ray.engine.batches import PlannedBatches, read_plan, write_plan
 from roma_ray.engine.cache import ROWS, ActivationCache
-from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table, read_plan, write_plan
+from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
@@ -131,7 +131,7 @@ def test_rows_beyond_the_vocabulary_and_excluded_rows_are_set_aside(fresh: tuple
     job = EXTRACT.job(setup, locate(EXTRACT, setup))
     stage = job.stage
     stage.path.mkdir(parents=True)
-    write_plan(stage.path / PLAN, 0, PlannedBatches.of([[0, 1, 2]]))
+    write_plan(stage.path / PLAN, PlannedBatches.of([[0, 1, 2]]))
     extractor = Extractor(ExtractWork(job.setup, job.stages, stage))
     extractor.vocabulary = max(max(p.prompt_ids) for p in extractor.batches.prompts[:1])
     report = extractor(0, frozenset({2}))
