@@ -85,7 +85,7 @@ def test_parts_are_those_of_a_loop_over_sorted_ids(
             continue
         for task, count in apportion(of, fraction).items():
             left = [id for id in free[task] if expected[id] == "train"]
-            chosen = sorted(left, key=lambda id: (seeded_key(seed, part, id), id))[:count]  # noqa: B023 - used at once
+            chosen = sorted(left, key=lambda id: (seeded_key(seed, part, id), id))[:count]
             expected |= dict.fromkeys(chosen, part)
     if "train" in expected.values():
         assert parts(split(questions, seed, validation, test)) == expected
