@@ -49,33 +49,23 @@ def write_questions(path: Path, rows: int) -> None:
             stream.write(json.dumps(row) + "\n")
 
 
-def setup_for(folder: Path, prompt: str = "cloze") -> Any:
+def setup_for(folder: Path) -> Any:
     """The embedded model with the synthetic questions."""
     from roma_ray.config.loading import load_config
     from roma_ray.engine.setup import resolve
 
     sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"
-    settings = [sources, f"storage={folder}", f"questions.prompt.format={prompt}"]
-    return resolve(load_config(None, settings), device="cpu")
+    return resolve(load_config(None, [sources, f"storage={folder}"]), device="cpu")
 
 
 def questions(folder: Path, rows: int) -> None:
-    """Read, split, encode and write the question table: `cloze`, which encodes each prompt with each choice."""
-    _read(folder, "cloze")
-
-
-def letters(folder: Path, rows: int) -> None:
-    """The same for `letter`, which encodes a prompt once."""
-    _read(folder, "letter")
-
-
-def _read(folder: Path, prompt: str) -> None:
+    """Read, split, encode and write the question table (`cloze`: each prompt is encoded with each choice)."""
     from roma_ray.engine.progress import Silence
     from roma_ray.engine.runners import LOCAL
     from roma_ray.engine.steps import complete
     from roma_ray.stages.preparation import QUESTIONS
 
-    assert complete(QUESTIONS, QUESTIONS.job(setup_for(folder, prompt), {}), LOCAL, Silence()).complete
+    assert complete(QUESTIONS, QUESTIONS.job(setup_for(folder), {}), LOCAL, Silence()).complete
 
 
 def make_table(folder: Path, rows: int) -> Any:
@@ -310,7 +300,6 @@ LEFT = {"extraction": leave_extraction, "embedding": leave_embedding}
 """What a process of its own does before the measured one."""
 PARTS = {
     "questions": questions,
-    "letters": letters,
     "extraction": extraction,
     "worker": worker,
     "embedding": embedding,
@@ -368,7 +357,7 @@ def main() -> None:
         parts = options.parts.split(",")
         folder = Path(tempfile.mkdtemp(prefix="roma-memory-", dir=options.folder))
         try:
-            write_questions(folder / "q.jsonl", rows if {"questions", "letters"} & set(parts) else 100)
+            write_questions(folder / "q.jsonl", rows if "questions" in parts else 100)
             for part in parts:
                 if part in LEFT:
                     run(f"before-{part}", folder, rows)
