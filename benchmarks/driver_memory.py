@@ -55,7 +55,7 @@ def setup_for(folder: Path) -> Any:
     from roma_ray.engine.setup import resolve
 
     sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"
-    return resolve(load_config(None, [sources, f"storage={folder}"]), device="cpu")
+    return resolve(load_config(None, [sources, f"storage={folder}", "extraction.cache=false"]), device="cpu")
 
 
 def questions(folder: Path, rows: int) -> None:
