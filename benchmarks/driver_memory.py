@@ -1,21 +1,25 @@
 """The driver's memory at many questions: python benchmarks/driver_memory.py --sizes 100000 1000000
 
-Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes, and the peak of its resident
-memory is printed, with the seconds and the CPU's (which other jobs on the machine do not lengthen): reading and encoding questions,
-planning and gathering extraction, neighbors, manifests and MLflow. No model runs. Questions are short ones of four choices;
-embeddings have 384 numbers, around topics as sentence embeddings lie.
+Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes or more, and the peak of its
+resident memory is printed, what of it was its own (anonymous: not pages of mapped files, which the system takes back), the seconds,
+and the CPU's (which other jobs on the machine do not lengthen): reading and encoding questions, planning and gathering extraction and
+embedding, neighbors, manifests and MLflow; and the worker's part of an extraction. No model runs. Questions are short ones of four
+choices, of 30 to 50 tokens; where they are not what is measured, their table is written of random tokens. Embeddings have 384
+numbers, those of the neighbors around topics as sentence embeddings lie.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -51,60 +55,173 @@ def setup_for(folder: Path) -> Any:
     from roma_ray.engine.setup import resolve
 
     sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"
-    return resolve(load_config(None, [sources, f"storage={folder}"]), device="cpu")
+    return resolve(load_config(None, [sources, f"storage={folder}", "extraction.cache=false"]), device="cpu")
 
 
 def questions(folder: Path, rows: int) -> None:
-    """Read, split, encode and write the question table."""
+    """Read, split, encode and write the question table (`cloze`: each prompt is encoded with each choice)."""
     from roma_ray.engine.progress import Silence
     from roma_ray.engine.runners import LOCAL
     from roma_ray.engine.steps import complete
     from roma_ray.stages.preparation import QUESTIONS
 
+    assert complete(QUESTIONS, QUESTIONS.job(setup_for(folder), {}), LOCAL, Silence()).complete
+
+
+def make_table(folder: Path, rows: int) -> Any:
+    """A finished questions stage with a table of random tokens, which nobody had to read or to encode; returns the set-up."""
+    import numpy as np
+    import pyarrow as pa
+
+    from roma_ray.engine.question_table import QUESTIONS as COLUMNS
+    from roma_ray.engine.question_table import TABLE
+    from roma_ray.stages.preparation import QUESTIONS
+    from roma_ray.store.tables import PART_ROWS, write_parts
+
     setup = setup_for(folder)
-    complete(QUESTIONS, QUESTIONS.job(setup, {}), LOCAL, Silence())
+    stage = QUESTIONS.at(setup, {})
+    rng = np.random.default_rng(0)
+
+    def lists(lengths: Any, values: Any) -> Any:
+        return pa.ListArray.from_arrays(pa.array(np.concatenate([[0], np.cumsum(lengths)]), pa.int32()), values)
+
+    def part(start: int) -> Any:
+        size = min(PART_ROWS, rows - start)
+        prompts = rng.integers(30, 51, size)
+        choices = np.full(size, 4)
+        continuations = rng.integers(1, 4, 4 * size)
+        ids = [f"q{n}" for n in range(start, start + size)]
+        columns = {
+            "row": pa.array(range(start, start + size)),
+            "id": ids,
+            "task": [f"t{n % 9}" for n in range(size)],
+            "split": rng.choice(["train", "validation", "test"], size, p=[0.8, 0.1, 0.1]),
+            "question": [f"Which word of number {id} is red green blue cat dog fish one two three?" for id in ids],
+            "choices": lists(choices, pa.array(["apple", "pear", "plum", "north"] * size)),
+            "answer": rng.integers(0, 4, size),
+            "context": pa.nulls(size, pa.string()),
+            "prompt_ids": lists(prompts, pa.array(rng.integers(0, 2000, prompts.sum()), pa.int32())),
+            "choice_ids": lists(
+                choices, lists(continuations, pa.array(rng.integers(0, 2000, continuations.sum()), pa.int32()))
+            ),
+            "choice_chars": lists(choices, pa.array(np.full(4 * size, 5), pa.int32())),
+            "truncated": np.zeros(size, dtype=bool),
+        }
+        return pa.table([pa.array(columns[field.name], field.type) for field in COLUMNS], schema=COLUMNS)
+
+    if not stage.complete:
+        write_parts(stage.path / TABLE, COLUMNS, (part(start) for start in range(0, rows, PART_ROWS)))
+        stage.finish(facts={"questions": rows, "drawn": {"test": True, "validation": True}}, seconds=1.0)
+    return setup
+
+
+class Left(Exception):
+    """The batches are written; nothing is gathered."""
+
+
+def _job(step: Any, folder: Path, rows: int) -> Any:
+    from roma_ray.engine.steps import locate
+
+    setup = make_table(folder, rows)
+    return step.job(setup, locate(step, setup))
+
+
+def leave_extraction(folder: Path, rows: int) -> None:
+    """Not measured: the tables that workers would write, of uniform routing rows."""
+    import contextlib
+
+    import numpy as np
+
+    from roma_ray.engine.batches import read_plan
+    from roma_ray.engine.extractor import PLAN, _schema, batch_table
+    from roma_ray.engine.progress import Silence
+    from roma_ray.engine.question_table import write_table
+    from roma_ray.engine.runners import Runners
+    from roma_ray.engine.steps import complete
+    from roma_ray.stages.extraction import EXTRACT
+    from roma_ray.store.files import remove
+
+    def pretend(work: Any, batches: Any) -> Any:
+        _, plan = read_plan(Path(work.folder) / PLAN)
+        schema, layers = _schema(work.tokens, False), len(work.setup.moe_layers)
+        routing = np.full(64 * layers, 1 / 64, dtype=np.float32)
+        for batch in batches:
+            own = plan[batch]
+            columns: dict[str, Any] = {name: [0] * len(own) for name in schema.names}
+            columns |= {"row": own, "id": [f"q{row}" for row in own], "error": [None] * len(own)}
+            columns |= {"batch": [batch] * len(own), "scores": [[0.0] * 4] * len(own), "is_correct": [True] * len(own)}
+            columns |= {f"routing_{rule}": [routing] * len(own) for rule in work.tokens}
+            write_table(batch_table(work.folder, batch), columns, schema, {"layers": layers, "experts": 64})
+        # The measured process plans again.
+        remove(Path(work.folder) / PLAN)
+        raise Left
+        yield
+
+    with contextlib.suppress(Left):
+        complete(EXTRACT, _job(EXTRACT, folder, rows), Runners(extract=pretend), Silence())
 
 
 def extraction(folder: Path, rows: int) -> None:
-    """Plan batches from the table of questions, and gather the batches' tables (written here with few layers)."""
-    import numpy as np
-
+    """Plan batches from the table of questions, find all done, and gather the batches' tables."""
     from roma_ray.engine.progress import Silence
-    from roma_ray.engine.runners import Runners
-    from roma_ray.engine.steps import complete, locate
-    from roma_ray.engine.work import Report
+    from roma_ray.engine.runners import LOCAL
+    from roma_ray.engine.steps import complete
     from roma_ray.stages.extraction import EXTRACT
 
-    setup = setup_for(folder)
+    assert complete(EXTRACT, _job(EXTRACT, folder, rows), LOCAL, Silence()).complete
+
+
+def worker(folder: Path, rows: int) -> None:
+    """What an extraction's worker holds beside its model: the plan and all prompts; it lays out a thousand batches."""
+    from roma_ray.engine.extractor import PLAN, Batches, ExtractWork
+    from roma_ray.stages.extraction import EXTRACT
+    from roma_ray.store.files import exists
+
+    job = _job(EXTRACT, folder, rows)
+    assert exists(job.stage.path / PLAN), "part `extraction` comes first"
+    batches = Batches(ExtractWork(job.setup, job.stages, job.stage))
+    for batch in range(0, len(batches.batches), max(1, len(batches.batches) // 1000)):
+        batches.reading(batches.batches[batch])
+
+
+def leave_embedding(folder: Path, rows: int) -> None:
+    """Not measured: the tables that workers would write, of random vectors."""
+    import contextlib
+
+    import numpy as np
+    import pyarrow as pa
+
+    from roma_ray.engine.batches import read_plan
+    from roma_ray.engine.progress import Silence
+    from roma_ray.engine.runners import Runners
+    from roma_ray.engine.steps import complete
+    from roma_ray.stages.embedding import _SCHEMA, EMBED, PLAN, _part
+    from roma_ray.store.tables import write_table
+
+    rng = np.random.default_rng(0)
 
     def pretend(work: Any, batches: Any) -> Any:
-        from roma_ray.engine.extractor import _schema, batch_table
-        from roma_ray.engine.question_table import write_table
-
-        plan = json.loads((Path(work.folder) / "plan.json").read_text())["batches"]
-        schema = _schema(work.tokens)
-        experts = 64 * len(setup.moe_layers)
-        routing = np.full(experts, 1 / 64, dtype=np.float32)
-        ids = _ids(work.questions)
+        _, plan = read_plan(Path(work.folder) / PLAN)
         for batch in batches:
-            size = len(plan[batch])
-            columns: dict[str, Any] = {name: [0] * size for name in schema.names}
-            columns |= {"row": plan[batch], "id": [ids[r] for r in plan[batch]], "error": [None] * size}
-            columns |= {"batch": [batch] * size, "scores": [[0.0] * 4] * size, "is_correct": [True] * size}
-            columns |= {f"routing_{rule}": [routing] * size for rule in work.tokens}
-            write_table(
-                batch_table(work.folder, batch), columns, schema, {"layers": len(setup.moe_layers), "experts": 64}
-            )
-            yield Report(batch, size, 0, 0, 0.0)
+            own = plan[batch]
+            flat = pa.array(rng.standard_normal(len(own) * WIDTH, dtype=np.float32))
+            vectors = pa.FixedSizeListArray.from_arrays(flat, WIDTH).cast(pa.list_(pa.float32()))
+            write_table(_part(work.folder, batch), {"row": own, "embedding": vectors}, _SCHEMA)
+        raise Left
+        yield
 
-    job = EXTRACT.job(setup, locate(EXTRACT, setup))
-    assert complete(EXTRACT, job, Runners(extract=pretend), Silence()).complete
+    with contextlib.suppress(Left):
+        complete(EMBED, _job(EMBED, folder, rows), Runners(embed=pretend), Silence())
 
 
-def _ids(path: Path) -> list[str]:
-    from roma_ray.engine.question_table import read_table
+def embedding(folder: Path, rows: int) -> None:
+    """Measure all texts, plan the embedding's batches, find all done, and gather the vectors into one file."""
+    from roma_ray.engine.progress import Silence
+    from roma_ray.engine.runners import LOCAL
+    from roma_ray.engine.steps import complete
+    from roma_ray.stages.embedding import EMBED
 
-    return list(read_table(path, ["id"]).column("id").to_pylist())
+    assert complete(EMBED, _job(EMBED, folder, rows), LOCAL, Silence()).complete
 
 
 def embeddings(rows: int) -> Any:
@@ -179,7 +296,40 @@ def records(folder: Path, rows: int) -> None:
     client.log(client.create("stage", {}, 0), metrics=stage_metrics(stage))
 
 
-PARTS = {"questions": questions, "extraction": extraction, "records": records, "neighbors": neighbors, "shards": shards}
+LEFT = {"extraction": leave_extraction, "embedding": leave_embedding}
+"""What a process of its own does before the measured one."""
+PARTS = {
+    "questions": questions,
+    "extraction": extraction,
+    "worker": worker,
+    "embedding": embedding,
+    "records": records,
+    "neighbors": neighbors,
+    "shards": shards,
+}
+
+
+class Watched:
+    """The largest part of this process's memory that is its own (anonymous), looked at ten times a second."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        threading.Thread(target=self._look, daemon=True).start()
+
+    def _look(self) -> None:
+        while True:
+            lines = Path("/proc/self/status").read_text().splitlines()
+            self.peak = max(self.peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
+            time.sleep(0.1)
+
+
+def measured(part: str, folder: Path, rows: int) -> None:
+    """Do one part, and print its peaks in GiB and its seconds."""
+    watched, began, idle = Watched(), time.monotonic(), time.process_time()
+    PARTS[part](folder, rows)
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    cpu = used.ru_utime + used.ru_stime - idle
+    print(f"{used.ru_maxrss / 2**20:.2f} {watched.peak / 2**20:.2f} {time.monotonic() - began:.1f} {cpu:.1f}")
 
 
 def main() -> None:
@@ -187,30 +337,46 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--parts", default="questions,extraction,records,neighbors", help=f"of: {', '.join(PARTS)}")
+    parser.add_argument(
+        "--parts", default="questions,extraction,embedding,records,neighbors", help=f"of: {', '.join(PARTS)}"
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where the files of a run lie (default: the system's temporary folder)"
+    )
     parser.add_argument("--child", nargs=2)
     options = parser.parse_args()
     if options.child:
-        began, idle = time.monotonic(), time.process_time()
-        PARTS[options.child[0]](Path(options.child[1]), options.rows)
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu = used.ru_utime + used.ru_stime - idle
-        print(f"{used.ru_maxrss / 2**20:.2f} {time.monotonic() - began:.1f} {cpu:.1f}")
+        part, folder = options.child[0], Path(options.child[1])
+        if part.startswith("before-"):
+            LEFT[part.removeprefix("before-")](folder, options.rows)
+        else:
+            measured(part, folder, options.rows)
         return
-    print(f"{'part':<12} {'rows':>9} {'peak GiB':>9} {'seconds':>8} {'CPU s':>8}", flush=True)
+    print(f"{'part':<12} {'rows':>10} {'peak GiB':>9} {'own GiB':>8} {'seconds':>8} {'CPU s':>8}", flush=True)
     for rows in options.sizes:
-        folder = Path(tempfile.mkdtemp(prefix="roma-memory-"))
-        if {"questions", "extraction"} & set(options.parts.split(",")):
-            write_questions(folder / "q.jsonl", rows)
-        for part in options.parts.split(","):
-            command = [sys.executable, __file__, "--child", part, str(folder), "--rows", str(rows)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                sys.exit(done.stderr[-3000:])
-            peak, seconds, cpu = done.stdout.split()[-3:]
-            note = done.stderr.strip()[-40:] if "recall" in done.stderr else ""
-            print(f"{part:<12} {rows:>9,} {peak:>9} {seconds:>8} {cpu:>8}  {note}", flush=True)
-        shutil.rmtree(folder)
+        parts = options.parts.split(",")
+        folder = Path(tempfile.mkdtemp(prefix="roma-memory-", dir=options.folder))
+        try:
+            write_questions(folder / "q.jsonl", rows if "questions" in parts else 100)
+            for part in parts:
+                if part in LEFT:
+                    run(f"before-{part}", folder, rows)
+                found = run(part, folder, rows)
+                peak, own, seconds, cpu = found.stdout.split()[-4:]
+                note = found.stderr.strip()[-40:] if "recall" in found.stderr else ""
+                print(f"{part:<12} {rows:>10,} {peak:>9} {own:>8} {seconds:>8} {cpu:>8}  {note}", flush=True)
+        finally:
+            shutil.rmtree(folder)
+
+
+def run(part: str, folder: Path, rows: int) -> subprocess.CompletedProcess[str]:
+    """A part in a process of its own."""
+    command = [sys.executable, __file__, "--child", part, str(folder), "--rows", str(rows)]
+    scratch = {"ROMA_RAY_SCRATCH": str(folder / "scratch")}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **scratch})
+    if done.returncode:
+        sys.exit(done.stderr[-3000:])
+    return done
 
 
 if __name__ == "__main__":

@@ -25,12 +25,12 @@ from common import Bench, machine, make_prompts, options, save_model, save_quest
 def make_work(place: Path, batches: int) -> Any:
     """An extraction stage of random questions: model, table and plan on disk."""
     from roma_ray.config.loading import load_config
-    from roma_ray.engine.batches import plan_batches
+    from roma_ray.engine.batches import PlannedBatches, plan_batches, write_plan
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
     from roma_ray.engine.model_spec import ModelSpec
     from roma_ray.engine.setup import resolve
-    from roma_ray.store.artifacts import Stage, write_json
+    from roma_ray.store.artifacts import Stage
 
     vocabulary = 2_048
     save_model(place / "model", hidden=256, layers=8, experts=16, top_k=4, expert_width=256, vocabulary=vocabulary)
@@ -40,7 +40,7 @@ def make_work(place: Path, batches: int) -> Any:
     prefix = shared_prefix(prompts)
     plan = plan_batches([own_tokens(p, prefix) for p in prompts], 4096)[:batches]
     assert len(plan) == batches
-    write_json(place / PLAN, {"prefix": prefix, "batches": plan})
+    write_plan(place / PLAN, PlannedBatches.of(plan), prefix)
     spec = ModelSpec(str(place / "model"), None, "float32", "eager", "sdpa", "cpu", 1)
     settings = [f"model.path={place / 'model'}", f"storage={place}", "questions.prompt.format=letter"]
     setup = replace(resolve(load_config(None, settings), device="cpu"), model=spec, cuts=(5,))

@@ -93,19 +93,19 @@ def make_work(model: str, prompts: list[Any], folder: str) -> tuple[Any, int]:
     from dataclasses import replace
 
     from roma_ray.config.loading import load_config
-    from roma_ray.engine.batches import plan_batches
+    from roma_ray.engine.batches import plan_batches, write_plan
     from roma_ray.engine.extractor import PLAN, ExtractWork
     from roma_ray.engine.forward import own_tokens, shared_prefix
     from roma_ray.engine.model_spec import ModelSpec
     from roma_ray.engine.setup import resolve
-    from roma_ray.store.artifacts import Stage, Store, write_json
+    from roma_ray.store.artifacts import Stage, Store
 
     place = Store(folder).root
     save_questions(place, prompts)
     prefix = shared_prefix(prompts)
     plan = plan_batches([own_tokens(p, prefix) for p in prompts], 8192)
     stage = Stage(place / "extract", "extract", {})
-    write_json(stage.path / PLAN, {"prefix": prefix, "batches": plan})
+    write_plan(stage.path / PLAN, plan, prefix)
     settings = [f"model.path={model}", f"storage={folder}", "questions.prompt.format=letter", "routing.layers=L1"]
     spec = ModelSpec(model, None, "float32", "eager", "sdpa", "cpu", 1)
     setup = replace(resolve(load_config(None, settings), device="cpu"), model=spec, cuts=(1,))

@@ -18,6 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from roma_ray.engine.batches import read_plan as read_plan
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, answered, choice_scores, lay_out, mean_routing, own_tokens
 from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for
@@ -27,15 +28,14 @@ from roma_ray.engine.question_table import TABLE, read_prompts, write_table
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
-from roma_ray.errors import ArtifactError, ModelError, RomaError
+from roma_ray.errors import ModelError, RomaError
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.reading import read_routing
 from roma_ray.moe.slices import Slice
 from roma_ray.store.artifacts import note_device
-from roma_ray.store.files import read_json
 from roma_ray.store.tensors import write_tensors
 
-PLAN = "plan.json"
+PLAN = "plan.parquet"
 NOT_FINITE = "the model's scores are not finite"
 _FAILURES = (RuntimeError, ValueError, IndexError)
 
@@ -151,15 +151,6 @@ class Extracted:
     @staticmethod
     def empty() -> Extracted:
         return Extracted([], {}, {}, [], [])
-
-
-def read_plan(path: Path) -> tuple[int, list[list[int]]]:
-    """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
-    try:
-        plan = read_json(path)
-        return int(plan["prefix"]), [[int(row) for row in batch] for batch in plan["batches"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ArtifactError(f"{path} cannot be read ({error}); remove {path.parent} and run again") from None
 
 
 class Batches:

@@ -10,7 +10,7 @@ import torch
 from roma_ray.engine.cache import ActivationCache
 from roma_ray.engine.forward import lay_out
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.question_table import read_prompts
+from roma_ray.engine.question_table import read_some_prompts
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.errors import CacheError
 from roma_ray.moe.passes import run_packed
@@ -35,7 +35,7 @@ def verify_sample(model: ModelSpec, extraction: str | Path, questions: str | Pat
     cache = ActivationCache(folder, cut)
     usable = [row for row, start in enumerate(cache.offset) if start is not None]
     rows = sorted({usable[int(n)] for n in np.linspace(0, len(usable) - 1, _QUESTIONS)})
-    layout = lay_out([read_prompts(questions, [row])[0] for row in rows], prefix=cache.prefix)
+    layout = lay_out(read_some_prompts(questions, rows), prefix=cache.prefix)
     states: torch.Tensor | None = None
     with torch.no_grad():
         for start, stop in plan_chain(model, _MEMORY_GB, least=True):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from roma_ray.questions.records import Question
+import numpy as np
+
+from roma_ray.questions.asked import AskedQuestions
+from roma_ray.questions.splits import PARTS
 
 
 @dataclass(frozen=True)
@@ -31,17 +33,16 @@ class SourceCount:
         return cls(**{**facts, "tasks": tuple(facts["tasks"])})
 
 
-def count_sources(
-    read: Iterable[tuple[str, Sequence[Question]]], split_of: Mapping[str, str]
-) -> tuple[SourceCount, ...]:
-    """Counts of (source, its questions as they were read); `split_of` gives each used question's part by its id."""
+def count_sources(asked: AskedQuestions, parts: np.ndarray, used: np.ndarray | None = None) -> tuple[SourceCount, ...]:
+    """Counts of each source; `parts` [N] are the questions' parts (places in `PARTS`), `used` [N] a mask of those that count."""
+    codes, tasks, declared = asked.source_codes(), asked.declared.tasks, asked.declared.parts
     found = []
-    for source, questions in read:
-        used = [question for question in questions if question.id in split_of]
-        parts = Counter(split_of[question.id] for question in used)
-        declared = sum(question.split != "train" for question in used)
-        tasks = tuple(sorted({question.task for question in used}))
-        found.append(SourceCount(source, parts["train"], parts["validation"], parts["test"], declared, tasks))
+    for code, source in enumerate(asked.sources):
+        rows = np.flatnonzero((codes == code) & (True if used is None else used))
+        train, validation, test = np.bincount(parts[rows], minlength=len(PARTS)).tolist()
+        named = sorted(tasks.names[task] for task in np.unique(tasks.codes[rows]).tolist())
+        declaring = int((declared[rows] != PARTS.index("train")).sum())
+        found.append(SourceCount(source, train, validation, test, declaring, tuple(named)))
     return tuple(found)
 
 

@@ -81,18 +81,30 @@ def build_prompts(questions: Iterable[Question], builder: PromptBuilder) -> tupl
     """
     prompts: list[Prompt] = []
     rejected: list[Rejected] = []
+    for _, result in encode(questions, builder):
+        if isinstance(result, Prompt):
+            prompts.append(result)
+        else:
+            rejected.append(result)
+    if rejected and not prompts:
+        raise none_usable(len(rejected), rejected[0].reason)
+    return prompts, rejected
+
+
+def encode(questions: Iterable[Question], builder: PromptBuilder) -> Iterator[tuple[Question, Prompt | Rejected]]:
+    """Each question with its prompt, or with why it has none within the limit."""
     stream = iter(questions)
     while batch := list(islice(stream, BATCH)):
         for question, result in zip(batch, builder.build_batch(batch), strict=True):
             if isinstance(result, Prompt):
-                prompts.append(result)
+                yield question, result
             else:
-                rejected.append(Rejected(question.file, question.line, printable(question.id), str(result)))
-    if rejected and not prompts:
-        raise QuestionError(
-            f"none of the {len(rejected)} questions has a usable prompt. The first: {rejected[0].reason}"
-        )
-    return prompts, rejected
+                yield question, Rejected(question.file, question.line, printable(question.id), str(result))
+
+
+def none_usable(count: int, reason: str) -> QuestionError:
+    """The error for questions of which none has a prompt; `reason` is the first's."""
+    return QuestionError(f"none of the {count} questions has a usable prompt. The first: {reason}")
 
 
 class PromptBuilder:

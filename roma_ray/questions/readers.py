@@ -18,6 +18,7 @@ from roma_ray.questions.dataset_registry import Loader, load_dataset
 from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import Question, Rejected
+from roma_ray.questions.seen_ids import SeenIds
 from roma_ray.questions.shapes import questions_of
 from roma_ray.store.files import file_digest, local_place
 
@@ -54,7 +55,7 @@ def read_questions(
 def iter_questions(
     sources: Sequence[QuestionSource], *, seed: int = 0, loader: Loader | None = None, free: bool = False
 ) -> Iterator[Question | Rejected]:
-    """The same rows as `read_questions`, as a stream: only the ids seen so far are kept in memory."""
+    """The same rows as `read_questions`, as a stream: only the ids seen so far are kept in memory, as digests."""
     for _, rows in iter_sources(sources, seed=seed, loader=loader, free=free):
         yield from rows
 
@@ -66,7 +67,7 @@ def iter_sources(
     if not sources:
         raise ConfigError("questions.sources is empty: name at least one file or dataset")
     names = display_names([source.path for source in sources])
-    seen: dict[str, tuple[str, int]] = {}
+    seen = SeenIds()
     for source, name in zip(sources, names, strict=True):
         rows = _open(source, name, seed, loader, free)
         yield source.dataset or name, _usable(_limited(_without_duplicates(rows, seen), source), source.dataset or name)
@@ -78,7 +79,7 @@ def declared_parts(sources: Sequence[QuestionSource], *, free: bool = False) -> 
     Raises QuestionError where a file cannot be read.
     """
     names = display_names([source.path for source in sources])
-    seen: dict[str, tuple[str, int]] = {}
+    seen = SeenIds()
     certain = True
     for source, name in zip(sources, names, strict=True):
         if source.rows_split == "test":
@@ -175,18 +176,16 @@ def _file(name: str) -> Path:
     return path
 
 
-def _without_duplicates(
-    rows: Iterator[Question | Rejected], seen: dict[str, tuple[str, int]]
-) -> Iterator[Question | Rejected]:
+def _without_duplicates(rows: Iterator[Question | Rejected], seen: SeenIds) -> Iterator[Question | Rejected]:
     """Rows whose id came before, in whatever source, become rejected."""
     for row in rows:
         if isinstance(row, Question):
-            if row.id in seen:
-                file, line = seen[row.id]
+            if first := seen.first_use(row.id):
+                file, line = first
                 reason = f"duplicate id: it was first used in {file}, line {line}"
                 yield Rejected(row.file, row.line, printable(row.id), reason)
                 continue
-            seen[row.id] = (row.file, row.line)
+            seen.add(row.id, row.file, row.line)
         yield row
 
 

@@ -17,12 +17,20 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import compress, islice
+
+import numpy as np
 
 from roma_ray.errors import ConfigError, QuestionError
+from roma_ray.questions.labels import Labels
 from roma_ray.questions.records import Question
+
+PARTS = ("train", "validation", "test")
+_TRAIN, _VALIDATION, _TEST = range(3)
+_KEYS_AT_ONCE = 65_536
 
 
 def seeded_key(seed: int, purpose: str, text: str) -> bytes:
@@ -31,10 +39,45 @@ def seeded_key(seed: int, purpose: str, text: str) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def assign_splits(
-    questions: Sequence[Question], *, validation_fraction: float, test_fraction: float, seed: int
-) -> list[Question]:
-    """The questions, in their order, with `split` one of train, validation and test.
+@dataclass(frozen=True)
+class Declared:
+    """What decides the questions' parts, some bytes a question [N]: what their rows declare, and how to go through their ids."""
+
+    tasks: Labels
+    parts: np.ndarray
+    """The part that each row declares, as its place in `PARTS`."""
+    ids: Callable[[], Iterable[str]]
+
+    @classmethod
+    def of(cls, questions: Sequence[Question]) -> Declared:
+        """Of questions that are held."""
+        tasks = Labels()
+        tasks.add(question.task for question in questions)
+        parts = np.array([PARTS.index(question.split) for question in questions], dtype=np.int8)
+        return cls(tasks, parts, lambda: (question.id for question in questions))
+
+    @cached_property
+    def free(self) -> np.ndarray:
+        """The rows that declare nothing but to be training rows."""
+        return np.flatnonzero(self.parts == _TRAIN)
+
+    def keys(self, seed: int, purpose: str) -> np.ndarray:
+        """The seeded keys of the free rows, [free, 2]."""
+        return seeded_keys(compress(self.ids(), self.parts == _TRAIN), seed, purpose)
+
+
+def seeded_keys(ids: Iterable[str], seed: int, purpose: str) -> np.ndarray:
+    """The keys of many ids as two numbers each, [N, 2] uint64: they compare as the keys' bytes do."""
+    stream = iter(ids)
+    found = [np.empty((0, 2), dtype=np.uint64)]
+    while some := list(islice(stream, _KEYS_AT_ONCE)):
+        joined = b"".join(seeded_key(seed, purpose, id) for id in some)
+        found.append(np.frombuffer(joined, dtype=">u8").reshape(-1, 2).astype(np.uint64))
+    return np.concatenate(found)
+
+
+def drawn_splits(asked: Declared, *, validation_fraction: float, test_fraction: float, seed: int) -> np.ndarray:
+    """Each question's part as its place in `PARTS`, [N] int8, where the sources may declare parts.
 
     Both fractions are of the training questions that the sources declare, in the same proportion for each task. Each is
     rounded over the whole, and to at least one question.
@@ -46,26 +89,26 @@ def assign_splits(
     for name, fraction in (("validation_fraction", validation_fraction), ("test_fraction", test_fraction)):
         if not 0 <= fraction < 1:
             raise ConfigError(f"questions.{name} is {fraction}: give a number from 0 to below 1")
-    declares_test = any(question.split == "test" for question in questions)
+    declares_test = bool((asked.parts == _TEST).any())
     if not declares_test and validation_fraction + test_fraction >= 1:
         raise ConfigError(
             f"questions.validation_fraction ({validation_fraction}) and questions.test_fraction ({test_fraction}) "
             "together leave nothing to train on: lower one"
         )
-    validated = {question.task for question in questions if question.split == "validation"}
-    by_task: dict[str, list[str]] = defaultdict(list)
-    for question in questions:
-        if question.split == "train":
-            by_task[question.task].append(question.id)
+    parts, codes = asked.parts.copy(), asked.tasks.codes
+    sizes = {asked.tasks.names[task]: size for task, size in _sizes(codes[asked.free]).items()}
+    if not declares_test:
+        quotas = apportion(sizes, test_fraction)
+        parts[_first_of_each(asked, parts, {asked.tasks.code(t): n for t, n in quotas.items()}, seed, "test")] = _TEST
+    validated = {asked.tasks.names[task] for task in np.unique(codes[asked.parts == _VALIDATION]).tolist()}
+    quotas = apportion({task: n for task, n in sizes.items() if task not in validated}, validation_fraction)
+    chosen = _first_of_each(asked, parts, {asked.tasks.code(t): n for t, n in quotas.items()}, seed, "validation")
+    parts[chosen] = _VALIDATION
+    return _trained(parts)
 
-    test = set() if declares_test else _draw(by_task, test_fraction, seed, "test")
-    open_tasks = {task: ids for task, ids in by_task.items() if task not in validated}
-    validation = _draw(open_tasks, validation_fraction, seed, "validation", without=test)
-    return _assigned(questions, dict.fromkeys(test, "test") | dict.fromkeys(validation, "validation"))
 
-
-def split_by_task(questions: Sequence[Question], shares: Mapping[str, float], *, seed: int) -> list[Question]:
-    """The questions, in their order, with `split` one of train, validation and test: each task divided by the three `shares`.
+def divided_splits(asked: Declared, shares: Mapping[str, float], *, seed: int) -> np.ndarray:
+    """Each question's part as its place in `PARTS`, [N] int8: each task divided by the three `shares`.
 
     What a task's rows declare as validation or test stays so; its other rows are divided among the parts left, in the
     proportion of their shares (`divide`).
@@ -73,20 +116,65 @@ def split_by_task(questions: Sequence[Question], shares: Mapping[str, float], *,
     Raises:
         QuestionError: no question is left for training.
     """
-    free: dict[str, list[str]] = defaultdict(list)
-    declared: dict[str, set[str]] = defaultdict(set)
-    for question in questions:
-        if question.split == "train":
-            free[question.task].append(question.id)
-        else:
-            declared[question.task].add(question.split)
-    parts: dict[str, str] = {}
-    for task, ids in free.items():
-        sizes = divide(len(ids), {part: share for part, share in shares.items() if part not in declared[task]})
-        for part in ("test", "validation"):
-            open_ids = [id for id in ids if id not in parts]
-            parts |= dict.fromkeys(_permuted(open_ids, seed, part)[: sizes.get(part, 0)], part)
+    parts, codes = asked.parts.copy(), asked.tasks.codes
+    given = {part: set(np.unique(codes[asked.parts == PARTS.index(part)]).tolist()) for part in ("test", "validation")}
+    sizes = {
+        task: divide(size, {part: share for part, share in shares.items() if task not in given.get(part, ())})
+        for task, size in _sizes(codes[asked.free]).items()
+    }
+    for part in ("test", "validation"):
+        quotas = {task: own.get(part, 0) for task, own in sizes.items()}
+        parts[_first_of_each(asked, parts, quotas, seed, part)] = PARTS.index(part)
+    return _trained(parts)
+
+
+def _sizes(codes: np.ndarray) -> dict[int, int]:
+    """How many questions each task has, by its number."""
+    found, counts = np.unique(codes, return_counts=True)
+    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+
+
+def _first_of_each(
+    asked: Declared, parts: np.ndarray, quotas: Mapping[int, int], seed: int, purpose: str
+) -> np.ndarray:
+    """Of each task's free rows that are in no part yet, so many as its quota: the first in the seeded order."""
+    if not any(quotas.values()):
+        return np.empty(0, dtype=np.int64)
+    left = parts[asked.free] == _TRAIN
+    rows, keys = asked.free[left], asked.keys(seed, purpose)[left]
+    codes = asked.tasks.codes[rows]
+    order = np.lexsort((keys[:, 1], keys[:, 0], codes))
+    tasks, starts = np.unique(codes[order], return_index=True)
+    chosen = [order[start : start + quotas.get(task, 0)] for task, start in zip(tasks.tolist(), starts, strict=True)]
+    return rows[np.concatenate([np.empty(0, dtype=np.int64), *chosen])]
+
+
+def _trained(parts: np.ndarray) -> np.ndarray:
+    """The parts. Raises QuestionError where none is left for training."""
+    if not (parts == _TRAIN).any():
+        counts = {name: int((parts == PARTS.index(name)).sum()) for name in sorted(PARTS)}
+        found = ", ".join(f"{n} {part}" for part, n in counts.items() if n) or "none at all"
+        raise QuestionError(f"no training question is left ({found}): add rows, or set `split: train` on a source")
+    return parts
+
+
+def assign_splits(
+    questions: Sequence[Question], *, validation_fraction: float, test_fraction: float, seed: int
+) -> list[Question]:
+    """The questions, in their order, with `split` one of train, validation and test. As `drawn_splits`."""
+    asked = Declared.of(questions)
+    parts = drawn_splits(asked, validation_fraction=validation_fraction, test_fraction=test_fraction, seed=seed)
     return _assigned(questions, parts)
+
+
+def split_by_task(questions: Sequence[Question], shares: Mapping[str, float], *, seed: int) -> list[Question]:
+    """The questions, in their order, with `split` one of train, validation and test. As `divided_splits`."""
+    return _assigned(questions, divided_splits(Declared.of(questions), shares, seed=seed))
+
+
+def _assigned(questions: Sequence[Question], parts: np.ndarray) -> list[Question]:
+    given = zip(questions, (PARTS[part] for part in parts.tolist()), strict=True)
+    return [question if question.split == part else replace(question, split=part) for question, part in given]
 
 
 def divide(count: int, shares: Mapping[str, float]) -> dict[str, int]:
@@ -106,16 +194,6 @@ def divide(count: int, shares: Mapping[str, float]) -> dict[str, int]:
         if sizes[part] == 0:
             sizes[part], sizes[largest] = 1, sizes[largest] - 1
     return sizes
-
-
-def _assigned(questions: Sequence[Question], parts: Mapping[str, str]) -> list[Question]:
-    """The questions with the drawn parts, by id. Raises QuestionError where none is left for training."""
-    result = [replace(q, split=parts[q.id]) if q.split == "train" and q.id in parts else q for q in questions]
-    if not any(question.split == "train" for question in result):
-        counts = Counter(question.split for question in result)
-        found = ", ".join(f"{n} {split}" for split, n in sorted(counts.items())) or "none at all"
-        raise QuestionError(f"no training question is left ({found}): add rows, or set `split: train` on a source")
-    return result
 
 
 @dataclass(frozen=True)
@@ -140,13 +218,21 @@ def nested_fraction(ids: Iterable[str], fraction: float, seed: int) -> list[str]
     Raises:
         ConfigError: the fraction is not in (0, 1].
     """
+    listed = list(ids)
+    return [listed[place] for place in nested_places(listed, len(listed), fraction, seed).tolist()]
+
+
+def nested_places(ids: Iterable[str], count: int, fraction: float, seed: int) -> np.ndarray:
+    """The places of those ids among all `count`, ascending; ids are unique. Raises ConfigError as `nested_fraction`."""
     if not 0 < fraction <= 1:
         raise ConfigError(f"questions.fraction is {fraction}: give a number above 0 and at most 1")
-    listed = list(ids)
-    assert len(set(listed)) == len(listed), "ids must be unique"
-    count = max(1, _rounded(fraction * len(listed))) if listed else 0
-    kept = set(_permuted(listed, seed, "fraction")[:count])
-    return [id for id in listed if id in kept]
+    if fraction == 1:
+        return np.arange(count)
+    keys = seeded_keys(ids, seed, "fraction")
+    order = np.lexsort((keys[:, 1], keys[:, 0]))
+    ordered = keys[order]
+    assert not (ordered[1:] == ordered[:-1]).all(1).any(), "ids must be unique"
+    return np.sort(order[: max(1, _rounded(fraction * count))])
 
 
 def apportion(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:
@@ -164,21 +250,6 @@ def apportion(sizes: Mapping[str, int], fraction: float) -> dict[str, int]:
             quotas[name] += 1
             spare -= 1
     return quotas
-
-
-def _draw(
-    by_task: Mapping[str, Sequence[str]], fraction: float, seed: int, purpose: str, without: set[str] | None = None
-) -> set[str]:
-    quotas = apportion({task: len(ids) for task, ids in by_task.items()}, fraction)
-    drawn: set[str] = set()
-    for task, ids in by_task.items():
-        free = [id for id in ids if not without or id not in without]
-        drawn.update(_permuted(free, seed, purpose)[: quotas[task]])
-    return drawn
-
-
-def _permuted(ids: Iterable[str], seed: int, purpose: str) -> list[str]:
-    return sorted(ids, key=lambda id: (seeded_key(seed, purpose, id), id))
 
 
 def _rounded(value: float) -> int:

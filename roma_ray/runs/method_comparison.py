@@ -63,7 +63,7 @@ def compare(
         failure = f"{failed['kind']}: {failed['text']}" if failed else ""
         entries.append(Entry(name, METHODS[name].title, METHODS[name].sees_labels, planned[name], failure))
     prompts = read_prompts(stages["questions"].path / TABLE, held_out=setup.config.questions.held_out_tasks)
-    validation = sum(prompt.split == "validation" for prompt in prompts)
+    validation = len(prompts.rows_of("validation"))
     training = stages["neighbors"].manifest()["facts"]["training"]
     common = {**budget(setup.config), "training_questions": training, "validation_questions": validation}
     summary = {

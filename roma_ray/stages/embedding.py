@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import pyarrow as pa
@@ -17,11 +17,11 @@ import torch
 
 from roma_ray.config.free_form import FREE
 from roma_ray.config.schema import ModelConfig
-from roma_ray.engine.batches import chunks
+from roma_ray.engine.batches import PlannedBatches, read_plan, write_plan
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, write_table
+from roma_ray.engine.question_table import TABLE, iterate_table, matrix, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup, model_identity, resolve_path
 from roma_ray.engine.steps import Facts, Step
@@ -31,14 +31,15 @@ from roma_ray.moe.folders import refuse_special_files, refusing_malformed
 from roma_ray.questions.prompts import embedding_text
 from roma_ray.questions.records import Question
 from roma_ray.stages.preparation import QUESTIONS
-from roma_ray.store.artifacts import Stage, note_device, write_json
-from roma_ray.store.files import local_place, present, read_json
-from roma_ray.store.tables import read_tables, table_rows
-from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
+from roma_ray.store.artifacts import Stage, note_device
+from roma_ray.store.files import local_place, present
+from roma_ray.store.row_order import in_row_order
+from roma_ray.store.tables import hold, read_tables, rows_of
+from roma_ray.store.tensors import DAMAGED, read_tensors, write_matrix
 
 VERSION = 1
 VECTORS = "embeddings.safetensors"
-PLAN = "plan.json"
+PLAN = "plan.parquet"
 _HUB_MINILM = "sentence-transformers/all-MiniLM-L6-v2"
 _SCHEMA = pa.schema([("row", pa.int64()), ("embedding", pa.list_(pa.float32()))])
 # Texts of one planned batch, in units of the encoder's own batch: enough to sort by length, few enough to lose on a kill.
@@ -89,29 +90,62 @@ def _check_modules(folder: Path) -> None:
 def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Embed every question once. Raises EmbeddingError, StorageError."""
     stage, embedding = job.stage, job.setup.config.embedding
-    texts = embedding_texts(job.stages["questions"], embedding.context)
-    order = sorted(range(len(texts)), key=lambda row: (-len(texts[row]), row))
-    plan = chunks(order, embedding.batch_size * _ENCODER_BATCHES)
-    write_json(stage.path / PLAN, plan)
+    texts = _texts(iterate_table(*_asked(job.stages["questions"])), embedding.context)
+    lengths = np.fromiter(map(len, texts), dtype=np.int64)
+    order = np.lexsort((np.arange(len(lengths)), -lengths))
+    size = embedding.batch_size * _ENCODER_BATCHES
+    plan = PlannedBatches(order, np.append(np.arange(0, len(order), size), len(order)))
+    write_plan(stage.path / PLAN, plan)
     done = [n for n, there in enumerate(present([_part(stage.path, n) for n in range(len(plan))])) if there]
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first.
-    sizes = [sum(len(texts[row]) for row in batch) for batch in plan]
+    sizes = plan.sums(lengths).tolist()
     with progress.meter("embed", sum(sizes), "characters", sum(sizes[n] for n in done)) as meter:
         for report in runners.embed(EmbedWork(job.setup, job.stages, stage), pending):
             meter.advance(sizes[report.batch], seconds=report.seconds)
-    return {"rows": len(texts), "width": _gather(stage, len(plan), len(texts))}
+    return {"rows": len(lengths), "width": _gather(stage, len(plan), len(lengths))}
 
 
-def embedding_texts(questions: Stage, context: bool) -> list[str]:
+class EmbeddedTexts(Sequence[str]):
+    """The text of each question that is embedded, made when it is asked for: of many questions the columns lie mapped in scratch."""
+
+    def __init__(self, table: pa.Table, context: bool) -> None:
+        self._table, self._context = table, context
+        self._batches = table.to_batches()
+        self._starts = np.cumsum([0, *(batch.num_rows for batch in self._batches)])
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @overload
+    def __getitem__(self, row: int) -> str: ...
+
+    @overload
+    def __getitem__(self, row: slice) -> list[str]: ...
+
+    def __getitem__(self, row: int | slice) -> str | list[str]:
+        if isinstance(row, slice):
+            return [self[n] for n in range(*row.indices(len(self)))]
+        at = row + len(self) if row < 0 else row
+        if not 0 <= at < len(self):
+            raise IndexError(f"row {row} of {len(self)} questions")
+        batch = int(np.searchsorted(self._starts, at, side="right")) - 1
+        one = self._batches[batch].slice(at - self._starts[batch], 1)
+        return next(_texts([pa.Table.from_batches([one])], self._context))
+
+    def __iter__(self) -> Iterator[str]:
+        return _texts([self._table], self._context)
+
+
+def embedding_texts(questions: Stage, context: bool) -> EmbeddedTexts:
     """The text of each question that is embedded: question, choices, and its context by option; no instruction, no free answer."""
-    return list(_texts(questions, context))
+    return EmbeddedTexts(hold(iterate_table(*_asked(questions))), context)
 
 
 def text_numbers(questions: Stage, context: bool) -> torch.Tensor:
     """A number for each question [N], equal where the embedded texts are, without holding the texts."""
     digests = bytearray()
-    for text in _texts(questions, context):
+    for text in _texts(iterate_table(*_asked(questions)), context):
         digests += hashlib.blake2b(text.encode(), digest_size=16).digest()
     pairs_N2 = np.frombuffer(digests, dtype=np.uint64).reshape(-1, 2)
     order = np.lexsort((pairs_N2[:, 0], pairs_N2[:, 1]))
@@ -121,12 +155,17 @@ def text_numbers(questions: Stage, context: bool) -> torch.Tensor:
     return torch.from_numpy(numbers_N)
 
 
-def _texts(questions: Stage, context: bool) -> Iterator[str]:
-    columns = ["id", "task", "question", "choices", "answer", "context"]
-    if questions.identity["settings"]["prompt"]["format"] == FREE:
-        columns.append("form")
-    for row in table_rows(questions.path / TABLE, columns):
-        yield embedding_text(Question(**{**row, "choices": tuple(row["choices"])}), include_context=context)
+def _asked(questions: Stage) -> tuple[Path, list[str]]:
+    """The table of a questions stage, and its columns that decide what is embedded."""
+    free = questions.identity["settings"]["prompt"]["format"] == FREE
+    return questions.path / TABLE, ["question", "choices", "context", *(["form"] if free else [])]
+
+
+def _texts(tables: Iterable[pa.Table], context: bool) -> Iterator[str]:
+    for table in tables:
+        for row in rows_of(table):
+            asked = Question("", "", answer=0, **{**row, "choices": tuple(row["choices"])})
+            yield embedding_text(asked, include_context=context)
 
 
 @dataclass(frozen=True)
@@ -146,7 +185,7 @@ class EmbedWork(Job):
         note_device(self.folder, device_kind(spec.device))
         encoder = load_encoder(self.model, spec.device)
         texts = embedding_texts(self.stages["questions"], settings.context)
-        plan: list[list[int]] = read_json(self.stage.path / PLAN)
+        _, plan = read_plan(self.stage.path / PLAN)
 
         def do(batch: int) -> Report:
             started = time.monotonic()
@@ -201,13 +240,19 @@ def _part(folder: str | Path, batch: int) -> Path:
 
 
 def _gather(stage: Stage, batches: int, rows: int) -> int:
-    table = pa.concat_tables(read_tables([_part(stage.path, n) for n in range(batches)])).sort_by("row")
-    if table.column("row").to_pylist() != list(range(rows)):
-        raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
-    width = len(table.column("embedding")[0])
-    values = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(rows, width)
-    vectors_NC = torch.from_numpy(values.copy())
-    write_tensors(stage.path / VECTORS, {"embeddings": vectors_NC})
+    """Gather the batches' vectors, in row order, into one file, a block of rows at a time; returns their width."""
+    width = 0
+
+    def heard() -> Iterator[pa.Table]:
+        nonlocal width
+        for table in read_tables([_part(stage.path, n) for n in range(batches)], _SCHEMA.names):
+            width = width or len(table.column("embedding")[0])
+            yield table
+
+    blocks = in_row_order(heard(), rows, stage.path)
+    write_matrix(
+        stage.path / VECTORS, "embeddings", (rows, width), (matrix(block, "embedding", width) for block in blocks)
+    )
     return width
 
 

@@ -9,40 +9,36 @@ from __future__ import annotations
 import contextlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from roma_ray.engine.batches import plan_batches
+from roma_ray.engine.batches import PlannedBatches, plan_batches, read_plan, write_plan
 from roma_ray.engine.cache import ROWS
-from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype, read_plan
-from roma_ray.engine.forward import own_tokens, shared_prefix
+from roma_ray.engine.extractor import PLAN, ExtractWork, batch_table, cache_dtype
 from roma_ray.engine.generation import ENDINGS
 from roma_ray.engine.identity import answer_rule, writing_settings
 from roma_ray.engine.kept_selfchecks import worst_of
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, matrix, read_prompts, table_facts
+from roma_ray.engine.question_table import TABLE, iterate_table, read_table, table_facts
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.stored_prompts import PROMPT_COLUMNS, Measured
 from roma_ray.engine.streaming import STREAM, make_chain, stream
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ModelError, StorageError
-from roma_ray.questions.prompts import Prompt
 from roma_ray.stages.failed_questions import failed_rows, refuse, too_many
 from roma_ray.stages.preparation import QUESTIONS
-from roma_ray.store.artifacts import MANIFEST, Stage, Store, read_manifest, write_json
-from roma_ray.store.files import exists, free_bytes, listed, present, remove_folder, roomy
-from roma_ray.store.scratch import ScratchArray
+from roma_ray.store.artifacts import MANIFEST, Stage, Store, read_manifest
+from roma_ray.store.files import exists, free_bytes, listed, present, remove_folder
+from roma_ray.store.row_order import in_row_order, not_each_once
 from roma_ray.store.tables import read_tables, write_parts
 
 VERSION = 2
-# Rows of one row group: 64 MB of routing rows at 16 layers of 64 experts.
-_ROWS_AT_ONCE = 16_384
 
 
 def extract_settings(setup: Setup) -> dict[str, Any]:
@@ -98,12 +94,14 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     Raises ModelError, also where more questions fail than `extraction.max_failed` tolerates, and StorageError.
     """
     setup, stage, execute = job.setup, job.stage, runners.extract
-    prompts = read_prompts(job.stages["questions"].path / TABLE)
-    prefix, plan = _plan(stage, prompts, setup.config.extraction.batch_tokens)
+    asked = job.stages["questions"].path / TABLE
+    measured = Measured(iterate_table(asked, PROMPT_COLUMNS))
+    own_N, questions = measured.own_tokens(), len(measured.prompt_tokens)
+    prefix, plan = _plan(stage, measured, setup.config.extraction.batch_tokens)
     done = [n for n, there in enumerate(present([batch_table(stage.path, n) for n in range(len(plan))])) if there]
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first, and an estimate by them would be ten times too long.
-    tokens = [prefix + sum(own_tokens(prompts[row], prefix) for row in batch) for batch in plan]
+    tokens = (prefix + plan.sums(own_N)).tolist()
     if setup.config.extraction.cache or setup.config.extraction.memory_gb:
         _check_room(setup, stage, sum(tokens[n] for n in pending), progress)
     if pending and (note := setup.model.storage_note()):
@@ -113,28 +111,25 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     chain = make_chain(work, limit) if limit is not None else ()
     finished: float = sum(tokens[n] for n in done)
     finished += sum(tokens[n] * sum(link.share for link in chain if link.done(n)) for n in pending)
-    ids = [p.id for p in prompts]
-    # Planned with and weighed; a million of them would lie in the driver's memory for as long as the workers work.
-    del prompts
     failed = len(failed_rows(stage, done))
     with progress.meter("extract", sum(tokens), "tokens", finished) as meter:
-        if too_many(setup, failed, len(ids)):
+        if too_many(setup, failed, questions):
             pending = []
         if limit is None:
             for report in execute(work, pending):
                 meter.advance(tokens[report.batch], seconds=report.seconds)
                 failed += report.errors
-                if too_many(setup, failed, len(ids)):
+                if too_many(setup, failed, questions):
                     break  # no question that is left can change that
-        elif not too_many(setup, failed, len(ids)):
+        elif not too_many(setup, failed, questions):
             progress.say(f"extraction streams {len(chain)} slices of at most {limit:g} GB of weights")
             stream(chain, pending, execute, lambda batch, share: meter.advance(tokens[batch] * share))
             failed = len(failed_rows(stage, range(len(plan))))
-    if too_many(setup, failed, len(ids)):
+    if too_many(setup, failed, questions):
         raise refuse(job, execute)
     # Also what a streamed attempt left that was gone on with unstreamed.
     remove_folder(stage.path / STREAM)
-    facts = {**gather(stage, len(plan), ids, prefix), "self_check": worst_of(setup.model.checks)}
+    facts = {**gather(stage, len(plan), asked, prefix), "self_check": worst_of(setup.model.checks)}
     if written := facts.get("written"):
         progress.say(
             f"answers written to training questions: {written['answers']:,}, {written['tokens']:,} tokens; {written['length']:,} were cut "
@@ -147,13 +142,11 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     return facts
 
 
-def _plan(stage: Stage, prompts: Sequence[Prompt], batch_tokens: int) -> tuple[int, list[list[int]]]:
+def _plan(stage: Stage, measured: Measured, batch_tokens: int) -> tuple[int, PlannedBatches]:
     """Tokens of the shared prefix, and the planned batches, as saved by the first attempt or made now."""
     path = stage.path / PLAN
     if not exists(path):
-        prefix = shared_prefix(prompts)
-        batches = plan_batches([own_tokens(p, prefix) for p in prompts], batch_tokens)
-        write_json(path, {"prefix": prefix, "batches": batches})
+        write_plan(path, plan_batches(measured.own_tokens(), batch_tokens), measured.prefix)
     return read_plan(path)
 
 
@@ -185,92 +178,88 @@ def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress) -> 
         )
 
 
-def gather(stage: Stage, batches: int, ids: Sequence[str], prefix: int) -> dict[str, Any]:
-    """Gather the batches' rows, in row order, into `rows.parquet`; returns counts. Raises ArtifactError when rows lack.
+def gather(stage: Stage, batches: int, questions: Path, prefix: int) -> dict[str, Any]:
+    """Gather the batches' rows, in the order of the table of `questions`, into `rows.parquet`; returns counts.
 
-    Rows lie scattered over the batches. The routing rows, kilobytes each, are put in order in a file and not in memory.
+    Raises ArtifactError when rows lack. Rows lie scattered over the batches, and are put in order in a file and not in memory.
     """
-    facts: dict[str, Any] = {}
-    small, routing, schema = [], {}, None
-    try:
-        for table in read_tables([batch_table(stage.path, number) for number in range(batches)]):
-            schema = schema or table.schema.remove_metadata()
-            facts = facts or table_facts(table)
-            wide = [name for name in table.column_names if name.startswith("routing_")]
-            for name in wide if facts else ():
-                if name not in routing:
-                    routing[name] = ScatteredRows(stage.path, len(ids), facts["layers"] * facts["experts"])
-                routing[name].put(table, name)
-            small.append(table.drop_columns(wide).replace_schema_metadata(None))
-        assert schema is not None
-        if not facts:
-            reason = small[0].column("error")[0].as_py()
-            raise ModelError(
-                f"every question failed in extraction, the first one with: {reason}. All reasons are in the tables under "
-                f"{stage.path / 'batches'}; remove {stage.path} to try again"
-            )
-        facts = {**facts, "prefix": prefix}
-        table = pa.concat_tables(small).sort_by("row").combine_chunks()
-        if table.column("id").to_pylist() != list(ids):
-            raise ArtifactError(f"{stage.path} does not hold each question once; remove it and run again")
-        ordered = schema.with_metadata({"roma": json.dumps(facts)})
+    ids = read_table(questions, ["id"]).column("id")
+    heard = _Heard()
+    tables = read_tables([batch_table(stage.path, number) for number in range(batches)])
+    blocks = in_row_order(map(heard.table, tables), len(ids), stage.path)
+    if not heard.facts:
+        raise ModelError(
+            f"every question failed in extraction, the first one with: {heard.reason}. All reasons are in the tables under "
+            f"{stage.path / 'batches'}; remove {stage.path} to try again"
+        )
+    facts = {**heard.facts, "prefix": prefix}
+    counts = _Counts(facts["layers"] * facts["experts"])
 
-        def parts() -> Iterator[pa.Table]:
-            for start in range(0, len(table), _ROWS_AT_ONCE):
-                part = table.slice(start, _ROWS_AT_ONCE)
-                columns = {name: rows.column(start, part) for name, rows in routing.items()}
-                columns |= {name: part.column(name) for name in part.column_names}
-                yield pa.table([columns[name] for name in ordered.names], schema=ordered)
+    def parts() -> Iterator[pa.Table]:
+        for block in blocks:
+            if not block.column("id").equals(ids.slice(counts.rows, len(block))):
+                raise not_each_once(stage.path)
+            counts.add(block)
+            yield block.cast(ordered)
 
-        write_parts(stage.path / ROWS, ordered, parts())
-    finally:
-        for rows in routing.values():
-            rows.close()
-    errors = len(table) - table.column("error").null_count
-    correct = pc.sum(table.column("is_correct")).as_py()
-    tokens = pc.sum(table.column("tokens")).as_py() or 0
-    counts = {"rows": len(table), "errors": errors, "correct": correct, "tokens": tokens, "batches": batches}
-    return {**facts, **counts, **_written(table)}
+    ordered = heard.schema.with_metadata({"roma": json.dumps(facts)})
+    write_parts(stage.path / ROWS, ordered, parts())
+    return {**facts, **counts.facts(batches)}
 
 
-def _written(table: pa.Table) -> dict[str, Any]:
-    """Counts of the answers that were written, where any were: their tokens, and by what they ended."""
-    if "ended" not in table.column_names:
-        return {}
-    ended = Counter(table.column("ended").drop_null().to_pylist())
-    written = {"answers": ended.total(), "tokens": pc.sum(table.column("new_tokens")).as_py() or 0}
-    return {"written": {**written, **{name: ended[name] for name in ENDINGS}}}
+class _Heard:
+    """What the batches' tables say of themselves."""
+
+    def __init__(self) -> None:
+        self.facts: dict[str, Any] = {}
+        self.schema: pa.Schema = None
+        self.reason: str | None = None
+
+    def table(self, table: pa.Table) -> pa.Table:
+        """Take a table's facts; returns it without them. A batch in which every question failed has none."""
+        self.facts = self.facts or table_facts(table)
+        table = table.replace_schema_metadata(None)
+        if self.schema is None:
+            self.schema, self.reason = table.schema, table.column("error")[0].as_py()
+        return table
 
 
-class ScatteredRows:
-    """Rows of equal width, put down in any order and read in theirs: a file in the stage's folder that goes when it is closed."""
+class _Counts:
+    """What is counted of the gathered rows."""
 
-    def __init__(self, folder: Path, rows: int, width: int) -> None:
-        self.scratch = ScratchArray(roomy(folder), rows, width)
-        self.values = self.scratch.values
+    def __init__(self, width: int) -> None:
+        self.width, self.rows, self.failed = width, 0, 0
+        self.sums: Counter[str] = Counter()
+        self.ended: Counter[str] | None = None
 
-    def put(self, table: pa.Table, name: str) -> None:
-        """The rows of a batch's table; those of failed questions are null there and stay zero here."""
-        present = table.filter(pc.is_valid(table.column(name)))
-        rows = present.column("row").to_numpy()
-        if ((rows < 0) | (rows >= len(self.values))).any():
-            raise ArtifactError(
-                "a batch's table names rows that do not exist; remove the extraction folder and run again"
-            )
-        self.values[rows] = matrix(present, name, self.values.shape[1])
+    def add(self, table: pa.Table) -> None:
+        """Count a block's rows. Raises ArtifactError where routing rows are not as wide as the facts say."""
+        self.rows += len(table)
+        self.failed += len(table) - table.column("error").null_count
+        for name in table.column_names:
+            if name.startswith("routing_"):
+                values = pc.sum(pc.list_value_length(table.column(name))).as_py() or 0
+                if values != self.width * (len(table) - table.column(name).null_count):
+                    raise ArtifactError(
+                        f"column {name} of the batches' tables holds rows that are not {self.width} values wide: remove the "
+                        "extraction's folder and run again"
+                    )
+        for name in {"is_correct", "tokens", "new_tokens"} & set(table.column_names):
+            total = pc.sum(table.column(name)).as_py()
+            if total is not None:
+                self.sums[name] += total
+        if "ended" in table.column_names:
+            self.ended = (self.ended or Counter()) + Counter(table.column("ended").drop_null().to_pylist())
 
-    def column(self, start: int, part: pa.Table) -> pa.Array:
-        """The rows from `start` on as a column of lists, null where the question failed."""
-        failed = part.column("error").combine_chunks().is_valid().to_numpy(zero_copy_only=False)
-        width = self.values.shape[1]
-        offsets = np.arange(len(part) + 1, dtype=np.int32) * width
-        flat = pa.array(self.values[start : start + len(part)].ravel())
-        whole = pa.ListArray.from_arrays(pa.array(offsets), flat)
-        return pc.if_else(pa.array(failed), pa.scalar(None, whole.type), whole)
-
-    def close(self) -> None:
-        """Remove the file."""
-        self.scratch.close()
+    def facts(self, batches: int) -> dict[str, Any]:
+        """The counts as plain data: of the answers that were written, where any were, their tokens and by what they ended."""
+        found: dict[str, Any] = {"rows": self.rows, "errors": self.failed}
+        # Of free answers nobody has said yet which are right.
+        found |= {"correct": self.sums.get("is_correct"), "tokens": self.sums["tokens"], "batches": batches}
+        if self.ended is None:
+            return found
+        written = {"answers": self.ended.total(), "tokens": self.sums["new_tokens"]}
+        return {**found, "written": {**written, **{name: self.ended[name] for name in ENDINGS}}}
 
 
 EXTRACT = Step("extract", VERSION, (QUESTIONS,), extract_settings, extract, accept=check_failures)

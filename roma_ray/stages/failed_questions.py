@@ -13,9 +13,10 @@ from pathlib import Path
 
 import torch
 
-from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table, read_plan
+from roma_ray.engine.batches import read_plan
+from roma_ray.engine.extractor import NOT_FINITE, PLAN, batch_table
 from roma_ray.engine.forward import lay_out
-from roma_ray.engine.question_table import TABLE, read_prompts
+from roma_ray.engine.question_table import TABLE, read_some_prompts
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.streaming import plan_chain
 from roma_ray.engine.work import Executor, Job, Report
@@ -48,10 +49,14 @@ def too_many(setup: Setup, failed: int, questions: int) -> bool:
 def refuse(job: Job, execute: Executor) -> ModelError:
     """The error for an extraction in which too many questions failed: how many, why, and where it begins."""
     setup, stage = job.setup, job.stage
-    plan = read_plan(stage.path / PLAN)[1]
-    done = [n for n, there in enumerate(present([batch_table(stage.path, n) for n in range(len(plan))])) if there]
+    if stage.complete:
+        facts = stage.manifest()["facts"]
+        done, seen, total = list(range(facts["batches"])), facts["rows"], facts["rows"]
+    else:
+        plan = read_plan(stage.path / PLAN)[1]
+        done = [n for n, there in enumerate(present([batch_table(stage.path, n) for n in range(len(plan))])) if there]
+        seen, total = sum(len(plan[n]) for n in done), len(plan.rows)
     failed = failed_rows(stage, done)
-    seen, total = sum(len(plan[n]) for n in done), sum(map(len, plan))
     reasons = Counter(failed.values()).most_common()
     listed = "; ".join(f"{count} x {reason}" for reason, count in reasons[:_SHOWN])
     more = f"; and {len(reasons) - _SHOWN} other reasons" if len(reasons) > _SHOWN else ""
@@ -94,7 +99,7 @@ class OriginWork(Job):
     @torch.inference_mode()
     def _find(self, batch: int) -> Report:
         started = time.monotonic()
-        packing = lay_out(read_prompts(self.stages["questions"].path / TABLE, [self.row])).packing
+        packing = lay_out(read_some_prompts(self.stages["questions"].path / TABLE, [self.row])).packing
         # With a limit that holds nothing every layer is a slice of its own.
         chain = plan_chain(self.setup.model, 0.0, least=True)
         states, origin = None, None

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,15 @@ from roma_ray.engine.identity import answer_rule, finetune_settings, is_cloze
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.objective import TrainingData, is_idle, is_noise
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, matrix, read_prompts, read_table, table_facts, write_table
+from roma_ray.engine.question_table import (
+    TABLE,
+    iterate_table,
+    matrix,
+    read_prompts,
+    read_table,
+    table_facts,
+    write_table,
+)
 from roma_ray.engine.runners import Runners, Trainer
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -52,6 +60,7 @@ STEPS = "steps.parquet"
 OUTCOME = "outcome.json"
 # Each epoch's record as it came, with its speed. Times differ from run to run, so the file is hidden: not in the manifest.
 LIVE = ".epochs-live.jsonl"
+_ROWS_AT_ONCE = 16_384
 _STEPS = pa.schema(
     [
         ("step", pa.int64()),
@@ -87,14 +96,13 @@ class TrainJob(Job):
         config, extraction = self.setup.config, self.stages["extract"]
         prompts = read_prompts(self.stages["questions"].path / TABLE, held_out=config.questions.held_out_tasks)
         neighborhoods = read_neighborhoods(self.stages["neighbors"], len(prompts))
-        usable = usable_rows(extraction).tolist()
-        validation = [n for n, p in enumerate(prompts) if p.split == "validation" and usable[n]]
+        validation = prompts.rows_of("validation", usable_rows(extraction))
         if not validation:
             raise QuestionError(
                 "no validation question came through extraction, so no epoch can be judged; see `error` in "
                 f"{extraction.path / ROWS}, and give more rows or a larger questions.validation_fraction"
             )
-        routing_NLE = read_routing_rows(extraction.path, config.routing.tokens)[:, self.setup.layer_columns]
+        routing_NLE = read_routing_rows(extraction.path, config.routing.tokens, self.setup.layer_columns)
         return TrainingData(
             prompts=prompts,
             states=self.open_states(),
@@ -249,17 +257,21 @@ def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progr
         )
 
 
-def read_routing_rows(extraction: str | Path, tokens: str) -> torch.Tensor:
-    """The extracted routing rows r [N, L_moe, E] of every question, fp32; rows of failed questions are zero."""
-    column = f"routing_{tokens}"
-    table = read_table(Path(extraction) / ROWS, ["row", column])
-    facts = table_facts(table)
-    layers, experts = facts["layers"], facts["experts"]
-    present = table.filter(pa.compute.is_valid(table.column(column)))
-    routing = torch.zeros(len(table), layers, experts)
-    values = matrix(present, column, layers * experts).reshape(len(present), layers, experts)
-    routing[torch.from_numpy(present.column("row").to_numpy().copy())] = torch.from_numpy(values.copy())
-    return routing
+def read_routing_rows(extraction: str | Path, tokens: str, columns: Sequence[int] | None = None) -> torch.Tensor:
+    """The extracted routing rows r [N, L, E] of every question in all MoE layers or those at `columns`, fp32.
+
+    Rows of failed questions are zero. Beside what is returned some thousand rows are held.
+    """
+    path, column = Path(extraction) / ROWS, f"routing_{tokens}"
+    table = read_table(path, ["row"])
+    layers, experts = (table_facts(table, "layers", "experts")[name] for name in ("layers", "experts"))
+    chosen = list(range(layers)) if columns is None else list(columns)
+    routing_NLE = torch.zeros(len(table), len(chosen), experts)
+    for part in iterate_table(path, ["row", column], _ROWS_AT_ONCE):
+        present = part.filter(part.column(column).is_valid())
+        values = matrix(present, column, layers * experts).reshape(-1, layers, experts)
+        routing_NLE[torch.from_numpy(present.column("row").to_numpy().copy())] = torch.from_numpy(values[:, chosen])
+    return routing_NLE
 
 
 def epochs_of(stage: Stage) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from roma_ray.engine.identity import answer_rule, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
@@ -17,6 +18,7 @@ from roma_ray.engine.runners import Runners
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
+from roma_ray.engine.stored_prompts import Prompts
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
 from roma_ray.evaluation.free_results import Texts
@@ -53,7 +55,7 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     setup, stage, stages = job.setup, job.stage, job.stages
     questions, extraction, tuned = (stages[name] for name in ("questions", "extract", "finetune"))
     held_out = setup.config.questions.held_out_tasks
-    usable = usable_rows(extraction).tolist()
+    usable = usable_rows(extraction)
     # The base's scores are shared by runs that hold out other tasks, so they are of all questions that any of them judges.
     every = _judged_rows(read_prompts(questions.path / TABLE), usable)
     prompts = read_prompts(questions.path / TABLE, held_out=held_out)
@@ -115,12 +117,9 @@ EVALUATE = Step(
 )
 
 
-def _judged_rows(prompts: Sequence[Prompt], usable: Sequence[bool]) -> dict[str, list[int]]:
+def _judged_rows(prompts: Prompts, usable: torch.Tensor) -> dict[str, list[int]]:
     """The validation and the test questions that came through extraction."""
-    return {
-        split: [row for row, p in enumerate(prompts) if p.split == split and usable[row]]
-        for split in ("validation", "test")
-    }
+    return {split: prompts.rows_of(split, usable) for split in ("validation", "test")}
 
 
 def _validation(base: Scores, tuned: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from roma_ray.config.free_form import ANSWER, FREE
 from roma_ray.config.schema import Config, QuestionsConfig, QuestionSource
 from roma_ray.engine.identity import data_seed, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import FREE_QUESTIONS, REJECTED, TABLE, read_table, write_table
-from roma_ray.engine.question_table import QUESTIONS as COLUMNS
+from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
-from roma_ray.errors import ArtifactError, ConfigError, QuestionError
+from roma_ray.errors import ArtifactError, ConfigError
+from roma_ray.questions.asked import REJECTED, AskedQuestions
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
 from roma_ray.questions.free_prompts import prompt_builder
 from roma_ray.questions.held_out import check_held_out, parts_in_force
-from roma_ray.questions.prompts import Prompt, build_prompts
+from roma_ray.questions.labels import Labels
+from roma_ray.questions.prompts import encode
 from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
-from roma_ray.questions.records import Question, Rejected
-from roma_ray.questions.splits import Drawn, assign_splits, drawn_parts, split_by_task
+from roma_ray.questions.splits import Drawn, divided_splits, drawn_parts, drawn_splits, nested_places
+from roma_ray.stages.question_writer import QuestionWriter
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, fingerprint, read_manifest
 from roma_ray.store.files import listed
+from roma_ray.store.tables import PART_ROWS, in_parts, write_parts
 
 VERSION = 2
 FAULTS = "rejected.parquet"
@@ -84,63 +87,47 @@ def _drawn(storage: Path, sources: tuple[QuestionSource, ...], content: str, fre
 
 
 def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
-    """Read and encode all questions, once. Raises QuestionError, ConfigError, ModelError."""
+    """Read and encode all questions, once. Raises QuestionError, ConfigError, ModelError, StorageError."""
     setup, stage = job.setup, job.stage
     config = setup.config
-    read, rejected = read_sources(config.questions, data_seed(config))
-    questions = split_questions(config.questions, read, data_seed(config))
+    asked = read_sources(config.questions, data_seed(config))
+    parts = split_questions(config.questions, asked, data_seed(config))
+    _check_texts(config, asked.forms)
     builder = prompt_builder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
-    prompts, too_long = build_prompts(questions, builder)
-    rejected = [*rejected, *too_long]
-    if not prompts:
-        reasons = "; ".join(sorted({r.reason for r in rejected})[:3])
-        raise QuestionError(f"no question can be used: {reasons}")
-    _check_splits(prompts)
-    check_held_out(config.questions.held_out_tasks, [(p.task, p.split) for p in prompts])
-    _check_texts(config, {q.form for q in questions})
-    _write(stage, questions, prompts, rejected, free=is_free(config))
-    if rejected:
-        common = Counter(r.reason for r in rejected).most_common(3)
-        shown = ", ".join(f"{count} x {reason}" for reason, count in common)
-        progress.say(f"{len(rejected)} row(s) set aside ({shown}); see {stage.path / FAULTS}")
+    with QuestionWriter(asked, free=is_free(config)) as writer:
+        writer.write(stage.path / TABLE, encode(asked.questions(parts), builder), config.questions.held_out_tasks)
+        faults = writer.faults.table()
+        write_parts(stage.path / FAULTS, REJECTED, in_parts(faults))
+    if len(faults):
+        # As many as have one reason, the first reason first of equals.
+        common = sorted(pc.value_counts(faults.column("reason")).to_pylist(), key=lambda one: -one["counts"])[:3]
+        shown = ", ".join(f"{one['counts']} x {one['values']}" for one in common)
+        progress.say(f"{len(faults)} row(s) set aside ({shown}); see {stage.path / FAULTS}")
     return {
-        "questions": len(prompts),
-        "rejected": len(rejected),
-        "truncated": sum(p.truncated for p in prompts),
-        "splits": dict(Counter(p.split for p in prompts)),
-        "tasks": sorted({p.task for p in prompts}),
-        "sources": [c.facts() for c in count_sources(read, {p.id: p.split for p in prompts})],
+        "questions": writer.rows,
+        "rejected": len(faults),
+        "truncated": writer.truncated,
+        "splits": dict(writer.splits),
+        "tasks": sorted({task for task, _ in writer.task_splits}),
+        "sources": [count.facts() for count in count_sources(asked, parts, writer.used_N)],
         "drawn": asdict(
             drawn_from(setup.store, config.questions.sources, stage.identity["settings"]["sources"], is_free(config))
         ),
     }
 
 
-def read_sources(config: QuestionsConfig, seed: int) -> tuple[list[tuple[str, list[Question]]], list[Rejected]]:
-    """Each source's name with its questions as they are declared, and the rows set aside. Raises QuestionError, ConfigError."""
-    read: list[tuple[str, list[Question]]] = []
-    rejected: list[Rejected] = []
+def read_sources(config: QuestionsConfig, seed: int) -> AskedQuestions:
+    """Each source's questions as they are declared, and the rows set aside. Raises QuestionError, ConfigError, StorageError."""
     free = config.prompt.format == FREE
-    for name, rows in iter_sources([_resolved(source) for source in config.sources], seed=seed, free=free):
-        questions: list[Question] = []
-        for row in rows:
-            if isinstance(row, Question):
-                questions.append(row)
-            else:
-                rejected.append(row)
-        read.append((name, questions))
-    return read, rejected
+    return AskedQuestions(iter_sources([_resolved(source) for source in config.sources], seed=seed, free=free))
 
 
-def split_questions(
-    config: QuestionsConfig, read: Sequence[tuple[str, Sequence[Question]]], seed: int
-) -> list[Question]:
-    """All sources' questions in their order, each with its part. Raises QuestionError, ConfigError."""
-    asked = [question for _, questions in read for question in questions]
+def split_questions(config: QuestionsConfig, asked: AskedQuestions, seed: int) -> np.ndarray:
+    """Each question's part, as its place in `splits.PARTS`. Raises QuestionError, ConfigError."""
     if config.splits is not None:
-        return split_by_task(asked, config.splits.model_dump(), seed=seed)
-    return assign_splits(
-        asked,
+        return divided_splits(asked.declared, config.splits.model_dump(), seed=seed)
+    return drawn_splits(
+        asked.declared,
         validation_fraction=config.validation_fraction,
         test_fraction=config.test_fraction,
         seed=seed,
@@ -155,8 +142,8 @@ def expected_sources(setup: Setup) -> tuple[SourceCount, ...] | None:
     config, seed = setup.config.questions, data_seed(setup.config)
     if any(source.path is None for source in config.sources):
         return None
-    read, _ = read_sources(config, seed)
-    return count_sources(read, {question.id: question.split for question in split_questions(config, read, seed)})
+    asked = read_sources(config, seed)
+    return count_sources(asked, split_questions(config, asked, seed))
 
 
 def sources_of(stage: Stage) -> tuple[SourceCount, ...]:
@@ -184,17 +171,6 @@ def _resolved(source: QuestionSource) -> QuestionSource:
     return source if source.path is None else source.model_copy(update={"path": str(question_file(source.path))})
 
 
-def _check_splits(prompts: Sequence[Prompt]) -> None:
-    """Training needs all three parts; a missing one is a fault of the sources, told before any work."""
-    present = {p.split for p in prompts}
-    missing = [name for name in ("train", "validation", "test") if name not in present]
-    if missing:
-        raise QuestionError(
-            f"no usable {' and no '.join(missing)} questions among {len(prompts)}: give more rows, or change "
-            "questions.validation_fraction or questions.test_fraction (or questions.splits, where that is set)"
-        )
-
-
 def _check_texts(config: Config, forms: Collection[str]) -> None:
     """A text has no prompt: its routing is that of its tokens, and nobody writes an answer. Raises ConfigError."""
     if "text" not in forms:
@@ -211,45 +187,21 @@ def _check_texts(config: Config, forms: Collection[str]) -> None:
         )
 
 
-def _write(
-    stage: Stage,
-    questions: Sequence[Question],
-    prompts: Sequence[Prompt],
-    rejected: Sequence[Rejected],
-    *,
-    free: bool,
-) -> None:
-    by_id = {q.id: q for q in questions}
-    kept = [by_id[p.id] for p in prompts]
-    columns: dict[str, Sequence[Any]] = {
-        "row": range(len(prompts)),
-        "id": [p.id for p in prompts],
-        "task": [p.task for p in prompts],
-        "split": [p.split for p in prompts],
-        "question": [q.question for q in kept],
-        "choices": [q.choices for q in kept],
-        "answer": [p.answer for p in prompts],
-        "context": [q.context for q in kept],
-        "prompt_ids": [p.prompt_ids for p in prompts],
-        "choice_ids": [p.choice_ids for p in prompts],
-        "choice_chars": [p.choice_chars for p in prompts],
-        "truncated": [p.truncated for p in prompts],
-    }
-    if free:
-        columns |= {"form": [q.form for q in kept], "verdict": [q.verdict for q in kept]}
-    write_table(stage.path / TABLE, columns, FREE_QUESTIONS if free else COLUMNS)
-    faults = {name: [getattr(r, name) for r in rejected] for name in REJECTED.names}
-    write_table(stage.path / FAULTS, faults, REJECTED)
-
-
-def training_rows(table: pa.Table, fraction: float, seed: int, held_out: Sequence[str] = ()) -> list[int]:
+def training_rows(table: pa.Table, fraction: float, seed: int, held_out: Sequence[str] = ()) -> np.ndarray:
     """Row numbers of the training questions in use, none of a held-out task: a nested prefix of one seeded permutation."""
-    from roma_ray.questions.splits import nested_fraction
+    tasks, splits = Labels(), Labels()
+    splits.extend(table.column("split"))
+    training = splits.mask(["train"])
+    if held_out:
+        tasks.extend(table.column("task"))
+        training &= ~tasks.mask(held_out)
+    rows = np.flatnonzero(training)
+    return rows[nested_places(_ids(table, rows), len(rows), fraction, seed)]
 
-    ids = table.column("id").to_pylist()
-    splits = parts_of(table, held_out)
-    row_of = {ids[row]: row for row in range(len(ids)) if splits[row] == "train"}
-    return sorted(row_of[key] for key in nested_fraction(list(row_of), fraction, seed))
+
+def _ids(table: pa.Table, rows: np.ndarray) -> Iterator[str]:
+    for start in range(0, len(rows), PART_ROWS):
+        yield from table.column("id").take(pa.array(rows[start : start + PART_ROWS])).to_pylist()
 
 
 def parts_of(table: pa.Table, held_out: Sequence[str]) -> list[str]:
@@ -268,8 +220,9 @@ def _accept(job: Job, runners: Runners) -> None:
         _check_texts(job.setup.config, read_table(job.stage.path / TABLE, ["form"]).column("form").unique().to_pylist())
     held_out = job.setup.config.questions.held_out_tasks
     if held_out:
-        rows = read_table(job.stage.path / TABLE, ["task", "split"]).to_pylist()
-        check_held_out(held_out, [(row["task"], row["split"]) for row in rows])
+        table = read_table(job.stage.path / TABLE, ["task", "split"])
+        asked = table.group_by(["task", "split"]).aggregate([]).to_pylist()
+        check_held_out(held_out, [(row["task"], row["split"]) for row in asked])
 
 
 QUESTIONS = Step(

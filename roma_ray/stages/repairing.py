@@ -102,8 +102,7 @@ def measure(asked: Setup | None, job: Job, runners: Runners, progress: Progress)
     """Measure teacher, student and repaired student on the test texts. Raises QuestionError, CacheError, CheckpointError."""
     setup, stages = job.setup, job.stages
     prompts = read_prompts(stages["questions"].path / TABLE)
-    usable = usable_rows(stages["extract"]).tolist()
-    rows = [n for n, prompt in enumerate(prompts) if prompt.split == "test" and usable[n]]
+    rows = prompts.rows_of("test", usable_rows(stages["extract"]))
     if not rows:
         raise QuestionError("no test text came through extraction, so nothing can be measured: give more texts")
     teacher = Teacher(stages[TEACHER.name].path, prompts)
@@ -157,14 +156,12 @@ def compare_answers(asked: Setup, setup: Setup, stages: Mapping[str, Stage], pro
 def asked_prompts(asked: Setup) -> tuple[list[Prompt], int]:
     """The questions whose answers are compared, and how many rows are none. Raises QuestionError."""
     config = asked.config.questions
-    read, faults = read_sources(config, 0)
+    read = read_sources(config, 0)
     tokenizer = load_tokenizer(asked.model.path, asked.model.revision)
-    prompts, more = build_prompts([q for _, rows in read for q in rows], PromptBuilder(tokenizer, config.prompt))
-    rejected = [*faults, *more]
+    prompts, more = build_prompts(read.questions(), PromptBuilder(tokenizer, config.prompt))
     if not prompts:
-        why = rejected[0].reason if rejected else "there is none"
-        raise QuestionError(f"no question of {config.sources[0].path} can be asked: {why}")
-    return prompts, len(rejected)
+        raise QuestionError(f"no question of {config.sources[0].path} can be asked: there is none")
+    return prompts, len(read.faults) + len(more)
 
 
 def _rule(asked: Setup) -> str:

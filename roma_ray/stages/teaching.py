@@ -136,8 +136,8 @@ def teach(job: Job, runners: Runners, progress: Progress) -> Facts:
                 f"question {prompt.id!r} has a token beyond the vocabulary of {limit:,} that teacher and student share"
             )
     if not exists(stage.path / PLAN):
-        lengths = [len(p.prompt_ids) + len(p.choice_ids[p.answer]) - 1 for p in prompts]
-        write_json(stage.path / PLAN, {"batches": plan_batches(lengths, setup.config.extraction.batch_tokens)})
+        lengths = prompts.prompt_tokens + prompts.gold_tokens - 1
+        write_json(stage.path / PLAN, {"batches": list(plan_batches(lengths, setup.config.extraction.batch_tokens))})
     plan: list[list[int]] = read_json(stage.path / PLAN)["batches"]
     done = present([teacher_file(stage.path, n) for n in range(len(plan))])
     pending = [n for n, there in enumerate(done) if not there]
@@ -147,7 +147,7 @@ def teach(job: Job, runners: Runners, progress: Progress) -> Facts:
     with progress.meter("teacher", len(plan), "batches", len(plan) - len(pending)) as meter:
         for _ in runners.extract(TeacherWork(setup, job.stages, stage), pending):
             meter.advance(1, "")
-    return {"questions": len(prompts), "tokens": sum(len(p.choice_ids[p.answer]) for p in prompts)}
+    return {"questions": len(prompts), "tokens": int(prompts.gold_tokens.sum())}
 
 
 def check_tokenizers(student: ModelSpec, teacher: ModelSpec) -> None:

@@ -7,8 +7,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from roma_ray.store.files import unwritable
+from roma_ray.store.staging import scratch_root
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 @contextlib.contextmanager
@@ -18,22 +23,47 @@ def scratch_folder() -> Iterator[Path]:
         yield Path(folder)
 
 
-class ScratchArray:
-    """An array of zeros, fp32, that lies in a mapped file and not in memory; the file goes when it is closed."""
+class ScratchTable:
+    """A table that is put down part by part in a local file of its own, and mapped: it lies on the disk and not in memory.
 
-    def __init__(self, folder: str | Path, rows: int, width: int) -> None:
-        """`folder`: where there is room for it. Raises StorageError where there is none."""
-        import numpy as np
+    The file's name goes as soon as it is mapped or closed, its room with the last that was read of it.
+    """
+
+    def __init__(self, schema: pa.Schema, folder: Path | None = None) -> None:
+        """`folder`: where there is room for it, else this machine's scratch. Raises StorageError where there is none."""
+        import pyarrow as pa
+
+        self.folder = scratch_root() if folder is None else folder
+        try:
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".rows-", suffix=".tmp")
+            os.close(handle)
+            self._path = Path(name)
+            self._file = pa.OSFile(name, "wb")
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+        self._writer = pa.ipc.new_file(self._file, schema)
+
+    def append(self, table: pa.Table) -> None:
+        """Put rows down behind the others: each chunk is a record batch. Raises StorageError."""
+        try:
+            self._writer.write_table(table)
+        except OSError as error:
+            raise unwritable(self.folder, error) from error
+
+    def mapped(self) -> pa.ipc.RecordBatchFileReader:
+        """The record batches in their order; no more can be put down. Raises StorageError."""
+        import pyarrow as pa
 
         try:
-            self._file = tempfile.NamedTemporaryFile(dir=folder, prefix=".rows-", suffix=".tmp")  # noqa: SIM115 - see close
-            # A mapped file that finds no room while it is written to ends the process without a word.
-            os.posix_fallocate(self._file.fileno(), 0, rows * width * 4)
+            self._writer.close()
+            self._file.close()
+            return pa.ipc.open_file(pa.memory_map(str(self._path)))
         except OSError as error:
-            raise unwritable(folder, error) from error
-        self.values = np.memmap(self._file, dtype=np.float32, mode="w+", shape=(rows, width))
-        """[rows, width]"""
+            raise unwritable(self.folder, error) from error
+        finally:
+            self.close()
 
     def close(self) -> None:
-        """Remove the file."""
+        """Remove the file's name, also where nothing was read of it."""
         self._file.close()
+        self._path.unlink(missing_ok=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,18 @@ import pyarrow.parquet as pq
 
 from roma_ray.errors import ArtifactError
 from roma_ray.store.files import local, locals_of, write_atomically
+from roma_ray.store.scratch import ScratchTable
 
 WRITING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 """How tables are written: a damaged page is then seen when it is read, also where no manifest speaks for the file yet."""
 
 _ROWS_AT_ONCE = 8192
+
+PART_ROWS = 65_536
+"""Rows of a part: what is held at once where a table is gone through, and a row group of those that are written in parts."""
+
+HELD_BYTES = 2**28
+"""Larger tables that are held for picking rows from lie in this machine's scratch, mapped."""
 
 
 def write_table(
@@ -43,21 +51,127 @@ def write_parts(path: str | Path, schema: pa.Schema, parts: Iterable[pa.Table]) 
 
 def read_table(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read a Parquet file. Raises ArtifactError when it is missing, corrupted or lacks a column."""
-    try:
+    with _readable(path):
         names = list(columns) if columns is not None else None
         table = pq.read_table(local(path), columns=names, partitioning=None, page_checksum_verification=True)
+    _check_columns(path, columns or (), table.column_names)
+    return table
+
+
+def iterate_table(path: str | Path, columns: Sequence[str], rows: int = PART_ROWS) -> Iterator[pa.Table]:
+    """The columns of a Parquet file, at most so many rows at a time. Raises as `read_table`."""
+    with _opened(path, columns) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=list(columns)):
+            yield pa.Table.from_batches([batch])
+        if not file.metadata.num_rows:
+            yield file.schema_arrow.empty_table().select(list(columns))
+
+
+def read_rows(path: str | Path, columns: Sequence[str], rows: Sequence[int]) -> pa.Table:
+    """Some rows of a Parquet file, in the order asked for; only the row groups that hold them are read. Raises as `read_table`."""
+    wanted = np.asarray(rows, dtype=np.int64)
+    with _opened(path, columns) as file:
+        sizes = [file.metadata.row_group(n).num_rows for n in range(file.metadata.num_row_groups)]
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        if len(wanted) and not 0 <= wanted.min() <= wanted.max() < starts[-1]:
+            raise ArtifactError(
+                f"{path} has {starts[-1]} rows and not all that were asked for; it is of other questions"
+            )
+        groups = np.searchsorted(starts, wanted, side="right") - 1
+        parts, places = [file.schema_arrow.empty_table().select(list(columns))], [np.empty(0, dtype=np.int64)]
+        for group in np.unique(groups).tolist():
+            mine = np.flatnonzero(groups == group)
+            part = file.read_row_group(group, columns=list(columns))
+            parts.append(part.take(pa.array(wanted[mine] - starts[group])).select(list(columns)))
+            places.append(mine)
+    # The metadata of an empty table are the file's, and of a part as well.
+    return pa.concat_tables(parts).take(pa.array(np.argsort(np.concatenate(places))))
+
+
+class Holder:
+    """Tables of one schema, added one by one: in memory, or of more than `HELD_BYTES` in this machine's scratch, mapped.
+
+    Pages of a mapped file are not the process's own: the system takes them back when it needs them.
+    """
+
+    def __init__(self, schema: pa.Schema) -> None:
+        self.schema = schema
+        self._held: list[pa.Table] = []
+        self._bytes = 0
+        self._scratch: ScratchTable | None = None
+
+    def add(self, part: pa.Table) -> None:
+        """Put rows behind the others. Raises StorageError."""
+        self._bytes += part.nbytes
+        if self._scratch is None and self._bytes > HELD_BYTES:
+            self._scratch = ScratchTable(self.schema)
+            for table in self._held:
+                self._scratch.append(table)
+            self._held = []
+        if self._scratch is None:
+            self._held.append(part)
+        else:
+            self._scratch.append(part)
+
+    def table(self) -> pa.Table:
+        """All rows; no more can be added. Raises StorageError."""
+        if self._scratch is not None:
+            return self._scratch.mapped().read_all()
+        return pa.concat_tables([self.schema.empty_table(), *self._held])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Remove what nobody read."""
+        if self._scratch is not None:
+            self._scratch.close()
+
+
+def hold(parts: Iterable[pa.Table]) -> pa.Table:
+    """Tables of one schema, at least one, as one that a `Holder` holds. Raises StorageError."""
+    stream = iter(parts)
+    first = next(stream)
+    with Holder(first.schema) as holder:
+        holder.add(first)
+        for part in stream:
+            holder.add(part)
+        return holder.table()
+
+
+def in_parts(table: pa.Table) -> Iterator[pa.Table]:
+    """A table as parts of at most `PART_ROWS` rows, each in one piece."""
+    for start in range(0, max(1, len(table)), PART_ROWS):
+        yield table.slice(start, PART_ROWS).combine_chunks()
+
+
+@contextlib.contextmanager
+def _opened(path: str | Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
+    with _readable(path), pq.ParquetFile(local(path), pre_buffer=False, page_checksum_verification=True) as file:
+        _check_columns(path, columns, file.schema_arrow.names)
+        yield file
+
+
+@contextlib.contextmanager
+def _readable(path: str | Path) -> Iterator[None]:
+    """What reading a missing or damaged file raises, as an ArtifactError with the remedy."""
+    try:
+        yield
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
+        # Arrow decodes the names in a damaged file's schema itself.
         raise ArtifactError(
             f"{path} cannot be read ({error}); remove its folder and run again to recompute it"
         ) from None
-    missing = set(columns or ()) - set(table.column_names)
+
+
+def _check_columns(path: str | Path, wanted: Sequence[str], there: Sequence[str]) -> None:
+    missing = set(wanted) - set(there)
     if missing:
         raise ArtifactError(
             f"{path} lacks the column(s) {', '.join(sorted(missing))}; it was written by another version"
         )
-    return table
 
 
 def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
@@ -68,26 +182,6 @@ def read_tables(paths: Sequence[Path], columns: Sequence[str] | None = None) -> 
             yield read_table(next(places), columns)
         except FileNotFoundError:
             raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
-
-
-def table_rows(path: str | Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A Parquet file's rows one by one; no more than some thousands are held. Raises as `read_table`."""
-    names = list(columns)
-    try:
-        with pq.ParquetFile(local(path), page_checksum_verification=True) as file:
-            missing = set(names) - set(file.schema_arrow.names)
-            if missing:
-                raise ArtifactError(
-                    f"{path} lacks the column(s) {', '.join(sorted(missing))}; it was written by another version"
-                )
-            for part in file.iter_batches(_ROWS_AT_ONCE, columns=names):
-                yield from part.to_pylist()
-    except FileNotFoundError:
-        raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
-    except (OSError, pa.ArrowException) as error:
-        raise ArtifactError(
-            f"{path} cannot be read ({error}); remove its folder and run again to recompute it"
-        ) from None
 
 
 def table_facts(table: pa.Table, *counts: str) -> dict[str, Any]:

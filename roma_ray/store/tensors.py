@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from roma_ray.store.files import local, write_atomically
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 DAMAGED = (OSError, SafetensorError)
@@ -24,6 +25,27 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
     from safetensors.torch import save_file
 
     write_atomically(path, lambda aside: save_file(dict(tensors), aside, metadata=dict(metadata) if metadata else None))
+
+
+def write_matrix(path: str | Path, name: str, shape: tuple[int, int], parts: Iterable[np.ndarray]) -> None:
+    """Put one fp32 tensor on the CPU as a file, from parts of its rows in their order: the bytes that `write_tensors` puts.
+
+    Raises StorageError.
+    """
+    size = 4 * shape[0] * shape[1]
+    header = json.dumps(
+        {name: {"dtype": "F32", "shape": list(shape), "data_offsets": [0, size]}}, separators=(",", ":")
+    )
+    padded = header.encode() + b" " * (-len(header.encode()) % 8)
+
+    def write(aside: Path) -> None:
+        with open(aside, "wb") as stream:
+            stream.write(struct.pack("<Q", len(padded)) + padded)
+            for part in parts:
+                stream.write(part.astype("<f4", copy=False).tobytes())
+            assert stream.tell() == 8 + len(padded) + size, "the parts are the whole"
+
+    write_atomically(path, write)
 
 
 def read_tensors(path: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:

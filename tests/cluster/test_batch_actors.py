@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from roma_ray.cluster.batch_actors import ATTEMPTS, BatchWorker, Marks, ray_executor
 from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.engine.batches import read_plan
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
@@ -52,7 +53,7 @@ def same_files(folder: Path, other: Path) -> None:
 
 def test_a_killed_worker_and_a_poison_row(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
     """A worker that dies once costs nothing; a row that always kills is set aside as if it had been excluded."""
-    plan = json.loads((local_run.stages["extract"].path / PLAN).read_text())["batches"]
+    _, plan = read_plan(local_run.stages["extract"].path / PLAN)
     poison = plan[1][len(plan[1]) // 2]
     given = fields(local_run, tmp_path / "ray")
     work = DeadlyWork(**given, poison=(poison,), dies_once_at=len(plan) - 2)

@@ -68,13 +68,13 @@ def tables(folder: Path) -> Opened:
         "truncated": [False, True],
     }
     write_table(path, columns, QUESTIONS)
-    good, expected = path.read_bytes(), read_prompts(path)
+    good, expected = path.read_bytes(), list(read_prompts(path))
     sink = pa.BufferOutputStream()
     pq.write_table(pa.table({"row": [1], "id": [2]}), sink)
 
     def read(data: bytes) -> None:
         path.write_bytes(data)
-        assert read_prompts(path) == expected, "a changed table was believed"
+        assert list(read_prompts(path)) == expected, "a changed table was believed"
 
     return damaged([good, good, sink.getvalue().to_pybytes()]), read
 

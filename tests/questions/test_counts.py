@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import numpy as np
+
+from roma_ray.questions.asked import AskedQuestions
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
 from roma_ray.questions.records import Question
+from roma_ray.questions.splits import PARTS
 
 
 def question(number: int, split: str, task: str = "t") -> Question:
@@ -12,8 +16,9 @@ def question(number: int, split: str, task: str = "t") -> Question:
 
 def test_counts_follow_the_parts_and_leave_out_what_is_not_used() -> None:
     read = [("a.jsonl", [question(n, "train") for n in range(4)]), ("b.jsonl", [question(9, "test", "u")])]
-    split_of = {"q0": "train", "q1": "validation", "q2": "train", "q9": "test"}
-    first, second = count_sources(read, split_of)
+    asked = AskedQuestions((name, iter(questions)) for name, questions in read)
+    parts = np.array([PARTS.index(part) for part in ("train", "validation", "train", "train", "test")])
+    first, second = count_sources(asked, parts, np.array([True, True, True, False, True]))
     assert first == SourceCount("a.jsonl", 2, 1, 0, declared=0, tasks=("t",))
     assert second == SourceCount("b.jsonl", 0, 0, 1, declared=1, tasks=("u",))
     assert SourceCount.of(first.facts()) == first

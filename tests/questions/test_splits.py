@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.records import Question
-from roma_ray.questions.splits import apportion, assign_splits, divide, nested_fraction, seeded_key, split_by_task
+from roma_ray.questions.splits import (
+    PARTS,
+    apportion,
+    assign_splits,
+    divide,
+    nested_fraction,
+    seeded_key,
+    split_by_task,
+)
 
 
 def suite(**sizes: int) -> list[Question]:
@@ -53,6 +61,37 @@ def test_the_assignment_is_pinned() -> None:
 
 
 PINNED = {"a-1": "test", "a-3": "test", "a-5": "validation"}
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(PARTS)), min_size=1, max_size=40),
+    st.sampled_from((0.0, 0.1, 0.4)),
+    st.sampled_from((0.0, 0.1, 0.4)),
+    st.integers(0, 2),
+)
+def test_parts_are_those_of_a_loop_over_sorted_ids(
+    rows: list[tuple[str, str]], validation: float, test: float, seed: int
+) -> None:
+    questions = [Question(f"q{n}", task, "Q?", ("x", "y"), 0, split=part) for n, (task, part) in enumerate(rows)]
+    free: dict[str, list[str]] = {}
+    for question in questions:
+        if question.split == "train":
+            free.setdefault(question.task, []).append(question.id)
+    expected = {question.id: question.split for question in questions}
+    validated = {question.task for question in questions if question.split == "validation"}
+    for part, fraction in (("test", test), ("validation", validation)):
+        of = {task: len(ids) for task, ids in free.items() if part == "test" or task not in validated}
+        if part == "test" and any(declared == "test" for _, declared in rows):
+            continue
+        for task, count in apportion(of, fraction).items():
+            left = [id for id in free[task] if expected[id] == "train"]
+            chosen = sorted(left, key=lambda id: (seeded_key(seed, part, id), id))[:count]
+            expected |= dict.fromkeys(chosen, part)
+    if "train" in expected.values():
+        assert parts(split(questions, seed, validation, test)) == expected
+    else:
+        with pytest.raises(QuestionError, match="no training question is left"):
+            split(questions, seed, validation, test)
 
 
 def test_small_tasks_take_their_turn() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import shutil
 from pathlib import Path
@@ -13,8 +12,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from roma_ray.engine.batches import PlannedBatches, read_plan, write_plan
 from roma_ray.engine.cache import ROWS, ActivationCache
-from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table, read_plan
+from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.forward import own_tokens
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
 from roma_ray.engine.runners import Runners
@@ -131,7 +131,7 @@ def test_rows_beyond_the_vocabulary_and_excluded_rows_are_set_aside(fresh: tuple
     job = EXTRACT.job(setup, locate(EXTRACT, setup))
     stage = job.stage
     stage.path.mkdir(parents=True)
-    (stage.path / PLAN).write_text(json.dumps({"prefix": 0, "batches": [[0, 1, 2]]}))
+    write_plan(stage.path / PLAN, PlannedBatches.of([[0, 1, 2]]))
     extractor = Extractor(ExtractWork(job.setup, job.stages, stage))
     extractor.vocabulary = max(max(p.prompt_ids) for p in extractor.batches.prompts[:1])
     report = extractor(0, frozenset({2}))
@@ -165,9 +165,9 @@ def test_a_resume_does_only_the_batches_that_lack(fresh: tuple[Any, Stage]) -> N
 
 def test_gather_refuses_rows_that_lack(letter_run: Run) -> None:
     stage = letter_run.stages["extract"]
-    prompts = read_prompts(letter_run.stages["questions"].path / TABLE)
+    questions = letter_run.stages["questions"].path / TABLE
     with pytest.raises(Exception, match="does not hold each question once"):
-        gather(stage, stage.manifest()["facts"]["batches"] - 1, [p.id for p in prompts], 0)
+        gather(stage, stage.manifest()["facts"]["batches"] - 1, questions, 0)
 
 
 def test_progress_counts_tokens_for_the_longest_batches_run_first(fresh: tuple[Any, Stage]) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 
 from roma_ray.errors import StorageError
-from roma_ray.store.scratch import ScratchArray, scratch_folder
+from roma_ray.store.scratch import ScratchTable, scratch_folder
 
 
 def test_a_scratch_folder_is_removed() -> None:
@@ -16,12 +17,19 @@ def test_a_scratch_folder_is_removed() -> None:
     assert not folder.exists()
 
 
-def test_a_scratch_array_lies_in_a_file_that_goes(tmp_path: Path) -> None:
-    array = ScratchArray(tmp_path, 5, 3)
-    array.values[[3, 1]] = 2.0
-    assert array.values.sum(axis=1).tolist() == [0, 6, 0, 6, 0]
-    assert [file.stat().st_size for file in tmp_path.iterdir()] == [60]
-    array.close()
+def test_a_scratch_table_lies_in_a_file_whose_name_goes(tmp_path: Path) -> None:
+    table = ScratchTable(pa.schema([("n", pa.int64())]), tmp_path)
+    assert len(list(tmp_path.iterdir())) == 1
+    table.append(pa.table({"n": [3, 1]}))
+    table.append(pa.table({"n": [2]}))
+    reader = table.mapped()
+    assert list(tmp_path.iterdir()) == []
+    assert reader.get_batch(1).column("n").to_pylist() == [2]
+    assert reader.read_all().column("n").to_pylist() == [3, 1, 2]
+
+
+def test_a_scratch_table_that_nobody_reads_goes_too(tmp_path: Path) -> None:
+    ScratchTable(pa.schema([("n", pa.int64())]), tmp_path).close()
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(StorageError, match="cannot write"):
-        ScratchArray(tmp_path / "nowhere", 5, 3)
+        ScratchTable(pa.schema([("n", pa.int64())]), tmp_path / "nowhere")

@@ -14,6 +14,7 @@ from roma_ray.store.tensors import (
     read_metadata,
     read_tensors,
     shapes,
+    write_matrix,
     write_tensors,
 )
 
@@ -45,3 +46,12 @@ def test_damage_is_told(tmp_path: Path) -> None:
     file.unlink()
     with pytest.raises(DAMAGED):
         read_tensors(file)
+
+
+def test_a_matrix_in_parts_has_the_bytes_of_one_that_is_put_whole(tmp_path: Path) -> None:
+    for rows in (1, 7, 1000):
+        whole = torch.randn(rows, 3)
+        write_tensors(tmp_path / "whole", {"embeddings": whole})
+        parts = [part.numpy() for part in whole.split(300)]
+        write_matrix(tmp_path / "parts", "embeddings", (rows, 3), parts)
+        assert (tmp_path / "parts").read_bytes() == (tmp_path / "whole").read_bytes()
