@@ -92,6 +92,8 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
     def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
         import torch
 
+        # What runs now needs none of their models, and perhaps their memory.
+        cluster.pool.release()
         if device == "cpu" or torch.cuda.is_available():
             return function(*arguments, progress=progress)
         import ray

@@ -281,7 +281,7 @@ class RayConfig(Section):
     """Deaths of finetuning workers, trials and tasks, for memory or otherwise, that are answered by another try, from the last
     checkpoint where there is one."""
     no_progress_seconds: int = Field(default=1800, ge=10)
-    """Extraction and embedding give up after this long without a finished batch."""
+    """Extraction, embedding and answering give up when so long no batch is finished and no worker starts."""
 
 
 class TrackingConfig(Section):
