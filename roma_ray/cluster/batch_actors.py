@@ -19,11 +19,12 @@ from roma_ray.cluster.batch_worker import ATTEMPTS as ATTEMPTS
 from roma_ray.cluster.batch_worker import FAILURE, OPENED, REPORTS, Journal, Order
 from roma_ray.cluster.failures import explain, explained, unpacked
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.cluster.starting import IMPORTS, READY, WAITING, Starting, in_words
+from roma_ray.cluster.starting import IMPORTS, READY, WAITING, Starting, in_words, said_of
 from roma_ray.cluster.worker_pool import Worker
 from roma_ray.cluster.worth import begun_here, share_of
 from roma_ray.engine.work import Executor, Report, Work
 from roma_ray.errors import WorkerError
+from roma_ray.store.artifacts import note_start
 from roma_ray.store.buckets import is_object
 from roma_ray.store.files import remove_folder
 
@@ -41,7 +42,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
     def execute(work: Work, batches: Sequence[int], left: float | None) -> Iterator[Report]:
         from ray import cloudpickle
 
-        began, first, busy = time.monotonic(), None, 0.0
+        began, busy, begun = time.monotonic(), 0.0, False
         cluster.connect()
         wanted = getattr(cluster.config.ray, f"{stage}_workers")
         at_most = len(batches) if wanted else min(len(batches), share_of(left) or len(batches))
@@ -50,18 +51,22 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         order = Order(work.name, work.folder, uuid.uuid4().hex[:12], cloudpickle.dumps(work), cluster.config.threads)
         # Of a storage in a bucket one batch is put while the next is computed; on a file system nothing is gained by it.
         workers = cluster.pool.lend(need, count, calls_at_once=2 if is_object(work.folder) else 1)
-        handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds)
+        handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds, began)
         try:
             with explained(stage, work.folder), Starting(stage, handing.stands, cluster.say) as starting:
                 for report in handing.reports():
-                    starting.over()
+                    if not begun:
+                        begun = True
+                        starting.over()
+                        cluster.say(f"{stage}: {said_of(handing.start)}")
+                        note_start(work.folder, handing.start)
                     busy += report.seconds
-                    first = first or time.monotonic() - began - report.seconds
                     yield report
         finally:
             cluster.pool.keep(handing.leave())
         remove_folder(Path(work.folder) / ATTEMPTS)
-        cluster.compare(stage, time.monotonic() - began, first or 0.0, busy)
+        started = sum(seconds for part, seconds in handing.start.items() if part != "first_batch")
+        cluster.compare(stage, time.monotonic() - began, started, busy)
 
     return begun_here(cluster, stage, device, execute)
 
@@ -88,13 +93,17 @@ class Hand:
     stand: str = WAITING
     deaths: int = 0
     """In a row, before its work was open."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of its start, by part (`PARTS`)."""
 
 
 class HandOut:
     """The batches of a work, handed out to workers."""
 
-    def __init__(self, order: Order, batches: Sequence[int], workers: Sequence[Worker], patience: float) -> None:
-        """`patience`: seconds without anything told after which the work is given up."""
+    def __init__(
+        self, order: Order, batches: Sequence[int], workers: Sequence[Worker], patience: float, began: float
+    ) -> None:
+        """`patience`: seconds without anything told after which the work is given up; `began`: when its workers were asked for."""
         import ray
 
         self.order, self.patience = order, patience
@@ -104,7 +113,9 @@ class HandOut:
         """What attempts on a batch have left that ended with their worker."""
         self.sent = ray.put(order)
         self.hands = [Hand(worker, worker.actor.up.remote()) for worker in workers]
-        self._calls = 0
+        self.start: dict[str, float] = {}
+        """Seconds of each part of the start, of the worker that did the first batch."""
+        self._began, self._calls = began, 0
 
     def stands(self) -> str:
         """How far the workers are, in words."""
@@ -158,6 +169,7 @@ class HandOut:
             if hand.rising is not None:
                 ray.get(hand.rising)
                 hand.rising, hand.stand = None, IMPORTS
+                hand.seconds = {"workers": time.monotonic() - self._began}
                 return
             kind, value = ray.get(next(hand.calls[0].told))
         except StopIteration:
@@ -170,12 +182,16 @@ class HandOut:
             yield from self._died(hand, error)
             return
         if kind == REPORTS:
+            if not self.start:
+                known = sum(hand.seconds.values())
+                self.start = {**hand.seconds, "first_batch": max(0.0, time.monotonic() - self._began - known)}
             yield from self._new(hand.calls[0], value)
         elif kind == FAILURE:
             raise unpacked([value], self.order.name, self.order.folder)
         else:
             hand.stand = READY if kind == OPENED else value
-            hand.deaths = 0 if kind == OPENED else hand.deaths
+            if kind == OPENED:
+                hand.deaths, hand.seconds = 0, {**hand.seconds, **value}
 
     def _new(self, call: Call, told: Sequence[Mapping[str, Any]]) -> Iterator[Report]:
         for fields in told:

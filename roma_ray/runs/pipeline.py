@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from roma_ray.baselines.method_runs import method_stage
+from roma_ray.cluster.starting import said_of
 from roma_ray.engine import steps
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.observers import NOBODY, RunObserver
@@ -130,8 +131,9 @@ def told(step: Step, stage: Stage, how: str) -> list[str]:
     """What a run says of a finished stage."""
     manifest = stage.manifest()
     notes = (mixed_devices(step.name, manifest["devices"]), stage.other_versions())
+    starting = manifest.get("starting")
     return [
-        f"{step.name}: {how} ({manifest['seconds']:.1f} s)  {stage.path}",
+        f"{step.name}: {how} ({manifest['seconds']:.1f} s{', ' + said_of(starting) if starting else ''})  {stage.path}",
         *(f"note: {note}" for note in notes if note is not None),
         *step.lines(stage),
     ]

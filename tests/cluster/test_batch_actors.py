@@ -37,7 +37,7 @@ from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighbor_lists import spread
 from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS
 from roma_ray.stages.preparation import QUESTIONS
-from roma_ray.store.artifacts import Stage, file_digest
+from roma_ray.store.artifacts import Stage, file_digest, noted_starts
 from tests.cluster.support import DeadlyWork, FailingWork, NotingWork, begun
 from tests.making import made, with_settings
 from tests.world import make_world
@@ -100,6 +100,9 @@ def test_a_kill_within_a_group_repeats_one_batch(cluster: Cluster, tmp_path: Pat
     times = Counter(batch for batch, _ in begun(tmp_path))
     assert times == Counter({**dict.fromkeys(range(200), 1), 5: 2})
     assert len({pid for _, pid in begun(tmp_path)}) == 3
+    starting = noted_starts(tmp_path)
+    assert set(starting) == {"workers", "imports", "model", "first_batch"}
+    assert min(starting.values()) >= 0
     assert not (tmp_path / ATTEMPTS).exists()
 
 

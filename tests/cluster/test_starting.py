@@ -12,6 +12,8 @@ from roma_ray.cluster import starting as module
 from roma_ray.cluster.live import LiveReader, LiveWriter
 from roma_ray.cluster.starting import IMPORTS, MODEL, READY, WAITING, Roll, Starting, in_words
 from roma_ray.config.schema import Config
+from roma_ray.runs.pipeline import STEPS, Run, told
+from roma_ray.tracking.run_records import stage_metrics
 from tests.cluster.test_worth import Unstarted
 
 
@@ -78,3 +80,17 @@ def test_run_says_where_local_is_faster(world: Config) -> None:
     assert "embed took 25 s on Ray, 20 s of them until its workers had started" in said
     assert "one process about 4 s" in said
     assert "roma-ray local" in said
+
+
+def test_a_run_tells_what_its_stages_took_to_start(local_run: Run) -> None:
+    """On screen, in the summary and thereby in trackers; a stage that loads nothing has no start."""
+    seconds = local_run.summary["starting_seconds"]
+    assert set(seconds["extract"]) == set(seconds["embed"]) == {"model", "first_batch"}
+    assert set(seconds["finetune"]) == {"model", "first_step"}
+    assert seconds["neighbors"] == {}
+    (line, *_) = told(STEPS["extract"], local_run.stages["extract"], "done")
+    assert " s to start: model " in line
+    assert ", first batch " in line
+    assert "start" not in told(STEPS["neighbors"], local_run.stages["neighbors"], "done")[0].partition("  ")[0]
+    names = {metric.key for metric in stage_metrics(local_run.stages["extract"])}
+    assert {"starting/model", "starting/first_batch"} <= names
