@@ -19,10 +19,10 @@ from roma_ray.cluster.batch_worker import ATTEMPTS as ATTEMPTS
 from roma_ray.cluster.batch_worker import FAILURE, OPENED, REPORTS, Journal, Order
 from roma_ray.cluster.failures import explain, explained, unpacked
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.cluster.starting import IMPORTS, READY, WAITING, Starting, in_words, said_of
+from roma_ray.cluster.starting import IMPORTS, READY, WAITING, Starting, in_words
 from roma_ray.cluster.worker_pool import Worker
 from roma_ray.cluster.worth import begun_here, share_of
-from roma_ray.engine.work import Executor, Report, Work
+from roma_ray.engine.work import Executor, Report, Work, said_of
 from roma_ray.errors import WorkerError
 from roma_ray.store.artifacts import note_start
 from roma_ray.store.buckets import is_object
@@ -94,7 +94,7 @@ class Hand:
     deaths: int = 0
     """In a row, before its work was open."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """Of its start, by part (`PARTS`)."""
+    """Of its start, by part (`engine/work.py`)."""
 
 
 class HandOut:

@@ -6,7 +6,7 @@ import contextlib
 import threading
 import uuid
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from roma_ray.errors import StorageError
@@ -47,22 +47,6 @@ class Starting:
             seconds += pause
             self.say(f"{self.stage}: starting workers, {seconds:.0f} s so far: {self.stands()}")
             pause = min(2 * pause, _LONGEST_SECONDS)
-
-
-PARTS = {
-    "workers": "workers",
-    "imports": "imports",
-    "model": "model",
-    "first_batch": "first batch",
-    "first_step": "data and first step",
-}
-"""What a start is made of, in words."""
-
-
-def said_of(seconds: Mapping[str, float]) -> str:
-    """How long a start took, and what for, in words."""
-    parts = ", ".join(f"{words} {seconds[part]:.1f}" for part, words in PARTS.items() if part in seconds)
-    return f"{sum(seconds.values()):.1f} s to start: {parts}"
 
 
 class Roll:

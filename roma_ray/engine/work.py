@@ -90,6 +90,22 @@ def timed_open(work: Work) -> Callable[[int], Report]:
     return do
 
 
+PARTS = {
+    "workers": "workers",
+    "imports": "imports",
+    "model": "model",
+    "first_batch": "first batch",
+    "first_step": "data and first step",
+}
+"""What a start is made of, in words."""
+
+
+def said_of(seconds: Mapping[str, float]) -> str:
+    """How long a start took, and what for, in words."""
+    parts = ", ".join(f"{words} {seconds[part]:.1f}" for part, words in PARTS.items() if part in seconds)
+    return f"{sum(seconds.values()):.1f} s to start: {parts}"
+
+
 def one_by_one(do: Callable[[int], Report], batches: Iterable[int]) -> Iterator[Report]:
     """Do batches in their order. What a bucket takes of one is put while the next is computed; a batch is reported when it is there."""
     before: tuple[Report, Uploads] | None = None

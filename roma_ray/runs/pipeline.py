@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from roma_ray.baselines.method_runs import method_stage
-from roma_ray.cluster.starting import said_of
 from roma_ray.engine import steps
 from roma_ray.engine.devices import mixed_devices
 from roma_ray.engine.observers import NOBODY, RunObserver
@@ -16,6 +15,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, save_config
 from roma_ray.engine.steps import Step, complete, order
+from roma_ray.engine.work import said_of
 from roma_ray.errors import ArtifactError, IdenticalError, TrainingError
 from roma_ray.figures.run_report import ORACLE, REPORT
 from roma_ray.moe.reach import is_unreached
