@@ -49,8 +49,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         count, need = cluster.place(stage, wanted, at_most, device, kept=True)
         cluster.say(f"{stage}: {len(batches)} batches on {count} worker(s), {device}")
         order = Order(work.name, work.folder, uuid.uuid4().hex[:12], cloudpickle.dumps(work), cluster.config.threads)
-        # Of a storage in a bucket one batch is put while the next is computed; on a file system nothing is gained by it.
-        workers = cluster.pool.lend(need, count, calls_at_once=2 if is_object(work.folder) else 1)
+        workers = cluster.pool.lend(need, count, calls_at_once(work.folder))
         handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds, began)
         try:
             with explained(stage, work.folder), Starting(stage, handing.stands, cluster.say) as starting:
@@ -69,6 +68,11 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         cluster.compare(stage, time.monotonic() - began, started, busy)
 
     return begun_here(cluster, stage, device, execute)
+
+
+def calls_at_once(place: str | Path | None) -> int:
+    """Of a storage in a bucket a worker puts one batch while it computes the next; on a file system nothing is gained by it."""
+    return 2 if place is not None and is_object(place) else 1
 
 
 @dataclass(eq=False)

@@ -6,6 +6,7 @@ Imports nothing heavy: a work's libraries come with the work, and not before the
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import pickle
 import threading
@@ -129,6 +130,13 @@ class BatchWorker:
 
     def up(self) -> None:
         """Returns once the process runs."""
+
+    def warm(self, module: str, threads: int) -> None:
+        """Import a work's libraries before the work is there."""
+        from roma_ray.engine.model_spec import set_threads
+
+        set_threads(threads)
+        importlib.import_module(module)
 
     def run(self, order: Order, call: str, batches: Sequence[int], before: Sequence[str] = ()) -> Iterator[Told]:
         """Do batches; tells what is done as it is done. `before`: the lines that earlier attempts on the first of them left."""

@@ -51,7 +51,7 @@ class WorkerPool:
     def __len__(self) -> int:
         return len(self._idle)
 
-    def lend(self, need: Need, count: int, calls_at_once: int = 1) -> list[Worker]:
+    def lend(self, need: Need, count: int, calls_at_once: int) -> list[Worker]:
         """So many workers, kept ones first. Kept ones that are not fit, or not needed, end, for they hold CPUs, GPUs and memory."""
         fit = [w for w in self._idle if w.need == need and w.calls_at_once == calls_at_once][:count]
         for worker in self._idle:
@@ -59,6 +59,13 @@ class WorkerPool:
                 worker.end()
         self._idle = []
         return fit + [Worker(need, calls_at_once) for _ in range(count - len(fit))]
+
+    def warm(self, need: Need, count: int, calls_at_once: int, module: str, threads: int) -> None:
+        """Start workers that will be asked for soon; meanwhile they import what the work's module does."""
+        workers = self.lend(need, count, calls_at_once)
+        for worker in workers:
+            worker.actor.warm.remote(module, threads)
+        self.keep(workers)
 
     def keep(self, workers: Sequence[Worker]) -> None:
         """Take back workers that have nothing under way."""

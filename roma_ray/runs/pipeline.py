@@ -58,6 +58,8 @@ def beside(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
     return {**oracle_answers(setup, stages), **task_loss_alone(setup, stages)}
 
 
+BATCHED = ("extract", "embed")
+"""Stages whose workers may as well start while the questions are read."""
 LAST = replace(REPORT, others=beside)
 STEPS = {step.name: step for step in order(LAST)}
 """The steps of a run by name, in their order."""
@@ -92,6 +94,8 @@ def run(
         setup.store.begin(run_identity(planned))
     observer.started(planned)
     runners = replace(runners, on_epoch=observer.epoch)
+    if expected := [step.name for step in wanted if step.name in BATCHED and not planned[step.name].complete]:
+        runners.expect(expected[0])
     stages: dict[str, Stage] = {}
     for step in wanted:
         stage = planned[step.name]
