@@ -63,9 +63,10 @@ def standing(folder: Path, env: dict[str, str]) -> Iterator[str]:
         head.wait()
 
 
-def timed_run(address: str, storage: Path, command: str, env: dict[str, str]) -> dict[str, Any]:
+def timed_run(address: str, storage: Path, command: str, kept: int, env: dict[str, str]) -> dict[str, Any]:
     """Seconds of a run from its command on: when each thing was said, the parts of the extraction's start, and all of it."""
     words = [sys.executable, "-m", "roma_ray", command, "--storage", str(storage), "--address", address]
+    words += ["--set", f"ray.keep_workers_seconds={kept}"] if kept else []
     words += ["--summary", str(storage.with_suffix(".json"))]
     began, found, said = time.monotonic(), dict[str, Any](), []
     process = subprocess.Popen(words, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -87,6 +88,7 @@ def main() -> int:
 
     def more(parser: Any) -> None:
         parser.add_argument("--command", default="extract", help="run: all stages")
+        parser.add_argument("--kept", type=int, default=0, help="seconds that workers wait for the next run")
         parser.add_argument("--runs", type=int, default=2)
 
     chosen = options(__doc__, more)
@@ -97,7 +99,7 @@ def main() -> int:
         with standing(folder, env) as address:
             for number in range(chosen.runs):
                 bench.figures[f"run {number + 1}"] = timed_run(
-                    address, folder / f"storage{number}", chosen.command, env
+                    address, folder / f"storage{number}", chosen.command, chosen.kept, env
                 )
     runs = list(bench.figures.values())
     parts = list(runs[0]["parts"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import os
 import pickle
 import threading
 import time
@@ -25,6 +26,7 @@ from roma_ray.store.logs import append_line, whole_lines
 from roma_ray.store.uploads import in_background
 
 if TYPE_CHECKING:
+    from roma_ray.engine.held_slices import HeldSlices
     from roma_ray.engine.work import Report
 
 ATTEMPTS = ".attempts"
@@ -120,13 +122,34 @@ class Journal:
 class BatchWorker:
     """The actor. Between works it stays, with its imports; a work's model goes before the next one's is loaded."""
 
-    def __init__(self) -> None:
+    def __init__(self, kept_seconds: int = 0) -> None:
+        """`kept_seconds`: end by itself after so long without a call, where it outlives its driver; 0: it does not."""
         quiet_libraries()
+        self.claimed, self.busy, self.used = True, 0, time.monotonic()
+        if kept_seconds:
+            threading.Thread(target=self._end_when_idle, args=(kept_seconds,), name="idle", daemon=True).start()
         self.token = ""
         self.do: Callable[[int], Report] | None = None
+        self.held: HeldSlices | None = None
         # Of a storage in a bucket two calls run at a time: one batch is put while the next is computed.
         self.computing = threading.Lock()
         self.told = 0.0
+
+    def _end_when_idle(self, seconds: float) -> None:
+        while self.busy or time.monotonic() - self.used < seconds:
+            time.sleep(min(1.0, seconds / 4))
+        os._exit(0)
+
+    def claim(self, until: float) -> bool:
+        """Be another run's from now on, if it is nobody's; not after `until` (`time.time`), when who asks has given up."""
+        if self.claimed or time.time() > until:
+            return False
+        self.claimed, self.used = True, time.monotonic()
+        return True
+
+    def free(self) -> None:
+        """The run is over."""
+        self.claimed, self.used = False, time.monotonic()
 
     def up(self) -> None:
         """Returns once the process runs."""
@@ -142,6 +165,7 @@ class BatchWorker:
         """Do batches; tells what is done as it is done. `before`: the lines that earlier attempts on the first of them left."""
         journal, reports = Journal(order, call), list[dict[str, Any]]()
         failure: dict[str, str] | None = None
+        self.busy += 1
         try:
             with self.computing:
                 yield from self._opened(order, journal)
@@ -153,11 +177,14 @@ class BatchWorker:
                     reports, self.told = [], time.monotonic()
         except Exception as error:  # noqa: BLE001 - the border of the process; the driver raises it
             failure = packed(error)
+            # Who knows in what state it left the model.
+            self.do, self.token, self.held = None, "", None
         if reports:
             yield REPORTS, reports
         if failure is not None:
             yield FAILURE, failure
         journal.close()
+        self.used, self.busy = time.monotonic(), self.busy - 1
 
     def _opened(self, order: Order, journal: Journal) -> Iterator[Told]:
         if self.token == order.token:
@@ -171,9 +198,14 @@ class BatchWorker:
         set_threads(order.threads)
         imported = time.monotonic()
         yield STANDS, MODEL
-        # Never two of them in memory.
+        # Never two models in memory: what this work does not need goes before it loads.
         self.do, self.token = None, ""
-        self.do = work.open()
+        if self.held is None:
+            from roma_ray.engine.held_slices import HeldSlices
+
+            self.held = HeldSlices()
+        with self.held.opening(getattr(work, "model", None)):
+            self.do = work.open()
         self.token = order.token
         yield OPENED, {IMPORTS: imported - began, MODEL: time.monotonic() - imported}
 

@@ -63,7 +63,7 @@ class Cluster:
     @cached_property
     def pool(self) -> WorkerPool:
         """The workers of planned batches, kept between stages."""
-        return WorkerPool()
+        return WorkerPool(0 if self.own else self.config.ray.keep_workers_seconds)
 
     @property
     def connected(self) -> bool:
@@ -86,7 +86,7 @@ class Cluster:
         if self._started or self.address is not None:
             import ray
 
-            self.pool.release()
+            self.pool.close()
             ray.shutdown()
             self._started = False
         for name, value in self._saved.items():

@@ -13,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from roma_ray.ablations.trial import TrialWork, here
@@ -80,6 +81,18 @@ class FailingWork(ExtractWork):
         if self.bug:
             return lambda batch: Report(batch, 1 // 0, 0, 0, 0.0)
         raise ModelError("no such model; give another")
+
+
+@dataclass(frozen=True)
+class TunedWork(ExtractWork):
+    """Works with other gates than the base model's in the whole of it, as a judge of tuned routers does."""
+
+    def open(self) -> Callable[[int], Report]:
+        whole = self.model.load(0, None, with_lm_head=True)
+        with torch.no_grad():
+            for router in whole.routers:
+                router.gate.weight.mul_(-1)
+        return lambda batch: Report(batch, 0, 0, 0, 0.0)
 
 
 class Noting:

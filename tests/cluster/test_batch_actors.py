@@ -9,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -20,7 +21,18 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from roma_ray.cluster.batch_actors import HandOut, ray_executor
-from roma_ray.cluster.batch_worker import ATTEMPTS, FAILURE, REPORTS, BatchWorker, Journal, Left, Order, Told
+from roma_ray.cluster.batch_worker import (
+    ATTEMPTS,
+    FAILURE,
+    OPENED,
+    REPORTS,
+    STANDS,
+    BatchWorker,
+    Journal,
+    Left,
+    Order,
+    Told,
+)
 from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
@@ -38,7 +50,7 @@ from roma_ray.stages.neighbor_lists import spread
 from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.store.artifacts import Stage, file_digest, noted_starts
-from tests.cluster.support import DeadlyWork, FailingWork, NotingWork, begun
+from tests.cluster.support import DeadlyWork, FailingWork, NotingWork, TunedWork, begun
 from tests.making import made, with_settings
 from tests.world import make_world
 
@@ -193,6 +205,24 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
     kind, failure = told_by(worker, whole, [0], ["batch 0"] * 2)[-1]
     assert failure["kind"] == "WorkerError"
     assert "batch 0 killed its worker 2 times" in failure["text"]
+
+
+def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: Path) -> None:
+    """Its model is loaded once for three works, though one of them has put other gates in their place; then it goes."""
+    worker, plan = BatchWorker(), fields(local_run, tmp_path / "plan")["stage"].path / PLAN
+    batches = range(len(json.loads(plan.read_text())["batches"]))
+    for name, kind in (("first", ExtractWork), ("tuned", TunedWork), ("second", ExtractWork)):
+        told = told_by(worker, kind(**fields(local_run, tmp_path / name)), batches)
+        assert {kind for kind, _ in told} == {STANDS, OPENED, REPORTS}
+    assert worker.held is not None
+    assert worker.held.loaded == 1
+    same_files(tmp_path / "second", tmp_path / "first")
+    same_files(tmp_path / "second", local_run.stages["extract"].path)
+    (held,) = worker.held._held.values()
+    model = weakref.ref(held.part.model)
+    del held
+    told_by(worker, NotingWork(str(tmp_path)), [0])
+    assert model() is None
 
 
 def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:
