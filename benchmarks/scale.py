@@ -1,4 +1,4 @@
-"""Ray's overhead: the extraction of the same planned batches by a bare loop and by Ray Data on 1, 2 and 4 simulated nodes.
+"""Ray's overhead: the extraction of the same planned batches by a bare loop and by Ray actors on 1, 2 and 4 simulated nodes.
 
     python benchmarks/scale.py [--json FILE] [--batches 60] [--nodes 1 2 4]
 
@@ -116,7 +116,7 @@ def main() -> int:
     table(["extraction", "s to the first batch", "ms a batch", "of the bare loop's time"], rows)
     if 1 in chosen.nodes:
         bench.gate(
-            "Ray Data with one worker, of the bare loop's time",
+            "Ray with one worker, of the bare loop's time",
             bench.figures["1 node(s)"]["seconds_a_batch"] / bare,
             "at most",
             1.10,

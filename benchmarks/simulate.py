@@ -47,8 +47,8 @@ class Rates:
     """A worker's process with its imports (12 to 26 s on CPUs)."""
     load_seconds: float = 15.0
     """Reading the model from the storage, when it is not busy."""
-    dispatch_seconds: float = 0.0063
-    """The driver's CPU time for one batch, as --measure found it on one core; --measure replaces it."""
+    dispatch_seconds: float = 0.00034
+    """The driver's CPU time for a batch that is told of by itself, as --measure found it on one core; --measure replaces it."""
     questions_a_batch: float = 32.0
     bytes_a_question: float = 400_000.0
     """Activations of about 100 tokens of 2048 numbers in bfloat16."""
@@ -197,31 +197,40 @@ class EmptyWork:
     """Batches that do nothing, to measure what handing them out costs."""
 
     folder: str
+    each: bool
+    """Each is told of by itself, as long ones are; else those of a second together, as short ones are."""
     name: str = "extract"
 
     def open(self) -> Callable[[int], Any]:
         """Nothing to load."""
+        from roma_ray.cluster import batch_worker
         from roma_ray.engine.work import Report
 
+        if self.each:
+            batch_worker._SECONDS_BETWEEN_REPORTS = 0.0
         return lambda batch: Report(batch, 1, 0, 0, 0.0)
 
 
-def measure_dispatch(count: int = 1500) -> float:
-    """CPU seconds of the driver's process that one batch costs through the pipeline's own Ray executor."""
+def measure_dispatch(count: int = 1500) -> tuple[float, float]:
+    """CPU seconds of the driver's process for a batch through the pipeline's own Ray executor: told of by itself, and with others."""
     from roma_ray.cluster.batch_actors import ray_executor
     from roma_ray.cluster.ray_cluster import open_cluster
     from roma_ray.config.loading import load_config
 
-    config = load_config(None, ["ray.extract_workers=2"])
+    def seconds(execute: Any, work: EmptyWork, batches: int) -> float:
+        began = time.process_time()
+        list(execute(work, range(batches)))
+        return time.process_time() - began
+
+    config, found = load_config(None, ["ray.extract_workers=2"]), []
     with tempfile.TemporaryDirectory() as folder, open_cluster(config, "new") as cluster:
         execute = ray_executor(cluster, "extract", "cpu")
-        list(execute(EmptyWork(folder), range(50)))
-        began = time.process_time()
-        list(execute(EmptyWork(folder), range(50)))
-        short = time.process_time() - began
-        began = time.process_time()
-        list(execute(EmptyWork(folder), range(50 + count)))
-        return (time.process_time() - began - short) / count
+        for each in (False, True):
+            work = EmptyWork(folder, each)
+            seconds(execute, work, 50)
+            short = seconds(execute, work, 50)
+            found.append((seconds(execute, work, 50 + count) - short) / count)
+    return found[1], found[0]
 
 
 def main() -> None:
@@ -236,7 +245,11 @@ def main() -> None:
     if options.summary:
         rates = from_summary(options.summary, rates)
     if options.measure:
-        rates = replace(rates, dispatch_seconds=measure_dispatch())
+        alone, together = measure_dispatch()
+        print(
+            f"the driver's CPU milliseconds a batch: {1e3 * alone:.2f} told of by itself, {1e3 * together:.2f} with others"
+        )
+        rates = replace(rates, dispatch_seconds=alone)
     given = {f.name: getattr(options, f.name) for f in fields(Rates) if getattr(options, f.name) is not None}
     report(replace(rates, **given))
 

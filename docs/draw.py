@@ -157,7 +157,7 @@ def machines() -> Sheet:
     sheet.box(20, 60, 200, 110, "driver\nplans batches, gathers rows,\nstatistics, report", fill="#e4eefb")
     sheet.box(20, 230, 200, 60, "MLflow\n(server or SQLite)", fill="white")
     for n, text in enumerate(
-        ("Ray Data: extract,\nembed, answer", "Ray Train: finetune\nthe head's gates", "Ray Tune: trials\nof a grid")
+        ("Ray actors: extract,\nembed, answer", "Ray Train: finetune\nthe head's gates", "Ray Tune: trials\nof a grid")
     ):
         sheet.box(290 + 156 * n, 60, 144, 64, text, fill="#fdeedd")
     sheet.box(

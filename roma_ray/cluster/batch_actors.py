@@ -1,208 +1,242 @@
-"""Planned batches on Ray Data: a pool of actors, each with one loaded model, that write their batches' files themselves.
+"""Planned batches on Ray actors, each with one loaded model, that write their batches' files themselves.
 
-Ray Data restarts an actor that dies and hands it the same batch again, for ever. So each attempt leaves a mark on the
-storage: a batch that killed its worker twice is searched for the rows that do it, and those are set aside.
+Batches are handed out in groups, large ones first and single ones at the end, two groups a worker; each worker tells of its
+batches as they are done. When a worker dies, its journal on the storage says what it has done and which batch it was at: that
+one alone is done again. A batch that killed its worker twice is searched for the rows that do it, and those are set aside.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
-from roma_ray.cluster.environment import quiet_data, quiet_libraries
-from roma_ray.cluster.failures import explained, packed, unpacked
-from roma_ray.cluster.placement import Need
+from roma_ray.cluster.batch_worker import ATTEMPTS as ATTEMPTS
+from roma_ray.cluster.batch_worker import FAILURE, OPENED, REPORTS, Journal, Order
+from roma_ray.cluster.failures import explain, explained, unpacked
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.cluster.starting import IMPORTS, MODEL, READY, Roll, Starting
+from roma_ray.cluster.starting import IMPORTS, READY, WAITING, Starting, in_words
+from roma_ray.cluster.worker_pool import Worker
 from roma_ray.cluster.worth import begun_here, share_of
-from roma_ray.engine.model_spec import set_threads
-from roma_ray.engine.work import Executor, Report, Work
+from roma_ray.engine.work import Executor, Report, Work, said_of
 from roma_ray.errors import WorkerError
-from roma_ray.store.artifacts import unwritable
+from roma_ray.store.artifacts import note_start
 from roma_ray.store.buckets import is_object
-from roma_ray.store.files import remove, remove_folder
-from roma_ray.store.logs import append_line, whole_lines
-from roma_ray.store.uploads import in_background
+from roma_ray.store.files import remove_folder
 
-ATTEMPTS = ".attempts"
-_ROLL = "roll"
-# Deaths of a worker on one batch: after so many the rows are tried one by one, and after as many more the run ends.
-_DEATHS = 2
+# Calls that a worker has: one runs, the next one waits for it there, so that no worker waits for the driver.
+_CALLS = 2
+# A group is this part of a worker's share of what is left, and no more batches than that.
+_PART_OF_SHARE, _LARGEST_GROUP = 8, 64
+# Deaths in a row of a worker that does not start, or does not open its work.
 _OPENINGS = 3
-# Of an actor's batches. On a file system nothing is gained by two calls at a time.
-_ONE_BY_ONE: dict[str, Any] = {"max_tasks_in_flight_per_actor": 2}
-_AT_ONCE = {**_ONE_BY_ONE, "max_concurrent_calls_per_actor": 2, "enable_true_multi_threading": True}
-
-
-@runtime_checkable
-class Separable(Protocol):
-    """An opened work whose batches can be run without some of their rows."""
-
-    def rows(self, batch: int) -> Sequence[int]:
-        """The rows of a batch."""
-
-    def probe(self, row: int) -> None:
-        """Run one row alone, keeping nothing."""
-
-    def __call__(self, batch: int, excluded: frozenset[int] = frozenset()) -> Report:
-        """Do a batch; `excluded` rows are set aside."""
-
-
-class Marks:
-    """What was begun on a batch in this run of the driver: lines in a file, so that they outlive the process."""
-
-    def __init__(self, folder: str, token: str, batch: int) -> None:
-        self.path = Path(folder) / ATTEMPTS / token / f"{batch:06d}"
-        self.lines = whole_lines(self.path)[0]
-
-    def add(self, line: str) -> None:
-        """Note the start or the end of something. Raises StorageError."""
-        append_line(self.path, line)
-        self.lines.append(line)
-
-    def unfinished(self, begun: str, ended: str) -> int:
-        """How often `begun` was noted without `ended`."""
-        return self.lines.count(begun) - self.lines.count(ended)
-
-    def clear(self) -> None:
-        """The batch is done. Raises StorageError."""
-        try:
-            remove(self.path)
-        except OSError as error:
-            raise unwritable(self.path, error) from error
-
-
-class BatchWorker:
-    """The actor: opens the work at its first batch, then does the batches it is given."""
-
-    def __init__(self, folder: str, work: bytes, token: str, threads: int) -> None:
-        """`work` is pickled: its libraries are imported here, and not before this worker can say so."""
-        quiet_libraries()
-        self.roll = Roll(Path(folder) / ATTEMPTS / token / _ROLL)
-        self.roll.note(IMPORTS)
-        self.work: Work = pickle.loads(work)
-        self.token, self.threads = token, threads
-        self.do: Callable[[int], Report] | None = None
-        self.computing = threading.Lock()
-
-    def __call__(self, item: dict[str, Any]) -> dict[str, list[Any]]:
-        """Do one batch; its report and, where it failed, why: a list of one value a column."""
-        batch = int(item["item"][0])
-        report, failure = Report(batch, 0, 0, 0, 0.0), ""
-        try:
-            report = self._do(batch)
-        except Exception as error:  # noqa: BLE001 - the border of the process; the driver raises it
-            failure = json.dumps(packed(error))
-        return {**{name: [value] for name, value in asdict(report).items()}, "failure": [failure]}
-
-    def _do(self, batch: int) -> Report:
-        """Do one batch. Of a storage in a bucket two calls run at a time: one batch is put while the next is computed."""
-        marks = Marks(self.work.folder, self.token, batch)
-        with self.computing:
-            # A setting of the thread, and results depend on it.
-            set_threads(self.threads)
-            if self.do is None:
-                self.do = self._open(marks)
-            with in_background() as uploads:
-                report = self._attempt(self.do, batch, marks)
-        uploads.wait()
-        marks.clear()
-        return report
-
-    def _open(self, marks: Marks) -> Callable[[int], Report]:
-        if marks.unfinished("open", "opened") >= _OPENINGS:
-            raise WorkerError(
-                f"{self.work.name}: loading the model killed its worker {_OPENINGS} times; most likely memory ran out. Use nodes "
-                f"with more memory, or fewer workers on a node (ray.{self.work.name}_workers, ray.gpus_per_worker)."
-            )
-        marks.add("open")
-        self.roll.note(MODEL)
-        opened = self.work.open()
-        self.roll.note(READY)
-        marks.add("opened")
-        return opened
-
-    def _attempt(self, do: Callable[[int], Report], batch: int, marks: Marks) -> Report:
-        deaths = marks.lines.count("batch")
-        if deaths >= 2 * _DEATHS or (deaths >= _DEATHS and not isinstance(do, Separable)):
-            raise WorkerError(
-                f"{self.work.name}: batch {batch} killed its worker {deaths} times and no single question is to blame; most "
-                "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size, evaluation.batch_tokens), or use "
-                f"fewer workers on a node (ray.{self.work.name}_workers)."
-            )
-        excluded: frozenset[int] = frozenset()
-        if deaths >= _DEATHS:
-            assert isinstance(do, Separable)
-            excluded = self._guilty(do, batch, marks)
-        marks.add("batch")
-        return do(batch, excluded) if isinstance(do, Separable) else do(batch)
-
-    def _guilty(self, do: Separable, batch: int, marks: Marks) -> frozenset[int]:
-        """The rows that kill a worker when they run alone; found over as many lives of this actor as there are such rows."""
-        rows = do.rows(batch)
-        for row in rows:
-            if f"row {row}" not in marks.lines:
-                marks.add(f"row {row}")
-                do.probe(row)
-                marks.add(f"row {row} lives")
-        return frozenset(row for row in rows if marks.unfinished(f"row {row}", f"row {row} lives"))
 
 
 def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
     """An executor that spreads a stage's batches over the cluster, where that is worth it. It raises RomaError."""
 
     def execute(work: Work, batches: Sequence[int], left: float | None) -> Iterator[Report]:
-        began, first, busy = time.monotonic(), None, 0.0
+        from ray import cloudpickle
+
+        began, busy, begun = time.monotonic(), 0.0, False
         cluster.connect()
         wanted = getattr(cluster.config.ray, f"{stage}_workers")
         at_most = len(batches) if wanted else min(len(batches), share_of(left) or len(batches))
-        workers, need = cluster.place(stage, wanted, at_most, device)
-        token = uuid.uuid4().hex[:12]
-        roll = Roll(Path(work.folder) / ATTEMPTS / token / _ROLL)
-        cluster.say(f"{stage}: {len(batches)} batches on {workers} worker(s), {device}")
-        with explained(stage, work.folder), Starting(stage, lambda: roll.stands(workers), cluster.say) as starting:
-            for report in _stream(cluster, work, batches, workers, token, need):
-                starting.over()
-                busy += report.seconds
-                first = first or time.monotonic() - began - report.seconds
-                yield report
+        count, need = cluster.place(stage, wanted, at_most, device, kept=True)
+        cluster.say(f"{stage}: {len(batches)} batches on {count} worker(s), {device}")
+        order = Order(work.name, work.folder, uuid.uuid4().hex[:12], cloudpickle.dumps(work), cluster.config.threads)
+        workers = cluster.pool.lend(need, count, calls_at_once(work.folder))
+        handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds, began)
+        try:
+            with explained(stage, work.folder), Starting(stage, handing.stands, cluster.say) as starting:
+                for report in handing.reports():
+                    if not begun:
+                        begun = True
+                        starting.over()
+                        cluster.say(f"{stage}: {said_of(handing.start)}")
+                        note_start(work.folder, handing.start)
+                    busy += report.seconds
+                    yield report
+        finally:
+            cluster.pool.keep(handing.leave())
         remove_folder(Path(work.folder) / ATTEMPTS)
-        cluster.compare(stage, time.monotonic() - began, first or 0.0, busy)
+        started = sum(seconds for part, seconds in handing.start.items() if part != "first_batch")
+        cluster.compare(stage, time.monotonic() - began, started, busy)
 
     return begun_here(cluster, stage, device, execute)
 
 
-def _stream(
-    cluster: Cluster, work: Work, batches: Sequence[int], workers: int, token: str, need: Need
-) -> Iterator[Report]:
-    import ray.data
-    from ray import cloudpickle
+def calls_at_once(place: str | Path | None) -> int:
+    """Of a storage in a bucket a worker puts one batch while it computes the next; on a file system nothing is gained by it."""
+    return 2 if place is not None and is_object(place) else 1
 
-    quiet_data()
-    settings = cluster.config.ray
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
-    context.max_errored_blocks = 0
-    context.execution_no_progress_timeout_s = settings.no_progress_seconds
-    # A block a batch: a worker that dies repeats its own batch only, and each report arrives at once.
-    numbers = ray.data.from_items([int(b) for b in batches], override_num_blocks=len(batches))
-    reports = numbers.map_batches(
-        BatchWorker,
-        fn_constructor_args=(work.folder, cloudpickle.dumps(work), token, cluster.config.threads),
-        batch_size=1,
-        batch_format="numpy",
-        compute=ray.data.ActorPoolStrategy(size=workers, **_AT_ONCE if is_object(work.folder) else _ONE_BY_ONE),
-        **need.options(),
-    )
-    for row in reports.iter_rows():
-        if row["failure"]:
-            raise unpacked([json.loads(row["failure"])], work.name, work.folder)
-        yield Report(int(row["batch"]), int(row["rows"]), int(row["tokens"]), int(row["errors"]), float(row["seconds"]))
+
+@dataclass(eq=False)
+class Call:
+    """A group of batches that a worker was handed."""
+
+    name: str
+    told: Any
+    """Yields references to what the worker tells."""
+    left: dict[int, None]
+    """Batches that were not reported, in their order."""
+
+
+@dataclass(eq=False)
+class Hand:
+    """A worker as the driver sees it."""
+
+    worker: Worker
+    rising: Any
+    """Ready when its process runs; None from then on."""
+    calls: deque[Call] = field(default_factory=deque)
+    stand: str = WAITING
+    deaths: int = 0
+    """In a row, before its work was open."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of its start, by part (`engine/work.py`)."""
+
+
+class HandOut:
+    """The batches of a work, handed out to workers."""
+
+    def __init__(
+        self, order: Order, batches: Sequence[int], workers: Sequence[Worker], patience: float, began: float
+    ) -> None:
+        """`patience`: seconds without anything told after which the work is given up; `began`: when its workers were asked for."""
+        import ray
+
+        self.order, self.patience = order, patience
+        self.waiting = deque(int(batch) for batch in batches)
+        self.missing = set(self.waiting)
+        self.before: dict[int, tuple[str, ...]] = {}
+        """What attempts on a batch have left that ended with their worker."""
+        self.sent = ray.put(order)
+        self.hands = [Hand(worker, worker.actor.up.remote()) for worker in workers]
+        self.start: dict[str, float] = {}
+        """Seconds of each part of the start, of the worker that did the first batch."""
+        self._began, self._calls = began, 0
+
+    def stands(self) -> str:
+        """How far the workers are, in words."""
+        return in_words(Counter(hand.stand for hand in self.hands), len(self.hands))
+
+    def reports(self) -> Iterator[Report]:
+        """Each batch's report, once. Raises RomaError."""
+        import ray
+
+        while self.missing:
+            self._hand_out()
+            # The later one of two calls is heard when the first has ended.
+            sources = {hand.rising or hand.calls[0].told: hand for hand in self.hands if hand.rising or hand.calls}
+            if not ray.wait(list(sources), num_returns=1, timeout=self.patience)[0]:
+                raise WorkerError(
+                    f"{self.order.name}: nothing was done for {self.patience:.0f} s (ray.no_progress_seconds): {self.stands()}. Look at "
+                    "the cluster (`ray status`, `roma-ray doctor`), and run the same command again: finished work is kept."
+                )
+            for source in ray.wait(list(sources), num_returns=len(sources), timeout=0)[0]:
+                yield from self._hear(sources[source])
+
+    def _hand_out(self) -> None:
+        up = [hand for hand in self.hands if hand.rising is None]
+        for calls in range(_CALLS):
+            for hand in up:
+                # The last ones go to whoever is free, or soon will be.
+                if len(hand.calls) == calls and self.waiting and (calls == 0 or len(self.waiting) > len(self.hands)):
+                    self._call(hand, self._group())
+
+    def _group(self) -> list[int]:
+        size = min(_LARGEST_GROUP, len(self.waiting) // (_PART_OF_SHARE * len(self.hands)))
+        group = [self.waiting.popleft()]
+        # What may kill its worker goes alone.
+        while self.waiting and len(group) < size and not {group[0], self.waiting[0]} & self.before.keys():
+            group.append(self.waiting.popleft())
+        return group
+
+    def _call(self, hand: Hand, group: list[int]) -> None:
+        self._calls += 1
+        name = f"{self._calls:06d}"
+        method = hand.worker.actor.run.options(num_returns="streaming")
+        told = method.remote(self.sent, name, group, self.before.get(group[0], ()))
+        hand.calls.append(Call(name, told, dict.fromkeys(group)))
+
+    def _hear(self, hand: Hand) -> Iterator[Report]:
+        """What a worker tells next. Raises RomaError."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        try:
+            if hand.rising is not None:
+                ray.get(hand.rising)
+                hand.rising, hand.stand = None, IMPORTS
+                hand.seconds = {"workers": time.monotonic() - self._began}
+                return
+            kind, value = ray.get(next(hand.calls[0].told))
+        except StopIteration:
+            ended = hand.calls.popleft()
+            assert not ended.left, f"batches {list(ended.left)} were not reported"
+            return
+        except RayTaskError:
+            raise
+        except RayError as error:
+            yield from self._died(hand, error)
+            return
+        if kind == REPORTS:
+            if not self.start:
+                known = sum(hand.seconds.values())
+                self.start = {**hand.seconds, "first_batch": max(0.0, time.monotonic() - self._began - known)}
+            yield from self._new(hand.calls[0], value)
+        elif kind == FAILURE:
+            raise unpacked([value], self.order.name, self.order.folder)
+        else:
+            hand.stand = READY if kind == OPENED else value
+            if kind == OPENED:
+                hand.deaths, hand.seconds = 0, {**hand.seconds, **value}
+
+    def _new(self, call: Call, told: Sequence[Mapping[str, Any]]) -> Iterator[Report]:
+        for fields in told:
+            report = Report(**fields)
+            # Of a worker that only seemed dead a batch may come twice.
+            if report.batch in call.left:
+                del call.left[report.batch]
+                self.missing.discard(report.batch)
+                yield report
+
+    def _died(self, hand: Hand, error: Any) -> Iterator[Report]:
+        """Put another worker in the place of one that died, and what it has not done before all that waits. Raises WorkerError."""
+        opening = hand.rising is not None
+        for call in reversed(hand.calls):
+            left = Journal(self.order, call.name).read()
+            yield from self._new(call, left.done)
+            self.waiting.extendleft(reversed([batch for batch in call.left if batch != left.batch]))
+            if left.batch in call.left:
+                self.before[left.batch] = (*self.before.get(left.batch, ()), *left.lines)
+                self.waiting.appendleft(left.batch)
+            opening = opening or left.opening
+        hand.deaths = hand.deaths + 1 if opening else 0
+        if getattr(error, "actor_init_failed", False) or hand.deaths >= _OPENINGS:
+            raise self._does_not_open(hand, error)
+        hand.calls.clear()
+        hand.worker.end()
+        hand.worker.start()
+        hand.rising, hand.stand = hand.worker.actor.up.remote(), WAITING
+
+    def _does_not_open(self, hand: Hand, error: Any) -> Exception:
+        name = self.order.name
+        if hand.rising is not None:
+            return explain(error, name, self.order.folder)
+        return WorkerError(
+            f"{name}: loading the model killed its worker {hand.deaths} times; most likely memory ran out. Use nodes with more memory, "
+            f"or fewer workers on a node (ray.{name}_workers, ray.gpus_per_worker)."
+        )
+
+    def leave(self) -> list[Worker]:
+        """End the workers that have something under way; the others."""
+        for hand in self.hands:
+            if hand.calls or hand.rising is not None:
+                hand.worker.end()
+        return [hand.worker for hand in self.hands if not hand.calls and hand.rising is None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -118,10 +119,12 @@ def _plain(error: BaseException) -> str:
 @contextlib.contextmanager
 def explained(name: str, folder: str | Path) -> Iterator[None]:
     """Turn what workers of this stage raise into a RomaError."""
-    from ray.data.exceptions import ExecutionTimeoutError, SystemException
-    from ray.exceptions import RayError, UserCodeException
+    from ray.exceptions import RayError
 
+    # Importing it takes seconds, which what does without it has no use for.
+    data = sys.modules.get("ray.data.exceptions")
+    kinds = (RayError, *((data.ExecutionTimeoutError, data.SystemException) if data else ()))
     try:
         yield
-    except (RayError, UserCodeException, ExecutionTimeoutError, SystemException) as error:
+    except kinds as error:
         raise explain(error, name, folder) from None

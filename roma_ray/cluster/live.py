@@ -73,6 +73,8 @@ class LiveReader:
         self.told: set[int] = set()
         self.done: int | None = None
         self.stands = "they wait for nodes with room, or for their processes to start and import their libraries"
+        self.up: float | None = None
+        """When the first worker's process ran and had imported its libraries."""
         self.first: float | None = None
         """When a worker first told of work done (`time.monotonic`)."""
         self.offset = 0
@@ -89,6 +91,7 @@ class LiveReader:
         if line["run"] != self.token:
             return
         if "up" in line:
+            self.up = self.up or time.monotonic()
             self.stands = "they load the model, and look at their data"
             return
         if self.done is not None and line["done"] != self.done:

@@ -11,11 +11,13 @@ import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from roma_ray.cluster.environment import forwarded, quiet_ray
 from roma_ray.cluster.placement import Need, Node, inventory, live_nodes, main_kind, need_of, room
+from roma_ray.cluster.worker_pool import WorkerPool
 from roma_ray.config.schema import Config
 from roma_ray.engine.devices import usable_cores
 from roma_ray.errors import ConfigError, ModelError, WorkerError
@@ -58,6 +60,11 @@ class Cluster:
         elif self.address is not None:
             self._attach(self.address)
 
+    @cached_property
+    def pool(self) -> WorkerPool:
+        """The workers of planned batches, kept between stages."""
+        return WorkerPool(0 if self.own else self.config.ray.keep_workers_seconds)
+
     @property
     def connected(self) -> bool:
         # Importing it takes seconds, which a run that starts no workers has no use for.
@@ -79,6 +86,7 @@ class Cluster:
         if self._started or self.address is not None:
             import ray
 
+            self.pool.close()
             ray.shutdown()
             self._started = False
         for name, value in self._saved.items():
@@ -119,11 +127,16 @@ class Cluster:
         """The live nodes."""
         return live_nodes()
 
-    def place(self, stage: str, wanted: int | None, at_most: int, device: str) -> tuple[int, Need]:
+    def place(
+        self, stage: str, wanted: int | None, at_most: int, device: str, *, kept: bool = False
+    ) -> tuple[int, Need]:
         """How many workers a stage gets, of at most `at_most` that have work, and what each asks of its node.
 
-        Waits for nodes where the configuration says so. Raises ConfigError, with what the cluster has, when they do not fit.
+        Waits for nodes where the configuration says so. Workers that the pool keeps end first, for the stage gets their place,
+        unless its workers are the pool's (`kept`). Raises ConfigError, with what the cluster has, when they do not fit.
         """
+        if not kept:
+            self.pool.release()
         need = need_of(stage, self.config.ray, device)
         self._await_room(need, min(wanted or 1, at_most))
         nodes = self.nodes()

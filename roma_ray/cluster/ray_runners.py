@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from roma_ray.cluster.batch_actors import ray_executor
+from roma_ray.cluster.batch_actors import calls_at_once, ray_executor
 from roma_ray.cluster.failures import explained
 from roma_ray.cluster.ray_baselines import baselines_on_ray
 from roma_ray.cluster.ray_cluster import Cluster, open_cluster
@@ -22,6 +22,8 @@ from roma_ray.engine.work import Executor, Report, Work, serial
 from roma_ray.store.artifacts import Store
 
 LOCAL_ADDRESS = "local"
+# Started before it is known how many batches there are.
+_EXPECTED_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,27 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         call=near_device(cluster, device),
         evaluate=ray_executor(cluster, "evaluate", device),
         baselines=baselines_on_ray(cluster, device),
+        expect=expecting(cluster, device),
     )
+
+
+_LIBRARIES = {"extract": "roma_ray.engine.extractor", "embed": "roma_ray.stages.embedding"}
+"""The module of a stage's work."""
+
+
+def expecting(cluster: Cluster, device: str) -> Callable[[str], None]:
+    """Starts a stage's workers on a cluster that stands, so that they import their libraries while the driver reads questions."""
+
+    def expect(stage: str) -> None:
+        settings = cluster.config.ray
+        # A cluster of our own starts where its workers pay; nodes that must be waited for are asked for by number.
+        if cluster.own or settings.wait_seconds:
+            return
+        wanted = getattr(settings, f"{stage}_workers")
+        count, need = cluster.place(stage, wanted, wanted or _EXPECTED_WORKERS, device, kept=True)
+        cluster.pool.warm(need, count, calls_at_once(cluster.config.storage), _LIBRARIES[stage], cluster.config.threads)
+
+    return expect
 
 
 def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[[ModelSpec], dict[str, Any]]:
@@ -93,6 +115,8 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
     def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
         import torch
 
+        # What runs now needs none of their models, and perhaps their memory.
+        cluster.pool.release()
         if device == "cpu" or torch.cuda.is_available():
             return function(*arguments, progress=progress)
         import ray

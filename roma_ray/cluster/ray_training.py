@@ -29,7 +29,7 @@ from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.runners import Trainer
 from roma_ray.errors import RomaError
 from roma_ray.stages.finetuning import CHECKPOINT, EPOCHS, TrainJob
-from roma_ray.store.artifacts import Stage, note_device
+from roma_ray.store.artifacts import Stage, note_device, note_start
 from roma_ray.store.files import exists, for_libraries, read_bytes, remove, remove_folder, write_bytes
 from roma_ray.store.logs import whole_lines
 from roma_ray.store.scratch import scratch_folder
@@ -67,6 +67,8 @@ def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, 
     folder = job.stage.path
     cluster.say(f"finetune: {workers} worker(s), {device}")
     failures = _follow(lambda: _fit(cluster, job, workers, live.token, need), live, folder, cluster.say)
+    if live.up is not None:
+        note_start(folder, {"workers": live.up - began})
     remove_folder(place_of_runs(folder) / RUNS)
     if failures:
         raise unpacked(failures, "finetune", folder)

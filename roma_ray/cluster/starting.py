@@ -13,7 +13,7 @@ from roma_ray.errors import StorageError
 from roma_ray.store.files import listed, read_text, write_text
 
 _FIRST_SECONDS, _LONGEST_SECONDS = 10.0, 60.0
-IMPORTS, MODEL, READY = "imports", "model", "ready"
+WAITING, IMPORTS, MODEL, READY = "waiting", "imports", "model", "ready"
 _WORDS = {
     IMPORTS: "import their libraries",
     MODEL: "load the model",

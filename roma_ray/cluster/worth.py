@@ -14,7 +14,7 @@ from typing import Any
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import PlacementConfig
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.engine.work import Executor, Report, Work, one_by_one
+from roma_ray.engine.work import Executor, Report, Work, one_by_one, timed_open
 from roma_ray.errors import ModelError
 from roma_ray.stages.finetuning import TrainJob, train_here
 from roma_ray.store.files import local_place
@@ -89,7 +89,7 @@ def begun_here(cluster: Cluster, stage: str, device: str, rest: ForRest) -> Exec
                 while waiting and not enough:
                     yield waiting.pop(0)
 
-            for report in one_by_one(work.open(), next_ones()):
+            for report in one_by_one(timed_open(work), next_ones()):
                 spent, done = spent + report.seconds, done + 1
                 yield report
                 left = spent / done * len(waiting)

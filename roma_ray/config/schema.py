@@ -282,8 +282,11 @@ class RayConfig(Section):
     max_failures: int = Field(default=3, ge=0)
     """Deaths of finetuning workers, trials and tasks, for memory or otherwise, that are answered by another try, from the last
     checkpoint where there is one."""
+    keep_workers_seconds: int = Field(default=0, ge=0)
+    """On a cluster that stands: how long the workers of batches stay after the run, with their place and their model, for another
+    run of the same code to begin at once. They hold CPUs, GPUs and memory until then. 0: they end with the run."""
     no_progress_seconds: int = Field(default=1800, ge=10)
-    """Extraction, embedding and evaluation give up after this long without a finished batch."""
+    """Extraction, embedding and evaluation give up when so long no batch is finished and no worker starts."""
 
 
 class TrackingConfig(Section):

@@ -59,7 +59,17 @@ class ModelSpec:
         return {**identity, "threads": self.threads} if self.device == "cpu" else identity
 
     def load(self, start: int, stop: int | None, *, with_lm_head: bool) -> Slice:
-        """Load layers [start, stop) on this process's device, evaluation mode, frozen. Raises ModelError."""
+        """Layers [start, stop) on this process's device, evaluation mode, frozen; loaded, or held since an earlier work. Raises
+        ModelError.
+        """
+        from roma_ray.engine.held_slices import holding
+
+        if (held := holding()) is not None:
+            key = (self, start, stop, with_lm_head)
+            return held.take(key, lambda: self._load(start, stop, with_lm_head=with_lm_head))
+        return self._load(start, stop, with_lm_head=with_lm_head)
+
+    def _load(self, start: int, stop: int | None, *, with_lm_head: bool) -> Slice:
         import torch
         from transformers.utils import logging
 

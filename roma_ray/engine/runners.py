@@ -23,6 +23,10 @@ def unheard(stage: Stage) -> None:
     """Tell nobody."""
 
 
+def expect_nothing(stage: str) -> None:
+    """Nothing is to be started beforehand."""
+
+
 @dataclass(frozen=True)
 class Runners:
     """Where the heavy stages run."""
@@ -42,6 +46,9 @@ class Runners:
     """Where the stages of this process get their head from."""
     on_epoch: Callable[[Stage], None] = unheard
     """Hears of finetuning's epochs once their record is on disk."""
+
+    expect: Callable[[str], None] = expect_nothing
+    """Hears which stage's batches come first, while what they are made of is still being made."""
 
     @property
     def alone(self) -> Runners:

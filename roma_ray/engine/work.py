@@ -6,12 +6,13 @@ batches that have none, and who does which batch changes nothing.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from roma_ray.engine.setup import Setup
-from roma_ray.store.artifacts import Stage
+from roma_ray.store.artifacts import Stage, note_start
 from roma_ray.store.uploads import Uploads, in_background
 
 
@@ -70,7 +71,39 @@ class Executor(Protocol):
 def serial(work: Work, batches: Sequence[int]) -> Iterator[Report]:
     """Run the batches in this process, in order."""
     if batches:
-        yield from one_by_one(work.open(), batches)
+        yield from one_by_one(timed_open(work), batches)
+
+
+def timed_open(work: Work) -> Callable[[int], Report]:
+    """The opened work, whose first batch notes in the stage's folder how long it took, and opening before it. Raises what `open` does."""
+    began, opened = time.monotonic(), work.open()
+    loaded, first = time.monotonic() - began, True
+
+    def do(batch: int) -> Report:
+        nonlocal first
+        report = opened(batch)
+        if first:
+            note_start(work.folder, {"model": loaded, "first_batch": report.seconds})
+            first = False
+        return report
+
+    return do
+
+
+PARTS = {
+    "workers": "workers",
+    "imports": "imports",
+    "model": "model",
+    "first_batch": "first batch",
+    "first_step": "data and first step",
+}
+"""What a start is made of, in words."""
+
+
+def said_of(seconds: Mapping[str, float]) -> str:
+    """How long a start took, and what for, in words."""
+    parts = ", ".join(f"{words} {seconds[part]:.1f}" for part, words in PARTS.items() if part in seconds)
+    return f"{sum(seconds.values()):.1f} s to start: {parts}"
 
 
 def one_by_one(do: Callable[[int], Report], batches: Iterable[int]) -> Iterator[Report]:

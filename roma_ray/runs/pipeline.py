@@ -15,6 +15,7 @@ from roma_ray.engine.progress import Progress
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, save_config
 from roma_ray.engine.steps import Step, complete, order
+from roma_ray.engine.work import said_of
 from roma_ray.errors import ArtifactError, IdenticalError, TrainingError
 from roma_ray.figures.run_report import ORACLE, REPORT
 from roma_ray.moe.reach import is_unreached
@@ -57,6 +58,8 @@ def beside(setup: Setup, stages: Mapping[str, Stage]) -> dict[str, Stage]:
     return {**oracle_answers(setup, stages), **task_loss_alone(setup, stages)}
 
 
+BATCHED = ("extract", "embed")
+"""Stages whose workers may as well start while the questions are read."""
 LAST = replace(REPORT, others=beside)
 STEPS = {step.name: step for step in order(LAST)}
 """The steps of a run by name, in their order."""
@@ -91,6 +94,8 @@ def run(
         setup.store.begin(run_identity(planned))
     observer.started(planned)
     runners = replace(runners, on_epoch=observer.epoch)
+    if expected := [step.name for step in wanted if step.name in BATCHED and not planned[step.name].complete]:
+        runners.expect(expected[0])
     stages: dict[str, Stage] = {}
     for step in wanted:
         stage = planned[step.name]
@@ -130,8 +135,9 @@ def told(step: Step, stage: Stage, how: str) -> list[str]:
     """What a run says of a finished stage."""
     manifest = stage.manifest()
     notes = (mixed_devices(step.name, manifest["devices"]), stage.other_versions())
+    starting = manifest.get("starting")
     return [
-        f"{step.name}: {how} ({manifest['seconds']:.1f} s)  {stage.path}",
+        f"{step.name}: {how} ({manifest['seconds']:.1f} s{', ' + said_of(starting) if starting else ''})  {stage.path}",
         *(f"note: {note}" for note in notes if note is not None),
         *step.lines(stage),
     ]

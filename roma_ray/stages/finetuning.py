@@ -47,7 +47,7 @@ from roma_ray.moe.slices import Slice
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighborhoods import NEIGHBORS, answered_rightly, read_neighborhoods, usable_rows
 from roma_ray.stages.teaching import TEACHER, is_distilled, taught, teacher_stage
-from roma_ray.store.artifacts import Stage, note_device, write_json, write_text
+from roma_ray.store.artifacts import Stage, note_device, note_start, write_json, write_text
 from roma_ray.store.files import exists, read_json, remove
 from roma_ray.store.logs import append_line, whole_lines
 from roma_ray.store.tensors import shapes
@@ -133,7 +133,17 @@ class TrainJob(Job):
         setup, stages = self.setup, self.stages
         if world.rank == 0 and setup.config.extraction.cache:
             verify_sample(setup.model, stages["extract"].path, stages["questions"].path / TABLE, setup.cut)
+        began = time.monotonic()
         head = self.load_head() if head is None else head
+        loaded, begun = time.monotonic(), False
+
+        def counted(count: int, note: str) -> None:
+            nonlocal begun
+            if world.rank == 0 and not begun:
+                begun = True
+                note_start(self.stage.path, {"model": loaded - began, "first_step": time.monotonic() - loaded})
+            advance(count, note)
+
         outcome = finetune(
             head,
             self.open_data(),
@@ -143,7 +153,7 @@ class TrainJob(Job):
             world=world,
             checkpoint=self.stage.path / CHECKPOINT,
             report=report,
-            advance=advance,
+            advance=counted,
         )
         if world.rank == 0:
             self._export(head, outcome)

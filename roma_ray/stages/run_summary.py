@@ -21,9 +21,11 @@ found, in sentences);
 layer, task_silhouette, neighbor_overlap), and `manifold_distance` {train, test: {questions, neighbors, random: {base, tuned,
 difference, each with stderr, relative, relative_stderr}, pull}} (`stages/routing_change.py`);
 `guards`; `rejected`; `errors`; `evaluation_pin`; `fingerprints` {stage: fingerprint}; `devices` {stage: kinds of devices that
-computed it}; `paths` {stage: folder}; `stage_seconds`; `wall_seconds` (of this call: finished stages cost nothing again);
-`peak_memory_bytes` (largest resident set of this process); `versions` (of libraries, here), `other_versions` (sentences about
-stages that others made). Scores in results.parquet are plain log-likelihoods; `cloze` predictions follow `cloze_score`.
+computed it}; `paths` {stage: folder}; `stage_seconds`; `starting_seconds` {stage: what of them its
+start took, {`workers`, `imports`, `model`, `first_batch`, `first_step`}, as far as it had them}; `wall_seconds` (of this call:
+finished stages cost nothing again); `peak_memory_bytes` (largest resident set of this process); `versions` (of libraries, here),
+`other_versions` (sentences about stages that others
+made). Scores in results.parquet are plain log-likelihoods; `cloze` predictions follow `cloze_score`.
 """
 
 from __future__ import annotations
@@ -87,6 +89,7 @@ def summarise_run(setup: Setup, stages: Mapping[str, Stage], wall_seconds: float
         "devices": {name: manifest["devices"] for name, manifest in manifests.items()},
         "paths": {name: with_addresses(str(stage.path)) for name, stage in stages.items()},
         "stage_seconds": {name: manifest["seconds"] for name, manifest in manifests.items()},
+        "starting_seconds": {name: manifest.get("starting", {}) for name, manifest in manifests.items()},
         "wall_seconds": wall_seconds,
         "peak_memory_bytes": peak_memory(),
         "versions": library_versions(),

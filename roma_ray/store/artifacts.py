@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ IDENTITY = ".identity.json"
 MEMBERS = ".members.json"
 """In a sweep's folder: the fingerprints of its trials' last stages."""
 _DEVICES = ".devices"
+_STARTS = ".starts"
 _BEGUN = ".begun"
 _MAKERS = ".makers"
 
@@ -222,6 +224,7 @@ class Stage:
             "facts": dict(facts),
             "devices": noted_devices(self.path),
             "seconds": round(seconds, 3),
+            "starting": noted_starts(self.path),
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "versions": library_versions(),
             "makers": self._noted_makers(),
@@ -322,6 +325,20 @@ def note_device(folder: str | Path, kind: str) -> None:
 def noted_devices(folder: str | Path) -> list[str]:
     """The kinds of devices that have worked on a stage, by name. Results on more than one kind may differ in their last bits."""
     return sorted(read_text(path) for path in listed(Path(folder) / _DEVICES, "[!.]*"))
+
+
+def note_start(folder: str | Path, seconds: Mapping[str, float]) -> None:
+    """Note in a stage's folder how long each part of starting its work took: `workers`, `imports`, `model`, `first_batch`."""
+    write_json(Path(folder) / _STARTS / f"{uuid.uuid4().hex[:12]}.json", dict(seconds))
+
+
+def noted_starts(folder: str | Path) -> dict[str, float]:
+    """Seconds of each part of a stage's starts, over all attempts; nothing where none was noted. Parts of `seconds`, not beside it."""
+    total: dict[str, float] = {}
+    for path in listed(Path(folder) / _STARTS, "[!.]*"):
+        for part, seconds in read_json(path).items():
+            total[part] = round(total.get(part, 0.0) + float(seconds), 3)
+    return total
 
 
 def _content_digest(content: Mapping[str, Any]) -> str:

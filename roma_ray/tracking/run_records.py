@@ -66,7 +66,7 @@ def stage_metrics(stage: Stage) -> list[MetricValue]:
         found += _epoch_metrics(stage, at)
     if stage.complete:
         manifest = stage.manifest()
-        facts = {**manifest["facts"], "seconds": manifest["seconds"]}
+        facts = {**manifest["facts"], "seconds": manifest["seconds"], "starting": manifest.get("starting", {})}
         if "selected_epoch" in facts:
             facts["selected_epoch"] += 1  # as the epochs' steps here count: from 1
         numbers = [(key, v) for key, v in flat(facts, "/") if isinstance(v, int | float) and not isinstance(v, bool)]

@@ -58,7 +58,7 @@ def in_benchmarks(what: str, scene: Scene) -> None:
 
     driver = start()
     driver.wait_until(_begun(storage))
-    node, worker = driver.wait_until(lambda: scene.nodes.processes("MapWorker"))[0]
+    node, worker = driver.wait_until(lambda: scene.nodes.processes("BatchWorker"))[0]
     if what == "driver killed":
         driver.kill()
     elif what == "node removed":

@@ -17,7 +17,7 @@ from tests.chaos.sweeps import in_a_trial, sweep_driver_killed
 from tests.chaos.tracking import tracking_server_gone
 
 # The titles of a stage's workers.
-TITLES = {"extract": "MapWorker", "embed": "MapWorker", "finetune": "RayTrainWorker", "evaluate": "MapWorker"}
+TITLES = {"extract": "BatchWorker", "embed": "BatchWorker", "finetune": "RayTrainWorker", "evaluate": "BatchWorker"}
 
 
 def worker_killed(stage: str, scene: Scene) -> None:

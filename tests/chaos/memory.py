@@ -17,7 +17,7 @@ from tests.chaos.simulated import PATIENCE, Driver
 
 # What a driver, Ray and its workers may take beside what is in use when they start, and what this process allocates at most.
 _OWN, _HOARD, _STEP = 7 << 29, 2 << 30, 64 << 20
-FILLED = {"extract": "MapWorker", "embed": "MapWorker", "finetune": "RayTrainWorker", "a trial": "ImplicitFunc"}
+FILLED = {"extract": "BatchWorker", "embed": "BatchWorker", "finetune": "RayTrainWorker", "a trial": "ImplicitFunc"}
 
 
 def killed_for_memory(stage: str, scene: Scene) -> None:

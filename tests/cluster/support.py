@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 import os
 import signal
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import psutil
 import ray
+import torch
 from ray.exceptions import OutOfMemoryError, RayActorError
 
 from roma_ray.ablations.trial import TrialWork, here
@@ -79,6 +81,62 @@ class FailingWork(ExtractWork):
         if self.bug:
             return lambda batch: Report(batch, 1 // 0, 0, 0, 0.0)
         raise ModelError("no such model; give another")
+
+
+@dataclass(frozen=True)
+class TunedWork(ExtractWork):
+    """Works with other gates than the base model's in the whole of it, as a judge of tuned routers does."""
+
+    def open(self) -> Callable[[int], Report]:
+        whole = self.model.load(0, None, with_lm_head=True)
+        with torch.no_grad():
+            for router in whole.routers:
+                router.gate.weight.mul_(-1)
+        return lambda batch: Report(batch, 0, 0, 0, 0.0)
+
+
+class Noting:
+    """An opened `NotingWork`: batch n has the rows 2 n and 2 n + 1."""
+
+    def __init__(self, work: NotingWork) -> None:
+        self.work, self.notes = work, Path(work.folder) / "notes"
+
+    def rows(self, batch: int) -> list[int]:
+        return [2 * batch, 2 * batch + 1]
+
+    def probe(self, row: int) -> None:
+        if row == self.work.poison:
+            die()
+
+    def __call__(self, batch: int, excluded: frozenset[int] = frozenset()) -> Report:
+        with open(self.notes, "a") as stream:
+            stream.write(f"{batch} {os.getpid()}\n")
+        if self.work.poison in set(self.rows(batch)) - excluded:
+            die()
+        if batch == self.work.waits_at and not (Path(self.work.folder) / "killed").exists():
+            time.sleep(600)
+        return Report(batch, 2, 2, len(excluded), 0.0)
+
+
+@dataclass(frozen=True)
+class NotingWork:
+    """Batches without work that note that they were begun, and in which process; one of them waits for its process to be killed."""
+
+    folder: str
+    waits_at: int | None = None
+    poison: int | None = None
+    name: str = "extract"
+
+    def open(self) -> Noting:
+        return Noting(self)
+
+
+def begun(folder: Path) -> list[tuple[int, int]]:
+    """The batches of a NotingWork that were begun, each with its process."""
+    notes = folder / "notes"
+    if not notes.exists():
+        return []
+    return [(int(batch), int(pid)) for batch, pid in (line.split() for line in notes.read_text().splitlines())]
 
 
 @dataclass(frozen=True)

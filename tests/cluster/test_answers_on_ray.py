@@ -30,7 +30,7 @@ def workers() -> list[int]:
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if "MapWorker" in " ".join(process.cmdline()):
+            if "BatchWorker" in " ".join(process.cmdline()):
                 found.append(process.pid)
         except psutil.NoSuchProcess:
             continue

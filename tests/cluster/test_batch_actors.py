@@ -1,11 +1,18 @@
-"""Planned batches on Ray Data: the same files as in one process, whatever happens to the workers."""
+"""Planned batches on actors: the same files as in one process, whatever happens to the workers."""
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
 import shutil
+import signal
+import threading
+import time
+import weakref
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +20,19 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from roma_ray.cluster.batch_actors import ATTEMPTS, BatchWorker, Marks, ray_executor
+from roma_ray.cluster.batch_actors import HandOut, ray_executor
+from roma_ray.cluster.batch_worker import (
+    ATTEMPTS,
+    FAILURE,
+    OPENED,
+    REPORTS,
+    STANDS,
+    BatchWorker,
+    Journal,
+    Left,
+    Order,
+    Told,
+)
 from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.batches import read_plan
@@ -31,8 +50,8 @@ from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighbor_lists import spread
 from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS
 from roma_ray.stages.preparation import QUESTIONS
-from roma_ray.store.artifacts import Stage, file_digest
-from tests.cluster.support import DeadlyWork, FailingWork
+from roma_ray.store.artifacts import Stage, file_digest, noted_starts
+from tests.cluster.support import DeadlyWork, FailingWork, NotingWork, TunedWork, begun
 from tests.making import made, with_settings
 from tests.world import make_world
 
@@ -76,6 +95,58 @@ def test_a_killed_worker_and_a_poison_row(local_run: Run, cluster: Cluster, tmp_
         )
 
 
+def test_a_kill_within_a_group_repeats_one_batch(cluster: Cluster, tmp_path: Path) -> None:
+    """Of the group that a killed worker had, what was done is not done again, whether or not it was told of."""
+    work = NotingWork(str(tmp_path), waits_at=5)
+
+    def kill() -> None:
+        while not (found := [pid for batch, pid in begun(tmp_path) if batch == 5]):
+            time.sleep(0.02)
+        (tmp_path / "killed").touch()
+        os.kill(found[0], signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    reports = list(ray_executor(cluster, "extract", "cpu")(work, range(200)))
+    killer.join()
+    assert sorted(report.batch for report in reports) == list(range(200))
+    times = Counter(batch for batch, _ in begun(tmp_path))
+    assert times == Counter({**dict.fromkeys(range(200), 1), 5: 2})
+    assert len({pid for _, pid in begun(tmp_path)}) == 3
+    starting = noted_starts(tmp_path)
+    assert set(starting) == {"workers", "imports", "model", "first_batch"}
+    assert min(starting.values()) >= 0
+    assert not (tmp_path / ATTEMPTS).exists()
+
+
+def test_a_poison_row_within_a_group_costs_its_batch_alone(cluster: Cluster, tmp_path: Path) -> None:
+    work = NotingWork(str(tmp_path), poison=2 * 5 + 1)
+    reports = list(ray_executor(cluster, "extract", "cpu")(work, range(200)))
+    assert sorted(report.batch for report in reports) == list(range(200))
+    assert {report.batch: report.errors for report in reports if report.errors} == {5: 1}
+    # Twice with the row, once without it; between them it was tried alone.
+    times = Counter(batch for batch, _ in begun(tmp_path))
+    assert times == Counter({**dict.fromkeys(range(200), 1), 5: 3})
+
+
+def test_groups_shrink_towards_the_end() -> None:
+    """So that no worker has much left when the others have ended; what may kill its worker goes alone."""
+    given = HandOut.__new__(HandOut)
+    given.waiting, given.before, given.hands = (
+        deque(range(1000)),
+        {3: ("batch 3",), 500: ("batch 500",)},
+        [object()] * 4,
+    )  # type: ignore[list-item]
+    groups = []
+    while given.waiting:
+        groups.append(given._group())
+    assert [batch for group in groups for batch in group] == list(range(1000))
+    assert groups[:3] == [[0, 1, 2], [3], list(range(4, 35))]
+    assert [500] in groups
+    assert [len(group) for group in groups[-60:]] == [1] * 60
+    assert len(groups) < 170
+
+
 def _errors(folder: Path, batch: int) -> list[tuple[int, str | None]]:
     table = read_table(batch_table(folder, batch), ["row", "error"])
     return list(zip(table.column("row").to_pylist(), table.column("error").to_pylist(), strict=True))
@@ -116,48 +187,66 @@ def test_failures_are_one_message(
     assert "support.py" in Path(place).read_text()
 
 
-def worker_of(work: Work) -> BatchWorker:
-    """A worker in this process."""
-    return BatchWorker(work.folder, pickle.dumps(work), "token", 1)
+def told_by(worker: BatchWorker, work: Work, batches: Sequence[int], before: Sequence[str] = ()) -> list[Told]:
+    """What a worker in this process tells of some batches."""
+    order = Order(work.name, work.folder, f"run of {work.folder}", pickle.dumps(work), 1)
+    return list(worker.run(order, "000001", batches, before))
 
 
 def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Path) -> None:
-    """A batch that kills though no row alone does, and a model that cannot be loaded, end in a message."""
-    worker = worker_of(ExtractWork(**fields(local_run, tmp_path / "ray")))
-    marks = Marks(str(tmp_path / "ray"), "token", 0)
-    for _ in range(4):
-        marks.add("batch")
-    assert "batch_tokens" in worker({"item": [0]})["failure"][0]
-    assert worker({"item": [1]})["failure"] == [""]
+    """A batch that kills though no row alone does ends in a message; the others of the group are told of."""
+    work, worker = ExtractWork(**fields(local_run, tmp_path / "ray")), BatchWorker()
+    kind, failure = told_by(worker, work, [0], ["batch 0"] * 4)[-1]
+    assert kind == FAILURE
+    assert "batch_tokens" in failure["text"]
+    assert [kind for kind, _ in told_by(worker, work, [1, 2], ["batch 1"])][-1] == REPORTS
 
     # Requests of a benchmark are not set aside one by one: two deaths are enough.
-    whole = worker_of(FailingWork(**fields(local_run, tmp_path / "whole"), bug=True))
-    for _ in range(2):
-        Marks(str(tmp_path / "whole"), "token", 0).add("batch")
-    failure = json.loads(whole({"item": [0]})["failure"][0])
+    whole = FailingWork(**fields(local_run, tmp_path / "whole"), bug=True)
+    kind, failure = told_by(worker, whole, [0], ["batch 0"] * 2)[-1]
     assert failure["kind"] == "WorkerError"
     assert "batch 0 killed its worker 2 times" in failure["text"]
 
-    other = Marks(str(tmp_path / "ray"), "token", 2)
-    for _ in range(3):
-        other.add("open")
-    failure = json.loads(worker_of(worker.work)({"item": [2]})["failure"][0])
-    assert failure["kind"] == "WorkerError"
-    assert "loading the model killed" in failure["text"]
+
+def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: Path) -> None:
+    """Its model is loaded once for three works, though one of them has put other gates in their place; then it goes."""
+    worker, plan = BatchWorker(), fields(local_run, tmp_path / "plan")["stage"].path / PLAN
+    batches = range(len(json.loads(plan.read_text())["batches"]))
+    for name, kind in (("first", ExtractWork), ("tuned", TunedWork), ("second", ExtractWork)):
+        told = told_by(worker, kind(**fields(local_run, tmp_path / name)), batches)
+        assert {kind for kind, _ in told} == {STANDS, OPENED, REPORTS}
+    assert worker.held is not None
+    assert worker.held.loaded == 1
+    same_files(tmp_path / "second", tmp_path / "first")
+    same_files(tmp_path / "second", local_run.stages["extract"].path)
+    (held,) = worker.held._held.values()
+    model = weakref.ref(held.part.model)
+    del held
+    told_by(worker, NotingWork(str(tmp_path)), [0])
+    assert model() is None
 
 
-def test_marks_are_of_one_run_of_the_driver(tmp_path: Path) -> None:
-    """A driver that was killed leaves marks behind; they do not count against the rows of the next run."""
-    Marks(str(tmp_path), "first", 7).add("batch")
-    assert Marks(str(tmp_path), "first", 7).lines.count("batch") == 1
-    assert Marks(str(tmp_path), "second", 7).lines == []
+def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:
+    order = Order("extract", str(tmp_path), "token", b"", 1)
+    journal, report = Journal(order, "000001"), Report(3, 8, 100, 0, 0.5)
+    assert journal.read() == Left([], None, (), False)
+    journal.add("open")
+    assert journal.read().opening
+    journal.add("batch 3")
+    journal.done(report)
+    assert journal.read() == Left([asdict(report)], None, (), False)
+    for line in ("probe 4 12", "lives 4 12", "probe 4 17"):
+        journal.add(line)
+    assert journal.read() == Left([asdict(report)], 4, ("probe 4 12", "lives 4 12", "probe 4 17"), False)
+    journal.close()
+    assert not journal.path.exists()
 
 
 def test_a_storage_that_takes_no_marks_is_named(tmp_path: Path) -> None:
     """What the system says, and where: a worker's first write on a full or read-only storage is a mark."""
     (tmp_path / ATTEMPTS).write_text("a file where a folder must be")
     with pytest.raises(StorageError, match=r"cannot write .*000003: (Not a directory|File exists)"):
-        Marks(str(tmp_path), "token", 3).add("batch")
+        Journal(Order("extract", str(tmp_path), "token", b"", 1), "000003").add("batch 3")
     assert packed(OSError(30, "Read-only file system"))["text"].endswith("Read-only file system")
 
 

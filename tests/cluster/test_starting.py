@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,8 +10,10 @@ import pytest
 
 from roma_ray.cluster import starting as module
 from roma_ray.cluster.live import LiveReader, LiveWriter
-from roma_ray.cluster.starting import IMPORTS, MODEL, READY, Roll, Starting
+from roma_ray.cluster.starting import IMPORTS, MODEL, READY, WAITING, Roll, Starting, in_words
 from roma_ray.config.schema import Config
+from roma_ray.runs.pipeline import STEPS, Run, told
+from roma_ray.tracking.run_records import stage_metrics
 from tests.cluster.test_worth import Unstarted
 
 
@@ -26,7 +29,7 @@ def test_a_stage_that_waits_says_for_what(tmp_path: Path, monkeypatch: pytest.Mo
         if len(said) == 2:
             enough[0]()
 
-    with Starting("extract", lambda: Roll(tmp_path).stands(2), say) as begun:
+    with Starting("extract", lambda: in_words(Counter(), 2), say) as begun:
         enough.append(begun.over)
         begun._thread.join(60)
     assert len(said) == 2
@@ -34,17 +37,20 @@ def test_a_stage_that_waits_says_for_what(tmp_path: Path, monkeypatch: pytest.Mo
     assert "2 of 2 wait for a node" in said[0]
 
 
-def test_how_far_workers_are(tmp_path: Path) -> None:
-    first, second = Roll(tmp_path), Roll(tmp_path)
-    first.note(IMPORTS)
-    assert Roll(tmp_path).stands(3) == (
+def test_how_far_workers_are() -> None:
+    assert in_words(Counter([IMPORTS, WAITING, WAITING]), 3) == (
         "1 import their libraries, 2 of 3 wait for a node with room, or for their process to start"
     )
-    first.note(MODEL)
+    assert in_words(Counter([MODEL, IMPORTS]), 2) == "1 import their libraries, 1 load the model"
+    assert in_words(Counter([MODEL, READY]), 2) == "1 load the model, 1 are at work"
+
+
+def test_workers_say_on_the_storage_how_far_they_are(tmp_path: Path) -> None:
+    first, second = Roll(tmp_path), Roll(tmp_path)
+    first.note(IMPORTS)
     second.note(IMPORTS)
-    assert Roll(tmp_path).stands(2) == "1 import their libraries, 1 load the model"
     second.note(READY)
-    assert Roll(tmp_path).stands(2) == "1 load the model, 1 are at work"
+    assert Roll(tmp_path).stands(2) == "1 import their libraries, 1 are at work"
 
 
 def test_how_far_training_is(tmp_path: Path) -> None:
@@ -74,3 +80,17 @@ def test_run_says_where_local_is_faster(world: Config) -> None:
     assert "embed took 25 s on Ray, 20 s of them until its workers had started" in said
     assert "one process about 4 s" in said
     assert "roma-ray local" in said
+
+
+def test_a_run_tells_what_its_stages_took_to_start(local_run: Run) -> None:
+    """On screen, in the summary and thereby in trackers; a stage that loads nothing has no start."""
+    seconds = local_run.summary["starting_seconds"]
+    assert set(seconds["extract"]) == set(seconds["embed"]) == {"model", "first_batch"}
+    assert set(seconds["finetune"]) == {"model", "first_step"}
+    assert seconds["neighbors"] == {}
+    (line, *_) = told(STEPS["extract"], local_run.stages["extract"], "done")
+    assert " s to start: model " in line
+    assert ", first batch " in line
+    assert "start" not in told(STEPS["neighbors"], local_run.stages["neighbors"], "done")[0].partition("  ")[0]
+    names = {metric.key for metric in stage_metrics(local_run.stages["extract"])}
+    assert {"starting/model", "starting/first_batch"} <= names

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ class Slow:
 
     seconds: float
     model: ModelSpec | str | None
-    folder: str = ""
+    folder: str = field(default_factory=mkdtemp)
     name: str = "extract"
 
     def open(self) -> Callable[[int], Report]:

@@ -22,6 +22,7 @@ from roma_ray.store.artifacts import (
     default_storage,
     file_digest,
     fingerprint,
+    note_start,
     read_manifest,
     write_atomically,
     write_json,
@@ -332,3 +333,14 @@ def test_a_full_storage_is_named_whatever_library_writes(tmp_path: Path) -> None
     assert "File too large" in done.stdout
     assert "finished work is kept" in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_starts_of_all_attempts_are_added(tmp_path: Path) -> None:
+    """Of a stage that was begun twice the parts of both starts count; they are no file of its result."""
+    stage = Store(tmp_path).stage("extract", {}, {}, 1)
+    with stage.exclusive():
+        note_start(stage.path, {"workers": 2.0, "model": 1.25})
+        note_start(stage.path, {"model": 0.5, "first_batch": 0.12345})
+        stage.finish(facts={}, seconds=9.0)
+    assert stage.manifest()["starting"] == {"workers": 2.0, "model": 1.75, "first_batch": 0.123}
+    assert stage.manifest()["files"] == {}
