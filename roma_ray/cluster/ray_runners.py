@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roma_ray.cluster.batch_actors import ray_executor
+from roma_ray.cluster.chain_actors import chain_executor
 from roma_ray.cluster.failures import explained
 from roma_ray.cluster.ray_baselines import baselines_on_ray
 from roma_ray.cluster.ray_cluster import Cluster, open_cluster
@@ -66,6 +67,7 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
     """The cluster's runners for workers on `device`, the one that `Setup` was resolved with."""
     return Runners(
         extract=ray_executor(cluster, "extract", device),
+        chain=chain_executor(cluster, device),
         embed=ray_executor(cluster, "embed", device),
         search=ray_executor(cluster, "evaluate", device),
         finetune=finetune_on_ray(cluster, device),

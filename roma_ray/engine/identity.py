@@ -144,7 +144,7 @@ def guard_acts(config: FinetuneConfig) -> bool:
 def aged(data: dict[str, Any]) -> dict[str, Any]:
     """A whole configuration's plain data as it was before its youngest settings, wherever those have their defaults.
 
-    Whether the task loss alone is judged beside it decides nothing of the run itself.
+    Whether the task loss alone is judged beside it decides nothing of the run itself, nor does a chain that extracts.
     """
     asked, tuned, judged = data["questions"], data["finetune"], data["evaluation"]
     return {
@@ -158,7 +158,7 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
         "extraction": {
             k: v
             for k, v in data["extraction"].items()
-            if k != "success" or v != SuccessConfig().model_dump(mode="json")
+            if k != "chain" and (k != "success" or v != SuccessConfig().model_dump(mode="json"))
         },
         "evaluation": {name: value for name, value in judged.items() if name != "task_loss_alone"},
     }
