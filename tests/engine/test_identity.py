@@ -82,6 +82,7 @@ WITHOUT_EFFECT = [
     (["extraction.cache=false"], "extraction.activation_dtype=bfloat16"),
     ([], "extraction.activation_dtype=float32"),
     ([], "extraction.memory_gb=1"),
+    *(([], f"extraction.chain={slices}") for slices in ("2", "auto")),
     ([], "model.dtype=float32"),
     ([], "model.experts_backend=eager"),
     ([], "routing.layers=[4, 5]"),
