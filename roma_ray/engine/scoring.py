@@ -15,9 +15,9 @@ from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import answered, choice_scores, lay_out, own_tokens
 from roma_ray.errors import GuardError
-from roma_ray.moe.finite import begins, watching
-from roma_ray.moe.passes import run_packed
-from roma_ray.moe.reading import read_routing
+from roma_ray.moe.chain import Begun, Chain, as_chain
+from roma_ray.moe.finite import begins
+from roma_ray.moe.links import Asked
 from roma_ray.moe.sending import pinned
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -76,7 +76,7 @@ def plan_scoring(
 
 @torch.inference_mode()
 def score_rows(
-    head: Slice,
+    head: Slice | Chain,
     states: States,
     prompts: Sequence[Prompt],
     rows: Sequence[int],
@@ -92,18 +92,23 @@ def score_rows(
     any score is not finite: extraction has set aside what fails in the base model, and to set aside more here would judge
     tuned routers by the questions that they leave.
     """
-    plan = plan_scoring(prompts, rows, states.prefix, batch_tokens)
+    chain, plan = as_chain(head), plan_scoring(prompts, rows, states.prefix, batch_tokens)
+    layers = tuple(router.layer for router in chain.routers)
     members = [batch for batch, _ in plan]
 
     def prepare(chosen: Sequence[int]) -> tuple[Reading, Tensor]:
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
-        return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), head.device)
+        return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), chain.device)
+
+    def begin(prepared: tuple[Reading, Tensor]) -> Begun:
+        reading, states_TD = prepared
+        return chain.begin(Asked(reading.layout.packing, reading.flat_positions, layers), states_TD, graph=False)
 
     found: dict[int, tuple[list[float], np.ndarray, int]] = {}
-    for (chosen, size), (reading, states_TD) in zip(plan, prefetched(prepare, members), strict=True):
-        with read_routing(head.model, head.routers, reading.flat_positions) as tape:
-            out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
-        routing_QLE = reading.routing(tape.routing_BPLE)[tokens]
+    passes = chain.ahead(prefetched(prepare, members), begin)
+    for (chosen, size), ((reading, _), begun) in zip(plan, passes, strict=True):
+        out = chain.finish(begun, keep=reading.keep)
+        routing_QLE = reading.routing(out.routing_1PLE)[tokens]
         scores = choice_scores(out.states, reading.keep, reading.layout)
         chose = answered(out.states, reading.keep, reading.layout, scores, rule)
         found.update({row: (scores[n], routing_QLE[n], chose[n]) for n, row in enumerate(chosen)})
@@ -112,11 +117,11 @@ def score_rows(
     bad = [row for row, scores in zip(rows, answers, strict=True) if not all(map(math.isfinite, scores))]
     if bad:
         reading, states_TD = prepare(bad[:1])
-        with watching(head.model, head.start) as seen:
-            run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
+        asked = Asked(reading.layout.packing, reading.flat_positions, layers)
+        origin = chain.origin(asked, states_TD, keep=reading.keep)
         raise GuardError(
             f"the scores of {len(bad):,} of {len(rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
-            f"{begins(seen.origin)}"
+            f"{begins(origin)}"
         )
     predictions = [found[row][2] for row in rows]
     correct = np.array([p == prompts[row].answer for p, row in zip(predictions, rows, strict=True)], dtype=bool)
