@@ -51,3 +51,89 @@ def test_two_slices_train_the_same_bits(letter_run: Run, keep: bool) -> None:
     job = train_job(letter_run)
     assert job.setup.layers == (4, 5)
     assert_same(train(job), trained(job, in_slices(job, 5, keep=keep)))
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "no term": {"regularizer": RegularizerConfig(kind="none")},
+    "auto": {"regularizer": RegularizerConfig(weight="auto", refresh=True)},
+    "kl": {"regularizer": RegularizerConfig(weight=3.0, distance="kl")},
+    "base": {"regularizer": RegularizerConfig(kind="base", weight=1.0)},
+    "task prior": {"regularizer": RegularizerConfig(kind="prior", prior="task", weight=1.0)},
+    "entropy": {"regularizer": RegularizerConfig(kind="entropy", weight=0.1)},
+    "l1": {"regularizer": RegularizerConfig(kind="l1", weight=1e-3)},
+    "l2": {"regularizer": RegularizerConfig(kind="l2", weight=1e-3)},
+    "temperature and dropout": {"logits": LogitsConfig(temperature=2.0, dropout=0.2)},
+    "decay, best epoch": {"weight_decay": 0.1, "decay_to": "base", "select": "best_validation"},
+    "vocabulary": {"task_loss": "vocabulary", "micro_batch_size": 3},
+}
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("keep", [True, False], ids=["keep", "recompute"])
+def test_every_term_and_setting_gives_the_same_bits(letter_run: Run, name: str, keep: bool) -> None:
+    job = train_job(letter_run, **SETTINGS[name])
+    assert_same(train(job), trained(job, in_slices(job, 5, keep=keep)))
+
+
+LAYOUTS = [
+    # Three slices of all layers; a dense first layer; a slice whose layers are not tuned, in the middle and at the end.
+    ("olmoe", "All", (2, 4), "Last3"),
+    ("deepseek", "All", (2, 5), "Last1"),
+    ("deepseek_v3", (2, 4), (3, 5), "Last1"),
+    ("gpt_oss", (1, 2), (3,), "First1"),
+    # Recurrent layers, layers of one part, a language model of a multimodal one, a multiplier of the embeddings.
+    ("qwen3_next", "L3", (4, 5), "Last1"),
+    ("nemotron_h", "All", (3,), "Last1"),
+    ("gemma4", "L3", (4,), "Middle1"),
+    ("granitemoehybrid", "L3", (4, 5), "Last3"),
+]
+
+
+@pytest.mark.parametrize(("family", "layers", "cuts", "tokens"), LAYOUTS, ids=[layout[0] for layout in LAYOUTS])
+def test_families_train_and_answer_with_the_same_bits(
+    family: str, layers: Any, cuts: tuple[int, ...], tokens: str, tmp_path: Path
+) -> None:
+    made = prepared(tmp_path, family, layers, routing={"tokens": tokens})
+    job = train_job(made)
+    assert job.setup.cut < cuts[0]
+    whole, chain = train(job), in_slices(job, *cuts)
+    sliced = trained(job, chain)
+    assert_same(whole, sliced)
+
+    head, adapters = job.load_head(), [tmp_path / "whole", tmp_path / "sliced"]
+    for folder, part, outcome in zip(adapters, (head, chain), (whole, sliced), strict=True):
+        save_adapter(folder, part, outcome.gates, base="model", revision=None, fingerprint="f")
+    names = sorted(file.name for file in adapters[0].iterdir())
+    assert names == sorted(file.name for file in adapters[1].iterdir())
+    for name in names:
+        assert (adapters[0] / name).read_bytes() == (adapters[1] / name).read_bytes(), name
+
+    data = job.open_data()
+    rows = {"tokens": tokens, "rule": data.rule, "batch_tokens": 300}
+    for load in (False, True):
+        if load:
+            for part in (head, chain):
+                load_adapter(adapters[0], part)
+        one, other = (score_rows(part, data.states, data.prompts, data.validation, **rows) for part in (head, chain))
+        assert (one.scores, one.predictions) == (other.scores, other.predictions)
+        assert (one.routing_NLE == other.routing_NLE).all()
+
+
+def test_the_continuations_of_choices_and_each_positions_pull(cloze_run: Run) -> None:
+    job = train_job(cloze_run, regularizer=RegularizerConfig(weight=3.0, positions="sum", refresh=True))
+    assert_same(train(job), trained(job, in_slices(job, 5)))
+
+
+def test_only_gates_have_gradients_and_each_link_holds_its_layers(letter_run: Run) -> None:
+    job = train_job(letter_run)
+    chain = in_slices(job, 5)
+    (link,) = chain.links.links
+    assert (link.part.start, link.part.stop, chain.part.start) == (4, 5, 5)
+    trained(job, chain)
+    for part in (link.part, chain.part):
+        assert all(not p.requires_grad and p.grad is None for p in part.model.parameters())
+    assert not link._held
+    # Nothing of a pass is left, and the head is as it was: another run gives the same.
+    again = trained(job, chain)
+    assert_same(train(job), again)
+    assert {router.layer for router in chain.routers} == {4, 5}
