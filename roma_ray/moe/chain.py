@@ -75,6 +75,7 @@ class Pass:
     """A pass through all slices."""
 
     number: int | None
+    layers: tuple[int, ...]
     states: Tensor
     """Logits [N, V] at the kept tokens."""
     routing_1PLE: Tensor
@@ -86,9 +87,8 @@ class Pass:
 class Chain:
     """A head in slices; `part` is the last one."""
 
-    def __init__(self, part: Slice, links: Links | None = None, tuned: Sequence[int] = ()) -> None:
-        """`tuned` are the layers whose gates the links were opened with."""
-        self.part, self.tuned = part, tuple(sorted(tuned))
+    def __init__(self, part: Slice, links: Links | None = None) -> None:
+        self.part = part
         self.links: Links = HereLinks() if links is None else links
         copies = [self.links.get(handle) for handle in [self.links.call(n, "copies") for n in range(len(self.links))]]
         self._copies: list[list[Router]] = [[_moved(router, part.device) for router in own] for own in copies]
@@ -169,8 +169,10 @@ class Chain:
             vocabulary_rows=vocabulary_rows,
         )
         found = [row for row in (*rows, own) if row is not None]
+        if not found:
+            found = [states.new_empty(*begun.asked.positions_1P.shape, 0, 0)]
         routing_1PLE = found[0] if len(found) == 1 else torch.cat(found, dim=2)
-        return Pass(begun.number, states, routing_1PLE, below if len(self.links) else [])
+        return Pass(begun.number, begun.asked.layers, states, routing_1PLE, below if len(self.links) else [])
 
     def gradients(
         self, done: Pass, term: Tensor, masters: RouterMasters, *, retain: bool = False
@@ -178,7 +180,7 @@ class Chain:
         """The gradient of a term of a pass on each gate of `masters`, None where there is none: the links begin with theirs, and
         what is returned waits for them. With `retain` the pass is held until `drop`.
         """
-        assert not len(self.links) or masters.layers == self.tuned, "the links tune what they were opened with"
+        assert masters.layers == done.layers, "a pass has gradients for the gates of the layers that it was asked for"
         gates = masters.parameters()
         leaves = [leaf for leaf in done.leaves if leaf is not None]
         found = torch.autograd.grad(term, [*gates, *leaves], retain_graph=retain, allow_unused=True)
@@ -235,14 +237,9 @@ class Chain:
         return next((found for found in (*map(self.links.get, handles), seen.origin) if found is not None), None)
 
     def _changed(self) -> list[dict[str, Tensor] | None]:
-        """For each link the values of its tuned gates, fp32 on the CPU, where one has changed since they were sent."""
+        """For each link the values of its gates, fp32 on the CPU, where one has changed since they were sent."""
         held = [
-            {
-                f"layers.{router.layer}.{name}": tensor
-                for router in own
-                if router.layer in self.tuned
-                for name, tensor in gate_tensors(router).items()
-            }
+            {f"layers.{router.layer}.{name}": tensor for router in own for name, tensor in gate_tensors(router).items()}
             for own in self._copies
         ]
         now = [(tensor, tensor._version) for own in held for tensor in own.values()]

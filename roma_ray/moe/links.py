@@ -105,14 +105,14 @@ class _Held:
 class Link:
     """A slice below the last one of a head."""
 
-    def __init__(self, part: Slice, layers: Sequence[int], *, first: bool, keep: bool) -> None:
-        """`layers` are the tuned ones of the whole head; the `first` slice starts after the attention of its first layer.
+    def __init__(self, part: Slice, *, first: bool, keep: bool) -> None:
+        """The `first` slice of a head starts after the attention of its first layer.
 
         `keep`: from forward to backward the graph of a pass is kept; else the states that enter, and the slice runs once more.
         """
         self.part, self.resume, self.keep = part, first, keep
         self.routers = [_apart(router) for router in part.routers]
-        self.masters = RouterMasters(part, [router.layer for router in part.routers if router.layer in layers])
+        self.masters = RouterMasters(part, [router.layer for router in part.routers])
         self._held: dict[int, _Held] = {}
 
     def copies(self) -> list[Router]:
@@ -126,7 +126,7 @@ class Link:
     def infer(
         self, asked: Asked, gates: Mapping[str, Tensor] | None, states_TD: Tensor
     ) -> tuple[Tensor, Tensor | None]:
-        """A pass without a graph. `gates` are the tuned gates' values, where they have changed."""
+        """A pass without a graph. `gates` are the values of all gates, where one has changed."""
         self._put(gates)
         with torch.no_grad():
             return run_slice(self.part, asked, states_TD, resume=self.resume)
@@ -147,13 +147,14 @@ class Link:
     def backward(
         self, states_grad: Tensor | None, rows_grad: Tensor | None, number: int, retain: bool
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """The gradients of the states that entered and of each tuned gate, from those of what left; None where there is none.
+        """The gradients of the states that entered and of each gate of the layers asked for, from those of what left; None where
+        there is none.
 
         With `retain` the pass is held for another call.
         """
         held = self._held[number] if retain else self._held.pop(number)
-        gates = self.masters.parameters()
-        outputs = held.outputs or (self._run(held.asked, held.entering_TD))
+        gates = self._gates(held.asked)
+        outputs = held.outputs or self._run(held.asked, held.entering_TD)
         if retain:
             held.outputs = outputs
         pairs = [
@@ -185,9 +186,17 @@ class Link:
         return states_TD, seen.origin
 
     def _run(self, asked: Asked, entering_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+        for layer, named in self.masters.parameters_by_layer.items():
+            for gate in named.values():
+                gate.requires_grad_(layer in asked.layers)
         # With a graph also where it is let go at once: kernels may differ by whether there is one.
         with torch.inference_mode(False), torch.enable_grad():
             return run_slice(self.part, asked, entering_TD, resume=self.resume)
+
+    def _gates(self, asked: Asked) -> list[Tensor]:
+        """The gates that have gradients, in the order of the masters of a whole head."""
+        named = self.masters.parameters_by_layer
+        return [gate for layer in self.masters.layers if layer in asked.layers for gate in named[layer].values()]
 
     def _put(self, gates: Mapping[str, Tensor] | None) -> None:
         if gates is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from roma_ray.config.finetune_settings import LogitsConfig, RegularizerConfig
 from roma_ray.engine.progress import Silence
@@ -28,10 +28,10 @@ def in_slices(job: TrainJob, *starts: int, keep: bool = True) -> Chain:
     """The head of a job, cut before these layers too."""
     ends = [job.setup.cut, *starts]
     links = [
-        Link(job.model.load(a, b, with_lm_head=False), job.setup.layers, first=n == 0, keep=keep)
-        for n, (a, b) in enumerate(zip(ends, ends[1:], strict=False))
+        Link(job.model.load(a, b, with_lm_head=False), first=n == 0, keep=keep)
+        for n, (a, b) in enumerate(pairwise(ends))
     ]
-    return Chain(job.model.load(ends[-1], None, with_lm_head=True), HereLinks(links), job.setup.layers)
+    return Chain(job.model.load(ends[-1], None, with_lm_head=True), HereLinks(links))
 
 
 def trained(job: TrainJob, chain: Chain, **arguments: Any) -> Outcome:
