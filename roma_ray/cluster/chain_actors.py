@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from roma_ray.cluster.batch_actors import ATTEMPTS
 from roma_ray.cluster.chains import ChainPlan, plan_chains
@@ -50,19 +50,19 @@ class Failed:
 class Link(Protocol):
     """A picklable description of what one actor of a chain does."""
 
-    def open(self) -> Callable[[int, Any], Any]:
+    def open(self) -> Callable[[Any, Any], Any]:
         """Load what every batch needs; returns the function that does one batch, given what the actor before left of it."""
 
 
 class SliceActor:
     """An actor: opens its link when it is asked whether it is ready, then does batch after batch."""
 
-    def __init__(self, link: bytes, roll: str, threads: int) -> None:
-        """`link` is pickled: its libraries are imported when this actor can say so."""
+    def __init__(self, link: bytes, roll: str | None, threads: int) -> None:
+        """`link` is pickled: its libraries are imported when this actor can say so, in the folder `roll`."""
         quiet_libraries()
         self.link, self.threads = link, threads
-        self.roll = Roll(roll)
-        self.do: Callable[[int, Any], Any] | None = None
+        self.roll = None if roll is None else Roll(roll)
+        self.do: Callable[[Any, Any], Any] | None = None
         self.computing = threading.Lock()
 
     def ready(self) -> Failed | None:
@@ -70,17 +70,21 @@ class SliceActor:
         try:
             with self.computing:
                 if self.do is None:
-                    self.roll.note(IMPORTS)
+                    self._note(IMPORTS)
                     link: Link = pickle.loads(self.link)
                     set_threads(self.threads)
-                    self.roll.note(MODEL)
+                    self._note(MODEL)
                     self.do = link.open()
-                    self.roll.note(READY)
+                    self._note(READY)
         except Exception as error:  # noqa: BLE001 - the border of the process; the driver raises it
             return Failed(packed(error))
         return None
 
-    def run(self, batch: int, before: Any) -> Any:
+    def _note(self, state: str) -> None:
+        if self.roll is not None:
+            self.roll.note(state)
+
+    def run(self, batch: Any, before: Any) -> Any:
         """Do one batch, given what the actor before left of it: what is left now, or what went wrong, here or there."""
         if isinstance(before, Failed):
             return before
@@ -100,7 +104,14 @@ class SliceActor:
 class ActorChain:
     """One chain of actors, in a placement group of its own: started, made anew where they died, and ended."""
 
-    def __init__(self, links: Sequence[Link], needs: Sequence[Need], name: str, folder: str, roll: str, threads: int):
+    actor: ClassVar[type[SliceActor]] = SliceActor
+    setting: ClassVar[str] = "extraction.chain"
+    in_order: ClassVar[bool] = False
+    """Whether an actor's calls must run in the order in which they were made."""
+
+    def __init__(
+        self, links: Sequence[Link], needs: Sequence[Need], name: str, folder: str, roll: str | None, threads: int
+    ):
         import ray
         from ray import cloudpickle
         from ray.util.placement_group import placement_group
@@ -114,7 +125,7 @@ class ActorChain:
             strategy="PACK",
             **({"bundle_label_selector": labels} if any(labels) else {}),
         )
-        self.kind = ray.remote(SliceActor)
+        self.kind = ray.remote(self.actor)
         self.actors = [self._start(number) for number in range(len(links))]
         self.loaded, self.openings = [False] * len(links), [0] * len(links)
         self.asked: dict[Any, int] = {}
@@ -168,7 +179,7 @@ class ActorChain:
         options = {k: v for k, v in self.needs[number].options().items() if v is not None and k != "label_selector"}
         place = PlacementGroupSchedulingStrategy(self.group, placement_group_bundle_index=number)
         # On a file system nothing is gained by two calls at a time; to a bucket one batch is put while the next is computed.
-        at_once = 2 if is_object(self.folder) else 1
+        at_once = 2 if is_object(self.folder) and not self.in_order else 1
         started = self.kind.options(scheduling_strategy=place, max_concurrency=at_once, **options)
         return started.remote(self.links[number], self.roll, self.threads)
 
@@ -179,7 +190,7 @@ class ActorChain:
             said = explain(death, self.name, self.folder)
             raise WorkerError(
                 f"{self.name}: loading slice {number + 1} of {len(self.actors)} killed its worker {_OPENINGS} times; most likely memory "
-                f"ran out. Take more slices (extraction.chain), or nodes with more memory. What Ray says: {said}"
+                f"ran out. Take more slices ({self.setting}), or nodes with more memory. What Ray says: {said}"
             )
         self.loaded[number] = False
         self.actors[number] = self._start(number)

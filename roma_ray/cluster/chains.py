@@ -22,6 +22,8 @@ _PROCESS_GIB = 1.0
 _SPARE = 1.15
 # Of a GPU's memory, at most so much for weights: activations and the allocator's own take the rest.
 _OF_A_GPU = 0.7
+# Which setting asks for the chains of a stage.
+_SETTINGS = {"extract": "extraction.chain", "finetune": "finetune.chain"}
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,16 @@ def plan_chains(
     limit_gb: float | None,
     at_most: int,
     device: str,
+    *,
+    first: int = 0,
 ) -> ChainPlan:
     """The chains that a stage gets, at most `at_most` of them: what a cluster of this size can hold of a model of that size.
 
-    `limit_gb`: most weights of a slice. Raises ConfigError, with what the cluster has, where there is no room.
+    `limit_gb`: most weights of a slice; `first`: the first layer that they hold. Raises ConfigError, with what the cluster has, where
+    there is no room.
     """
-    sizes = [count * getattr(torch, model.dtype).itemsize for count in layer_parameters(model)]
+    sizes = [count * getattr(torch, model.dtype).itemsize for count in layer_parameters(model)[first:]]
+    setting = _SETTINGS[stage]
     need = need_of(stage, cluster.config.ray, device)
     if slices != "auto":
         # On a cluster that scales: the number is named, as that of other stages' workers.
@@ -69,10 +75,11 @@ def plan_chains(
     need = cluster.of_one_kind(stage, need)
     if slices == "auto":
         most = _weights_of_a_worker(cluster, stage, need)
-        plan = _fewest(cluster, sizes, need, most, limit_gb)
-        cluster.say(f"extraction.chain=auto: {len(plan.ranges)} slices{_why(most, limit_gb)}")
+        plan = _fewest(cluster, sizes, need, most, limit_gb, setting)
+        cluster.say(f"{setting}=auto: {len(plan.ranges)} slices{_why(most, limit_gb)}")
     else:
-        plan = _divided(cluster, sizes, need, slices, limit_gb)
+        plan = _divided(cluster, sizes, need, slices, limit_gb, setting)
+    plan = replace(plan, ranges=tuple((start + first, stop + first) for start, stop in plan.ranges))
     wanted = getattr(cluster.config.ray, f"{stage}_workers")
     if wanted is None:
         cores = max(1, cluster.cores() // cluster.config.threads // len(plan.ranges))
@@ -87,31 +94,33 @@ def plan_chains(
     return replace(plan, copies=min(copies, at_most))
 
 
-def _divided(cluster: Cluster, sizes: Sequence[int], need: Need, slices: int, limit_gb: float | None) -> ChainPlan:
+def _divided(
+    cluster: Cluster, sizes: Sequence[int], need: Need, slices: int, limit_gb: float | None, setting: str
+) -> ChainPlan:
     """The chain of so many slices. Raises ConfigError where it cannot be, or has no room."""
     if slices > len(sizes):
         raise ConfigError(
-            f"extraction.chain: {slices} slices, and the model has {len(sizes)} layers: a slice holds one at least"
+            f"{setting}: {slices} slices, and there are {len(sizes)} layers to divide: a slice holds one at least"
         )
     plan = _chain_of(cluster, sizes, need, slices)
     largest = max(plan.weights)
     if limit_gb is not None and largest > limit_gb * 1e9:
         raise ConfigError(
-            f"extraction.chain: of {slices} slices the largest holds {largest / 1e9:.2f} GB of weights, more than "
+            f"{setting}: of {slices} slices the largest holds {largest / 1e9:.2f} GB of weights, more than "
             f"extraction.memory_gb={limit_gb:g}. Take more slices, chain=auto, or leave memory_gb out"
         )
     if not need.gpus and need.memory_gib is not None and largest > need.memory_gib * _GIB:
         raise ConfigError(
-            f"extraction.chain: of {slices} slices the largest holds {largest / _GIB:.2f} GiB of weights, more than "
-            f"ray.extract.memory_gib={need.memory_gib:g} sets aside for a worker. Take more slices, or raise it"
+            f"{setting}: of {slices} slices the largest holds {largest / _GIB:.2f} GiB of weights, more than "
+            f"the {need.memory_gib:g} GiB that ray sets aside for a worker (memory_gib of its stage). Take more slices, or raise it"
         )
     if not plan.copies:
-        raise _no_room(cluster, plan)
+        raise _no_room(cluster, plan, setting)
     return plan
 
 
 def _fewest(
-    cluster: Cluster, sizes: Sequence[int], need: Need, most: float | None, limit_gb: float | None
+    cluster: Cluster, sizes: Sequence[int], need: Need, most: float | None, limit_gb: float | None, setting: str
 ) -> ChainPlan:
     """The chain of as few slices as fit. Raises ConfigError where no number does."""
     bounds = [bound for bound in (most, None if limit_gb is None else limit_gb * 1e9) if bound is not None]
@@ -124,10 +133,10 @@ def _fewest(
                 return plan
     if plan is None:
         raise ConfigError(
-            f"extraction.chain=auto: the largest layer has {max(sizes) / 1e9:.2f} GB of weights, and a worker may hold "
+            f"{setting}=auto: the largest layer has {max(sizes) / 1e9:.2f} GB of weights, and a worker may hold "
             f"{min(bounds) / 1e9:.2f} GB{_why(most, limit_gb)}. Use workers with more memory, or raise what bounds it"
         )
-    raise _no_room(cluster, plan)
+    raise _no_room(cluster, plan, setting)
 
 
 def _chain_of(cluster: Cluster, sizes: Sequence[int], need: Need, slices: int) -> ChainPlan:
@@ -161,12 +170,15 @@ def _why(most: float | None, limit_gb: float | None) -> str:
     return f" ({'; '.join(parts)})" if parts else ""
 
 
-def _no_room(cluster: Cluster, plan: ChainPlan) -> ConfigError:
+def _no_room(cluster: Cluster, plan: ChainPlan, setting: str) -> ConfigError:
     largest = max(plan.needs, key=lambda need: need.memory_gib or 0.0)
+    streamed = (
+        ", or stream the model instead (extraction.memory_gb without chain)" if setting == _SETTINGS["extract"] else ""
+    )
     return ConfigError(
-        f"extraction.chain: the cluster has no room for a chain of {len(plan.ranges)} workers, the largest of {largest}. It has: "
+        f"{setting}: the cluster has no room for a chain of {len(plan.ranges)} workers, the largest of {largest}. It has: "
         f"{inventory(cluster.nodes())}. Take more slices, add nodes (ray.wait_seconds where the cluster starts them itself, with a "
-        "number of slices), or stream the model instead (extraction.memory_gb without chain)"
+        f"number of slices){streamed}"
     )
 
 

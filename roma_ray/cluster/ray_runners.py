@@ -10,11 +10,13 @@ from typing import Any
 from roma_ray.cluster.batch_actors import ray_executor
 from roma_ray.cluster.chain_actors import chain_executor
 from roma_ray.cluster.failures import explained
+from roma_ray.cluster.head_actors import ChainHeads
 from roma_ray.cluster.ray_baselines import baselines_on_ray
 from roma_ray.cluster.ray_cluster import Cluster, open_cluster
 from roma_ray.cluster.ray_training import finetune_on_ray
 from roma_ray.config.schema import Config
 from roma_ray.engine.expert_backends import measure_backends
+from roma_ray.engine.heads import FRESH
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
@@ -72,6 +74,7 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         search=ray_executor(cluster, "evaluate", device),
         finetune=finetune_on_ray(cluster, device),
         call=near_device(cluster, device),
+        heads=FRESH if cluster.config.finetune.chain is None else ChainHeads(cluster.config, device, cluster),
         baselines=baselines_on_ray(cluster, device),
     )
 
@@ -91,10 +94,13 @@ def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[
 def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
     """Calls a function here when this machine has the device, else in a task of the cluster that has it."""
 
+    # A head in slices needs as many GPUs as Ray knows to be free, and this process's own is not counted.
+    divided = cluster.config.finetune.chain is not None
+
     def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
         import torch
 
-        if device == "cpu" or torch.cuda.is_available():
+        if device == "cpu" or (torch.cuda.is_available() and not divided):
             return function(*arguments, progress=progress)
         import ray
 

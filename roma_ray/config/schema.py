@@ -380,6 +380,22 @@ class Config(Section):
             raise ValueError(fault)
         return self
 
+    @model_validator(mode="after")
+    def _head_in_slices(self) -> Config:
+        if self.finetune.chain is None:
+            return self
+        if not self.extraction.cache:
+            raise ValueError(
+                "finetune.chain divides the layers from the cut up, and without extraction.cache each worker would run those below it "
+                "too: set extraction.cache to true, or leave finetune.chain out"
+            )
+        if self.questions.prompt.format == FREE and self.extraction.success.writes:
+            raise ValueError(
+                f"extraction.success.metric: {self.extraction.success.metric} writes answers with the whole model, and finetune.chain "
+                "divides it: leave finetune.chain out, or set the metric to likelihood or verdict"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The resolved configuration, every default written out."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)

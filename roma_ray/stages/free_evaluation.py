@@ -23,6 +23,7 @@ from roma_ray.evaluation.guards import TRUNCATED_LIMIT, overlap
 from roma_ray.evaluation.measures import pair_measures
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import by_group
+from roma_ray.moe.chain import Chain
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import Stage, fingerprint
@@ -30,7 +31,7 @@ from roma_ray.store.artifacts import Stage, fingerprint
 
 def write_texts(
     setup: Setup,
-    head: Slice,
+    head: Slice | Chain,
     adapter: Path,
     questions: Stage,
     prompts: Sequence[Prompt],
@@ -45,6 +46,7 @@ def write_texts(
     success, model = setup.config.extraction.success, setup.model
     if not success.writes:
         return None
+    assert isinstance(head, Slice), "a configuration that divides the head has no written answers"
     tokenizer = load_tokenizer(model.path, model.revision)
     below = [model.load(0, setup.cut, with_lm_head=False)] if setup.cut else []
     decoder = Decoder([*below, head], tokenizer, rules_for(model, tokenizer, prompts, success))

@@ -22,7 +22,7 @@ from roma_ray.errors import NeighborError
 from roma_ray.evaluation.statistics import pair, relative_change, standard_error, with_error
 from roma_ray.manifold import diagnostics
 from roma_ray.manifold.neighbors import Neighborhoods
-from roma_ray.moe.slices import Slice
+from roma_ray.moe.routers import Routed
 from roma_ray.stages.finetuning import read_routing_rows
 from roma_ray.stages.neighborhoods import answered_rightly, search
 from roma_ray.store.artifacts import Stage
@@ -43,7 +43,7 @@ def sampled(mask_N: Tensor) -> list[int]:
 
 def routing_change(
     setup: Setup,
-    head: Slice,
+    head: Routed,
     tasks: Sequence[str],
     base: Scores,
     tuned: Scores,

@@ -1,0 +1,164 @@
+"""A head over actors: the files of a head in one process to the bit, whatever happens to the actors."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import ray
+
+from roma_ray.cluster.chains import plan_chains
+from roma_ray.cluster.head_actors import ActorLinks, head_over
+from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.ray_runners import ray_runners
+from roma_ray.cluster.ray_training import finetune_on_ray
+from roma_ray.config.loading import with_overrides
+from roma_ray.config.schema import Config
+from roma_ray.engine.progress import Silence
+from roma_ray.engine.runners import Runners
+from roma_ray.engine.setup import resolve
+from roma_ray.engine.training import Outcome, World
+from roma_ray.errors import ConfigError, ModelError
+from roma_ray.moe.chain import Chain
+from roma_ray.runs.pipeline import Run, run
+from roma_ray.stages.finetuning import TrainJob
+from roma_ray.stages.paired_evaluation import EVALUATE
+from roma_ray.store.artifacts import file_digest
+from tests.cluster.support import digests
+from tests.cluster.test_chain_actors import connected
+from tests.cluster.test_ray_training import WEIGHTS
+from tests.making import made, train_job
+from tests.world import make_world
+
+FILES = (WEIGHTS, "epochs.jsonl", "steps.parquet", "outcome.json")
+
+
+def same_training(job: TrainJob, expected: Path) -> None:
+    for name in FILES:
+        assert file_digest(Path(job.folder) / name) == file_digest(expected / name), name
+
+
+def trained(job: TrainJob, **settings: Any) -> list[dict[str, Any]]:
+    """Train on the tests' cluster; the epochs that were told."""
+    records: list[dict[str, Any]] = []
+    finetune_on_ray(connected(job.setup.config, **settings), "cpu")(job, records.append, lambda count, note: None)
+    return records
+
+
+@pytest.mark.parametrize(("workers", "activations"), [(2, "keep"), (4, "recompute")])
+def test_chains_train_to_the_files_of_one_process(
+    workers: int, activations: str, local_run: Run, cluster: Cluster, tmp_path: Path
+) -> None:
+    job = train_job(local_run, tmp_path, chain=2, chain_activations=activations)
+    assert job.setup.layers == (4, 5)
+    records = trained(job, finetune_workers=workers)
+    assert [record["epoch"] for record in records] == [0, 1]
+    same_training(job, local_run.stages["finetune"].path)
+
+
+def test_three_slices_train_and_judge_a_run(cluster: Cluster, tmp_path: Path) -> None:
+    """All stages of a run whose tuned layers are in three actors and the driver, against the same run in this process."""
+    world = with_overrides(make_world(tmp_path / "world"), ["routing.layers=All", "finetune.epochs=1"])
+    whole = run(resolve(world, device="cpu"), Silence())
+    elsewhere = with_overrides(world, [f"storage={tmp_path / 'chained'}", "finetune.chain=3"])
+    over = connected(elsewhere)
+    chained = run(resolve(elsewhere, device="cpu"), Silence(), ray_runners(over, "cpu"))
+    assert digests(chained) == digests(whole)
+
+
+@dataclass(frozen=True)
+class LinkKiller(TrainJob):
+    """Training in which the actor of a slice is killed once, at a step, as the system does when memory runs out."""
+
+    at_step: int = 3
+    notes: str = ""
+
+    def run(
+        self,
+        world: World | None = None,
+        report: Callable[[dict[str, Any]], None] = lambda epoch: None,
+        advance: Callable[[int, str], None] = lambda count, note: None,
+        head: Any = None,
+    ) -> Outcome:
+        assert world is not None
+        assert isinstance(head, Chain)
+        assert isinstance(head.links, ActorLinks)
+        (actor,) = head.links.actors.actors
+        pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+        assert pid != os.getpid()
+        steps = 0
+
+        def counting(count: int, note: str) -> None:
+            nonlocal steps
+            steps += 1
+            marker = Path(self.notes) / "killed"
+            if steps == self.at_step and not marker.exists():
+                marker.write_text(str(pid))
+                os.kill(pid, signal.SIGKILL)
+            advance(count, note)
+
+        (Path(self.notes) / f"started-{os.getpid()}").touch()
+        return super().run(world, report, counting, head)
+
+
+def test_a_slice_that_is_killed_costs_the_steps_since_the_checkpoint(
+    local_run: Run, cluster: Cluster, tmp_path: Path
+) -> None:
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    job = train_job(local_run, tmp_path, chain=2)
+    records = trained(LinkKiller(job.setup, job.stages, job.stage, notes=str(notes)), finetune_workers=2)
+    assert not psutil.pid_exists(int((notes / "killed").read_text()))
+    assert len(list(notes.glob("started-*"))) == 2
+    assert [record["epoch"] for record in records] == [0, 1]
+    same_training(job, local_run.stages["finetune"].path)
+
+
+def test_each_actor_holds_its_slice_alone(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    job = train_job(local_run, tmp_path, chain=2)
+    plan = plan_chains(
+        connected(job.setup.config, finetune_workers=None), "finetune", job.model, 2, None, 1, "cpu", first=4
+    )
+    assert plan.ranges == ((4, 5), (5, 6))
+    with head_over(plan, job.model, job.setup.config, name="finetune", folder=tmp_path) as head:
+        assert isinstance(head, Chain)
+        assert isinstance(head.links, ActorLinks)
+        (actor,) = head.links.actors.actors
+        held = ray.get(actor.__ray_call__.remote(_parameters))
+        assert held == sum(p.numel() for p in job.model.load(4, 5, with_lm_head=False).model.parameters())
+        assert [router.layer for router in head.routers] == [4, 5]
+    assert not ray.util.placement_group_table(head.links.actors.group)["state"] == "CREATED"
+
+
+def _parameters(actor: Any) -> int:
+    """Of what an actor holds: the link is in what its `do` closes over."""
+    (link,) = (cell.cell_contents for cell in actor.do.__closure__)
+    frozen, gates = link.part.model.parameters(), link.masters.parameters()
+    return sum(p.numel() for p in [*frozen, *gates])
+
+
+def test_a_head_that_cannot_be_divided_so_is_refused(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    job = train_job(local_run, tmp_path / "many", chain=3)
+    with pytest.raises(ConfigError, match=r"finetune\.chain: 3 slices, and there are 2 layers"):
+        trained(job, finetune_workers=3)
+    job = train_job(local_run, tmp_path / "few", chain=2)
+    with pytest.raises(ConfigError, match=r"ray\.finetune_workers: 3 workers make 1 chain|cluster has room for"):
+        trained(job, finetune_workers=1)
+
+
+def test_a_slice_that_cannot_be_loaded_is_a_named_error(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    job = train_job(local_run, tmp_path, chain=2)
+    plan = plan_chains(
+        connected(job.setup.config, finetune_workers=None), "finetune", job.model, 2, None, 1, "cpu", first=4
+    )
+    import dataclasses
+
+    gone = dataclasses.replace(job.model, revision="gone", path="no/such-model")
+    with pytest.raises(ModelError), head_over(plan, gone, job.setup.config, name="finetune", folder=tmp_path):
+        pass
