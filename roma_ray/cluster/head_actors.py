@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from roma_ray.cluster.chain_actors import ActorChain, Failed, SliceActor
+from roma_ray.cluster.chain_actors import ActorChain, Failed, SliceActor, died
 from roma_ray.cluster.chains import ChainPlan, plan_chains
-from roma_ray.cluster.failures import explained, unpacked
+from roma_ray.cluster.failures import explain, explained, unpacked
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import Config
 from roma_ray.engine.chain import Flat
@@ -139,6 +139,8 @@ class ChainHeads(Heads):
     @contextmanager
     def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice | Chain]:
         """As above. Raises ConfigError where the cluster has no room."""
+        from ray.exceptions import RayError
+
         slices = self.config.finetune.chain
         assert slices is not None, "heads are divided where the configuration says so"
         cluster = self.cluster or Cluster(self.config)
@@ -146,8 +148,16 @@ class ChainHeads(Heads):
         folder = Store(self.config.storage).root
         with explained("evaluate", folder):
             plan = plan_chains(cluster, "finetune", model, slices, None, 1, self.device, first=cut)
-            with head_over(plan, model, self.config, name="evaluate", folder=folder) as head:
-                yield head
+            try:
+                with head_over(plan, model, self.config, name="evaluate", folder=folder) as head:
+                    yield head
+            except RayError as error:
+                if not died(error):
+                    raise
+                raise WorkerError(
+                    f"evaluate: a worker with a slice of the head died, most likely for memory ({explain(error, 'evaluate', folder)}). "
+                    "Take more slices (finetune.chain) or a smaller extraction.batch_tokens; the same command goes on where this ended"
+                ) from None
 
 
 def _wired(value: Any) -> Any:

@@ -132,11 +132,13 @@ class Chain:
         return " ".join([frozen_digest(self.part.model), *map(self.links.get, below)])
 
     def ahead(self, items: Iterable[Item], begin: Callable[[Item], Begun]) -> Iterator[tuple[Item, Begun]]:
-        """Each item with its pass, begun before the one before is asked for, so that all slices have work (1F1B)."""
+        """Each item with its pass, of which a few more are begun than are taken, so that all slices have work: as many as there are
+        slices (1F1B), and one, for what a link hands on has a way to go.
+        """
         waiting: deque[tuple[Item, Begun]] = deque()
         for item in items:
             waiting.append((item, begin(item)))
-            if len(waiting) > len(self.links):
+            if len(waiting) > len(self.links) + 1:
                 yield waiting.popleft()
         yield from waiting
 
@@ -195,7 +197,7 @@ class Chain:
             # The gates of the lower layers come first.
             below = [grad for handle in reversed(handles) for grad in self.links.get(handle)]
             through = [*below, *[None] * (len(gates) - len(below))]
-            return [_sum(*grads) for grads in zip(direct, through, strict=True)]
+            return [_sum(gate, *grads) for gate, *grads in zip(gates, direct, through, strict=True)]
 
         return collect
 
@@ -255,11 +257,12 @@ def as_chain(head: Slice | Chain) -> Chain:
     return head if isinstance(head, Chain) else Chain(head)
 
 
-def _sum(direct: Tensor | None, through: Tensor | None) -> Tensor | None:
-    """A gate's gradient here and in its link, together."""
-    if direct is None or through is None:
-        return direct if through is None else through
-    return direct + sent(through, direct.device)
+def _sum(gate: Tensor, direct: Tensor | None, through: Tensor | None) -> Tensor | None:
+    """A gate's gradient here and in its link, together, where the gate is."""
+    if through is None:
+        return direct
+    through = sent(through, gate.device)
+    return through if direct is None else direct + through
 
 
 def _moved(router: Router, device: torch.device) -> Router:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,25 @@ import psutil
 import pytest
 import ray
 
-from roma_ray.cluster.chains import plan_chains
-from roma_ray.cluster.head_actors import ActorLinks, head_over
+from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.head_actors import ActorLinks, ChainHeads, HeadActors, HeadLink, head_over
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.cluster.ray_runners import ray_runners
 from roma_ray.cluster.ray_training import finetune_on_ray
 from roma_ray.config.loading import with_overrides
-from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.runners import Runners
+from roma_ray.engine.scoring import score_rows
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.training import Outcome, World
-from roma_ray.errors import ConfigError, ModelError
+from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.moe.chain import Chain
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages.finetuning import TrainJob
-from roma_ray.stages.paired_evaluation import EVALUATE
 from roma_ray.store.artifacts import file_digest
 from tests.cluster.support import digests
 from tests.cluster.test_chain_actors import connected
 from tests.cluster.test_ray_training import WEIGHTS
-from tests.making import made, train_job
+from tests.making import train_job
 from tests.world import make_world
 
 FILES = (WEIGHTS, "epochs.jsonl", "steps.parquet", "outcome.json")
@@ -49,6 +47,29 @@ def trained(job: TrainJob, **settings: Any) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     finetune_on_ray(connected(job.setup.config, **settings), "cpu")(job, records.append, lambda count, note: None)
     return records
+
+
+def planned(job: TrainJob) -> ChainPlan:
+    """One chain of two slices."""
+    over = connected(job.setup.config, finetune_workers=None)
+    return plan_chains(over, "finetune", job.model, 2, None, 1, "cpu", first=job.setup.cut)
+
+
+def process_of(head: Any) -> int:
+    """The process that holds the lower one of two slices."""
+    assert isinstance(head, Chain)
+    assert isinstance(head.links, ActorLinks)
+    (actor,) = head.links.actors.actors
+    found: int = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
+    assert found != os.getpid()
+    return found
+
+
+def kill(head: Any) -> int:
+    """Kill that process as the system does when memory runs out; which it was."""
+    process = process_of(head)
+    os.kill(process, signal.SIGKILL)
+    return process
 
 
 @pytest.mark.parametrize(("workers", "activations"), [(2, "keep"), (4, "recompute")])
@@ -87,11 +108,6 @@ class LinkKiller(TrainJob):
         head: Any = None,
     ) -> Outcome:
         assert world is not None
-        assert isinstance(head, Chain)
-        assert isinstance(head.links, ActorLinks)
-        (actor,) = head.links.actors.actors
-        pid = ray.get(actor.__ray_call__.remote(lambda self: os.getpid()))
-        assert pid != os.getpid()
         steps = 0
 
         def counting(count: int, note: str) -> None:
@@ -99,8 +115,7 @@ class LinkKiller(TrainJob):
             steps += 1
             marker = Path(self.notes) / "killed"
             if steps == self.at_step and not marker.exists():
-                marker.write_text(str(pid))
-                os.kill(pid, signal.SIGKILL)
+                marker.write_text(str(kill(head)))
             advance(count, note)
 
         (Path(self.notes) / f"started-{os.getpid()}").touch()
@@ -133,7 +148,7 @@ def test_each_actor_holds_its_slice_alone(local_run: Run, cluster: Cluster, tmp_
         held = ray.get(actor.__ray_call__.remote(_parameters))
         assert held == sum(p.numel() for p in job.model.load(4, 5, with_lm_head=False).model.parameters())
         assert [router.layer for router in head.routers] == [4, 5]
-    assert not ray.util.placement_group_table(head.links.actors.group)["state"] == "CREATED"
+    assert ray.util.placement_group_table(head.links.actors.group)["state"] != "CREATED"
 
 
 def _parameters(actor: Any) -> int:
@@ -153,12 +168,26 @@ def test_a_head_that_cannot_be_divided_so_is_refused(local_run: Run, cluster: Cl
 
 
 def test_a_slice_that_cannot_be_loaded_is_a_named_error(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    """It is raised here as it was there, and the actors and their places are given back."""
     job = train_job(local_run, tmp_path, chain=2)
-    plan = plan_chains(
-        connected(job.setup.config, finetune_workers=None), "finetune", job.model, 2, None, 1, "cpu", first=4
-    )
-    import dataclasses
+    plan = planned(job)
+    gone = replace(job.model, path=str(tmp_path / "gone"))
+    actors = HeadActors([HeadLink(gone, 4, 5, first=True, keep=True)], plan.needs[:1], "finetune", job.folder, None, 1)
+    with pytest.raises(ModelError, match="gone"):
+        actors.stand(60.0)
+    actors.close()
+    assert ray.util.placement_group_table(actors.group)["state"] != "CREATED"
 
-    gone = dataclasses.replace(job.model, revision="gone", path="no/such-model")
-    with pytest.raises(ModelError), head_over(plan, gone, job.setup.config, name="finetune", folder=tmp_path):
-        pass
+
+def test_a_slice_that_dies_in_the_evaluation_is_a_named_error(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:
+    job = train_job(local_run, tmp_path, chain=2)
+    config = job.setup.config.model_copy(update={"storage": str(tmp_path / "storage")})
+    data = job.open_data()
+
+    def judge() -> None:
+        with ChainHeads(config, "cpu").lend(job.model, job.setup.cut) as head:
+            kill(head)
+            score_rows(head, data.states, data.prompts, range(9), tokens="Last1", rule="raw", batch_tokens=500)
+
+    with pytest.raises(WorkerError, match="evaluate: a worker with a slice of the head died"):
+        judge()

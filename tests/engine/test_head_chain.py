@@ -2,41 +2,29 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from roma_ray.ablations.plan import make_plan
+from roma_ray.ablations.space import seeds_space
 from roma_ray.config.finetune_settings import LogitsConfig, RegularizerConfig
+from roma_ray.config.loading import with_overrides
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.scoring import score_rows
 from roma_ray.engine.setup import resolve
-from roma_ray.engine.training import Outcome, finetune
+from roma_ray.errors import ConfigError, GuardError
 from roma_ray.moe.adapters import load_adapter, save_adapter
-from roma_ray.moe.chain import Chain, HereLinks
-from roma_ray.moe.links import Link
+from roma_ray.moe.chain import HereLinks
+from roma_ray.runs.method_comparison import compare
 from roma_ray.runs.pipeline import Run, run
-from roma_ray.stages.finetuning import TrainJob
-from tests.engine.loops import assert_same, train
+from tests.engine.loops import assert_same, in_slices, stop_at, train, trained
 from tests.making import train_job
+from tests.progress import Told
 from tests.tiny import EAGER
 from tests.world import make_world
-
-
-def in_slices(job: TrainJob, *starts: int, keep: bool = True) -> Chain:
-    """The head of a job, cut before these layers too."""
-    ends = [job.setup.cut, *starts]
-    links = [
-        Link(job.model.load(a, b, with_lm_head=False), first=n == 0, keep=keep)
-        for n, (a, b) in enumerate(pairwise(ends))
-    ]
-    return Chain(job.model.load(ends[-1], None, with_lm_head=True), HereLinks(links))
-
-
-def trained(job: TrainJob, chain: Chain, **arguments: Any) -> Outcome:
-    setup = job.setup
-    return finetune(chain, job.open_data(), job.settings, layers=setup.layers, seed=setup.config.seed, **arguments)
 
 
 def prepared(root: Path, family: str, layers: str, **sections: Any) -> Run:
@@ -101,7 +89,8 @@ def test_families_train_and_answer_with_the_same_bits(
     assert_same(whole, sliced)
 
     head, adapters = job.load_head(), [tmp_path / "whole", tmp_path / "sliced"]
-    for folder, part, outcome in zip(adapters, (head, chain), (whole, sliced), strict=True):
+    parts: list[Any] = [head, chain]
+    for folder, part, outcome in zip(adapters, parts, (whole, sliced), strict=True):
         save_adapter(folder, part, outcome.gates, base="model", revision=None, fingerprint="f")
     names = sorted(file.name for file in adapters[0].iterdir())
     assert names == sorted(file.name for file in adapters[1].iterdir())
@@ -109,12 +98,12 @@ def test_families_train_and_answer_with_the_same_bits(
         assert (adapters[0] / name).read_bytes() == (adapters[1] / name).read_bytes(), name
 
     data = job.open_data()
-    rows = {"tokens": tokens, "rule": data.rule, "batch_tokens": 300}
+    rows: dict[str, Any] = {"tokens": tokens, "rule": data.rule, "batch_tokens": 300}
     for load in (False, True):
         if load:
-            for part in (head, chain):
+            for part in parts:
                 load_adapter(adapters[0], part)
-        one, other = (score_rows(part, data.states, data.prompts, data.validation, **rows) for part in (head, chain))
+        one, other = (score_rows(part, data.states, data.prompts, data.validation, **rows) for part in parts)
         assert (one.scores, one.predictions) == (other.scores, other.predictions)
         assert (one.routing_NLE == other.routing_NLE).all()
 
@@ -124,9 +113,59 @@ def test_the_continuations_of_choices_and_each_positions_pull(cloze_run: Run) ->
     assert_same(train(job), trained(job, in_slices(job, 5)))
 
 
+def test_in_bf16_the_same_bits(tmp_path: Path) -> None:
+    job = train_job(prepared(tmp_path, "olmoe", "L3", dtype=torch.bfloat16))
+    assert job.model.dtype == "bfloat16"
+    assert_same(train(job), trained(job, in_slices(job, 4, 5, keep=False)))
+
+
+def test_a_value_that_is_not_finite_is_traced_to_its_layer(letter_run: Run) -> None:
+    """Also in a slice below the last one."""
+    job = train_job(letter_run)
+    chain, data = in_slices(job, 5), job.open_data()
+    assert isinstance(chain.links, HereLinks)
+    broken = next(p for name, p in chain.links.links[0].part.model.named_parameters() if "down_proj" in name)
+    with torch.no_grad():
+        broken[...] = float("nan")
+    with pytest.raises(GuardError, match=r"of 9 questions are not finite.*layer 4 \(mlp\).*layers\.4\.mlp\.experts"):
+        score_rows(chain, data.states, data.prompts, range(9), tokens="Last1", rule="raw", batch_tokens=500)
+
+
+def test_a_run_goes_on_from_a_checkpoint_whoever_holds_the_layers(letter_run: Run, tmp_path: Path) -> None:
+    job = train_job(letter_run, checkpoint_steps=1)
+    checkpoint = tmp_path / "checkpoint.safetensors"
+    stop_at(3, job, checkpoint)
+    assert_same(train(job), trained(job, in_slices(job, 5), checkpoint=checkpoint))
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        (["extraction.cache=false"], "extraction.cache"),
+        (["questions.prompt.format=free"], r"extraction\.success\.metric: exact_match writes answers"),
+    ],
+)
+def test_what_does_not_go_with_a_chain_is_refused(letter_run: Run, settings: list[str], match: str) -> None:
+    with pytest.raises(ConfigError, match=match):
+        with_overrides(letter_run.setup.config, ["finetune.chain=2", *settings])
+
+
+def test_what_holds_a_head_whole_says_so(letter_run: Run, tmp_path: Path) -> None:
+    config = with_overrides(letter_run.setup.config, ["finetune.chain=2", f"storage={tmp_path}"])
+    setup = resolve(config)
+    with pytest.raises(ConfigError, match=r"baselines` holds the head whole, and finetune\.chain divides it"):
+        compare(setup, ["icl"], 1, Silence())
+    with pytest.raises(ConfigError, match=r"a trial of a sweep.*finetune\.chain"):
+        make_plan(seeds_space(config, 2))
+    told = Told()
+    run(setup, told, until="finetune")
+    assert any("finetune.chain needs the workers of a cluster" in line for line in told.lines)
+
+
 def test_only_gates_have_gradients_and_each_link_holds_its_layers(letter_run: Run) -> None:
     job = train_job(letter_run)
     chain = in_slices(job, 5)
+    assert isinstance(chain.links, HereLinks)
     (link,) = chain.links.links
     assert (link.part.start, link.part.stop, chain.part.start) == (4, 5, 5)
     trained(job, chain)

@@ -79,6 +79,8 @@ WITHOUT_EFFECT = [
     ),
     (["finetune.epochs=1", "finetune.guard.action=stop"], "finetune.guard.most_gradient=3"),
     ([], "finetune.checkpoint_steps=7"),
+    *(([], f"finetune.{setting}") for setting in ("chain=2", "chain=auto", "chain_activations=recompute")),
+    (["finetune.chain=2"], "finetune.chain_activations=recompute"),
     (["extraction.cache=false"], "extraction.activation_dtype=bfloat16"),
     ([], "extraction.activation_dtype=float32"),
     ([], "extraction.memory_gb=1"),
