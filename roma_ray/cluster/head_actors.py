@@ -1,7 +1,7 @@
 """A head over actors: each holds a slice of it below the last one, which is in the process that trains or scores.
 
 States, routing rows and their gradients pass through Ray's object store, from actor to actor where they go on; what all of it
-computes is in `moe/chain.py` and `moe/links.py`. An actor that dies ends the pass: a training worker dies with it, and all go on
+computes is in `moe/head_chain.py` and `moe/links.py`. An actor that dies ends the pass: a training worker dies with it, and all go on
 from the checkpoint (`cluster/ray_training.py`).
 """
 
@@ -25,8 +25,8 @@ from roma_ray.engine.chain import Flat
 from roma_ray.engine.heads import Heads
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.errors import WorkerError
-from roma_ray.moe.chain import Chain
-from roma_ray.moe.links import Link
+from roma_ray.moe.head_chain import Chain
+from roma_ray.moe.links import HeldSlice
 from roma_ray.moe.slices import Slice
 from roma_ray.store.artifacts import Store
 
@@ -42,9 +42,9 @@ class HeadLink:
     keep: bool
 
     def open(self) -> Callable[[str, tuple[Any, ...]], Any]:
-        """Load the slice; returns what calls a method of its `Link`, with arguments and value as they travel."""
+        """Load the slice; returns what calls a method of its `HeldSlice`, with arguments and value as they travel."""
         part = self.model.load(self.start, self.stop, with_lm_head=False)
-        link = Link(part, first=self.first, keep=self.keep)
+        link = HeldSlice(part, first=self.first, keep=self.keep)
 
         def call(method: str, arguments: tuple[Any, ...]) -> Any:
             failed = next((one for one in arguments if isinstance(one, Failed)), None)

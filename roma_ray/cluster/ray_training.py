@@ -31,7 +31,7 @@ from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.runners import Trainer
 from roma_ray.errors import RomaError
-from roma_ray.moe.chain import Chain
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.slices import Slice
 from roma_ray.stages.finetuning import CHECKPOINT, EPOCHS, TrainJob
 from roma_ray.store.artifacts import Stage, note_device

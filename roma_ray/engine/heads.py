@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.moe.chain import Chain
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.routers import router_parameters
 from roma_ray.moe.slices import Slice
 

@@ -27,9 +27,9 @@ from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.priors import base_targets, task_targets, uniform_targets
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, yardstick
-from roma_ray.moe.chain import Begun, Chain, Pass, as_chain
+from roma_ray.moe.head_chain import BegunPass, Chain, Pass, as_chain
 from roma_ray.moe.layers import aligned_positions
-from roma_ray.moe.links import Asked
+from roma_ray.moe.links import PassPlan
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, read_weights
 from roma_ray.moe.routers import Router
@@ -198,17 +198,17 @@ class Objective:
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, on, entropy
 
-    def _asked(self, micro: Micro, now: Moment | None = None) -> Asked:
+    def _plan(self, micro: Micro, now: Moment | None = None) -> PassPlan:
         """What a pass over a micro-batch is to do."""
         layout, layers = micro.reading.layout, self.masters.layers
         width = self.masters.routers[0].width
         factors = None if now is None else now.logit_factors(layout, len(layers), width)
-        return Asked(layout.packing, micro.reading.flat_positions, layers, factors)
+        return PassPlan(layout.packing, micro.reading.flat_positions, layers, factors)
 
-    def _begin(self, micro: Micro, now: Moment | None = None, *, graph: bool = True) -> Begun:
-        return self.head.begin(self._asked(micro, now), micro.states_TD, graph=graph)
+    def _begin(self, micro: Micro, now: Moment | None = None, *, graph: bool = True) -> BegunPass:
+        return self.head.begin(self._plan(micro, now), micro.states_TD, graph=graph)
 
-    def _finish(self, micro: Micro, begun: Begun) -> Pass:
+    def _finish(self, micro: Micro, begun: BegunPass) -> Pass:
         return self.head.finish(begun, keep=micro.reading.keep, vocabulary_rows=micro.vocabulary_V)
 
     def _run(self, micro: Micro, now: Moment | None = None) -> Pass:
@@ -363,7 +363,7 @@ class Objective:
         """The least reach of the tuned routers (see `moe/reach.py`), on one micro-batch."""
         micro = next(self.feed([list(rows)]))
         keep, read = micro.reading.keep, self.read_weights
-        return self.head.reach(self._asked(micro), micro.states_TD, self.masters, keep=keep, read=read)
+        return self.head.reach(self._plan(micro), micro.states_TD, self.masters, keep=keep, read=read)
 
     def settle(self, probe: dict[str, float]) -> None:
         """Leave the task term out where the probe saw that it reaches no tuned router. Raises TrainingError if nothing does."""

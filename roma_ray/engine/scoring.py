@@ -15,9 +15,9 @@ from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import answered, choice_scores, lay_out, own_tokens
 from roma_ray.errors import GuardError
-from roma_ray.moe.chain import Begun, Chain, as_chain
 from roma_ray.moe.finite import begins
-from roma_ray.moe.links import Asked
+from roma_ray.moe.head_chain import BegunPass, Chain, as_chain
+from roma_ray.moe.links import PassPlan
 from roma_ray.moe.sending import pinned
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -100,9 +100,9 @@ def score_rows(
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
         return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), chain.device)
 
-    def begin(prepared: tuple[Reading, Tensor]) -> Begun:
+    def begin(prepared: tuple[Reading, Tensor]) -> BegunPass:
         reading, states_TD = prepared
-        return chain.begin(Asked(reading.layout.packing, reading.flat_positions, layers), states_TD, graph=False)
+        return chain.begin(PassPlan(reading.layout.packing, reading.flat_positions, layers), states_TD, graph=False)
 
     found: dict[int, tuple[list[float], np.ndarray, int]] = {}
     passes = chain.ahead(prefetched(prepare, members), begin)
@@ -117,8 +117,8 @@ def score_rows(
     bad = [row for row, scores in zip(rows, answers, strict=True) if not all(map(math.isfinite, scores))]
     if bad:
         reading, states_TD = prepare(bad[:1])
-        asked = Asked(reading.layout.packing, reading.flat_positions, layers)
-        origin = chain.origin(asked, states_TD, keep=reading.keep)
+        failing = PassPlan(reading.layout.packing, reading.flat_positions, layers)
+        origin = chain.origin(failing, states_TD, keep=reading.keep)
         raise GuardError(
             f"the scores of {len(bad):,} of {len(rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
             f"{begins(origin)}"

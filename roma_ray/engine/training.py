@@ -30,7 +30,7 @@ from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import moment
 from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import TrainingError, UnmovedError
-from roma_ray.moe.chain import Chain, as_chain
+from roma_ray.moe.head_chain import Chain, as_chain
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.slices import Slice

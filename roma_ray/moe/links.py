@@ -30,7 +30,7 @@ from roma_ray.moe.slices import Slice
 
 
 @dataclass(frozen=True)
-class Asked:
+class PassPlan:
     """What a pass over a head is to do, for all its slices alike. Picklable."""
 
     packing: Packing
@@ -48,7 +48,7 @@ class Asked:
 
 def run_slice(
     part: Slice,
-    asked: Asked,
+    plan: PassPlan,
     states_TD: Tensor,
     *,
     resume: bool,
@@ -59,20 +59,20 @@ def run_slice(
 
     Arguments as of `run_packed`.
     """
-    routers = asked.routers(part)
+    routers = plan.routers(part)
     with ExitStack() as stack:
-        if asked.factors_TLE is not None and routers:
-            columns = [asked.layers.index(router.layer) for router in routers]
-            factors_TLE = sent(asked.factors_TLE[:, columns], part.device)
+        if plan.factors_TLE is not None and routers:
+            columns = [plan.layers.index(router.layer) for router in routers]
+            factors_TLE = sent(plan.factors_TLE[:, columns], part.device)
             stack.enter_context(scaled_logits(routers, factors_TLE))
-        tape = stack.enter_context(read_routing(part.model, routers, asked.positions_1P))
-        out = run_packed(part, asked.packing, states_TD, resume=resume, keep=keep, vocabulary_rows=vocabulary_rows)
+        tape = stack.enter_context(read_routing(part.model, routers, plan.positions_1P))
+        out = run_packed(part, plan.packing, states_TD, resume=resume, keep=keep, vocabulary_rows=vocabulary_rows)
     return out.states, tape.routing_BPLE if routers else None
 
 
 def slice_reach(
     part: Slice,
-    asked: Asked,
+    plan: PassPlan,
     states_TD: Tensor,
     masters: RouterMasters,
     *,
@@ -81,9 +81,9 @@ def slice_reach(
     read: WeightsReader = read_weights,
 ) -> tuple[Tensor, float]:
     """What leaves a slice, and the least reach of its tuned routers (`moe/reach.py`); infinite where it has none."""
-    routers = asked.routers(part)
-    with read_routing(part.model, routers, asked.positions_1P) as tape, read(routers) as weights:
-        out = run_packed(part, asked.packing, states_TD, resume=resume, keep=keep)
+    routers = plan.routers(part)
+    with read_routing(part.model, routers, plan.positions_1P) as tape, read(routers) as weights:
+        out = run_packed(part, plan.packing, states_TD, resume=resume, keep=keep)
     gates = masters.parameters_by_layer
     found = [
         reach_of(weights[r.layer].flatten(0, -2), tape.routing_BPLE[0][:, n], list(gates[r.layer].values()))
@@ -96,13 +96,13 @@ def slice_reach(
 class _Held:
     """A pass that waits for its backward."""
 
-    asked: Asked
+    plan: PassPlan
     entering_TD: Tensor
     outputs: tuple[Tensor, Tensor | None] | None
     """With their graph; None where they are computed again."""
 
 
-class Link:
+class HeldSlice:
     """A slice below the last one of a head."""
 
     def __init__(self, part: Slice, *, first: bool, keep: bool) -> None:
@@ -124,23 +124,23 @@ class Link:
         return frozen_digest(self.part.model)
 
     def infer(
-        self, asked: Asked, gates: Mapping[str, Tensor] | None, states_TD: Tensor
+        self, plan: PassPlan, gates: Mapping[str, Tensor] | None, states_TD: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """A pass without a graph. `gates` are the values of all gates, where one has changed."""
         self._put(gates)
         with torch.no_grad():
-            return run_slice(self.part, asked, states_TD, resume=self.resume)
+            return run_slice(self.part, plan, states_TD, resume=self.resume)
 
     def forward(
-        self, asked: Asked, gates: Mapping[str, Tensor] | None, states_TD: Tensor, number: int
+        self, plan: PassPlan, gates: Mapping[str, Tensor] | None, states_TD: Tensor, number: int
     ) -> tuple[Tensor, Tensor | None]:
         """A pass that `backward` of the same number follows; what it gives has no graph."""
         self._put(gates)
         entering_TD = sent(states_TD, self.part.device).detach()
         if not self.resume:
             entering_TD.requires_grad_()
-        outputs = self._run(asked, entering_TD)
-        self._held[number] = _Held(asked, entering_TD, outputs if self.keep else None)
+        outputs = self._run(plan, entering_TD)
+        self._held[number] = _Held(plan, entering_TD, outputs if self.keep else None)
         states_TD, rows = outputs
         return states_TD.detach(), None if rows is None else rows.detach()
 
@@ -153,8 +153,8 @@ class Link:
         With `retain` the pass is held for another call.
         """
         held = self._held[number] if retain else self._held.pop(number)
-        gates = self._gates(held.asked)
-        outputs = held.outputs or self._run(held.asked, held.entering_TD)
+        gates = self._gates(held.plan)
+        outputs = held.outputs or self._run(held.plan, held.entering_TD)
         if retain:
             held.outputs = outputs
         pairs = [
@@ -173,30 +173,30 @@ class Link:
         """Let go of a pass that was retained."""
         del self._held[number]
 
-    def weigh(self, asked: Asked, gates: Mapping[str, Tensor] | None, states_TD: Tensor) -> tuple[Tensor, float]:
+    def weigh(self, plan: PassPlan, gates: Mapping[str, Tensor] | None, states_TD: Tensor) -> tuple[Tensor, float]:
         """What leaves, and the least reach of its routers."""
         self._put(gates)
         with torch.inference_mode(False), torch.enable_grad():
-            return slice_reach(self.part, asked, states_TD, self.masters, resume=self.resume)
+            return slice_reach(self.part, plan, states_TD, self.masters, resume=self.resume)
 
-    def watch(self, asked: Asked, gates: Mapping[str, Tensor] | None, states_TD: Tensor) -> tuple[Tensor, str | None]:
+    def watch(self, plan: PassPlan, gates: Mapping[str, Tensor] | None, states_TD: Tensor) -> tuple[Tensor, str | None]:
         """What leaves, and where values first stop being finite (`moe/finite.py`), if they do."""
         with watching(self.part.model, self.part.start) as seen:
-            states_TD, _ = self.infer(asked, gates, states_TD)
+            states_TD, _ = self.infer(plan, gates, states_TD)
         return states_TD, seen.origin
 
-    def _run(self, asked: Asked, entering_TD: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _run(self, plan: PassPlan, entering_TD: Tensor) -> tuple[Tensor, Tensor | None]:
         for layer, named in self.masters.parameters_by_layer.items():
             for gate in named.values():
-                gate.requires_grad_(layer in asked.layers)
+                gate.requires_grad_(layer in plan.layers)
         # With a graph also where it is let go at once: kernels may differ by whether there is one.
         with torch.inference_mode(False), torch.enable_grad():
-            return run_slice(self.part, asked, entering_TD, resume=self.resume)
+            return run_slice(self.part, plan, entering_TD, resume=self.resume)
 
-    def _gates(self, asked: Asked) -> list[Tensor]:
+    def _gates(self, plan: PassPlan) -> list[Tensor]:
         """The gates that have gradients, in the order of the masters of a whole head."""
         named = self.masters.parameters_by_layer
-        return [gate for layer in self.masters.layers if layer in asked.layers for gate in named[layer].values()]
+        return [gate for layer in self.masters.layers if layer in plan.layers for gate in named[layer].values()]
 
     def _put(self, gates: Mapping[str, Tensor] | None) -> None:
         if gates is not None:

@@ -34,7 +34,7 @@ from roma_ray.engine.work import Job
 from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import QuestionError
 from roma_ray.moe.adapters import save_adapter
-from roma_ray.moe.chain import Chain
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 from roma_ray.stages.extraction import EXTRACT

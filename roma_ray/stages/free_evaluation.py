@@ -23,7 +23,7 @@ from roma_ray.evaluation.guards import TRUNCATED_LIMIT, overlap
 from roma_ray.evaluation.measures import pair_measures
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import by_group
-from roma_ray.moe.chain import Chain
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import Stage, fingerprint

@@ -32,8 +32,8 @@ from roma_ray.engine.work import Job
 from roma_ray.errors import QuestionError
 from roma_ray.evaluation.statistics import pair
 from roma_ray.moe.adapters import load_adapter
-from roma_ray.moe.chain import Chain, as_chain
-from roma_ray.moe.links import Asked
+from roma_ray.moe.head_chain import Chain, as_chain
+from roma_ray.moe.links import PassPlan
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
@@ -85,8 +85,8 @@ def text_sums(
         chosen = [rows[n] for n in batch]
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix, gold_only=True)
         keep = layout.keep()
-        asked = Asked(layout.packing, positions_1P=torch.empty(1, 0, dtype=torch.long), layers=())
-        out = chain.finish(chain.begin(asked, states.packed(chosen, layout), graph=False), keep=keep)
+        plan = PassPlan(layout.packing, positions_1P=torch.empty(1, 0, dtype=torch.long), layers=())
+        out = chain.finish(chain.begin(plan, states.packed(chosen, layout), graph=False), keep=keep)
         places, counts = answer_rows(keep, layout)
         logits_GV, targets = out.states[places].float(), teacher.targets(chosen).to(out.states.device)
         gold_G = torch.tensor([t for p in layout.prompts for t in p.choice_ids[p.answer]], device=logits_GV.device)

@@ -24,7 +24,7 @@ from roma_ray.engine.scoring import score_rows
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.training import Outcome, World
 from roma_ray.errors import ConfigError, ModelError, WorkerError
-from roma_ray.moe.chain import Chain
+from roma_ray.moe.head_chain import Chain
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages.finetuning import TrainJob
 from roma_ray.store.artifacts import file_digest

@@ -17,8 +17,8 @@ from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.training import Outcome, finetune
-from roma_ray.moe.chain import Chain, HereLinks
-from roma_ray.moe.links import Link
+from roma_ray.moe.head_chain import Chain, HereLinks
+from roma_ray.moe.links import HeldSlice
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.routers import find_routers
@@ -37,7 +37,7 @@ def in_slices(job: TrainJob, *starts: int, keep: bool = True) -> Chain:
     """The head of a job, cut before these layers too."""
     ends = [job.setup.cut, *starts]
     links = [
-        Link(job.model.load(a, b, with_lm_head=False), first=n == 0, keep=keep)
+        HeldSlice(job.model.load(a, b, with_lm_head=False), first=n == 0, keep=keep)
         for n, (a, b) in enumerate(pairwise(ends))
     ]
     return Chain(job.model.load(ends[-1], None, with_lm_head=True), HereLinks(links))

@@ -17,7 +17,7 @@ from roma_ray.engine.scoring import score_rows
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ConfigError, GuardError
 from roma_ray.moe.adapters import load_adapter, save_adapter
-from roma_ray.moe.chain import HereLinks
+from roma_ray.moe.head_chain import HereLinks
 from roma_ray.runs.method_comparison import compare
 from roma_ray.runs.pipeline import Run, run
 from tests.engine.loops import assert_same, in_slices, stop_at, train, trained

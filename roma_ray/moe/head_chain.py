@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from roma_ray.moe.finite import watching
-from roma_ray.moe.links import Asked, Link, run_slice, slice_reach
+from roma_ray.moe.links import HeldSlice, PassPlan, run_slice, slice_reach
 from roma_ray.moe.masters import RouterMasters, frozen_digest, gate_tensors
 from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.routers import Router
@@ -34,7 +34,7 @@ class Links(Protocol):
     def __len__(self) -> int: ...
 
     def call(self, link: int, method: str, *arguments: Any, parts: int = 1) -> Any:
-        """Call a `Link`'s method and do not wait; a handle of its value, or of each of its `parts`.
+        """Call a `HeldSlice`'s method and do not wait; a handle of its value, or of each of its `parts`.
 
         Arguments may be handles. Calls of one link run in the order in which they were made.
         """
@@ -46,7 +46,7 @@ class Links(Protocol):
 class HereLinks:
     """Links in this process: each call is done when it is made, and a handle is the value."""
 
-    def __init__(self, links: Sequence[Link] = ()) -> None:
+    def __init__(self, links: Sequence[HeldSlice] = ()) -> None:
         self.links = links
 
     def __len__(self) -> int:
@@ -60,12 +60,12 @@ class HereLinks:
 
 
 @dataclass
-class Begun:
+class BegunPass:
     """A pass that the links work on."""
 
     number: int | None
     """By which its backward is called; None without a graph."""
-    asked: Asked
+    plan: PassPlan
     states: Any
     rows: list[Any]
 
@@ -131,29 +131,29 @@ class Chain:
         below = [self.links.call(n, "digest") for n in range(len(self.links))]
         return " ".join([frozen_digest(self.part.model), *map(self.links.get, below)])
 
-    def ahead(self, items: Iterable[Item], begin: Callable[[Item], Begun]) -> Iterator[tuple[Item, Begun]]:
+    def ahead(self, items: Iterable[Item], begin: Callable[[Item], BegunPass]) -> Iterator[tuple[Item, BegunPass]]:
         """Each item with its pass, of which a few more are begun than are taken, so that all slices have work: as many as there are
         slices (1F1B), and one, for what a link hands on has a way to go.
         """
-        waiting: deque[tuple[Item, Begun]] = deque()
+        waiting: deque[tuple[Item, BegunPass]] = deque()
         for item in items:
             waiting.append((item, begin(item)))
             if len(waiting) > len(self.links) + 1:
                 yield waiting.popleft()
         yield from waiting
 
-    def begin(self, asked: Asked, states_TD: Tensor, *, graph: bool) -> Begun:
+    def begin(self, plan: PassPlan, states_TD: Tensor, *, graph: bool) -> BegunPass:
         """Send a pass through the links; `states_TD` are those after the attention of the head's first layer."""
         number = next(self._numbers) if graph else None
         states: Any = states_TD
         rows = []
         for link, gates in enumerate(self._changed()):
             method, more = ("infer", ()) if number is None else ("forward", (number,))
-            states, own = self.links.call(link, method, asked, gates, states, *more, parts=2)
+            states, own = self.links.call(link, method, plan, gates, states, *more, parts=2)
             rows.append(own)
-        return Begun(number, asked, states, rows)
+        return BegunPass(number, plan, states, rows)
 
-    def finish(self, begun: Begun, *, keep: Sequence[int], vocabulary_rows: Tensor | None = None) -> Pass:
+    def finish(self, begun: BegunPass, *, keep: Sequence[int], vocabulary_rows: Tensor | None = None) -> Pass:
         """Take a pass up where the links leave it, in the caller's grad mode. Arguments as of `run_packed`."""
         below: list[Tensor | None] = [self.links.get(begun.states), *map(self.links.get, begun.rows)]
         if len(self.links):
@@ -164,7 +164,7 @@ class Chain:
         assert entering_TD is not None
         states, own = run_slice(
             self.part,
-            begun.asked,
+            begun.plan,
             entering_TD,
             resume=not len(self.links),
             keep=keep,
@@ -172,9 +172,9 @@ class Chain:
         )
         found = [row for row in (*rows, own) if row is not None]
         if not found:
-            found = [states.new_empty(*begun.asked.positions_1P.shape, 0, 0)]
+            found = [states.new_empty(*begun.plan.positions_1P.shape, 0, 0)]
         routing_1PLE = found[0] if len(found) == 1 else torch.cat(found, dim=2)
-        return Pass(begun.number, begun.asked.layers, states, routing_1PLE, below if len(self.links) else [])
+        return Pass(begun.number, begun.plan.layers, states, routing_1PLE, below if len(self.links) else [])
 
     def gradients(
         self, done: Pass, term: Tensor, masters: RouterMasters, *, retain: bool = False
@@ -208,7 +208,7 @@ class Chain:
 
     def reach(
         self,
-        asked: Asked,
+        plan: PassPlan,
         states_TD: Tensor,
         masters: RouterMasters,
         *,
@@ -220,22 +220,22 @@ class Chain:
         states: Any = states_TD
         handles = []
         for link, gates in enumerate(self._changed()):
-            states, own = self.links.call(link, "weigh", asked, gates, states, parts=2)
+            states, own = self.links.call(link, "weigh", plan, gates, states, parts=2)
             handles.append(own)
         entering_TD = self.links.get(states)
         resume = not len(self.links)
-        _, found = slice_reach(self.part, asked, entering_TD, masters, resume=resume, keep=keep, read=read)
+        _, found = slice_reach(self.part, plan, entering_TD, masters, resume=resume, keep=keep, read=read)
         return min([found, *map(self.links.get, handles)])
 
-    def origin(self, asked: Asked, states_TD: Tensor, *, keep: Sequence[int]) -> str | None:
+    def origin(self, plan: PassPlan, states_TD: Tensor, *, keep: Sequence[int]) -> str | None:
         """Where values first stop being finite, if they do (`moe/finite.py`)."""
         states: Any = states_TD
         handles = []
         for link, gates in enumerate(self._changed()):
-            states, own = self.links.call(link, "watch", asked, gates, states, parts=2)
+            states, own = self.links.call(link, "watch", plan, gates, states, parts=2)
             handles.append(own)
         with watching(self.part.model, self.part.start) as seen:
-            run_slice(self.part, asked, self.links.get(states), resume=not len(self.links), keep=keep)
+            run_slice(self.part, plan, self.links.get(states), resume=not len(self.links), keep=keep)
         return next((found for found in (*map(self.links.get, handles), seen.origin) if found is not None), None)
 
     def _changed(self) -> list[dict[str, Tensor] | None]:
