@@ -265,8 +265,8 @@ class RayConfig(Section):
     evaluate_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`, for benchmarks."""
     finetune_workers: int | None = Field(default=None, ge=1)
-    """Training processes; never more than a step has micro-batches. Default as for `extract_workers`, and one for each 50
-    micro-batches of the whole run."""
+    """Training processes, with `finetune.chain` those of all slices; never more than a step has micro-batches (chains: as many).
+    Default as for `extract_workers`, and one for each 50 micro-batches of the whole run."""
     baselines_workers: int | None = Field(default=None, ge=1)
     """Methods that are fitted and asked at a time, each in a process of its own. Default as for `extract_workers`."""
     cpus_per_worker: float = Field(default=0.5, gt=0)

@@ -136,9 +136,10 @@ class Chain:
         slices (1F1B), and one, for what a link hands on has a way to go.
         """
         waiting: deque[tuple[Item, BegunPass]] = deque()
+        most = len(self.links) + 1 if len(self.links) else 0
         for item in items:
             waiting.append((item, begin(item)))
-            if len(waiting) > len(self.links) + 1:
+            if len(waiting) > most:
                 yield waiting.popleft()
         yield from waiting
 
