@@ -13,7 +13,7 @@ from roma_ray.ablations.factors import centre_text
 from roma_ray.ablations.space import Space, Trial, possible_extractions
 from roma_ray.borders.text import duration_text
 from roma_ray.config.schema import Config
-from roma_ray.engine.identity import answer_rule, refuse_free_form
+from roma_ray.engine.identity import answer_rule, refuse_chain, refuse_free_form
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.setup import Setup, resolve, resolve_path
 from roma_ray.engine.steps import locate, order
@@ -98,6 +98,7 @@ def make_plan(space: Space, device: str | None = None, measure: Measure = unmeas
     """
     for trial in space.trials:
         refuse_free_form(trial.config, "a sweep, a verdict or a run of several seeds")
+        refuse_chain(trial.config, "a trial of a sweep, a verdict or a run of several seeds")
     check_searchable(space)
     setups, later = resolve_all(space, device, measure)
     merged: dict[str, Planned] = {}

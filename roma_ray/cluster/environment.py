@@ -17,6 +17,8 @@ _RAY = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     # The core's own log on stderr; its files in the session folder stay.
     "RAY_BACKEND_LOG_LEVEL": "fatal",
+    # What batches in flight through a chain say when one of its actors dies: the first to say so has been heard.
+    "RAY_IGNORE_UNHANDLED_ERRORS": "1",
     # How long Ray Train takes to see that a worker ended; its own 2 s add up over short runs.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     # Of workers. glibc gives each of Ray's many threads a heap of its own (eight for each core), and each trial's freed memory

@@ -103,6 +103,20 @@ def room(nodes: Sequence[Node], need: Need) -> int:
     return sum(_room(node, need) for node in nodes)
 
 
+def chains(nodes: Sequence[Node], needs: Sequence[Need]) -> int:
+    """How many chains the nodes hold at once, each of one worker a need, wherever each has room."""
+    left = [dict(node.resources) for node in nodes]
+    count = 0
+    while True:
+        for need in sorted(needs, key=lambda need: -(need.memory_gib or 0.0)):
+            fitting = (n for n, node in enumerate(nodes) if _room(Node(left[n], node.labels), need))
+            if (chosen := next(fitting, None)) is None:
+                return count
+            for name, amount in need.resources().items():
+                left[chosen][name] -= 0.0 if name.startswith(_KIND) else amount
+        count += 1
+
+
 def _room(node: Node, need: Need) -> int:
     if need.accelerator is not None and need.accelerator not in node.kinds:
         return 0

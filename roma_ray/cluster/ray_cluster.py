@@ -138,13 +138,10 @@ class Cluster:
         if not kept:
             self.pool.release()
         need = need_of(stage, self.config.ray, device)
-        self._await_room(need, min(wanted or 1, at_most))
+        self.await_room(need, min(wanted or 1, at_most))
         nodes = self.nodes()
-        if stage == "finetune" and need.gpus and need.accelerator is None:
-            kind, kinds = main_kind(nodes, need)
-            if kind is not None:
-                self.say(f"finetune: on {kind}, of {', '.join(kinds)} (ray.finetune.accelerator names another)")
-                need = need.of_kind(kind)
+        if stage == "finetune":
+            need = self.of_one_kind(stage, need)
         fit = room(nodes, need)
         if fit < 1 or (wanted or 0) > fit:
             lower = f"Lower ray.{stage}_workers, ray.cpus_per_worker or ray.gpus_per_worker"
@@ -154,11 +151,23 @@ class Cluster:
                 "(ray.wait_seconds where the cluster starts them itself)."
             )
         if wanted is None:
-            cores = usable_cores() if self._started else int(self.resource("CPU"))
-            wanted = fit if device == "cuda" else min(fit, max(1, cores // self.config.threads))
+            wanted = fit if device == "cuda" else min(fit, max(1, self.cores() // self.config.threads))
         return max(1, min(wanted, at_most)), need
 
-    def _await_room(self, need: Need, workers: int) -> None:
+    def of_one_kind(self, stage: str, need: Need) -> Need:
+        """The need on the kind of GPU with the most room, where there are several and none is named: workers that must be alike."""
+        if not need.gpus or need.accelerator is not None:
+            return need
+        kind, kinds = main_kind(self.nodes(), need)
+        if kind is not None:
+            self.say(f"{stage}: on {kind}, of {', '.join(kinds)} (ray.{stage}.accelerator names another)")
+        return need.of_kind(kind)
+
+    def cores(self) -> int:
+        """The cores of this machine where the cluster is its own, for its logical CPUs are more; else the cluster's logical CPUs."""
+        return usable_cores() if self._started else int(self.resource("CPU"))
+
+    def await_room(self, need: Need, workers: int) -> None:
         """Ask the autoscaler for nodes and wait for them, at most `ray.wait_seconds`."""
         limit = time.monotonic() + self.config.ray.wait_seconds
         if not self.config.ray.wait_seconds or room(self.nodes(), need) >= workers:

@@ -8,17 +8,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from roma_ray.cluster.batch_actors import calls_at_once, ray_executor
+from roma_ray.cluster.chain_actors import chain_executor
 from roma_ray.cluster.failures import explained
+from roma_ray.cluster.head_actors import ChainHeads
 from roma_ray.cluster.ray_baselines import baselines_on_ray
 from roma_ray.cluster.ray_cluster import Cluster, open_cluster
 from roma_ray.cluster.ray_training import finetune_on_ray
 from roma_ray.config.schema import Config
 from roma_ray.engine.expert_backends import measure_backends
+from roma_ray.engine.heads import FRESH, Heads
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import Setup, resolve
-from roma_ray.engine.work import Executor, Report, Work, serial
+from roma_ray.engine.work import Executor, Report, Work, one_by_one, serial
+from roma_ray.stages.answer_work import Answerer, AnswerWork
 from roma_ray.store.artifacts import Store
 
 LOCAL_ADDRESS = "local"
@@ -66,13 +70,17 @@ def open_place(config: Config, address: str | None, progress: Progress) -> Itera
 
 def ray_runners(cluster: Cluster, device: str) -> Runners:
     """The cluster's runners for workers on `device`, the one that `Setup` was resolved with."""
+    near = near_device(cluster, device)
+    divided = None if cluster.config.finetune.chain is None else ChainHeads(cluster.config, device, cluster)
     return Runners(
         extract=ray_executor(cluster, "extract", device),
+        chain=chain_executor(cluster, device),
         embed=ray_executor(cluster, "embed", device),
         search=ray_executor(cluster, "evaluate", device),
         finetune=finetune_on_ray(cluster, device),
-        call=near_device(cluster, device),
-        evaluate=ray_executor(cluster, "evaluate", device),
+        call=near,
+        evaluate=ray_executor(cluster, "evaluate", device) if divided is None else answers_by_chain(divided, near),
+        heads=divided or FRESH,
         baselines=baselines_on_ray(cluster, device),
         expect=expecting(cluster, device),
     )
@@ -97,6 +105,23 @@ def expecting(cluster: Cluster, device: str) -> Callable[[str], None]:
     return expect
 
 
+def answers_by_chain(heads: Heads, near: Callable[..., Any]) -> Executor:
+    """An executor of an evaluation's answers by one head in slices; its last slice is where the device is."""
+
+    def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        assert isinstance(work, AnswerWork)
+        if batches:
+            yield from near("evaluate", answered_by, work, list(batches), heads, progress=Silence())
+
+    return execute
+
+
+def answered_by(work: AnswerWork, batches: Sequence[int], heads: Heads, progress: Progress) -> list[Report]:
+    """Answer parts with a head that is lent."""
+    with heads.lend(work.model, work.setup.cut) as head:
+        return list(one_by_one(Answerer(work, head), batches))
+
+
 def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[[ModelSpec], dict[str, Any]]:
     """Measures the experts backends where the workers run, for `resolve`."""
 
@@ -112,12 +137,15 @@ def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[
 def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
     """Calls a function here when this machine has the device, else in a task of the cluster that has it."""
 
+    # A head in slices needs as many GPUs as Ray knows to be free, and this process's own is not counted.
+    divided = cluster.config.finetune.chain is not None
+
     def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
         import torch
 
         # What runs now needs none of their models, and perhaps their memory.
         cluster.pool.release()
-        if device == "cpu" or torch.cuda.is_available():
+        if device == "cpu" or (torch.cuda.is_available() and not divided):
             return function(*arguments, progress=progress)
         import ray
 

@@ -13,11 +13,14 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from roma_ray.cluster.chains import ChainPlan, plan_chains
 from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import explain, packed, unpacked
+from roma_ray.cluster.head_actors import head_over
 from roma_ray.cluster.live import FILE, LiveReader, LiveWriter
 from roma_ray.cluster.placement import Need
 from roma_ray.cluster.ray_cluster import Cluster, on_loopback, place_of_runs
@@ -28,6 +31,8 @@ from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.runners import Trainer
 from roma_ray.errors import RomaError
+from roma_ray.moe.head_chain import Chain
+from roma_ray.moe.slices import Slice
 from roma_ray.stages.finetuning import CHECKPOINT, EPOCHS, TrainJob
 from roma_ray.store.artifacts import Stage, note_device, note_start
 from roma_ray.store.files import exists, for_libraries, read_bytes, remove, remove_folder, write_bytes
@@ -63,10 +68,17 @@ def _on_workers(cluster: Cluster, job: TrainJob, device: str, live: LiveReader, 
     """Train on workers; `left` seconds are left for one process, where that was measured. Raises RomaError."""
     cluster.connect()
     began, wanted = time.monotonic(), cluster.config.ray.finetune_workers
-    workers, need = cluster.place("finetune", wanted, most_workers(job, wanted, left), device)
+    at_most, slices = most_workers(job, wanted, left), job.settings.chain
+    plan = None
+    if slices is None:
+        workers, need = cluster.place("finetune", wanted, at_most, device)
+    else:
+        plan = plan_chains(cluster, "finetune", job.model, slices, None, at_most, device, first=job.setup.cut)
+        # Each training worker holds the last slice of a chain of its own.
+        workers, need = plan.copies, plan.needs[-1]
     folder = job.stage.path
-    cluster.say(f"finetune: {workers} worker(s), {device}")
-    failures = _follow(lambda: _fit(cluster, job, workers, live.token, need), live, folder, cluster.say)
+    cluster.say(f"finetune: {f'{workers} worker(s)' if plan is None else plan}, {device}")
+    failures = _follow(lambda: _fit(cluster, job, workers, live.token, need, plan), live, folder, cluster.say)
     if live.up is not None:
         note_start(folder, {"workers": live.up - began})
     remove_folder(place_of_runs(folder) / RUNS)
@@ -115,7 +127,9 @@ def _follow(fit: Callable[[], Any], live: LiveReader, folder: Path, say: Callabl
     return outcome[0]
 
 
-def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) -> list[dict[str, str]] | None:
+def _fit(
+    cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need, plan: ChainPlan | None
+) -> list[dict[str, str]] | None:
     """Train on the cluster; the workers' expected failures, where there were any."""
     from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -125,7 +139,7 @@ def _fit(cluster: Cluster, job: TrainJob, workers: int, token: str, need: Need) 
     settings = cluster.config.ray
     result = TorchTrainer(
         train_worker,
-        train_loop_config={"job": job, "token": token},
+        train_loop_config={"job": job, "token": token, "plan": plan},
         torch_config=OneMachine() if on_loopback() else None,
         scaling_config=ScalingConfig(
             num_workers=workers,
@@ -183,7 +197,8 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
                 world.agree()
                 ray.train.report(record)
 
-            mine.run(world, report, live.advance if live else lambda count, note: None)
+            with _head(job, settings["plan"]) as head:
+                mine.run(world, report, live.advance if live else lambda count, note: None, head)
             world.agree()
             return None
         except PeerFailed:
@@ -193,6 +208,13 @@ def train_worker(settings: dict[str, Any]) -> list[dict[str, str]] | None:
             failure = packed(error)
             world.fail()
     return [found for found in world.collect(failure) if found]
+
+
+def _head(job: TrainJob, plan: ChainPlan | None) -> AbstractContextManager[Slice | Chain | None]:
+    """The head in slices where that is planned; None leaves it to the job to load it whole."""
+    if plan is None:
+        return nullcontext()
+    return head_over(plan, job.model, job.setup.config, name="finetune", folder=job.folder)
 
 
 def share_checkpoint(job: TrainJob, world: Any, scratch: Path) -> TrainJob:

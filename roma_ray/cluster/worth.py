@@ -55,8 +55,9 @@ def begins_here(cluster: Cluster, stage: str, device: str, model: ModelSpec | st
     settings = cluster.config.ray
     asked = getattr(settings, f"{stage}_workers") or getattr(settings, stage) != PlacementConfig()
     streamed = stage == "extract" and cluster.config.extraction.memory_gb is not None
+    divided = stage == "finetune" and cluster.config.finetune.chain is not None
     here = cluster.own or stage == "evaluate"
-    if asked or streamed or not here or not (device == "cpu" or torch.cuda.is_available()):
+    if asked or streamed or divided or not here or not (device == "cpu" or torch.cuda.is_available()):
         return False
     size = _bytes_of(model)
     return size is not None and size <= _SMALL_BYTES

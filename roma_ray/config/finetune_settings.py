@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -130,5 +130,13 @@ class FinetuneConfig(ScheduleConfig):
     """Which epoch's routers are exported."""
     checkpoint_steps: int = Field(default=25, ge=1)
     """Optimizer steps between checkpoints."""
+    chain: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Workers that hold the head (the layers from the cut up) between them, a slice of its layers each: micro-batches go forward
+    and backward through them, several at once, and so do validation and the run's evaluation. `auto`: as few as have the memory. As
+    many chains train side by side as there is room for. Of a cluster: one process holds the whole head. No part of any fingerprint:
+    the results are the same."""
+    chain_activations: Literal["keep", "recompute"] = "keep"
+    """Of a slice below the last one, between a micro-batch's forward and backward pass: `keep` them, or `recompute` them from the
+    states that entered, which takes the slice's forward pass again and the memory of one micro-batch in place of several."""
     regularizer: RegularizerConfig = RegularizerConfig()
     guard: GuardConfig = GuardConfig()

@@ -48,12 +48,13 @@ class SuccessConfig(Section):
 
 
 def free_form_fault(
-    *, free: bool, tokens: str, registered: Sequence[str], choices: bool, positions: str, streamed: str
+    *, free: bool, tokens: str, registered: Sequence[str], choices: bool, positions: str, written: str, sliced: str
 ) -> str | None:
     """What of a configuration does not go with its kind of questions, in a sentence; None where all does.
 
     tokens: `routing.tokens`; registered: data sets of the registry; choices: whether a mapping of columns names any;
-    positions: of the regularizer; streamed: the metric that needs written answers where the model is streamed, else empty.
+    positions: of the regularizer; written: the metric that needs written answers, if it does; sliced: the setting of the extraction
+    by which no worker holds the whole model, if there is one.
     """
     if not free:
         if tokens == ANSWER:
@@ -69,10 +70,10 @@ def free_form_fault(
         )
     if choices:
         return "columns.choices and columns.labels are of multiple choice, and questions.prompt.format is free: leave them out"
-    if streamed:
+    if written and sliced:
         return (
-            f"extraction.success.metric: {streamed} writes answers with the whole model, and extraction.memory_gb streams it: leave "
-            "memory_gb out, or set the metric to likelihood or verdict"
+            f"extraction.success.metric: {written} writes answers with the whole model, and extraction.{sliced} divides it: leave "
+            f"{sliced} out, or set the metric to likelihood or verdict"
         )
     if tokens == ANSWER and positions == "sum":
         return (

@@ -6,7 +6,7 @@ Every field is documented under its name. The resolved configuration is saved wi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, field_validator, model_validator
@@ -167,6 +167,11 @@ class ExtractionConfig(Section):
     """Most weights (GB) that an extraction worker holds at once; a larger model runs as a chain of layer slices. No part of
     any fingerprint: the results are the same, but a batch that fails ends the run, where whole models set a bad question
     aside. Of the extraction alone: finetuning holds the layers from the cut up (and without a cache those below too)."""
+    chain: Annotated[int, Field(ge=1)] | Literal["auto"] | None = None
+    """Workers that hold the model between them, a slice of its layers each, and hand every batch's states on. `auto`: as few
+    as have the memory. As many chains work side by side as there is room for. Of a cluster: one process streams
+    (`memory_gb`) or holds the whole model. With `memory_gb` no slice is larger than that. In fingerprints, and of a batch
+    that fails, as `memory_gb`."""
 
 
 class EmbeddingConfig(Section):
@@ -253,16 +258,16 @@ class RayConfig(Section):
     """A cluster's address (host:6379). Default: $RAY_ADDRESS, a cluster that runs on this machine, else one of its own.
     `new` always starts its own; `local` is the command's own process, without Ray."""
     extract_workers: int | None = Field(default=None, ge=1)
-    """Processes that each hold a model. Default: one a GPU, or the cluster's CPUs by `threads`; without a cluster in sight, none
-    for work that starting them would lengthen (roma_ray/cluster/worth.py)."""
+    """Processes that each hold a model, or with `extraction.chain` a slice of one. Default: one a GPU, or the cluster's CPUs by
+    `threads`; without a cluster in sight, none for work that starting them would lengthen (roma_ray/cluster/worth.py)."""
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
     evaluate_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`, for a run's own test questions and for benchmarks; an evaluation by a small model begins in the driver
     also where there is a cluster."""
     finetune_workers: int | None = Field(default=None, ge=1)
-    """Training processes; never more than a step has micro-batches. Default as for `extract_workers`, and one for each 50
-    micro-batches of the whole run."""
+    """Training processes, with `finetune.chain` those of all slices; never more than a step has micro-batches (chains: as many).
+    Default as for `extract_workers`, and one for each 50 micro-batches of the whole run."""
     baselines_workers: int | None = Field(default=None, ge=1)
     """Processes that fit and ask methods, one each at a time, or work on a part of a method's questions. Default as for
     `extract_workers`."""
@@ -373,10 +378,27 @@ class Config(Section):
             registered=[source.dataset for source in sources if source.dataset and "/" not in source.dataset],
             choices=any(columns.choices != "choices" or columns.labels is not None for columns in mapped),
             positions=self.finetune.regularizer.positions,
-            streamed=success.metric if success.writes and self.extraction.memory_gb is not None else "",
+            written=success.metric if success.writes else "",
+            sliced=next((name for name in ("memory_gb", "chain") if getattr(self.extraction, name) is not None), ""),
         )
         if fault:
             raise ValueError(fault)
+        return self
+
+    @model_validator(mode="after")
+    def _head_in_slices(self) -> Config:
+        if self.finetune.chain is None:
+            return self
+        if not self.extraction.cache:
+            raise ValueError(
+                "finetune.chain divides the layers from the cut up, and without extraction.cache each worker would run those below it "
+                "too: set extraction.cache to true, or leave finetune.chain out"
+            )
+        if self.questions.prompt.format == FREE and self.extraction.success.writes:
+            raise ValueError(
+                f"extraction.success.metric: {self.extraction.success.metric} writes answers with the whole model, and finetune.chain "
+                "divides it: leave finetune.chain out, or set the metric to likelihood or verdict"
+            )
         return self
 
     def to_yaml(self) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from roma_ray.engine.model_spec import ModelSpec
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.routers import gates_of, put_gates
 from roma_ray.moe.slices import Slice
 
@@ -14,8 +15,8 @@ class Heads:
     """Loads a head whenever one is asked for."""
 
     @contextmanager
-    def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice]:
-        """The layers from `cut` up, with `lm_head`, for as long as the block runs. Raises ModelError."""
+    def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice | Chain]:
+        """The layers from `cut` up, with `lm_head`, whole or in slices, for as long as the block runs. Raises ModelError."""
         yield model.load(cut, None, with_lm_head=True)
 
 
@@ -28,7 +29,7 @@ class KeptHeads(Heads):
         self._head: Slice | None = None
 
     @contextmanager
-    def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice]:
+    def lend(self, model: ModelSpec, cut: int) -> Iterator[Slice | Chain]:
         """As above; the routers are the base model's again afterwards. A head that an error leaves behind is not kept."""
         if self._head is None or self._key != (model, cut):
             self._head = None  # Never two of them in memory.

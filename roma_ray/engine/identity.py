@@ -30,6 +30,8 @@ _YOUNGER_TERM = (*_YOUNGER_SCHEDULE, "distance", "positions", "prior", "entropy_
 _YOUNGER_TUNING = (*_YOUNGER_SCHEDULE, "decay_to", "task_schedule", "logits", "guard", "distill")
 _YOUNGER_QUESTIONS = ("splits", "held_out_tasks")
 _YOUNGER_METHODS = ("steering", "fragile")
+# Of finetuning: which workers hold what.
+_PLACES = ("chain", "chain_activations")
 
 
 def is_cloze(config: Config) -> bool:
@@ -57,6 +59,15 @@ def refuse_distilled(config: Config, what: str) -> None:
         raise ConfigError(
             f"{what} trains by the right answers, and finetune.task_loss is distill: set it to choices. `roma-ray run`, `local` and "
             "`repair` train against a teacher"
+        )
+
+
+def refuse_chain(config: Config, what: str) -> None:
+    """Raise ConfigError where the head is to be divided among workers and `what` holds it whole."""
+    if config.finetune.chain is not None:
+        raise ConfigError(
+            f"{what} holds the head whole, and finetune.chain divides it among workers: leave finetune.chain out. `roma-ray run` and "
+            "`repair` train and judge over a chain"
         )
 
 
@@ -112,14 +123,15 @@ def neighbors_settings(config: Config) -> dict[str, Any]:
 
 
 def finetune_settings(config: FinetuneConfig, *, cloze: bool) -> dict[str, Any]:
-    """What decides the tuned routers and their curves; how often a checkpoint is written does not."""
+    """What decides the tuned routers and their curves; how often a checkpoint is written does not, nor who holds which layers."""
     term = config.regularizer
     younger = {
         "task_schedule": (config.task_schedule, _idle_schedule(config.task_schedule, "finetune.task_schedule")),
         "logits": (config.logits, _idle_logits(config.logits)),
     }
     # What a teacher says is another stage, which the training is made of.
-    outside = {"checkpoint_steps", "regularizer", "guard", "distill", *younger, *_idle_finetune(config, cloze=cloze)}
+    outside = {"checkpoint_steps", "regularizer", "guard", "distill", *_PLACES, *younger}
+    outside |= set(_idle_finetune(config, cloze=cloze))
     settings = _aged(config.model_dump(mode="json", exclude=outside), FinetuneConfig, _YOUNGER_TUNING)
     acting = term.model_dump(mode="json", exclude=set(_idle_regularizer(term, config.epochs)))
     settings["regularizer"] = _aged(acting, RegularizerConfig, _YOUNGER_TERM)
@@ -144,7 +156,7 @@ def guard_acts(config: FinetuneConfig) -> bool:
 def aged(data: dict[str, Any]) -> dict[str, Any]:
     """A whole configuration's plain data as it was before its youngest settings, wherever those have their defaults.
 
-    Whether the task loss alone is judged beside it decides nothing of the run itself.
+    Whether the task loss alone is judged beside it decides nothing of the run itself, nor do chains.
     """
     asked, tuned, judged = data["questions"], data["finetune"], data["evaluation"]
     return {
@@ -152,13 +164,13 @@ def aged(data: dict[str, Any]) -> dict[str, Any]:
         "baselines": _aged(data["baselines"], BaselinesConfig, _YOUNGER_METHODS),
         "questions": {k: v for k, v in asked.items() if v or k not in _YOUNGER_QUESTIONS},
         "finetune": {
-            **_aged(tuned, FinetuneConfig, _YOUNGER_TUNING),
+            **{k: v for k, v in _aged(tuned, FinetuneConfig, _YOUNGER_TUNING).items() if k not in _PLACES},
             "regularizer": _aged(tuned["regularizer"], RegularizerConfig, _YOUNGER_TERM),
         },
         "extraction": {
             k: v
             for k, v in data["extraction"].items()
-            if k != "success" or v != SuccessConfig().model_dump(mode="json")
+            if k != "chain" and (k != "success" or v != SuccessConfig().model_dump(mode="json"))
         },
         "evaluation": {name: value for name, value in judged.items() if name != "task_loss_alone"},
     }
@@ -227,6 +239,8 @@ def _idle_finetune(config: FinetuneConfig, *, cloze: bool) -> dict[str, str]:
     found = _idle_schedule(config, "finetune")
     if config.weight_decay == 0:
         found["decay_to"] = "finetune.weight_decay is 0"
+    if config.chain is None:
+        found["chain_activations"] = "finetune.chain is not set"
     if cloze and config.task_loss != "distill":
         found["task_loss"] = "questions.prompt.format is not letter"
     # The last epoch is the best one.

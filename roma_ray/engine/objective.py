@@ -5,9 +5,9 @@ Q questions of a micro-batch, T flat tokens, P read positions, D width, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,13 +27,12 @@ from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position
 from roma_ray.manifold.neighbors import Neighborhoods
 from roma_ray.manifold.priors import base_targets, task_targets, uniform_targets
 from roma_ray.manifold.regularizers import REGULARIZERS, Regularized, yardstick
+from roma_ray.moe.head_chain import BegunPass, Chain, Pass, as_chain
 from roma_ray.moe.layers import aligned_positions
+from roma_ray.moe.links import PassPlan
 from roma_ray.moe.masters import RouterMasters
-from roma_ray.moe.passes import run_packed
-from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, reach_of, read_weights
-from roma_ray.moe.reading import read_routing
+from roma_ray.moe.reach import UNREACHED, WeightsReader, is_unreached, read_weights
 from roma_ray.moe.routers import Router
-from roma_ray.moe.scaling import scaled_logits
 from roma_ray.moe.sending import pinned, sent
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -134,14 +133,15 @@ class Objective:
     def __init__(
         self,
         config: FinetuneConfig,
-        head: Slice,
+        head: Slice | Chain,
         data: TrainingData,
         masters: RouterMasters,
         weights: WeightsReader = read_weights,
     ) -> None:
-        self.config, self.head, self.data, self.masters = config, head, data, masters
+        self.config, self.data, self.masters = config, data, masters
+        self.head = as_chain(head)
         self.read_weights = weights
-        self.device = str(next(head.model.parameters()).device)
+        self.device = str(self.head.device)
         self.columns = [n for n, router in enumerate(head.routers) if router.layer in masters.layers]
         term = config.regularizer
         # Whether each position has its own pull. Extraction keeps their mean row alone, so the rows are read here.
@@ -176,22 +176,21 @@ class Objective:
 
         `now` is the step whose temperature and dropout the router logits go through; without it they stay as they are.
         """
-        task, on, entropy = self._terms(micro, now)
+        task, on, entropy = self._terms(micro, self._run(micro, now))
         return task, REGULARIZERS[self.config.regularizer.kind](on), entropy
 
-    def _terms(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Regularized, Tensor]:
-        """As `losses`, with what the regularizer may see in its place."""
-        reading = micro.reading
-        routing_1PLE, states = self._run(micro, now)
+    def _terms(self, micro: Micro, done: Pass) -> tuple[Tensor, Regularized, Tensor]:
+        """As `losses`, of a pass, with what the regularizer may see in its place."""
+        reading, states = micro.reading, done.states
         positions_QP = sent(reading.positions[self.data.tokens], self.device)
-        routing_QLE = mean_routing(routing_1PLE, positions_QP)
+        routing_QLE = mean_routing(done.routing_1PLE, positions_QP)
         if micro.targets is None:
             task = task_losses(states, reading.keep, reading.layout, over=self.over, rows_V=micro.vocabulary_V)
         else:
             task = distillation_losses(states, reading.keep, reading.layout, micro.targets)
         own = self.targets.take(torch.tensor(micro.rows))
         targets = NeighborTargets(*(sent(column, self.device) for column in own))
-        rows = pulled(routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
+        rows = pulled(done.routing_1PLE[0].unflatten(0, positions_QP.shape), targets) if self.each else routing_QLE
         term = self.config.regularizer
         on = Regularized(
             rows, targets, self.masters.parameters(), term.distance, term.entropy_sign, term.entropy_target
@@ -199,25 +198,22 @@ class Objective:
         entropy = -(routing_QLE * routing_QLE.clamp_min(1e-30).log()).sum(-1).mean(-1).sum().detach()
         return task, on, entropy
 
-    def _run(self, micro: Micro, now: Moment | None = None) -> tuple[Tensor, Tensor]:
+    def _plan(self, micro: Micro, now: Moment | None = None) -> PassPlan:
+        """What a pass over a micro-batch is to do."""
+        layout, layers = micro.reading.layout, self.masters.layers
+        width = self.masters.routers[0].width
+        factors = None if now is None else now.logit_factors(layout, len(layers), width)
+        return PassPlan(layout.packing, micro.reading.flat_positions, layers, factors)
+
+    def _begin(self, micro: Micro, now: Moment | None = None, *, graph: bool = True) -> BegunPass:
+        return self.head.begin(self._plan(micro, now), micro.states_TD, graph=graph)
+
+    def _finish(self, micro: Micro, begun: BegunPass) -> Pass:
+        return self.head.finish(begun, keep=micro.reading.keep, vocabulary_rows=micro.vocabulary_V)
+
+    def _run(self, micro: Micro, now: Moment | None = None) -> Pass:
         """The tuned layers' routing rows [1, Q * P, L, E] at a micro-batch's positions, and the logits at its kept tokens."""
-        reading = micro.reading
-        routers = [self.head.routers[n] for n in self.columns]
-        with ExitStack() as stack:
-            shape = len(routers), routers[0].width
-            factors = None if now is None else now.logit_factors(reading.layout, *shape)
-            if factors is not None:
-                stack.enter_context(scaled_logits(routers, sent(factors, self.device)))
-            tape = stack.enter_context(read_routing(self.head.model, routers, reading.flat_positions))
-            out = run_packed(
-                self.head,
-                reading.layout.packing,
-                micro.states_TD,
-                resume=True,
-                keep=reading.keep,
-                vocabulary_rows=micro.vocabulary_V,
-            )
-        return tape.routing_BPLE, out.states
+        return self._finish(micro, self._begin(micro, now))
 
     def _targets(self) -> NeighborTargets:
         """What the regularizer pulls each question to."""
@@ -238,8 +234,9 @@ class Objective:
             [aligned_positions(data.tokens, len(prompt.prompt_ids), self.longest) for prompt in data.prompts]
         )
         routing_NPLE = torch.zeros(*places_NP.shape, *data.routing_NLE.shape[1:])
-        for micro in self.feed(chunks(data.neighborhoods.indices.unique().tolist(), self.config.micro_batch_size)):
-            routing_1PLE, _ = self._run(micro)
+        feed = self.feed(chunks(data.neighborhoods.indices.unique().tolist(), self.config.micro_batch_size))
+        for micro, begun in self.head.ahead(feed, partial(self._begin, graph=False)):
+            routing_1PLE = self._finish(micro, begun).routing_1PLE
             routing_NPLE[micro.rows] = routing_1PLE[0].unflatten(0, (len(micro.rows), -1)).float().cpu()
         return position_targets(data.neighborhoods, routing_NPLE, places_NP >= 0)
 
@@ -248,15 +245,31 @@ class Objective:
 
         Whether they are finite is seen once a step (`apply`): to look here would make a GPU wait at each micro-batch.
         """
-        task, penalty, entropy = self.losses(micro, now)
+        return self.gradients_of([micro], now)[0]
+
+    def gradients_of(self, micros: Iterable[Micro], now: Moment) -> list[Tensor]:
+        """`gradients` of each micro-batch of a step; of a chain of slices all work at once, on different ones."""
+        passes = self.head.ahead(micros, lambda micro: self._begin(micro, now))
+        begun = [self._backward(micro, self._finish(micro, one), now) for micro, one in passes]
+        return [collect() for collect in begun]
+
+    def _backward(self, micro: Micro, done: Pass, now: Moment) -> Callable[[], Tensor]:
+        """Begin the backward pass of the objective; what is returned waits for its gradients, flat with the sums."""
+        task, on, entropy = self._terms(micro, done)
+        penalty = REGULARIZERS[self.config.regularizer.kind](on)
         # Adding an unused term would still be exact, but a run without one must be readable as such.
         loss = now.task * task if now.strength == 0 else now.task * task + now.strength * penalty
         if not self.with_task:
             # Its gradient is rounding noise, which Adam would make steps of.
             loss = now.strength * penalty
-        parts = torch.autograd.grad(loss, self.masters.parameters())
         sums = torch.stack([task.detach(), penalty.detach(), entropy, loss.detach()]).float()
-        return torch.cat([*(p.reshape(-1) for p in parts), sums])
+        collect = self.head.gradients(done, loss, self.masters)
+
+        def flat() -> Tensor:
+            parts = zip(collect(), self.masters.parameters(), strict=True)
+            return torch.cat([*((torch.zeros_like(g) if p is None else p).reshape(-1) for p, g in parts), sums])
+
+        return flat
 
     def validation(self) -> Scores:
         """The answers of the routers as they are now to the validation questions."""
@@ -330,14 +343,17 @@ class Objective:
         gates = self.masters.parameters()
         kind = self.config.regularizer.kind
         totals = [[torch.zeros_like(g) for g in gates] for _ in range(3)]
-        for micro in self.feed(chunks(rows, self.config.micro_batch_size)):
-            task, on, _ = self._terms(micro)
+        feed = self.feed(chunks(rows, self.config.micro_batch_size))
+        for micro, begun in self.head.ahead(feed, self._begin):
+            done = self._finish(micro, begun)
+            task, on, _ = self._terms(micro, done)
             for term, total in zip((task, REGULARIZERS[kind](on), yardstick(kind, on)), totals, strict=True):
                 if term is not None and term.requires_grad:
-                    grads = torch.autograd.grad(term, gates, retain_graph=True, allow_unused=True)
+                    grads = self.head.gradients(done, term, self.masters, retain=True)()
                     for sum_, grad in zip(total, grads, strict=True):
                         if grad is not None:
                             sum_ += grad
+            self.head.drop(done)
         task_norm, penalty_norm, scale = (
             float(torch.cat([g.reshape(-1) for g in t]).norm()) / len(rows) for t in totals
         )
@@ -346,18 +362,8 @@ class Objective:
     def _reach(self, rows: Sequence[int]) -> float:
         """The least reach of the tuned routers (see `moe/reach.py`), on one micro-batch."""
         micro = next(self.feed([list(rows)]))
-        reading = micro.reading
-        routers = [self.head.routers[n] for n in self.columns]
-        with (
-            read_routing(self.head.model, routers, reading.flat_positions) as tape,
-            self.read_weights(routers) as weights,
-        ):
-            run_packed(self.head, reading.layout.packing, micro.states_TD, resume=True, keep=reading.keep)
-        rows_PLE, gates = tape.routing_BPLE[0], self.masters.parameters_by_layer
-        return min(
-            reach_of(weights[r.layer].flatten(0, -2), rows_PLE[:, n], list(gates[r.layer].values()))
-            for n, r in enumerate(routers)
-        )
+        keep, read = micro.reading.keep, self.read_weights
+        return self.head.reach(self._plan(micro), micro.states_TD, self.masters, keep=keep, read=read)
 
     def settle(self, probe: dict[str, float]) -> None:
         """Leave the task term out where the probe saw that it reaches no tuned router. Raises TrainingError if nothing does."""

@@ -32,6 +32,8 @@ class Runners:
     """Where the heavy stages run."""
 
     extract: Executor = serial
+    chain: Executor | None = None
+    """Extracts with a chain of slices (`extraction.chain`). None: in this process, where there is no chain."""
     embed: Executor = serial
     search: Executor = serial
     """Of neighbors in a large S."""

@@ -15,9 +15,9 @@ from roma_ray.engine.cache import States, prefetched
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import answered, choice_scores, lay_out, own_tokens
 from roma_ray.errors import GuardError
-from roma_ray.moe.finite import begins, watching
-from roma_ray.moe.passes import run_packed
-from roma_ray.moe.reading import read_routing
+from roma_ray.moe.finite import begins
+from roma_ray.moe.head_chain import BegunPass, Chain, as_chain
+from roma_ray.moe.links import PassPlan
 from roma_ray.moe.sending import pinned
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -86,7 +86,7 @@ def joined(parts: Sequence[Scores]) -> Scores:
 
 
 def score_rows(
-    head: Slice,
+    head: Slice | Chain,
     states: States,
     prompts: Sequence[Prompt],
     rows: Sequence[int],
@@ -113,31 +113,46 @@ def score_rows(
 
 
 def score_batches(
-    head: Slice, states: States, prompts: Sequence[Prompt], batches: Sequence[Sequence[int]], *, tokens: str, rule: str
+    head: Slice | Chain,
+    states: States,
+    prompts: Sequence[Prompt],
+    batches: Sequence[Sequence[int]],
+    *,
+    tokens: str,
+    rule: str,
 ) -> Iterator[Scores]:
     """Score planned batches one after another; the next one's states are read meanwhile. Raises CacheError."""
+    chain = as_chain(head)
 
     def prepare(chosen: Sequence[int]) -> tuple[Reading, Tensor]:
-        return _prepared(head, states, prompts, chosen, tokens)
+        return _prepared(chain, states, prompts, chosen, tokens)
 
-    for chosen, (reading, states_TD) in zip(batches, prefetched(prepare, batches), strict=True):
-        yield _scored(head, prompts, chosen, reading, states_TD, rule)
+    def begin(prepared: tuple[Reading, Tensor]) -> BegunPass:
+        reading, states_TD = prepared
+        return chain.begin(_plan(chain, reading), states_TD, graph=False)
+
+    passes = chain.ahead(prefetched(prepare, batches), begin)
+    for chosen, ((reading, _), begun) in zip(batches, passes, strict=True):
+        yield _scored(chain, prompts, chosen, reading, begun, rule)
 
 
 def _prepared(
-    head: Slice, states: States, prompts: Sequence[Prompt], chosen: Sequence[int], tokens: str
+    chain: Chain, states: States, prompts: Sequence[Prompt], chosen: Sequence[int], tokens: str
 ) -> tuple[Reading, Tensor]:
     layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix)
-    return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), head.device)
+    return Reading.of(layout, (tokens,)), pinned(states.packed(chosen, layout), chain.device)
+
+
+def _plan(chain: Chain, reading: Reading) -> PassPlan:
+    return PassPlan(reading.layout.packing, reading.flat_positions, tuple(router.layer for router in chain.routers))
 
 
 @torch.inference_mode()
 def _scored(
-    head: Slice, prompts: Sequence[Prompt], chosen: Sequence[int], reading: Reading, states_TD: Tensor, rule: str
+    chain: Chain, prompts: Sequence[Prompt], chosen: Sequence[int], reading: Reading, begun: BegunPass, rule: str
 ) -> Scores:
-    with read_routing(head.model, head.routers, reading.flat_positions) as tape:
-        out = run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
-    (routing_QLE,) = reading.routing(tape.routing_BPLE).values()
+    out = chain.finish(begun, keep=reading.keep)
+    (routing_QLE,) = reading.routing(out.routing_1PLE).values()
     scores = choice_scores(out.states, reading.keep, reading.layout)
     predictions = answered(out.states, reading.keep, reading.layout, scores, rule)
     correct = np.array([p == prompts[row].answer for p, row in zip(predictions, chosen, strict=True)], dtype=bool)
@@ -145,17 +160,16 @@ def _scored(
 
 
 @torch.inference_mode()
-def check_finite(scores: Scores, head: Slice, states: States, prompts: Sequence[Prompt], tokens: str) -> None:
+def check_finite(scores: Scores, head: Slice | Chain, states: States, prompts: Sequence[Prompt], tokens: str) -> None:
     """Raise GuardError where any score is not finite, with the layer where that begins: extraction has set aside what fails in the
     base model, and to set aside more here would judge tuned routers by the questions that they leave.
     """
     bad = [row for row, own in zip(scores.rows, scores.scores, strict=True) if not all(map(math.isfinite, own))]
     if not bad:
         return
-    reading, states_TD = _prepared(head, states, prompts, bad[:1], tokens)
-    with watching(head.model, head.start) as seen:
-        run_packed(head, reading.layout.packing, states_TD, resume=True, keep=reading.keep)
+    chain = as_chain(head)
+    reading, states_TD = _prepared(chain, states, prompts, bad[:1], tokens)
+    origin = chain.origin(_plan(chain, reading), states_TD, keep=reading.keep)
     raise GuardError(
-        f"the scores of {len(bad):,} of {len(scores.rows):,} questions are not finite; of {prompts[bad[0]].id!r}, "
-        f"{begins(seen.origin)}"
+        f"the scores of {len(bad):,} of {len(scores.rows):,} questions are not finite; of {prompts[bad[0]].id!r}, {begins(origin)}"
     )

@@ -6,7 +6,6 @@ rounded) and leaves its own; the last one writes the batches' tables. The result
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,15 +13,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from roma_ray.engine.devices import device_kind
-from roma_ray.engine.extractor import Batches, Extracted, ExtractWork, batch_table, run_part
-from roma_ray.engine.forward import answered, choice_scores
+from roma_ray.engine.chain import SlicePass, layer_parameters
+from roma_ray.engine.extractor import ExtractWork, batch_table
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report
 from roma_ray.errors import CacheError, ModelError
 from roma_ray.moe.snapshot import open_snapshot
-from roma_ray.moe.whole import check_weights, model_sizes
-from roma_ray.store.artifacts import note_device
+from roma_ray.moe.whole import check_weights
 from roma_ray.store.files import exists, remove, remove_folder
 from roma_ray.store.tensors import DAMAGED, read_tensors, write_tensors
 
@@ -65,12 +62,9 @@ def plan_chain(model: ModelSpec, memory_gb: float, *, least: bool = False) -> li
 
     `least`: a layer that is larger than the limit runs alone. Raises ModelError for such a layer otherwise.
     """
-    sizes = model_sizes(model.path, revision=model.revision)
+    layers = layer_parameters(model)
     itemsize = getattr(torch, model.dtype).itemsize
     budget = memory_gb * 1e9 / itemsize
-    layers = list(sizes.layers)
-    layers[0] += sizes.embedding
-    layers[-1] += sizes.head
     if max(layers) > budget and not least:
         need = max(layers) * itemsize / 1e9
         raise ModelError(f"extraction.memory_gb={memory_gb:g} holds no single layer; the largest needs {need:.2f} GB")
@@ -121,55 +115,42 @@ class SliceWork:
 
     def open(self) -> Callable[[int], Report]:
         """Load the slice; returns the function that runs it on one batch."""
-        note_device(self.folder, device_kind(self.work.model.device))
         return SliceExtractor(self)
 
 
 class SliceExtractor:
-    """A loaded slice that runs planned batches."""
+    """A loaded slice that runs planned batches, from and to files."""
 
     def __init__(self, link: SliceWork) -> None:
         self.link = link
-        self.batches = Batches(link.work)
-        self.part = link.work.model.load(link.start, None if link.last else link.stop, with_lm_head=link.last)
-        self.vocabulary = self.part.model.config.get_text_config().vocab_size
+        self.run = SlicePass(link.work, link.start, link.stop, last=link.last)
 
-    @torch.inference_mode()
     def __call__(self, batch: int) -> Report:
-        """Run one batch through the slice and write what it leaves."""
-        started = time.monotonic()
-        link, rows = self.link, self.batches.batches[batch]
-        errors = self.batches.foreign_tokens(rows, self.vocabulary)
-        good = [row for row in rows if row not in errors]
-        routing: list[Tensor] = []
-        result, tokens = Extracted.empty(), 0
-        if good:
-            reading = self.batches.reading(good)
-            tokens = len(reading.layout.packing)
-            entering = _read(link.states(batch, link.number - 1))["hidden"] if link.number else None
-            try:
-                states, after_attention, own = run_part(self.part, reading, entering, link.work.cuts)
-            except (RuntimeError, ValueError, IndexError) as failure:
-                raise ModelError(
-                    f"batch {batch} fails in layers {link.start} to {link.stop - 1}: {failure}. If memory ran out, lower "
-                    "extraction.batch_tokens; without extraction.memory_gb a single bad question is set aside."
-                ) from failure
-            self.batches.write_activations(batch, after_attention)
-            routing = [own] if own is not None else []
-            if link.last:
-                earlier = [_read(link.parts(batch, n)).get("routing") for n in range(link.number)]
-                whole = torch.cat([part.to(states.device) for part in [*earlier, *routing] if part is not None], dim=2)
-                scores = choice_scores(states, reading.keep, reading.layout)
-                predictions = answered(states, reading.keep, reading.layout, scores, self.batches.rule)
-                result = Extracted(good, after_attention, reading.routing(whole), scores, predictions)
-            else:
-                write_tensors(link.states(batch, link.number), {"hidden": states.cpu().contiguous()})
-        if link.last:
-            self.batches.write_rows(batch, result, errors)
-        else:
-            kept = {"routing": routing[0].cpu().contiguous()} if routing else {"none": torch.zeros(1)}
+        """Run one batch through the slice and write what it leaves. Raises ModelError, CacheError."""
+        link = self.link
+        leaving = self.run(batch, _OnDisk(link, batch) if link.number else None)
+        if not link.last:
+            if leaving.states_TD is not None:
+                write_tensors(link.states(batch, link.number), {"hidden": leaving.states_TD.cpu().contiguous()})
+            own = leaving.routing_1PLE
+            kept = {"none": torch.zeros(1)} if own is None else {"routing": own.cpu().contiguous()}
             write_tensors(link.parts(batch, link.number), kept)
-        return Report(batch, len(rows), tokens, len(errors), time.monotonic() - started)
+        return leaving.report
+
+
+@dataclass(frozen=True)
+class _OnDisk:
+    """What the slices before `link` left of a batch: a `Before`."""
+
+    link: SliceWork
+    batch: int
+
+    def states(self) -> Tensor:
+        return _read(self.link.states(self.batch, self.link.number - 1))["hidden"]
+
+    def routing(self) -> list[Tensor]:
+        found = [_read(self.link.parts(self.batch, number)).get("routing") for number in range(self.link.number)]
+        return [part for part in found if part is not None]
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from roma_ray.engine.objective import Objective, TrainingData
 from roma_ray.engine.schedules import moment
 from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import TrainingError, UnmovedError
-from roma_ray.moe.masters import RouterMasters, frozen_digest
+from roma_ray.moe.head_chain import Chain, as_chain
+from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.reach import WeightsReader, read_weights
 from roma_ray.moe.slices import Slice
 from roma_ray.store.files import exists
@@ -52,7 +53,7 @@ class Outcome:
 
 
 def finetune(
-    head: Slice,
+    head: Slice | Chain,
     data: TrainingData,
     config: FinetuneConfig,
     *,
@@ -69,17 +70,18 @@ def finetune(
     The head is left as it was, so that one that is loaded serves any number of runs. `weights` reads what the experts are
     weighed by, where that is not what the routers give.
     """
-    masters = RouterMasters(head, layers)
+    chain = as_chain(head)
+    masters = RouterMasters(chain.routers, layers)
     try:
         # A checkpoint on its way to a bucket stops no step.
         with trailing() as put:
-            return _finetune(head, masters, data, config, seed, world, checkpoint, report, advance, weights, put)
+            return _finetune(chain, masters, data, config, seed, world, checkpoint, report, advance, weights, put)
     finally:
         masters.detach()
 
 
 def _finetune(
-    head: Slice,
+    head: Chain,
     masters: RouterMasters,
     data: TrainingData,
     config: FinetuneConfig,
@@ -92,7 +94,7 @@ def _finetune(
     put: Callable[[Callable[[], object]], None],
 ) -> Outcome:
     gates = masters.parameters()
-    pretrained, frozen = masters.state(), frozen_digest(head.model)
+    pretrained, frozen = masters.state(), head.digest()
     base, decay = [gate.detach().clone() for gate in gates], config.weight_decay
     to_zero = decay if config.decay_to == "zero" else 0.0
     optimizer = torch.optim.AdamW(gates, lr=config.learning_rate, weight_decay=to_zero, foreach=False)
@@ -121,7 +123,7 @@ def _finetune(
         feed = objective.feed([part for micro in planned for part in micro[world.rank :: world.size]])
         for rows, micro in zip(batches, planned, strict=True):
             now = moment(config, state.probe["weight"] * state.lambda_factor, seed, state.step, total)
-            mine = [objective.gradients(next(feed), now) for _ in micro[world.rank :: world.size]]
+            mine = objective.gradients_of(islice(feed, len(micro[world.rank :: world.size])), now)
             facts = apply(masters, add(world.gather(mine, len(micro))) / len(rows), config.clip_norm)
             optimizer.param_groups[0]["lr"] = now.rate
             if decay and config.decay_to == "base":
@@ -164,10 +166,10 @@ def _final(probe: dict[str, float]) -> dict[str, float]:
 
 
 def _check_moved(
-    masters: RouterMasters, pretrained: dict[str, Tensor], frozen: str, head: Slice, state: LoopState
+    masters: RouterMasters, pretrained: dict[str, Tensor], frozen: str, head: Chain, state: LoopState
 ) -> None:
     """Every trained gate changed and nothing else did. Raises TrainingError."""
-    if frozen_digest(head.model) != frozen:
+    if head.digest() != frozen:
         raise TrainingError("a frozen weight changed during finetuning: this is a bug, and the result must not be used")
     still = [key for key, value in masters.state().items() if torch.equal(value, pretrained[key])]
     moving = any(row[4] > 0 and row[3] > 0 for row in state.steps)

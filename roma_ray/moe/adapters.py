@@ -22,8 +22,7 @@ from roma_ray.borders.text import brief
 from roma_ray.errors import CheckpointError
 from roma_ray.moe.folders import MANIFEST, refuse_special_files, refusing_malformed, whole_folder
 from roma_ray.moe.masters import tensor_digest
-from roma_ray.moe.routers import Router
-from roma_ray.moe.slices import Slice
+from roma_ray.moe.routers import Routed, Router
 from roma_ray.store.files import local_place
 
 FORMAT, FORMAT_VERSION = "roma-ray-routers", 1
@@ -65,7 +64,7 @@ def layer_of(key: str) -> int:
 
 
 def save_adapter(
-    folder: str | Path, part: Slice, state: Mapping[str, Tensor], *, base: str, revision: str | None, fingerprint: str
+    folder: str | Path, part: Routed, state: Mapping[str, Tensor], *, base: str, revision: str | None, fingerprint: str
 ) -> RouterCheckpoint:
     """Write the masters' `state()` as a PEFT adapter and `roma.json`, needing only a slice that holds those layers.
 
@@ -228,7 +227,7 @@ def _read_adapter(folder: Path) -> RouterCheckpoint:
     return checkpoint_of(manifest, tensors, extras=by_key)
 
 
-def load_adapter(folder: str | Path, target: Slice) -> RouterCheckpoint:
+def load_adapter(folder: str | Path, target: Routed) -> RouterCheckpoint:
     """Put an adapter's gates into a slice (or whole model), in place, in the slice's own type; return what was read.
 
     Raises CheckpointError when the adapter is damaged, or of another model type, or tunes layers that the slice lacks.
@@ -238,7 +237,7 @@ def load_adapter(folder: str | Path, target: Slice) -> RouterCheckpoint:
     return checkpoint
 
 
-def put_routers(checkpoint: RouterCheckpoint, target: Slice) -> None:
+def put_routers(checkpoint: RouterCheckpoint, target: Routed) -> None:
     """Copy a checkpoint's gates into a slice's routers, in place. Raises CheckpointError when they do not fit."""
     model_type = target.model_type
     if checkpoint.model_type != model_type:

@@ -18,6 +18,9 @@ from roma_ray.errors import CheckpointError, ModelError
 from roma_ray.moe.routers import Router, router_parameters
 from roma_ray.moe.slices import Slice
 
+# Where an attached gate's masters are found.
+_MASTERS = "_roma_masters"
+
 
 class RouterMasters:
     """fp32 master parameters of the chosen layers' routers, attached to the model from construction until `detach`.
@@ -85,6 +88,12 @@ class RouterMasters:
                 parameter.copy_(state[key])
 
 
+def gate_tensors(router: Router) -> Mapping[str, Tensor]:
+    """What a router's gate holds: its masters while they are attached, else its own parameters."""
+    attached: Mapping[str, Tensor] | None = router.gate.__dict__.get(_MASTERS)
+    return router_parameters(router) if attached is None else attached
+
+
 def frozen_digest(model: nn.Module) -> str:
     """SHA-256, in hex, of the names, types and bytes of all parameters and buffers that the model holds.
 
@@ -123,9 +132,11 @@ def _attach(module: nn.Module, frozen: dict[str, nn.Parameter], masters: dict[st
         del module._parameters[name]
     cast(module, ())
     handle = module.register_forward_pre_hook(cast)
+    module.__dict__[_MASTERS] = masters
 
     def undo() -> None:
         handle.remove()
+        del module.__dict__[_MASTERS]
         for name, parameter in frozen.items():
             module.__dict__.pop(name, None)
             module._parameters[name] = parameter

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,32 @@ class Router:
     top_k: int
     width: int
     """Experts of the whole model's largest layer: what routing rows are padded to, where layers have different numbers."""
+
+
+class Routed(Protocol):
+    """Consecutive layers of a model, in one slice or in several, as who reads and changes their routers sees them."""
+
+    @property
+    def routers(self) -> list[Router]:
+        """In layer order, with whole-model layer indices."""
+
+    @property
+    def start(self) -> int: ...
+
+    @property
+    def stop(self) -> int: ...
+
+    @property
+    def path(self) -> str: ...
+
+    @property
+    def revision(self) -> str | None: ...
+
+    @property
+    def model_type(self) -> str: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 from roma_ray.baselines.contract import budget
 from roma_ray.baselines.method_registry import METHODS
 from roma_ray.baselines.method_runs import method_stage, other_versions, read_failure, run_methods, seeds_of
-from roma_ray.engine.identity import refuse_distilled, refuse_free_form
+from roma_ray.engine.identity import refuse_chain, refuse_distilled, refuse_free_form
 from roma_ray.engine.observers import UNOBSERVED, ComparisonObserver
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_prompts
@@ -49,6 +49,7 @@ def compare(
     """
     refuse_free_form(setup.config, "`roma-ray baselines`")
     refuse_distilled(setup.config, "`roma-ray baselines`")
+    refuse_chain(setup.config, "`roma-ray baselines`")
     started = time.monotonic()
     located = locate(setup)
     planned = {name: [method_stage(setup, located, name, s) for s in seeds_of(setup, name, seeds)] for name in methods}

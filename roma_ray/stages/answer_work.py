@@ -33,6 +33,7 @@ from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
 from roma_ray.errors import ArtifactError, ModelError, RomaError, WorkerError
 from roma_ray.moe.adapters import load_adapter
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.routers import gates_of, put_gates
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
@@ -187,7 +188,7 @@ def read_parts(path: Path) -> list[Part]:
 class Gates:
     """The base's and the exported gates of a loaded head, exchanged in place."""
 
-    def __init__(self, head: Slice, adapter: Path) -> None:
+    def __init__(self, head: Slice | Chain, adapter: Path) -> None:
         self.head, self.adapter, self.current = head, adapter, "base"
         self.known = {"base": gates_of(head.routers)}
 
@@ -207,7 +208,7 @@ class Answerer:
     """A loaded head that answers parts."""
 
     def __init__(
-        self, work: AnswerWork, head: Slice, prompts: Sequence[Prompt] | None = None, *, ahead: bool = True
+        self, work: AnswerWork, head: Slice | Chain, prompts: Sequence[Prompt] | None = None, *, ahead: bool = True
     ) -> None:
         """`prompts`: the question table where it was read already; `ahead` as of `open_states`."""
         note_device(work.folder, device_kind(work.model.device))
@@ -277,6 +278,7 @@ class Answerer:
     def _written(self, rows: Sequence[int]) -> Mapping[str, list[Written]]:
         """What both models write; the layers below the head run each prompt once for both."""
         setup = self.work.setup
+        assert isinstance(self.head, Slice), "a configuration that divides the head has no written answers"
         if self.decoder is None:
             spec = setup.model
             tokenizer = load_tokenizer(spec.path, spec.revision)

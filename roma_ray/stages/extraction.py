@@ -29,7 +29,7 @@ from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.stored_prompts import PROMPT_COLUMNS, Measured
 from roma_ray.engine.streaming import STREAM, make_chain, stream
-from roma_ray.engine.work import Job
+from roma_ray.engine.work import Executor, Job
 from roma_ray.errors import ArtifactError, ModelError, StorageError
 from roma_ray.stages.failed_questions import failed_rows, refuse, too_many
 from roma_ray.stages.preparation import QUESTIONS
@@ -102,12 +102,12 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
     pending = sorted(set(range(len(plan))) - set(done))
     # Not by questions: the longest run first, and an estimate by them would be ten times too long.
     tokens = (prefix + plan.sums(own_N)).tolist()
-    if setup.config.extraction.cache or setup.config.extraction.memory_gb:
-        _check_room(setup, stage, sum(tokens[n] for n in pending), progress)
+    run, limit = _way(setup, runners, progress)
+    if setup.config.extraction.cache or limit is not None:
+        _check_room(setup, stage, sum(tokens[n] for n in pending), progress, streaming=limit is not None)
     if pending and (note := setup.model.storage_note()):
         progress.say(note)
     work = ExtractWork(setup, job.stages, stage)
-    limit = setup.config.extraction.memory_gb
     chain = make_chain(work, limit) if limit is not None else ()
     finished: float = sum(tokens[n] for n in done)
     finished += sum(tokens[n] * sum(link.share for link in chain if link.done(n)) for n in pending)
@@ -116,7 +116,7 @@ def extract(job: Job, runners: Runners, progress: Progress) -> Facts:
         if too_many(setup, failed, questions):
             pending = []
         if limit is None:
-            for report in execute(work, pending):
+            for report in run(work, pending):
                 meter.advance(tokens[report.batch], seconds=report.seconds)
                 failed += report.errors
                 if too_many(setup, failed, questions):
@@ -150,12 +150,28 @@ def _plan(stage: Stage, measured: Measured, batch_tokens: int) -> tuple[int, Pla
     return read_plan(path)
 
 
-def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress) -> None:
+def _way(setup: Setup, runners: Runners, progress: Progress) -> tuple[Executor, float | None]:
+    """Who runs the batches, and how many GB of weights a worker holds at most where slices are streamed."""
+    limit = setup.config.extraction.memory_gb
+    if setup.config.extraction.chain is None:
+        return runners.extract, limit
+    if runners.chain is not None:
+        return runners.chain, None
+    size = f"the whole model ({setup.model.weight_bytes() / 1e9:.2f} GB of weights)"
+    streams = "streams slices, as extraction.memory_gb says"
+    does = f"holds {size}; extraction.memory_gb streams one that does not fit" if limit is None else streams
+    progress.say(
+        f"note: extraction.chain needs the workers of a cluster; this process {does}. The results are the same"
+    )
+    return runners.extract, limit
+
+
+def _check_room(setup: Setup, stage: Stage, tokens: int, progress: Progress, *, streaming: bool) -> None:
     """Tell the cache's size, of so many tokens, before it is written. Raises StorageError when the storage has no room for it."""
     import torch
 
     dtype = cache_dtype(setup)
-    caching, streaming = setup.config.extraction.cache, setup.config.extraction.memory_gb is not None
+    caching = setup.config.extraction.cache
     size = tokens * setup.hidden_size * getattr(torch, dtype).itemsize * len(setup.cuts) * caching
     # Two generations of states lie between a slice and the next.
     passing = 2 * tokens * setup.hidden_size * getattr(torch, setup.model.dtype).itemsize * streaming

@@ -42,6 +42,7 @@ from roma_ray.engine.work import Job
 from roma_ray.engine.workers import ALONE, World
 from roma_ray.errors import QuestionError
 from roma_ray.moe.adapters import save_adapter
+from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.reach import is_unreached
 from roma_ray.moe.slices import Slice
 from roma_ray.stages.extraction import EXTRACT
@@ -124,11 +125,11 @@ class TrainJob(Job):
         world: World = ALONE,
         report: Callable[[dict[str, Any]], None] = lambda epoch: None,
         advance: Callable[[int, str], None] = lambda count, note: None,
-        head: Slice | None = None,
+        head: Slice | Chain | None = None,
     ) -> Outcome:
         """Train as one of the workers of `world`, resuming from the checkpoint where there is one.
 
-        `head` is `load_head()` of this or another run of the same model and cut; it is left as it was.
+        `head` is that of this or another run of the same model and cut, whole or in slices; it is left as it was.
         """
         setup, stages = self.setup, self.stages
         if world.rank == 0 and setup.config.extraction.cache:
@@ -159,7 +160,7 @@ class TrainJob(Job):
             self._export(head, outcome)
         return outcome
 
-    def _export(self, head: Slice, outcome: Outcome) -> None:
+    def _export(self, head: Slice | Chain, outcome: Outcome) -> None:
         """Write the adapter, the curves and the outcome's facts; the last of them marks that training is done."""
         folder = self.stage.path
         save_adapter(
@@ -217,6 +218,10 @@ def finetune_routers(job: Job, runners: Runners, progress: Progress) -> Facts:
         runners.on_epoch(stage)
 
     if not exists(stage.path / OUTCOME):
+        if setup.config.finetune.chain is not None and runners.finetune is None:
+            progress.say(
+                "note: finetune.chain needs the workers of a cluster; this process holds the whole head. The results are the same"
+            )
         with progress.meter("finetune", total, "questions") as meter:
             train: Trainer = runners.finetune or train_here
             train(TrainJob(setup, job.stages, stage), tell, meter.advance)

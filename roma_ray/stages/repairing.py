@@ -32,6 +32,8 @@ from roma_ray.engine.work import Job
 from roma_ray.errors import QuestionError
 from roma_ray.evaluation.statistics import pair
 from roma_ray.moe.adapters import load_adapter
+from roma_ray.moe.head_chain import Chain, as_chain
+from roma_ray.moe.links import PassPlan
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt, PromptBuilder, build_prompts
@@ -68,16 +70,23 @@ class TextSums:
 
 @torch.inference_mode()
 def text_sums(
-    head: Slice, states: States, prompts: Sequence[Prompt], rows: Sequence[int], teacher: Teacher, batch_tokens: int
+    head: Slice | Chain,
+    states: States,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    teacher: Teacher,
+    batch_tokens: int,
 ) -> TextSums:
     """What the head says of some texts, beside the teacher, in the order of `rows`. Raises CacheError."""
+    chain = as_chain(head)
     found: dict[int, tuple[float, ...]] = {}
     lengths = [own_tokens(prompts[row], states.prefix) for row in rows]
     for batch in plan_batches(lengths, batch_tokens):
         chosen = [rows[n] for n in batch]
         layout = lay_out([prompts[row] for row in chosen], prefix=states.prefix, gold_only=True)
         keep = layout.keep()
-        out = run_packed(head, layout.packing, states.packed(chosen, layout), resume=True, keep=keep)
+        plan = PassPlan(layout.packing, positions_1P=torch.empty(1, 0, dtype=torch.long), layers=())
+        out = chain.finish(chain.begin(plan, states.packed(chosen, layout), graph=False), keep=keep)
         places, counts = answer_rows(keep, layout)
         logits_GV, targets = out.states[places].float(), teacher.targets(chosen).to(out.states.device)
         gold_G = torch.tensor([t for p in layout.prompts for t in p.choice_ids[p.answer]], device=logits_GV.device)

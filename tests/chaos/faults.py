@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from tests.chaos.benchmarks import in_benchmarks
@@ -18,6 +18,9 @@ from tests.chaos.tracking import tracking_server_gone
 
 # The titles of a stage's workers.
 TITLES = {"extract": "BatchWorker", "embed": "BatchWorker", "finetune": "RayTrainWorker", "evaluate": "BatchWorker"}
+# Of chains of slices: the section that asks for them, and the titles of their actors.
+CHAINS = {"extract": ("extraction", "SliceActor"), "finetune": ("finetune", "HeadActor")}
+CHAINED = ("worker killed", "node removed", "driver killed")
 
 
 def worker_killed(stage: str, scene: Scene) -> None:
@@ -53,6 +56,29 @@ def driver_killed(stage: str, scene: Scene) -> None:
     scene.same(storage, stage)
 
 
+def in_a_chain(stage: str, what: str, scene: Scene) -> None:
+    """A slice's actor is killed, its node removed, or the driver killed, while two chains of two slices work."""
+    section, title = CHAINS[stage]
+    divided = getattr(scene.config, section).model_copy(update={"chain": 2})
+    ray = scene.config.ray.model_copy(update={f"{stage}_workers": 4})
+    scene = replace(scene, config=scene.config.model_copy(update={section: divided, "ray": ray}))
+    storage = scene.storage(stage)
+    driver = scene.start(storage, stage)
+    driver.wait_until(scene.begun(storage, stage))
+    if what == "driver killed":
+        driver.kill()
+        driver = scene.start(storage, stage)
+    else:
+        node, pid = driver.wait_until(lambda: scene.nodes.processes(title))[0]
+        if what == "worker killed":
+            os.kill(pid, 9)
+        else:
+            scene.nodes.remove(node)
+            scene.nodes.add()
+    driver.end()
+    scene.same(storage, stage)
+
+
 def two_drivers(scene: Scene) -> None:
     """Two drivers on one run: one refuses and names the other, which ends as if alone."""
     storage = scene.storage()
@@ -75,6 +101,8 @@ class Fault:
 FAULTS = (
     *(Fault(f"worker killed in {stage}", partial(worker_killed, stage)) for stage in TITLES),
     Fault("worker killed in evaluate --tasks", partial(in_benchmarks, "worker killed")),
+    *(Fault(f"{what} in a chain", partial(in_a_chain, "extract", what)) for what in CHAINED),
+    *(Fault(f"{what} in a chain that trains", partial(in_a_chain, "finetune", what)) for what in CHAINED),
     *(Fault(f"node removed in {stage}", partial(node_removed, stage)) for stage in TITLES),
     Fault("node removed in evaluate --tasks", partial(in_benchmarks, "node removed")),
     *(Fault(f"driver killed in {stage}", partial(driver_killed, stage)) for stage in BEGUN),
@@ -93,6 +121,7 @@ FAULTS = (
     *(Fault(f"worker killed in {stage}, bucket", far(partial(worker_killed, stage))) for stage in TITLES),
     *(Fault(f"node removed in {stage}, bucket", far(partial(node_removed, stage))) for stage in TITLES),
     *(Fault(f"driver killed in {stage}, bucket", far(partial(driver_killed, stage))) for stage in BEGUN),
+    *(Fault(f"{what} in a chain, bucket", far(partial(in_a_chain, "extract", what))) for what in CHAINED),
     Fault("two drivers on one run, bucket", far(two_drivers)),
     *(Fault(f"bucket: {what}", partial(storm, what)) for what in STORMS),
     *(Fault(f"bucket: forbidden in {stage}", partial(refused, "forbidden", stage)) for stage in BEGUN),

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from roma_ray.cluster import chains as chains_module
 from roma_ray.cluster import ray_cluster as module
-from roma_ray.cluster.placement import Need, Node, inventory, main_kind, matches, need_of, room
+from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.placement import Need, Node, chains, inventory, main_kind, matches, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import Config, PlacementConfig
 from roma_ray.engine.devices import device_kind, mixed_devices
+from roma_ray.engine.setup import resolve
 from roma_ray.errors import ConfigError
 
 GIB = 2**30
@@ -144,3 +149,97 @@ def test_devices_have_a_kind_and_mixtures_a_warning() -> None:
     assert device_kind("cpu").split()[0] in ("x86_64", "aarch64", "arm64")
     assert mixed_devices("extract", ["NVIDIA H100"]) is None
     assert "NVIDIA A100 and NVIDIA H100" in (mixed_devices("extract", ["NVIDIA A100", "NVIDIA H100"]) or "")
+
+
+def planned(cluster: Cluster, world: Config, slices: Any, device: str = "cpu", **limits: Any) -> ChainPlan:
+    """The plan for the world's tiny model, as its extraction would have it."""
+    spec = resolve(world, device="cpu").model
+    return plan_chains(cluster, "extract", spec, slices, limits.get("limit_gb"), limits.get("at_most", 99), device)
+
+
+def test_a_chain_is_placed_as_a_whole_wherever_each_worker_has_room() -> None:
+    """Against one node's room, and over nodes that each hold a part; half a chain is none."""
+    small, large = Need(1, memory_gib=10), Need(1, memory_gib=40)
+    assert chains([PLAIN], [small] * 2) == 1
+    assert chains([PLAIN], [small] * 4) == 0
+    assert chains([PLAIN, PLAIN], [small] * 4) == 1
+    # The large one takes the only place that it has, whatever comes first in the chain.
+    assert chains([A100, PLAIN], [small, small, small, large]) == 1
+    assert chains(MIXED, [Need(1, 1)] * 4) == 3
+    assert chains(MIXED, [Need(1, 1, accelerator="A100")] * 4) == 1
+    assert chains(MIXED, [Need(1, labels={"gpu-vendor": "amd"})] * 3) == 5
+    assert chains([], [small]) == 0
+
+
+def test_a_models_slices_are_counted_with_their_memory(world: Config) -> None:
+    """Each worker asks for its weights and its process; workers, batches and cores bound the chains."""
+    nodes = [Node({"CPU": 8, "memory": 4.1 * GIB})] * 2
+    cluster = Mixed(world, nodes)
+    plan = planned(cluster, world, 3)
+    assert [start for start, _ in plan.ranges[1:]] == [stop for _, stop in plan.ranges[:-1]]
+    assert sum(plan.weights) == resolve(world, device="cpu").model.weight_bytes()
+    assert all(need.memory_gib is not None and 1.0 <= need.memory_gib < 1.1 for need in plan.needs)
+    assert (plan.copies, plan.workers) == (2, 6)
+    assert planned(cluster, world, 3, at_most=1).copies == 1
+    assert planned(Mixed(with_ray(world, extract_workers=5), nodes), world, 3).copies == 1
+    assert planned(Mixed(with_ray(world, cpus_per_worker=4), nodes), world, 2).copies == 2
+    assert planned(Mixed(world, [Node({"CPU": 3, "memory": 64 * GIB})]), world, 2).copies == 1
+    assert "layers 0-" in str(plan)
+
+
+@pytest.mark.parametrize(
+    ("ray", "nodes", "slices", "limit", "text"),
+    [
+        ({}, [PLAIN], 7, None, "7 slices, and the model has 6 layers"),
+        ({}, [Node({"CPU": 1})], 2, None, "no room for a chain of 2 workers.*It has: 1 x .1 CPU, 0 GiB"),
+        ({}, [Node({"CPU": 1})], "auto", None, "no room for a chain of 6 workers"),
+        ({}, [PLAIN], 2, 1e-5, "more than extraction.memory_gb=1e-05"),
+        ({}, [PLAIN], "auto", 1e-5, "largest layer has .*extraction.memory_gb is 1e-05"),
+        ({"extract": PlacementConfig(memory_gib=1e-6)}, [PLAIN], 2, None, "ray.extract.memory_gib=1e-06 sets aside"),
+        ({"extract": PlacementConfig(memory_gib=0.9)}, [PLAIN], "auto", None, "a worker's memory holds 0.00 GB"),
+        ({"extract_workers": 1}, [PLAIN], 2, None, "1 workers make 0 chain.s. of 2 slices"),
+        ({"extract_workers": 8, "cpus_per_worker": 2}, [PLAIN], 2, None, "make 4 chain.*has room for 2"),
+        ({"extract": PlacementConfig(labels={"pool": "fast"})}, [PLAIN], 2, None, "label pool=fast"),
+    ],
+)
+def test_a_chain_that_cannot_be_had_fails_at_once(
+    ray: dict[str, Any], nodes: list[Node], slices: Any, limit: float | None, text: str, world: Config
+) -> None:
+    with pytest.raises(ConfigError, match=text):
+        planned(Mixed(with_ray(world, **ray), nodes), world, slices, limit_gb=limit)
+
+
+def test_auto_takes_as_few_slices_as_hold_the_model(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the limit, by what Ray sets aside, by the nodes' memory; on GPUs by theirs, of one kind."""
+    weights = resolve(world, device="cpu").model.weight_bytes()
+    assert len(planned(Mixed(world, [PLAIN]), world, "auto").ranges) == 1
+    limited = planned(Mixed(world, [PLAIN]), world, "auto", limit_gb=0.6 * weights / 1e9)
+    assert len(limited.ranges) == 2
+    assert max(limited.weights) <= 0.6 * weights
+    # The process takes a GiB; of what is left a slice's weights take all but a margin.
+    aside = PlacementConfig(memory_gib=1 + 0.7 * weights / GIB)
+    assert len(planned(Mixed(with_ray(world, extract=aside), [PLAIN]), world, "auto").ranges) == 2
+    asked: list[Need] = []
+
+    def gpu_of(cluster: Cluster, stage: str, need: Need) -> int:
+        asked.append(need)
+        return int(weights)
+
+    monkeypatch.setattr(chains_module, "gpu_bytes", gpu_of)
+    cluster = Mixed(with_ray(world), MIXED)
+    plan = planned(cluster, world, "auto", "cuda")
+    assert (len(plan.ranges), plan.copies) == (2, 4)
+    assert asked[0].accelerator == "AMD-Instinct-MI300X-OAM"
+    assert {need.accelerator for need in plan.needs} == {"AMD-Instinct-MI300X-OAM"}
+    assert any("extract: on AMD-Instinct-MI300X-OAM" in line for line in cluster.said)
+    # Workers that share a GPU share its memory.
+    shared = planned(Mixed(with_ray(world, gpus_per_worker=0.5), MIXED), world, "auto", "cuda")
+    assert len(shared.ranges) >= 3
+    assert shared.needs[0].gpus == 0.5
+
+    # Six layers of a GiB on nodes that hold a process and two of them each, with their margin.
+    monkeypatch.setattr(chains_module, "layer_parameters", lambda model: [GIB // 4] * 6)
+    third = Node({"CPU": 8, "memory": 4.1 * GIB})
+    assert planned(Mixed(world, [third] * 3), world, "auto").ranges == ((0, 2), (2, 4), (4, 6))
+    with pytest.raises(ConfigError, match=r"no room for a chain of 6 workers, the largest of .* 2\.15 GiB of memory"):
+        planned(Mixed(world, [third] * 2), world, "auto")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from roma_ray.engine.batches import chunks, epoch_order
 from roma_ray.engine.forward import lay_out, letter_rows
 from roma_ray.engine.objective import Objective
 from roma_ray.engine.training import Outcome, finetune
+from roma_ray.moe.head_chain import Chain, HereLinks
+from roma_ray.moe.links import HeldSlice
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.passes import run_packed
 from roma_ray.moe.routers import find_routers
@@ -28,6 +31,21 @@ def train(job: TrainJob, **arguments: Any) -> Outcome:
     return finetune(
         job.load_head(), job.open_data(), job.settings, layers=job.setup.layers, seed=job.setup.config.seed, **arguments
     )
+
+
+def in_slices(job: TrainJob, *starts: int, keep: bool = True) -> Chain:
+    """The head of a job, cut before these layers too."""
+    ends = [job.setup.cut, *starts]
+    links = [
+        HeldSlice(job.model.load(a, b, with_lm_head=False), first=n == 0, keep=keep)
+        for n, (a, b) in enumerate(pairwise(ends))
+    ]
+    return Chain(job.model.load(ends[-1], None, with_lm_head=True), HereLinks(links))
+
+
+def trained(job: TrainJob, chain: Chain, **arguments: Any) -> Outcome:
+    setup = job.setup
+    return finetune(chain, job.open_data(), job.settings, layers=setup.layers, seed=setup.config.seed, **arguments)
 
 
 def assert_same(a: Outcome, b: Outcome) -> None:

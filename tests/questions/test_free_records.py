@@ -170,6 +170,7 @@ def test_data_sets_of_the_hub_are_read_by_name() -> None:
         (["questions.sources=[{dataset: sciq}]"], "dataset: sciq holds multiple-choice questions"),
         (["questions.sources=[{path: q.jsonl, columns: {labels: x}}]"], "columns.choices and columns.labels are of multiple choice"),
         (["extraction.memory_gb=1"], "leave memory_gb out, or set the metric to likelihood or verdict"),
+        (["extraction.chain=auto"], "leave chain out, or set the metric to likelihood or verdict"),
         (["extraction.success.stop=['']"], "an empty text ends every answer"),
         (["routing.tokens=Answer", "finetune.regularizer.positions=sum"], "set it to mean where routing.tokens is Answer"),
         (["questions.prompt.format=cloze", "routing.tokens=Answer"], "it is of questions.prompt.format free alone"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from roma_ray.config.finetune_settings import DistillConfig
+from roma_ray.config.finetune_settings import DistillConfig, RegularizerConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.distillation import Teacher, teacher_file
 from roma_ray.engine.objective import Objective
@@ -24,7 +24,9 @@ from roma_ray.errors import CacheError, ConfigError, ModelError
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.routers import find_routers
 from roma_ray.runs.pipeline import locate, run
+from roma_ray.stages.repairing import text_sums
 from roma_ray.stages.teaching import TEACHER, check_tokenizers, teacher_of, teacher_stage
+from tests.engine.loops import assert_same, in_slices, train, trained
 from tests.free_world import free_world
 from tests.making import made, train_job, with_settings
 from tests.tiny import save_tiny, tiny_moe
@@ -240,3 +242,16 @@ def test_questions_with_choices_are_distilled_at_the_right_answer(form: str, tmp
     setup = resolve(config, device="cpu")
     finished = run(setup, Silence())
     assert finished.summary
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_student_in_slices_follows_its_teacher_to_the_same_bits(world: tuple[Setup, Any], keep: bool) -> None:
+    setup, finished = world
+    job = train_job(finished, regularizer=RegularizerConfig(weight=3.0))
+    job = dataclasses.replace(job, stages={**job.stages, **teacher_stage(setup, job.stages)})
+    chain = in_slices(job, 5, keep=keep)
+    assert_same(train(job), trained(job, chain))
+    data = job.open_data()
+    assert data.teacher is not None
+    asked = (data.states, data.prompts, data.train[:6], data.teacher, 64)
+    assert text_sums(job.load_head(), *asked).means() == text_sums(chain, *asked).means()
