@@ -62,7 +62,8 @@ class Bench:
     advance: Callable[..., None] = _ignore
     """Receives progress."""
     _heads: dict[str, Slice] = field(default_factory=dict, repr=False)
-    _kept: dict[str, Any] = field(default_factory=dict, repr=False)
+    _kept: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
+    """Of this bench alone: one with other questions, or without answers, keeps its own."""
 
     @property
     def config(self) -> BaselinesConfig:
@@ -107,8 +108,7 @@ class Bench:
     def _blinded(self) -> Bench:
         seen = ("train", "validation")
         prompts = [p if p.split in seen else dataclasses.replace(p, answer=HIDDEN) for p in self.data.prompts]
-        # What was kept may hold answers.
-        return dataclasses.replace(self, data=dataclasses.replace(self.data, prompts=prompts), _kept={})
+        return dataclasses.replace(self, data=dataclasses.replace(self.data, prompts=prompts))
 
     def score(self, rows: Sequence[int], *, tokens: str = "Last1") -> Scores:
         """The head's answers to the questions, with the routing rows of the tuned layers' tokens."""

@@ -60,6 +60,7 @@ def answer(
     meter_of = progress.meter("evaluate", sum(tokens.values()), "tokens", tokens["base"] * kept.complete)
     with contextlib.ExitStack() as opened, meter_of as meter:
         passing: _Passing | None = None
+        scored: Scores | None = None
 
         def begin(base: Path, sections: Sequence[str]) -> _Passing:
             work = AnswerWork(job.setup, job.stages, job.stage, str(base))
@@ -67,9 +68,11 @@ def answer(
             return _Passing(work, {section: plans[section] for section in sections}, execute, meter)
 
         def score_base(folder: Path) -> Scores:
-            nonlocal passing
-            passing = begin(folder, SECTIONS)
-            return passing.scores("base", rows["base"])
+            nonlocal passing, scored
+            if scored is None:
+                passing = begin(folder, SECTIONS)
+                scored = passing.scores("base", rows["base"])
+            return scored
 
         base = base_scores(kept, rows["base"], score_base, elsewhere=job.stage.path)
         job.stage.note_makers(of=kept)

@@ -27,7 +27,7 @@ ANSWERING = [name for name in SHARED if METHODS[name].works_on == "test"]
 
 def small(bench: Bench, tokens: int = 160) -> Bench:
     """The bench with small batches, so that there are several parts."""
-    return dataclasses.replace(bench, data=dataclasses.replace(bench.data, batch_tokens=tokens), _kept={})
+    return dataclasses.replace(bench, data=dataclasses.replace(bench.data, batch_tokens=tokens))
 
 
 def equal(one: Answers, two: Answers) -> None:
@@ -50,7 +50,7 @@ def test_parts_give_the_answers_of_one_call(name: str, bench: Bench, tmp_path: P
     assert sorted(row for part in parts for row in part) == bench.rows["test"]
     # The last part first, each by a bench that knows nothing of the others.
     for part in reversed(range(len(parts))):
-        do_part(stage, method, dataclasses.replace(bench, _kept={}), 0, part)
+        do_part(stage, method, dataclasses.replace(bench), 0, part)
     assert missing_parts(stage, len(parts)) == []
     found, seconds = all_parts(stage, method, bench, 0)
     equal(found, method.predict(given(bench, method), NOTHING, bench.rows["test"], 0))
@@ -174,3 +174,13 @@ def test_workers_open_the_bench_for_themselves(letter: Bench, tmp_path: Path) ->
     found, _ = all_parts(stage, method, letter, 0)
     assert missing_parts(stage, count) == []
     equal(found, method.predict(given(letter, method), NOTHING, letter.rows["test"], 0))
+
+
+def test_what_is_kept_of_one_bench_is_not_another_ones(letter: Bench) -> None:
+    """What was kept may hold answers, or be of other questions."""
+    bench = small(letter)
+    blind = bench.blinded()
+    assert bench.blinded() is blind
+    assert [b.once("name", lambda value=n: value) for n, b in enumerate((bench, bench, blind))] == [0, 0, 2]
+    other = dataclasses.replace(bench, data=dataclasses.replace(bench.data, prompts=bench.data.prompts[::-1]))
+    assert [p.id for p in other.blinded().data.prompts] == [p.id for p in other.data.prompts]
