@@ -225,6 +225,30 @@ def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: 
     assert model() is None
 
 
+def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one run's at a time; who has given up asking does not get it."""
+    ended: list[float] = []
+    over = threading.Event()
+
+    def end(code: int) -> None:
+        ended.append(time.monotonic())
+        over.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+    worker, began = BatchWorker(kept_seconds=1), time.monotonic()
+    later = time.time() + 600
+    assert not worker.claim(later)
+    worker.free()
+    assert not worker.claim(time.time() - 1)
+    assert worker.claim(later)
+    assert not worker.claim(later)
+    worker.busy = 1
+    assert not over.wait(1.5)
+    worker.busy = 0
+    assert over.wait(60)
+    assert ended[0] - began >= 1
+
+
 def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:
     order = Order("extract", str(tmp_path), "token", b"", 1)
     journal, report = Journal(order, "000001"), Report(3, 8, 100, 0, 0.5)
