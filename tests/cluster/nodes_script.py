@@ -22,7 +22,6 @@ from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.work import Report
 from roma_ray.errors import ConfigError
 from tests.chaos.simulated import Nodes, simulated_cluster
-from tests.cluster.support import NotingWork, begun
 
 
 @dataclass(frozen=True)
@@ -90,6 +89,7 @@ def kept(address: str, folder: Path) -> list[list[int]]:
     """The processes of three runs' workers: two that may stay, and a last one whose workers are those of other settings."""
     from roma_ray.cluster.batch_actors import ray_executor
     from roma_ray.cluster.ray_cluster import open_cluster
+    from tests.cluster.support import NotingWork, begun
 
     found = []
     for number, seconds in enumerate((600, 600, 601)):
