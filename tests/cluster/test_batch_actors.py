@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from roma_ray.cluster.batch_actors import HandOut, ray_executor
+from roma_ray.cluster.batch_actors import Call, Hand, HandOut, ray_executor
 from roma_ray.cluster.batch_worker import (
     ATTEMPTS,
     FAILURE,
@@ -126,6 +126,27 @@ def test_a_poison_row_within_a_group_costs_its_batch_alone(cluster: Cluster, tmp
     # Twice with the row, once without it; between them it was tried alone.
     times = Counter(batch for batch, _ in begun(tmp_path))
     assert times == Counter({**dict.fromkeys(range(200), 1), 5: 3})
+
+
+def test_who_has_told_all_stays_and_who_is_at_work_ends() -> None:
+    """Of the last call the end need not have been heard."""
+
+    class Counted:
+        ended = False
+
+        def end(self) -> None:
+            self.ended = True
+
+    over, busy, rising, idle = Counted(), Counted(), Counted(), Counted()
+    given = HandOut.__new__(HandOut)
+    given.hands = [
+        Hand(over, None, deque([Call("1", None, {})])),  # type: ignore[arg-type]
+        Hand(busy, None, deque([Call("2", None, {}), Call("3", None, {7: None})])),  # type: ignore[arg-type]
+        Hand(rising, object()),  # type: ignore[arg-type]
+        Hand(idle, None),  # type: ignore[arg-type]
+    ]
+    assert given.leave() == [over, idle]
+    assert [worker.ended for worker in (over, busy, rising, idle)] == [False, True, True, False]
 
 
 def test_groups_shrink_towards_the_end() -> None:
