@@ -281,6 +281,7 @@ OWN_FILES = {
     "cli/options.py": "the place of an export, before any work",
     "cluster/ray_cluster.py": "Ray's session files",
     "cluster/rendezvous.py": "torch's rendezvous, which opens the file itself",
+    "cluster/worker_pool.py": "this package's own code",
     "cluster/worth.py": "the size of a model",
     "engine/devices.py": "the kernel's limits",
     "engine/hub.py": "the hub's cache",

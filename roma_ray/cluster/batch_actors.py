@@ -236,7 +236,7 @@ class HandOut:
 
     def leave(self) -> list[Worker]:
         """End the workers that have something under way; the others."""
-        for hand in self.hands:
-            if hand.calls or hand.rising is not None:
-                hand.worker.end()
-        return [hand.worker for hand in self.hands if not hand.calls and hand.rising is None]
+        at_work = [h for h in self.hands if h.rising is not None or any(call.left for call in h.calls)]
+        for hand in at_work:
+            hand.worker.end()
+        return [hand.worker for hand in self.hands if hand not in at_work]

@@ -7,7 +7,7 @@ actors of their own, which a later run of the same code claims, and which end by
 from __future__ import annotations
 
 import contextlib
-import getpass
+import os
 import time
 import uuid
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class Worker:
     def kind(self) -> str:
         """Begins the names of the workers that can stand for this one: of the same place, code, user and environment."""
         place = [asdict(self.need), self.calls_at_once, self.kept_seconds]
-        return fingerprint([place, code_digest(), getpass.getuser(), forwarded()])
+        return fingerprint([place, code_digest(), os.getuid(), forwarded()])
 
     def start(self) -> None:
         """Start the process, once its node has room."""

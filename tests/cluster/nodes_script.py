@@ -85,6 +85,23 @@ def disturbed(nodes: Nodes, config: Config, folder: Path, batches: int = 24) -> 
     return {"reported": sorted(r.batch for r in reports), "written": len(list(folder.glob("*.json")))}
 
 
+def kept(address: str, folder: Path) -> list[list[int]]:
+    """The processes of three runs' workers: two that may stay, and a last one whose workers are those of other settings."""
+    from roma_ray.cluster.batch_actors import ray_executor
+    from roma_ray.cluster.ray_cluster import open_cluster
+    from tests.cluster.support import NotingWork, begun
+
+    found = []
+    for number, seconds in enumerate((600, 600, 601)):
+        place = folder / str(number)
+        place.mkdir(parents=True)
+        settings = [f"ray.address={address}", "device=cpu", "ray.extract_workers=2"]
+        with open_cluster(load_config(None, [*settings, f"ray.keep_workers_seconds={seconds}"])) as cluster:
+            list(ray_executor(cluster, "extract", "cpu")(NotingWork(str(place)), range(200)))
+        found.append(sorted({pid for _, pid in begun(place)}))
+    return found
+
+
 def dies_once(folder: Path, progress: Progress) -> dict[str, Any]:
     """A stage's function that says where it runs, whose first process is killed."""
     import ray
@@ -132,6 +149,7 @@ def main() -> None:
         found["training"] = training(config())
         found["called"] = called(config(), folder / "called")
         found["node removed"] = disturbed(nodes, config(), folder / "removed")
+        found["kept"] = kept(nodes.address, folder / "kept")
         try:
             where(config(extract=PlacementConfig(accelerator="H100")), folder / "none")
         except ConfigError as error:

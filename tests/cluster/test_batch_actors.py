@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from roma_ray.cluster.batch_actors import HandOut, ray_executor
+from roma_ray.cluster.batch_actors import Call, Hand, HandOut, ray_executor
 from roma_ray.cluster.batch_worker import (
     ATTEMPTS,
     FAILURE,
@@ -129,6 +129,27 @@ def test_a_poison_row_within_a_group_costs_its_batch_alone(cluster: Cluster, tmp
     assert times == Counter({**dict.fromkeys(range(200), 1), 5: 3})
 
 
+def test_who_has_told_all_stays_and_who_is_at_work_ends() -> None:
+    """Of the last call the end need not have been heard."""
+
+    class Counted:
+        ended = False
+
+        def end(self) -> None:
+            self.ended = True
+
+    over, busy, rising, idle = Counted(), Counted(), Counted(), Counted()
+    given = HandOut.__new__(HandOut)
+    given.hands = [
+        Hand(over, None, deque([Call("1", None, {})])),  # type: ignore[arg-type]
+        Hand(busy, None, deque([Call("2", None, {}), Call("3", None, {7: None})])),  # type: ignore[arg-type]
+        Hand(rising, object()),  # type: ignore[arg-type]
+        Hand(idle, None),  # type: ignore[arg-type]
+    ]
+    assert given.leave() == [over, idle]
+    assert [worker.ended for worker in (over, busy, rising, idle)] == [False, True, True, False]
+
+
 def test_groups_shrink_towards_the_end() -> None:
     """So that no worker has much left when the others have ended; what may kill its worker goes alone."""
     given = HandOut.__new__(HandOut)
@@ -224,6 +245,30 @@ def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: 
     del held
     told_by(worker, NotingWork(str(tmp_path)), [0])
     assert model() is None
+
+
+def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is one run's at a time; who has given up asking does not get it."""
+    ended: list[float] = []
+    over = threading.Event()
+
+    def end(code: int) -> None:
+        ended.append(time.monotonic())
+        over.set()
+
+    monkeypatch.setattr(os, "_exit", end)
+    worker, began = BatchWorker(kept_seconds=1), time.monotonic()
+    later = time.time() + 600
+    assert not worker.claim(later)
+    worker.free()
+    assert not worker.claim(time.time() - 1)
+    assert worker.claim(later)
+    assert not worker.claim(later)
+    worker.busy = 1
+    assert not over.wait(1.5)
+    worker.busy = 0
+    assert over.wait(60)
+    assert ended[0] - began >= 1
 
 
 def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:

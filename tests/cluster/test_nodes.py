@@ -36,5 +36,9 @@ def test_stages_run_on_the_nodes_that_they_need(environment: dict[str, str], tem
     assert found["called"] == {"gpus": 1, "driver": False}
     # A node goes away in the middle: every batch is done, and reported once.
     assert found["node removed"] == {"reported": list(range(24)), "written": 24}
+    # Workers that may outlive their run serve the next one of the same settings, and no other.
+    first, second, other = map(set, found["kept"])
+    assert first & second
+    assert not other & (first | second)
     assert "room for 0 workers of 0.5 CPU, 1 GPU, accelerator H100" in found["refused"]
     assert "1 x (4 CPU, 1 GPU AMD-Instinct-MI300X-OAM" in found["refused"]
