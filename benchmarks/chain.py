@@ -1,11 +1,11 @@
 """A chain of slices: questions a second of one actor against two, their weights resident, and what memory each actor takes.
 
-    python benchmarks/chain.py [--json FILE] [--questions 240] [--rounds 3]
+    python benchmarks/chain.py [--json FILE] [--questions 240] [--rounds 2]
 
 An OLMoE of a quarter of OLMoE-1B-7B's width (1.7 GB in fp32) on one Ray cluster of this machine: a chain of one slice and a
 chain of two stand side by side, and the same planned batches go through one after the other, in turns. An actor computes on one
 thread. Timed from the first batch sent to the last report, filling and emptying of the chain included; starting, loading and
-one first round of each are not. Memory is a process's own (anonymous) at its peak, loading included, less that of an actor with
+four first batches of each are not. Memory is a process's own (anonymous) at its peak, loading included, less that of an actor with
 the same code and questions and a model of next to nothing; its share is what the weights of its slice take.
 """
 
@@ -61,7 +61,7 @@ class Bed:
         import ray
 
         from roma_ray.cluster.chain_actors import ActorChain
-        from roma_ray.cluster.chains import plan_chains
+        from roma_ray.cluster.chain_plans import plan_chains
         from roma_ray.engine.chain import links_of
 
         plan = plan_chains(self.cluster, "extract", self.work.model, slices, None, 1, "cpu")
@@ -109,13 +109,15 @@ def measure(cluster: Any, work: Any, batches: Sequence[int], rounds: int, folder
     bed.send(empty, batches)
     empty.close()
     chains = {slices: bed.chain(f"slices-{slices}", slices) for slices in (1, 2)}
+    for chain, _ in chains.values():
+        bed.send(chain, batches[:4])
     seconds: dict[int, list[float]] = {slices: [] for slices in chains}
     reports: list[Any] = []
-    for turn in range(rounds + 1):
+    for _ in range(rounds):
         for slices, (chain, _) in chains.items():
             spent, reports = bed.send(chain, batches)
-            seconds[slices] += [spent] if turn else []
-            print(f"round {turn}, chain of {slices}: {spent:.1f} s", file=sys.stderr, flush=True)
+            seconds[slices].append(spent)
+            print(f"chain of {slices}: {spent:.1f} s", file=sys.stderr, flush=True)
     peaks = {
         slices: [(bed.peak(f"slices-{slices}", n), weights) for n, weights in enumerate(plan.weights)]
         for slices, (_, plan) in chains.items()
@@ -178,8 +180,8 @@ def main() -> int:
 
     def more(parser: Any) -> None:
         parser.add_argument("--questions", type=int, default=240)
-        parser.add_argument("--rounds", type=int, default=3)
-        parser.add_argument("--batch-tokens", type=int, default=1024)
+        parser.add_argument("--rounds", type=int, default=2)
+        parser.add_argument("--batch-tokens", type=int, default=512)
 
     chosen = options(__doc__ or "", more)
     from roma_ray.cluster.ray_cluster import open_cluster

@@ -66,7 +66,7 @@ def over_two(spec: Any, data: Any, micro: int, activations: str, place: Path) ->
     """As `steps_of`, of a chain of two, and the MB that its actor held beside the slice at most."""
     import ray
 
-    from roma_ray.cluster.chains import plan_chains
+    from roma_ray.cluster.chain_plans import plan_chains
     from roma_ray.cluster.head_actors import head_over
     from roma_ray.cluster.ray_cluster import Cluster
     from roma_ray.config.loading import load_config
@@ -104,14 +104,12 @@ def main() -> int:
             for activations in ("keep", "recompute"):
                 own, found, memory = over_two(spec, data, micro, activations, Path(folder))
                 assert all(torch.equal(gate, found[key]) for key, gate in gates.items()), "other bits"
-                bound = 2 * count / (count + 1)
                 rows.append(
                     (
                         f"chain of 2, {activations}",
                         count,
                         f"{own * 1e3:.0f}",
                         f"{second / own:.2f}",
-                        f"{bound:.2f}",
                         f"{memory:.0f}",
                     )
                 )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 from roma_ray.cluster.batch_actors import ATTEMPTS
-from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import chain as wrapped
 from roma_ray.cluster.failures import explain, explained, packed, unpacked

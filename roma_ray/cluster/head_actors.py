@@ -17,7 +17,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from roma_ray.cluster.chain_actors import ActorChain, Failed, SliceActor, died
-from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.failures import explain, explained, unpacked
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import Config

@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.environment import quiet_libraries
 from roma_ray.cluster.failures import explain, packed, unpacked
 from roma_ray.cluster.head_actors import head_over

@@ -61,8 +61,8 @@ def in_a_chain(stage: str, what: str, scene: Scene) -> None:
     section, title = CHAINS[stage]
     divided = getattr(scene.config, section).model_copy(update={"chain": 2})
     ray = scene.config.ray.model_copy(update={f"{stage}_workers": 4})
-    scene = replace(scene, config=scene.config.model_copy(update={section: divided, "ray": ray}))
     storage = scene.storage(stage)
+    scene = replace(scene, config=scene.config.model_copy(update={section: divided, "ray": ray}))
     driver = scene.start(storage, stage)
     driver.wait_until(scene.begun(storage, stage))
     if what == "driver killed":

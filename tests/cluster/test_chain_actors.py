@@ -18,7 +18,7 @@ import pytest
 from roma_ray.cluster import chain_actors
 from roma_ray.cluster.batch_actors import ATTEMPTS
 from roma_ray.cluster.chain_actors import chain_executor, run_chains
-from roma_ray.cluster.chains import ChainPlan
+from roma_ray.cluster.chain_plans import ChainPlan
 from roma_ray.cluster.placement import Need
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import Config

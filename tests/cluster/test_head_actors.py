@@ -13,7 +13,7 @@ import psutil
 import pytest
 import ray
 
-from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.head_actors import ActorLinks, ChainHeads, HeadActors, HeadLink, head_over
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.cluster.ray_runners import ray_runners

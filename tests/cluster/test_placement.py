@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from roma_ray.cluster import chains as chains_module
+from roma_ray.cluster import chain_plans as chains_module
 from roma_ray.cluster import ray_cluster as module
-from roma_ray.cluster.chains import ChainPlan, plan_chains
+from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.placement import Need, Node, chains, inventory, main_kind, matches, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.config.schema import Config, PlacementConfig
