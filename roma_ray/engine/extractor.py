@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from roma_ray.engine.batches import read_plan as read_plan
+from roma_ray.engine.batches import read_plan
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.forward import Layout, answered, choice_scores, lay_out, mean_routing, own_tokens
 from roma_ray.engine.generation import Decoder, Written, begun_batches, rules_for

@@ -1,4 +1,4 @@
-"""All questions of the sources as they were read, in a table and not as objects: millions lie mapped in scratch.
+"""All questions of the sources as they were read, in tables and not as objects: millions lie in scratch.
 
 N questions.
 """
@@ -60,7 +60,7 @@ class AskedQuestions:
                     count += len(good)
                 self.sources.append(name)
                 self._counts.append(count)
-            self._questions, self.faults = questions.table(), faults.table()
+            self._parts, self.faults = questions.parts(), faults.table()
         self.declared = Declared(self._tasks, np.concatenate(parts), self.ids)
 
     def _table(self, questions: Sequence[Question]) -> pa.Table:
@@ -75,12 +75,12 @@ class AskedQuestions:
         return pa.table([pa.array(columns[field.name], field.type) for field in _QUESTIONS], schema=_QUESTIONS)
 
     def __len__(self) -> int:
-        return len(self._questions)
+        return sum(self._counts)
 
     def ids(self) -> Iterator[str]:
         """The ids, in order."""
-        for part in self._questions.select(["id"]).to_batches():
-            yield from part.column(0).to_pylist()
+        for part in self._parts():
+            yield from part.column("id").to_pylist()
 
     def source_codes(self) -> np.ndarray:
         """The place of each question's source among the sources, [N]."""
@@ -89,7 +89,7 @@ class AskedQuestions:
     def questions(self, parts: np.ndarray | None = None) -> Iterator[Question]:
         """The questions, each with its part (its place in `PARTS`), or the one that its row declares."""
         known = self.declared.parts if parts is None else parts
-        for place, row in enumerate(rows_of(self._questions)):
+        for place, row in enumerate(row for part in self._parts() for row in rows_of(part)):
             row["choices"] = tuple(row["choices"])
             row["turns"] = tuple((turn["role"], turn["content"]) for turn in row["turns"])
             yield Question(**row, split=PARTS[known[place]])

@@ -41,7 +41,7 @@ def in_row_order(tables: Iterable[pa.Table], rows: int, stage: Path) -> Iterator
                 pieces[block].append(count)
                 count += 1
         assert scratch is not None, "there are tables"
-        reader = scratch.mapped()
+        reader = scratch.finish(mapped=False)
     finally:
         if scratch is not None:
             scratch.close()

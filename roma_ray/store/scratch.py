@@ -24,9 +24,9 @@ def scratch_folder() -> Iterator[Path]:
 
 
 class ScratchTable:
-    """A table that is put down part by part in a local file of its own, and mapped: it lies on the disk and not in memory.
+    """A table that is put down part by part in a local file of its own: it lies on the disk and not in memory.
 
-    The file's name goes as soon as it is mapped or closed, its room with the last that was read of it.
+    The file's name goes as soon as it is finished or closed, its room with the last that was read of it.
     """
 
     def __init__(self, schema: pa.Schema, folder: Path | None = None) -> None:
@@ -50,14 +50,18 @@ class ScratchTable:
         except OSError as error:
             raise unwritable(self.folder, error) from error
 
-    def mapped(self) -> pa.ipc.RecordBatchFileReader:
-        """The record batches in their order; no more can be put down. Raises StorageError."""
+    def finish(self, *, mapped: bool) -> pa.ipc.RecordBatchFileReader:
+        """The record batches in their order; no more can be put down. Raises StorageError.
+
+        `mapped`: for picking rows anywhere. Else each batch is read into memory when it is taken, for going through once.
+        """
         import pyarrow as pa
 
         try:
             self._writer.close()
             self._file.close()
-            return pa.ipc.open_file(pa.memory_map(str(self._path)))
+            place = str(self._path)
+            return pa.ipc.open_file(pa.memory_map(place) if mapped else pa.OSFile(place))
         except OSError as error:
             raise unwritable(self.folder, error) from error
         finally:

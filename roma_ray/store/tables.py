@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -116,8 +116,16 @@ class Holder:
     def table(self) -> pa.Table:
         """All rows; no more can be added. Raises StorageError."""
         if self._scratch is not None:
-            return self._scratch.mapped().read_all()
+            return self._scratch.finish(mapped=True).read_all()
         return pa.concat_tables([self.schema.empty_table(), *self._held])
+
+    def parts(self) -> Callable[[], Iterator[pa.Table]]:
+        """What goes through all rows, as often as it is called, a part at a time; no more can be added. Raises StorageError."""
+        if self._scratch is None:
+            held = self._held
+            return lambda: iter(held)
+        reader = self._scratch.finish(mapped=False)
+        return lambda: (pa.Table.from_batches([reader.get_batch(n)]) for n in range(reader.num_record_batches))
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,7 @@ from roma_ray.runs.pipeline import Run
 from roma_ray.stages.extraction import EXTRACT, gather
 from roma_ray.stages.finetuning import read_routing_rows
 from roma_ray.stages.preparation import QUESTIONS
+from roma_ray.store import row_order
 from roma_ray.store.artifacts import Stage
 from tests.bucket import Proxy
 from tests.making import made
@@ -168,6 +169,20 @@ def test_gather_refuses_rows_that_lack(letter_run: Run) -> None:
     questions = letter_run.stages["questions"].path / TABLE
     with pytest.raises(Exception, match="does not hold each question once"):
         gather(stage, stage.manifest()["facts"]["batches"] - 1, questions, 0)
+
+
+@pytest.mark.parametrize("block", [5, 16])
+def test_rows_are_gathered_block_by_block(
+    letter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(row_order, "BLOCK_ROWS", block)
+    whole, facts = letter_run.stages["extract"], letter_run.stages["extract"].manifest()["facts"]
+    shutil.copytree(whole.path / "batches", tmp_path / "batches")
+    found = gather(Stage(tmp_path, "extract", {}), facts["batches"], letter_run.stages["questions"].path / TABLE, 3)
+    table, expected = read_table(tmp_path / ROWS), read_table(whole.path / ROWS)
+    assert table.equals(expected.replace_schema_metadata(table.schema.metadata))
+    assert found == {name: facts[name] for name in found} | {"prefix": 3}
+    assert {path.name for path in tmp_path.iterdir()} == {"batches", ROWS}
 
 
 def test_progress_counts_tokens_for_the_longest_batches_run_first(fresh: tuple[Any, Stage]) -> None:

@@ -17,12 +17,13 @@ def test_a_scratch_folder_is_removed() -> None:
     assert not folder.exists()
 
 
-def test_a_scratch_table_lies_in_a_file_whose_name_goes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mapped", [False, True])
+def test_a_scratch_table_lies_in_a_file_whose_name_goes(tmp_path: Path, mapped: bool) -> None:
     table = ScratchTable(pa.schema([("n", pa.int64())]), tmp_path)
     assert len(list(tmp_path.iterdir())) == 1
     table.append(pa.table({"n": [3, 1]}))
     table.append(pa.table({"n": [2]}))
-    reader = table.mapped()
+    reader = table.finish(mapped=mapped)
     assert list(tmp_path.iterdir()) == []
     assert reader.get_batch(1).column("n").to_pylist() == [2]
     assert reader.read_all().column("n").to_pylist() == [3, 1, 2]
