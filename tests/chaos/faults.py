@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -46,12 +47,19 @@ def node_removed(stage: str, scene: Scene) -> None:
     scene.same(storage, stage)
 
 
+def outlive_the_lease(scene: Scene) -> None:
+    """In a bucket a dead driver's stage is refused until its lease has expired."""
+    if scene.root is not None:
+        time.sleep(float(scene.nodes.environment["ROMA_RAY_LEASE_SECONDS"]))
+
+
 def driver_killed(stage: str, scene: Scene) -> None:
     """kill -9 of the driver in a stage, and the same command again."""
     storage = scene.storage(stage)
     first = scene.start(storage, stage)
     first.wait_until(scene.begun(storage, stage))
     first.kill()
+    outlive_the_lease(scene)
     scene.start(storage, stage).end()
     scene.same(storage, stage)
 
@@ -67,6 +75,7 @@ def in_a_chain(stage: str, what: str, scene: Scene) -> None:
     driver.wait_until(scene.begun(storage, stage))
     if what == "driver killed":
         driver.kill()
+        outlive_the_lease(scene)
         driver = scene.start(storage, stage)
     else:
         node, pid = driver.wait_until(lambda: scene.nodes.processes(title))[0]
