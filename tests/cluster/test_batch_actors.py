@@ -112,7 +112,7 @@ def test_a_kill_within_a_group_repeats_one_batch(cluster: Cluster, tmp_path: Pat
     assert sorted(report.batch for report in reports) == list(range(200))
     times = Counter(batch for batch, _ in begun(tmp_path))
     assert times == Counter({**dict.fromkeys(range(200), 1), 5: 2})
-    assert len({pid for _, pid in begun(tmp_path)}) == 3
+    assert len({pid for batch, pid in begun(tmp_path) if batch == 5}) == 2
     starting = noted_starts(tmp_path)
     assert set(starting) == {"workers", "imports", "model", "first_batch"}
     assert min(starting.values()) >= 0
