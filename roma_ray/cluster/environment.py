@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 
 _LIBRARIES = {
@@ -44,13 +43,6 @@ def quiet_ray() -> None:
     quiet_libraries()
     for name, value in _RAY.items():
         os.environ.setdefault(name, value)
-
-
-def quiet_data() -> None:
-    """Leave Ray Data's log to its files in the session folder; call it when `ray.data` has been imported."""
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.CRITICAL)
 
 
 def forwarded() -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -121,10 +120,7 @@ def explained(name: str, folder: str | Path) -> Iterator[None]:
     """Turn what workers of this stage raise into a RomaError."""
     from ray.exceptions import RayError
 
-    # Importing it takes seconds, which what does without it has no use for.
-    data = sys.modules.get("ray.data.exceptions")
-    kinds = (RayError, *((data.ExecutionTimeoutError, data.SystemException) if data else ()))
     try:
         yield
-    except kinds as error:
+    except RayError as error:
         raise explain(error, name, folder) from None
