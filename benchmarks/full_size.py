@@ -109,7 +109,6 @@ def settings(model: Path, storage: str, questions: int, memory_gb: float, thread
         f"storage={storage}",
         f"extraction.memory_gb={memory_gb}",
         f"questions.sources=[{{path: {load_config().questions.sources[0].path}, limit: {questions}}}]",
-        "questions.prompt.format=letter",
         "questions.test_fraction=0.2",
         "finetune.epochs=1",
         "finetune.batch_size=16",
