@@ -19,9 +19,8 @@ from roma_ray.borders.text import printable
 from roma_ray.config.schema import ColumnsConfig
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions import hub_schemas as hub
-from roma_ray.questions.records import BadRow, Question, Rejected, make_question
+from roma_ray.questions.records import BadRow, Question, Rejected, make_question, seeded_key
 from roma_ray.questions.shapes import questions_of
-from roma_ray.questions.splits import seeded_key
 
 Loader = Callable[[str, str | None, str], Iterable[Mapping[str, Any]]]
 """(hub id, configuration or None, split) -> rows."""

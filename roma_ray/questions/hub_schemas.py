@@ -11,9 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from roma_ray.questions.records import BadRow, answer_index
+from roma_ray.questions.records import BadRow, answer_index, seeded_key
 from roma_ray.questions.shapes import KEY, labelled
-from roma_ray.questions.splits import seeded_key
 
 MAX_WRONG_CHOICES = 7
 

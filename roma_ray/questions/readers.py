@@ -9,6 +9,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from roma_ray.assets import assets_path
 from roma_ray.borders.text import printable
@@ -18,9 +19,11 @@ from roma_ray.questions.dataset_registry import Loader, load_dataset
 from roma_ray.questions.jsonl import jsonl_rows
 from roma_ray.questions.parquet import parquet_rows
 from roma_ray.questions.records import Question, Rejected
-from roma_ray.questions.seen_ids import SeenIds
 from roma_ray.questions.shapes import questions_of
 from roma_ray.store.files import file_digest, local_place
+
+if TYPE_CHECKING:
+    from roma_ray.questions.seen_ids import SeenIds
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +70,7 @@ def iter_sources(
     if not sources:
         raise ConfigError("questions.sources is empty: name at least one file or dataset")
     names = display_names([source.path for source in sources])
-    seen = SeenIds()
+    seen = _no_ids_yet()
     for source, name in zip(sources, names, strict=True):
         rows = _open(source, name, seed, loader, free)
         yield source.dataset or name, _usable(_limited(_without_duplicates(rows, seen), source), source.dataset or name)
@@ -79,7 +82,7 @@ def declared_parts(sources: Sequence[QuestionSource], *, free: bool = False) -> 
     Raises QuestionError where a file cannot be read.
     """
     names = display_names([source.path for source in sources])
-    seen = SeenIds()
+    seen = _no_ids_yet()
     certain = True
     for source, name in zip(sources, names, strict=True):
         if source.rows_split == "test":
@@ -174,6 +177,13 @@ def _file(name: str) -> Path:
         what = "a folder" if folder else "not a regular file"
         raise QuestionError(f"question file '{printable(name)}' is {what}: name a .jsonl or .parquet file")
     return path
+
+
+def _no_ids_yet() -> SeenIds:
+    # Its numpy is more than who only looks at file names has use for.
+    from roma_ray.questions.seen_ids import SeenIds
+
+    return SeenIds()
 
 
 def _without_duplicates(rows: Iterator[Question | Rejected], seen: SeenIds) -> Iterator[Question | Rejected]:

@@ -15,6 +15,7 @@ Other fields are ignored. Outer blanks of all texts are dropped.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -286,3 +287,9 @@ def kind_of(value: object) -> str:
     if value is None:
         return "missing"
     return names.get(type(value), "an object" if isinstance(value, Mapping) else f"of type {type(value).__name__}")
+
+
+def seeded_key(seed: int, purpose: str, text: str) -> bytes:
+    """16 bytes that order texts at random but the same on every machine; `purpose` keeps two orders independent."""
+    data = f"{seed}\0{purpose}\0{text}".encode("utf-8", "surrogatepass")
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -15,7 +15,6 @@ What rows declare:
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,17 +25,11 @@ import numpy as np
 
 from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.questions.labels import Labels
-from roma_ray.questions.records import Question
+from roma_ray.questions.records import Question, seeded_key
 
 PARTS = ("train", "validation", "test")
 _TRAIN, _VALIDATION, _TEST = range(3)
 _KEYS_AT_ONCE = 65_536
-
-
-def seeded_key(seed: int, purpose: str, text: str) -> bytes:
-    """16 bytes that order texts at random but the same on every machine; `purpose` keeps two orders independent."""
-    data = f"{seed}\0{purpose}\0{text}".encode("utf-8", "surrogatepass")
-    return hashlib.blake2b(data, digest_size=16).digest()
 
 
 @dataclass(frozen=True)
