@@ -57,7 +57,7 @@ demo: venv
 	$(BIN)/roma-ray run
 
 test: dev
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+	$(BIN)/python -m pytest -n $(TEST_WORKERS)
 
 # What a release needs beside `make check test`: the versions of transformers at both ends of pyproject.toml's bounds.
 matrix: dev
