@@ -2,8 +2,9 @@
 
 Simulates 1 to 256 nodes of 8 workers for 49,000 to 10 million questions: extraction and embedding as batches that a driver
 hands out one after the other to workers that start, load a model, compute and write to shared storage; reading the questions,
-gathering the extraction's rows and finding neighbors in the driver; finetuning on no more workers than a step has micro-batches;
-evaluation as batches again, whose rows the driver puts in order.
+gathering the extraction's rows in the driver, and finding neighbors there up to 200,000 successes, beyond that as blocks of questions
+and shards of successes on workers, ranked by the driver; finetuning on no more workers than a step has micro-batches; evaluation as
+batches again, whose rows the driver puts in order.
 
 What goes in is measured: `--summary` takes a finished run's rates (its stage seconds and counts, one worker), `--measure` the
 driver's overhead by running empty batches through Ray on this machine. What was not measured here is an option with its default
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import heapq
 import json
+import math
 import random
 import sys
 import tempfile
@@ -68,8 +70,12 @@ class Rates:
     """Questions whose extracted rows the driver puts in order (driver_memory.py, a CPU core)."""
     successful_part: float = 0.5
     """Of the training questions: S."""
-    neighbors_per_second: float = 4800.0
-    """Questions searched by inverted lists in the driver (driver_memory.py, a CPU core)."""
+    lookups_per_second: float = 4450.0
+    """Questions a worker answers from a full shard of S, on a core: half of the 8,900 measured on a quarter of one."""
+    open_shard_seconds: float = 53.0
+    """A worker's time to put a full shard into lists: eight times the 6.6 CPU s measured on a quarter of one."""
+    ranked_per_second: float = 12_300.0
+    """Questions whose proposals the driver ranks (a CPU core)."""
     pairs_per_second: float = 3.2e7
     """Questions times S up to 200,000 successes, where the search is exact (driver_memory.py, a CPU core)."""
 
@@ -104,6 +110,19 @@ def batches(questions: int, rate: float, workers: int, rates: Rates, written: fl
     }
 
 
+def neighbors(trained: float, successes: float, workers: int, rates: Rates) -> float:
+    """Seconds of the search: exact in the driver, or lookups in shards on workers that open each shard they meet, and the ranking."""
+    if successes <= EXACT_UP_TO:
+        return trained * successes / rates.pairs_per_second
+    shards, blocks = math.ceil(successes / SHARD), math.ceil(trained / BLOCK)
+    workers = min(workers, shards * blocks)
+    size = successes / shards / SHARD
+    # A worker takes blocks of one shard after another, so it opens its part of the shards, and one at least.
+    opened = max(1.0, shards / workers) * rates.open_shard_seconds * size**1.5
+    lookups = trained * shards / (rates.lookups_per_second / size**0.5) / workers
+    return rates.start_seconds + opened + lookups + trained / rates.ranked_per_second
+
+
 def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
     """Seconds of each stage and why the first of them does not scale further."""
     workers = nodes * WORKERS_A_NODE
@@ -113,7 +132,6 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
     embed = batches(questions, rates.embed_per_second, workers, rates, WIDTH_BYTES, 2.0)
     trained = rates.trained_part * questions
     successes = rates.successful_part * trained
-    exact = successes <= EXACT_UP_TO
     # A part of the evaluation is up to eight batches (roma_ray/stages/answer_work.py).
     judged, parts = 2 * (questions - trained), replace(rates, questions_a_batch=8 * rates.questions_a_batch)
     evaluate = batches(int(judged), rates.evaluate_per_second, workers, parts, ROUTING_BYTES, loading)
@@ -125,7 +143,7 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
         "extract": extract["seconds"],
         "gather": questions / rates.gather_per_second,
         "embed": embed["seconds"],
-        "neighbors": trained * successes / rates.pairs_per_second if exact else trained / rates.neighbors_per_second,
+        "neighbors": neighbors(trained, successes, workers, rates),
         "finetune": rates.start_seconds + rates.load_seconds + steps * step,
         "evaluate": evaluate["seconds"] + judged / rates.gather_per_second,
     }
@@ -139,6 +157,7 @@ WIDTH_BYTES = 384 * 4.0
 # Of 5 layers of 64 experts.
 ROUTING_BYTES = 5 * 64 * 4.0
 EXACT_UP_TO = 200_000
+SHARD, BLOCK = 2**20, 2**17
 
 
 def report(rates: Rates, say: Callable[[str], None] = print) -> None:
