@@ -13,7 +13,7 @@ import pytest
 
 from roma_ray.cluster.batch_actors import ATTEMPTS, ray_executor
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.engine.question_table import TABLE, read_prompts
+from roma_ray.engine.question_table import TABLE, read_some_prompts
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.work import Report, Work
 from roma_ray.errors import WorkerError
@@ -96,6 +96,6 @@ def test_a_question_that_kills_its_workers_ends_the_evaluation_by_name(
 
     with pytest.raises(WorkerError, match=r"kills the worker.*ray.evaluate_workers") as caught:
         made(EVALUATE, setup, Runners(evaluate=poisoned))
-    (prompt,) = read_prompts(local_run.stages["questions"].path / TABLE, poison)
+    (prompt,) = read_some_prompts(local_run.stages["questions"].path / TABLE, poison)
     assert repr(prompt.id) in str(caught.value)
     assert not EVALUATE.at(setup, local_run.stages).complete
