@@ -59,7 +59,7 @@ class Sized(Cluster):
     """A cluster of given resources."""
 
     def __init__(self, config: Config, **resources: float) -> None:
-        self.config, self.resources, self._started = config, resources, False
+        self.config, self.resources, self._started, self.address = config, resources, False, None
 
     @property
     def connected(self) -> bool:
