@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from roma_ray.cluster.failures import explained
-from roma_ray.cluster.placement import Need, chains, inventory, need_of
+from roma_ray.cluster.placement import Need, chains, inventory, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.chain import balanced, layer_parameters
 from roma_ray.engine.model_spec import ModelSpec
@@ -66,6 +66,8 @@ def plan_chains(
     `limit_gb`: most weights of a slice; `first`: the first layer that they hold. Raises ConfigError, with what the cluster has, where
     there is no room.
     """
+    # Kept workers hold the places that the chain's need, and would until they are ended.
+    cluster.pool.release()
     sizes = [count * getattr(torch, model.dtype).itemsize for count in layer_parameters(model)[first:]]
     setting = _SETTINGS[stage]
     need = need_of(stage, cluster.config.ray, device)
@@ -186,6 +188,9 @@ def gpu_bytes(cluster: Cluster, stage: str, need: Need) -> int:
     """The memory of a GPU as a worker of this need finds it."""
     import ray
 
+    if room(cluster.nodes(), need) < 2 and ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        # Of a task that has the only one: it would wait for itself.
+        return _gpu_bytes()
     options = {key: value for key, value in need.options().items() if value is not None}
     with explained(stage, Store(cluster.config.storage).root):
         found: int = ray.get(ray.remote(**options)(_gpu_bytes).remote())
