@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 import shutil
@@ -232,7 +231,7 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
 def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: Path) -> None:
     """Its model is loaded once for three works, though one of them has put other gates in their place; then it goes."""
     worker, plan = BatchWorker(), fields(local_run, tmp_path / "plan")["stage"].path / PLAN
-    batches = range(len(json.loads(plan.read_text())["batches"]))
+    batches = range(len(read_plan(plan)[1]))
     for name, kind in (("first", ExtractWork), ("tuned", TunedWork), ("second", ExtractWork)):
         told = told_by(worker, kind(**fields(local_run, tmp_path / name)), batches)
         assert {kind for kind, _ in told} == {STANDS, OPENED, REPORTS}
@@ -269,6 +268,17 @@ def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytes
     worker.busy = 0
     assert over.wait(60)
     assert ended[0] - began >= 1
+
+
+def test_a_call_that_is_broken_off_leaves_its_worker_idle(tmp_path: Path) -> None:
+    """Else a worker that outlives its run would never end."""
+    worker = BatchWorker()
+    order = Order("extract", str(tmp_path), "token", pickle.dumps(NotingWork(str(tmp_path))), 1)
+    telling = worker.run(order, "000001", [0, 1])
+    next(telling)
+    assert worker.busy == 1
+    telling.close()
+    assert worker.busy == 0
 
 
 def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:
