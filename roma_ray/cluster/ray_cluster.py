@@ -52,12 +52,11 @@ class Cluster:
         os.environ.setdefault(_OOM_RETRIES, str(config.ray.max_failures))
         # Ray reads this when it is imported. A client that sends a token works with clusters of either kind, so one that
         # exists is sent.
-        self.address = find_address(address or config.ray.address)
+        # In a task there is one already, whatever is written where it runs.
+        self.address = None if self.connected else find_address(address or config.ray.address)
         if self.address is not None and "RAY_AUTH_MODE" not in os.environ and token_known():
             os.environ["RAY_AUTH_MODE"] = "token"
-        if self.connected:
-            self.address = None
-        elif self.address is not None:
+        if self.address is not None:
             self._attach(self.address)
 
     @cached_property
