@@ -10,7 +10,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -152,11 +152,8 @@ def test_who_has_told_all_stays_and_who_is_at_work_ends() -> None:
 def test_groups_shrink_towards_the_end() -> None:
     """So that no worker has much left when the others have ended; what may kill its worker goes alone."""
     given = HandOut.__new__(HandOut)
-    given.waiting, given.before, given.hands = (
-        deque(range(1000)),
-        {3: ("batch 3",), 500: ("batch 500",)},
-        [object()] * 4,
-    )  # type: ignore[list-item]
+    given.waiting, given.before = deque(range(1000)), {3: ("batch 3",), 500: ("batch 500",)}
+    given.hands = [object()] * 4  # type: ignore[list-item]
     groups = []
     while given.waiting:
         groups.append(given._group())
@@ -275,6 +272,7 @@ def test_a_call_that_is_broken_off_leaves_its_worker_idle(tmp_path: Path) -> Non
     worker = BatchWorker()
     order = Order("extract", str(tmp_path), "token", pickle.dumps(NotingWork(str(tmp_path))), 1)
     telling = worker.run(order, "000001", [0, 1])
+    assert isinstance(telling, Generator)
     next(telling)
     assert worker.busy == 1
     telling.close()
