@@ -81,11 +81,12 @@ class Cluster:
             self._start()
 
     def close(self) -> None:
-        """Disconnect; a cluster that this process started ends."""
+        """Disconnect; a cluster that this process started ends. Kept workers end also where the connection is another's."""
+        if "pool" in self.__dict__ and self.connected:
+            self.pool.close()
         if self._started or self.address is not None:
             import ray
 
-            self.pool.close()
             ray.shutdown()
             self._started = False
         for name, value in self._saved.items():

@@ -13,8 +13,8 @@ import ray
 
 from roma_ray.cluster import ray_cluster as module
 from roma_ray.cluster.environment import forwarded
-from roma_ray.cluster.placement import Node
-from roma_ray.cluster.ray_cluster import Cluster, find_address
+from roma_ray.cluster.placement import Need, Node
+from roma_ray.cluster.ray_cluster import Cluster, find_address, open_cluster
 from roma_ray.config.schema import Config
 from roma_ray.doctor.nodes import examine_cluster
 from roma_ray.errors import ConfigError, ModelError, WorkerError
@@ -113,6 +113,17 @@ def test_a_token_that_is_known_is_sent(shell: Path, world: Config, monkeypatch: 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     Cluster(world, "head:6379")
     assert seen == [None, "token", "disabled"]
+
+
+def test_workers_end_with_a_run_in_anothers_connection(cluster: Cluster, world: Config) -> None:
+    """A notebook that is connected already keeps its connection, and no worker of the run with its model."""
+    with open_cluster(world) as lent:
+        (worker,) = lent.pool.lend(Need(0.5), 1, 1)
+        assert ray.get(worker.actor.up.remote()) is None
+        lent.pool.keep([worker])
+    assert ray.is_initialized()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(worker.actor.up.remote())
 
 
 def test_its_own_cluster_leaves_no_token(cluster: Cluster, temporary: Path) -> None:
