@@ -71,9 +71,11 @@ def plan_chains(
     sizes = [count * getattr(torch, model.dtype).itemsize for count in layer_parameters(model)[first:]]
     setting = _SETTINGS[stage]
     need = need_of(stage, cluster.config.ray, device)
+    wanted = getattr(cluster.config.ray, f"{stage}_workers")
     if slices != "auto":
         # On a cluster that scales: the number is named, as that of other stages' workers.
-        cluster.await_room(_of_slice(need, -(-sum(sizes) // slices)), slices)
+        asked = max(1, min((wanted or slices) // slices, at_most))
+        cluster.await_room(_of_slice(need, -(-sum(sizes) // slices)), asked * slices)
     need = cluster.of_one_kind(stage, need)
     if slices == "auto":
         most = _weights_of_a_worker(cluster, stage, need)
@@ -82,7 +84,6 @@ def plan_chains(
     else:
         plan = _divided(cluster, sizes, need, slices, limit_gb, setting)
     plan = replace(plan, ranges=tuple((start + first, stop + first) for start, stop in plan.ranges))
-    wanted = getattr(cluster.config.ray, f"{stage}_workers")
     if wanted is None:
         cores = max(1, cluster.cores() // cluster.config.threads // len(plan.ranges))
         return replace(plan, copies=min(at_most, plan.copies if need.gpus else min(plan.copies, cores)))

@@ -230,6 +230,16 @@ def test_a_chain_gets_the_places_of_kept_workers(world: Config) -> None:
     assert len(cluster.pool) == 0
 
 
+def test_nodes_for_all_chains_are_waited_for(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many chains as are named, and as have batches; else one."""
+    awaited: list[int] = []
+    monkeypatch.setattr(Mixed, "await_room", lambda self, need, workers: awaited.append(workers))
+    for workers, at_most in ((4, 100), (5, 100), (4, 1), (None, 100)):
+        planned(Mixed(with_ray(world, extract_workers=workers), [PLAIN]), world, 2, at_most=at_most)
+    planned(Mixed(world, [PLAIN]), world, "auto")
+    assert awaited == [4, 4, 2, 2]
+
+
 def test_a_task_with_the_only_gpu_asks_for_no_other(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """A task of another GPU would wait for the one that asks."""
     import ray
