@@ -157,6 +157,9 @@ class BatchWorker:
         if self.claimed or time.time() > until:
             return False
         self.claimed, self.used = True, time.monotonic()
+        if self.held is not None and not self.held.told_by_content:
+            self.do, self.token = None, ""
+            self.held.release()
         return True
 
     def free(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pickle
 import shutil
@@ -36,6 +37,7 @@ from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.batches import read_plan
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
+from roma_ray.engine.held_slices import HeldSlices
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.runners import LOCAL, Runners
@@ -241,6 +243,19 @@ def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: 
     del held
     told_by(worker, NotingWork(str(tmp_path)), [0])
     assert model() is None
+
+
+def test_the_next_run_finds_no_model_that_only_a_path_names(local_run: Run, tmp_path: Path) -> None:
+    """Other weights may lie there by then; those of a model with routers are told by their content."""
+    worker = BatchWorker()
+    for checks, left in (("checks", 1), ("", 0)):
+        model = dataclasses.replace(local_run.setup.model, checks=checks and str(tmp_path / checks))
+        worker.held = HeldSlices()
+        with worker.held.opening(model):
+            model.load(0, 1, with_lm_head=False)
+        worker.free()
+        assert worker.claim(time.time() + 60)
+        assert len(worker.held._held) == left
 
 
 def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytest.MonkeyPatch) -> None:
