@@ -15,6 +15,7 @@ from roma_ray.cluster import ray_cluster as module
 from roma_ray.cluster.environment import forwarded
 from roma_ray.cluster.placement import Need, Node
 from roma_ray.cluster.ray_cluster import Cluster, find_address, open_cluster
+from roma_ray.cluster.worker_pool import Worker, WorkerPool
 from roma_ray.config.schema import Config
 from roma_ray.doctor.nodes import examine_cluster
 from roma_ray.errors import ConfigError, ModelError, WorkerError
@@ -124,6 +125,29 @@ def test_workers_end_with_a_run_in_anothers_connection(cluster: Cluster, world: 
     assert ray.is_initialized()
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(worker.actor.up.remote())
+
+
+def test_what_a_run_left_idle_serves_the_next_or_cedes_its_place(cluster: Cluster) -> None:
+    """A worker of another run that goes on is left alone."""
+    first, second, third = WorkerPool(600), WorkerPool(600), WorkerPool(600)
+
+    def process(worker: Worker) -> int:
+        found: int = ray.get(worker.actor.__ray_call__.remote(lambda self: os.getpid()))
+        return found
+
+    one, other = first.lend(Need(0.5), 2, 1)
+    left, kept = process(one), process(other)
+    first.keep([one])
+    first.close()
+    (claimed,) = second.lend(Need(0.5), 1, 1)
+    assert process(claimed) == left
+    second.keep([claimed])
+    second.close()
+    third.release()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(claimed.actor.up.remote())
+    assert process(other) == kept
+    other.end()
 
 
 def test_its_own_cluster_leaves_no_token(cluster: Cluster, temporary: Path) -> None:
