@@ -126,6 +126,7 @@ class BatchWorker:
         """`kept_seconds`: end by itself after so long without a call, where it outlives its driver; 0: it does not."""
         quiet_libraries()
         self.claimed, self.busy, self.used = True, 0, time.monotonic()
+        self.counting = threading.Lock()
         if kept_seconds:
             threading.Thread(target=self._end_when_idle, args=(kept_seconds,), name="idle", daemon=True).start()
         self.token = ""
@@ -140,11 +141,25 @@ class BatchWorker:
             time.sleep(min(1.0, seconds / 4))
         os._exit(0)
 
+    @contextlib.contextmanager
+    def _at_work(self) -> Iterator[None]:
+        """Inside the block it does not idle, however the block ends. Two calls may begin or end at the same time."""
+        with self.counting:
+            self.busy += 1
+        try:
+            yield
+        finally:
+            with self.counting:
+                self.used, self.busy = time.monotonic(), self.busy - 1
+
     def claim(self, until: float) -> bool:
         """Be another run's from now on, if it is nobody's; not after `until` (`time.time`), when who asks has given up."""
         if self.claimed or time.time() > until:
             return False
         self.claimed, self.used = True, time.monotonic()
+        if self.held is not None and not self.held.told_by_content:
+            self.do, self.token = None, ""
+            self.held.release()
         return True
 
     def free(self) -> None:
@@ -158,14 +173,18 @@ class BatchWorker:
         """Import a work's libraries before the work is there."""
         from roma_ray.engine.model_spec import set_threads
 
-        set_threads(threads)
-        importlib.import_module(module)
+        with self._at_work():
+            set_threads(threads)
+            importlib.import_module(module)
 
     def run(self, order: Order, call: str, batches: Sequence[int], before: Sequence[str] = ()) -> Iterator[Told]:
         """Do batches; tells what is done as it is done. `before`: the lines that earlier attempts on the first of them left."""
+        with self._at_work():
+            yield from self._run(order, call, batches, before)
+
+    def _run(self, order: Order, call: str, batches: Sequence[int], before: Sequence[str]) -> Iterator[Told]:
         journal, reports = Journal(order, call), list[dict[str, Any]]()
         failure: dict[str, str] | None = None
-        self.busy += 1
         try:
             with self.computing:
                 yield from self._opened(order, journal)
@@ -184,7 +203,6 @@ class BatchWorker:
         if failure is not None:
             yield FAILURE, failure
         journal.close()
-        self.used, self.busy = time.monotonic(), self.busy - 1
 
     def _opened(self, order: Order, journal: Journal) -> Iterator[Told]:
         if self.token == order.token:

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from roma_ray.cluster.failures import explained
-from roma_ray.cluster.placement import Need, chains, inventory, need_of
+from roma_ray.cluster.placement import Need, chains, inventory, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.chain import balanced, layer_parameters
 from roma_ray.engine.model_spec import ModelSpec
@@ -66,12 +66,16 @@ def plan_chains(
     `limit_gb`: most weights of a slice; `first`: the first layer that they hold. Raises ConfigError, with what the cluster has, where
     there is no room.
     """
+    # Kept workers hold the places that the chain's need, and would until they are ended.
+    cluster.pool.release()
     sizes = [count * getattr(torch, model.dtype).itemsize for count in layer_parameters(model)[first:]]
     setting = _SETTINGS[stage]
     need = need_of(stage, cluster.config.ray, device)
+    wanted = getattr(cluster.config.ray, f"{stage}_workers")
     if slices != "auto":
         # On a cluster that scales: the number is named, as that of other stages' workers.
-        cluster.await_room(_of_slice(need, -(-sum(sizes) // slices)), slices)
+        asked = max(1, min((wanted or slices) // slices, at_most))
+        cluster.await_room(_of_slice(need, -(-sum(sizes) // slices)), asked * slices)
     need = cluster.of_one_kind(stage, need)
     if slices == "auto":
         most = _weights_of_a_worker(cluster, stage, need)
@@ -80,7 +84,6 @@ def plan_chains(
     else:
         plan = _divided(cluster, sizes, need, slices, limit_gb, setting)
     plan = replace(plan, ranges=tuple((start + first, stop + first) for start, stop in plan.ranges))
-    wanted = getattr(cluster.config.ray, f"{stage}_workers")
     if wanted is None:
         cores = max(1, cluster.cores() // cluster.config.threads // len(plan.ranges))
         return replace(plan, copies=min(at_most, plan.copies if need.gpus else min(plan.copies, cores)))
@@ -186,6 +189,9 @@ def gpu_bytes(cluster: Cluster, stage: str, need: Need) -> int:
     """The memory of a GPU as a worker of this need finds it."""
     import ray
 
+    if room(cluster.nodes(), need) < 2 and ray.get_runtime_context().get_accelerator_ids().get("GPU"):
+        # Of a task that has the only one: it would wait for itself.
+        return _gpu_bytes()
     options = {key: value for key, value in need.options().items() if value is not None}
     with explained(stage, Store(cluster.config.storage).root):
         found: int = ray.get(ray.remote(**options)(_gpu_bytes).remote())

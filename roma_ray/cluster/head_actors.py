@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from roma_ray.cluster.chain_actors import ActorChain, Failed, SliceActor, died
@@ -24,7 +25,7 @@ from roma_ray.config.schema import Config
 from roma_ray.engine.chain import Flat
 from roma_ray.engine.heads import Heads
 from roma_ray.engine.model_spec import ModelSpec
-from roma_ray.errors import WorkerError
+from roma_ray.errors import ModelError, WorkerError
 from roma_ray.moe.head_chain import Chain
 from roma_ray.moe.links import HeldSlice
 from roma_ray.moe.slices import Slice
@@ -47,8 +48,15 @@ class HeadLink:
         link = HeldSlice(part, first=self.first, keep=self.keep)
 
         def call(method: str, arguments: tuple[Any, ...]) -> Any:
-            failed = next((one for one in arguments if isinstance(one, Failed)), None)
-            return failed or _wired(getattr(link, method)(*map(_received, arguments)))
+            if failed := next((one for one in arguments if isinstance(one, Failed)), None):
+                return failed
+            try:
+                return _wired(getattr(link, method)(*map(_received, arguments)))
+            except torch.OutOfMemoryError as error:
+                raise ModelError(
+                    f"memory ran out in layers {self.start} to {self.stop - 1} of the head: take more slices (finetune.chain), "
+                    "finetune.chain_activations: recompute, or a smaller finetune.micro_batch_size or extraction.batch_tokens"
+                ) from error
 
         return call
 

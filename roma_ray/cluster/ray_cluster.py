@@ -52,12 +52,11 @@ class Cluster:
         os.environ.setdefault(_OOM_RETRIES, str(config.ray.max_failures))
         # Ray reads this when it is imported. A client that sends a token works with clusters of either kind, so one that
         # exists is sent.
-        self.address = find_address(address or config.ray.address)
+        # In a task there is one already, whatever is written where it runs.
+        self.address = None if self.connected else find_address(address or config.ray.address)
         if self.address is not None and "RAY_AUTH_MODE" not in os.environ and token_known():
             os.environ["RAY_AUTH_MODE"] = "token"
-        if self.connected:
-            self.address = None
-        elif self.address is not None:
+        if self.address is not None:
             self._attach(self.address)
 
     @cached_property
@@ -82,11 +81,12 @@ class Cluster:
             self._start()
 
     def close(self) -> None:
-        """Disconnect; a cluster that this process started ends."""
+        """Disconnect; a cluster that this process started ends. Kept workers end also where the connection is another's."""
+        if "pool" in self.__dict__ and self.connected:
+            self.pool.close()
         if self._started or self.address is not None:
             import ray
 
-            self.pool.close()
             ray.shutdown()
             self._started = False
         for name, value in self._saved.items():

@@ -95,8 +95,10 @@ def expecting(cluster: Cluster, device: str) -> Callable[[str], None]:
 
     def expect(stage: str) -> None:
         settings = cluster.config.ray
-        # A cluster of our own starts where its workers pay; nodes that must be waited for are asked for by number.
-        if cluster.own or settings.wait_seconds:
+        # A cluster of our own starts where its workers pay; nodes that must be waited for are asked for by number; a chain's workers
+        # are no pool's.
+        divided = stage == "extract" and cluster.config.extraction.chain is not None
+        if cluster.own or settings.wait_seconds or divided:
             return
         wanted = getattr(settings, f"{stage}_workers")
         count, need = cluster.place(stage, wanted, wanted or _EXPECTED_WORKERS, device, kept=True)

@@ -43,9 +43,9 @@ class Worker:
 
     @property
     def kind(self) -> str:
-        """Begins the names of the workers that can stand for this one: of the same place, code, user and environment."""
+        """Begins the names of the workers that can stand for this one: of the same user, environment, place and code."""
         place = [asdict(self.need), self.calls_at_once, self.kept_seconds]
-        return fingerprint([place, code_digest(), os.getuid(), forwarded()])
+        return f"{owner()}-{fingerprint([place, code_digest()])}"
 
     def start(self) -> None:
         """Start the process, once its node has room."""
@@ -79,36 +79,23 @@ class WorkerPool:
         return len(self._idle)
 
     def lend(self, need: Need, count: int, calls_at_once: int) -> list[Worker]:
-        """So many workers, kept ones first. Kept ones that are not fit, or not needed, end, for they hold CPUs, GPUs and memory."""
+        """So many workers, kept ones first, then those that an earlier run left. Whoever is not fit, or not needed, ends: they hold
+        CPUs, GPUs and memory.
+        """
         fit = [w for w in self._idle if w.need == need and w.calls_at_once == calls_at_once][:count]
         for worker in self._idle:
             if worker not in fit:
                 worker.end()
         self._idle = []
         if self.kept_seconds and len(fit) < count:
-            fit += self._claimed(need, count - len(fit), calls_at_once)
+            kind = Worker(need, calls_at_once, self.kept_seconds, actor=NAMESPACE).kind
+            for name, actor in _claimed().items():
+                worker = Worker(need, calls_at_once, self.kept_seconds, actor)
+                if name.startswith(kind) and len(fit) < count:
+                    fit.append(worker)
+                else:
+                    worker.end()
         return fit + [Worker(need, calls_at_once, self.kept_seconds) for _ in range(count - len(fit))]
-
-    def _claimed(self, need: Need, most: int, calls_at_once: int) -> list[Worker]:
-        """Workers that an earlier run left."""
-        import ray
-
-        kind = Worker(need, calls_at_once, self.kept_seconds, actor=NAMESPACE).kind
-        named = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if n["namespace"] == NAMESPACE]
-        claims: dict[Any, Any] = {}
-        for name in named:
-            # It may have ended since.
-            with contextlib.suppress(ValueError, ray.exceptions.RayError):
-                if name.startswith(kind) and len(claims) < most:
-                    actor = ray.get_actor(name, NAMESPACE)
-                    claims[actor.claim.remote(time.time() + _SECONDS_TO_CLAIM)] = actor
-        answered = ray.wait(list(claims), num_returns=len(claims), timeout=_SECONDS_TO_CLAIM)[0] if claims else []
-        found = []
-        for claim in answered:
-            with contextlib.suppress(ray.exceptions.RayError):
-                if ray.get(claim):
-                    found.append(Worker(need, calls_at_once, self.kept_seconds, claims[claim]))
-        return found
 
     def warm(self, need: Need, count: int, calls_at_once: int, module: str, threads: int) -> None:
         """Start workers that will be asked for soon; meanwhile they import what the work's module does."""
@@ -122,10 +109,15 @@ class WorkerPool:
         self._idle += workers
 
     def release(self) -> None:
-        """End all that are kept: something else needs their place."""
+        """End all that are kept, by this run or by an earlier one: something else needs their place."""
+        import ray
+
         for worker in self._idle:
             worker.end()
         self._idle = []
+        for actor in _claimed().values() if self.kept_seconds else ():
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.kill(actor)
 
     def close(self) -> None:
         """The run ends: its workers end, or wait for another one."""
@@ -136,7 +128,36 @@ class WorkerPool:
             with contextlib.suppress(ray.exceptions.RayError):
                 ray.wait([worker.actor.free.remote() for worker in self._idle], num_returns=len(self._idle), timeout=5)
             self._idle = []
-        self.release()
+        for worker in self._idle:
+            worker.end()
+        self._idle = []
+
+
+def owner() -> str:
+    """Begins the names of all workers that a user's runs of one environment leave."""
+    return fingerprint([os.getuid(), forwarded()])
+
+
+def _claimed() -> dict[str, Any]:
+    """The idle workers that earlier runs of this user left, by name: this run's from now on."""
+    import ray
+
+    named = [n["name"] for n in ray.util.list_named_actors(all_namespaces=True) if n["namespace"] == NAMESPACE]
+    claims: dict[Any, tuple[str, Any]] = {}
+    for name in named:
+        # It may have ended since.
+        with contextlib.suppress(ValueError, ray.exceptions.RayError):
+            if name.startswith(owner()):
+                actor = ray.get_actor(name, NAMESPACE)
+                claims[actor.claim.remote(time.time() + _SECONDS_TO_CLAIM)] = (name, actor)
+    answered = ray.wait(list(claims), num_returns=len(claims), timeout=_SECONDS_TO_CLAIM)[0] if claims else []
+    found = {}
+    for claim in answered:
+        with contextlib.suppress(ray.exceptions.RayError):
+            if ray.get(claim):
+                name, actor = claims[claim]
+                found[name] = actor
+    return found
 
 
 @lru_cache(maxsize=1)

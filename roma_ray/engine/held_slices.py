@@ -72,6 +72,11 @@ class HeldSlices:
         self._used.add(key)
         return held.part
 
+    @property
+    def told_by_content(self) -> bool:
+        """Whether other weights at the same path would be another model: a place of self-checks is named by the content."""
+        return all(key[0].checks for key in self._held)
+
     def release(self) -> None:
         """Hold nothing."""
         self._leave(set())

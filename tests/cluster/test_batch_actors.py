@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import os
 import pickle
 import shutil
@@ -11,7 +11,7 @@ import threading
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -37,6 +37,7 @@ from roma_ray.cluster.failures import packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.batches import read_plan
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
+from roma_ray.engine.held_slices import HeldSlices
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import read_table
 from roma_ray.engine.runners import LOCAL, Runners
@@ -153,11 +154,8 @@ def test_who_has_told_all_stays_and_who_is_at_work_ends() -> None:
 def test_groups_shrink_towards_the_end() -> None:
     """So that no worker has much left when the others have ended; what may kill its worker goes alone."""
     given = HandOut.__new__(HandOut)
-    given.waiting, given.before, given.hands = (
-        deque(range(1000)),
-        {3: ("batch 3",), 500: ("batch 500",)},
-        [object()] * 4,
-    )  # type: ignore[list-item]
+    given.waiting, given.before = deque(range(1000)), {3: ("batch 3",), 500: ("batch 500",)}
+    given.hands = [object()] * 4  # type: ignore[list-item]
     groups = []
     while given.waiting:
         groups.append(given._group())
@@ -232,7 +230,7 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
 def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: Path) -> None:
     """Its model is loaded once for three works, though one of them has put other gates in their place; then it goes."""
     worker, plan = BatchWorker(), fields(local_run, tmp_path / "plan")["stage"].path / PLAN
-    batches = range(len(json.loads(plan.read_text())["batches"]))
+    batches = range(len(read_plan(plan)[1]))
     for name, kind in (("first", ExtractWork), ("tuned", TunedWork), ("second", ExtractWork)):
         told = told_by(worker, kind(**fields(local_run, tmp_path / name)), batches)
         assert {kind for kind, _ in told} == {STANDS, OPENED, REPORTS}
@@ -245,6 +243,19 @@ def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: 
     del held
     told_by(worker, NotingWork(str(tmp_path)), [0])
     assert model() is None
+
+
+def test_the_next_run_finds_no_model_that_only_a_path_names(local_run: Run, tmp_path: Path) -> None:
+    """Other weights may lie there by then; those of a model with routers are told by their content."""
+    worker = BatchWorker()
+    for checks, left in (("checks", 1), ("", 0)):
+        model = dataclasses.replace(local_run.setup.model, checks=checks and str(tmp_path / checks))
+        worker.held = HeldSlices()
+        with worker.held.opening(model):
+            model.load(0, 1, with_lm_head=False)
+        worker.free()
+        assert worker.claim(time.time() + 60)
+        assert len(worker.held._held) == left
 
 
 def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -269,6 +280,18 @@ def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytes
     worker.busy = 0
     assert over.wait(60)
     assert ended[0] - began >= 1
+
+
+def test_a_call_that_is_broken_off_leaves_its_worker_idle(tmp_path: Path) -> None:
+    """Else a worker that outlives its run would never end."""
+    worker = BatchWorker()
+    order = Order("extract", str(tmp_path), "token", pickle.dumps(NotingWork(str(tmp_path))), 1)
+    telling = worker.run(order, "000001", [0, 1])
+    assert isinstance(telling, Generator)
+    next(telling)
+    assert worker.busy == 1
+    telling.close()
+    assert worker.busy == 0
 
 
 def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import psutil
 import pytest
 import ray
+import torch
 
 from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.head_actors import ActorLinks, ChainHeads, HeadActors, HeadLink, head_over
@@ -25,6 +26,7 @@ from roma_ray.engine.setup import resolve
 from roma_ray.engine.training import Outcome, World
 from roma_ray.errors import ConfigError, ModelError, WorkerError
 from roma_ray.moe.head_chain import Chain
+from roma_ray.moe.links import HeldSlice
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages.finetuning import TrainJob
 from roma_ray.store.artifacts import file_digest
@@ -177,6 +179,18 @@ def test_a_slice_that_cannot_be_loaded_is_a_named_error(local_run: Run, cluster:
         actors.stand(60.0)
     actors.close()
     assert ray.util.placement_group_table(actors.group)["state"] != "CREATED"
+
+
+def test_memory_that_runs_out_in_a_slice_is_told_with_what_helps(
+    local_run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(HeldSlice, "infer", full)
+    serve = HeadLink(local_run.setup.model, 4, 5, first=True, keep=True).open()
+    with pytest.raises(ModelError, match=r"memory ran out in layers 4 to 4 .*finetune\.chain"):
+        serve("infer", (None, None, None))
 
 
 def test_a_slice_that_dies_in_the_evaluation_is_a_named_error(local_run: Run, cluster: Cluster, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from roma_ray.cluster import ray_cluster as module
 from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.placement import Need, Node, chains, inventory, main_kind, matches, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.worker_pool import Worker
 from roma_ray.config.schema import Config, PlacementConfig
 from roma_ray.engine.devices import device_kind, mixed_devices
 from roma_ray.engine.setup import resolve
@@ -31,7 +32,7 @@ class Mixed(Cluster):
     """A cluster of given nodes."""
 
     def __init__(self, config: Config, nodes: list[Node]) -> None:
-        self.config, self.found, self._started = config, nodes, False
+        self.config, self.found, self._started, self.address = config, nodes, False, None
         self.said: list[str] = []
         self.say = self.said.append
 
@@ -190,12 +191,18 @@ def test_a_models_slices_are_counted_with_their_memory(world: Config) -> None:
 @pytest.mark.parametrize(
     ("ray", "nodes", "slices", "limit", "text"),
     [
-        ({}, [PLAIN], 7, None, "7 slices, and the model has 6 layers"),
+        ({}, [PLAIN], 7, None, "7 slices, and there are 6 layers to divide"),
         ({}, [Node({"CPU": 1})], 2, None, "no room for a chain of 2 workers.*It has: 1 x .1 CPU, 0 GiB"),
         ({}, [Node({"CPU": 1})], "auto", None, "no room for a chain of 6 workers"),
         ({}, [PLAIN], 2, 1e-5, "more than extraction.memory_gb=1e-05"),
         ({}, [PLAIN], "auto", 1e-5, "largest layer has .*extraction.memory_gb is 1e-05"),
-        ({"extract": PlacementConfig(memory_gib=1e-6)}, [PLAIN], 2, None, "ray.extract.memory_gib=1e-06 sets aside"),
+        (
+            {"extract": PlacementConfig(memory_gib=1e-6)},
+            [PLAIN],
+            2,
+            None,
+            "the 1e-06 GiB that ray sets aside for a worker",
+        ),
         ({"extract": PlacementConfig(memory_gib=0.9)}, [PLAIN], "auto", None, "a worker's memory holds 0.00 GB"),
         ({"extract_workers": 1}, [PLAIN], 2, None, "1 workers make 0 chain.s. of 2 slices"),
         ({"extract_workers": 8, "cpus_per_worker": 2}, [PLAIN], 2, None, "make 4 chain.*has room for 2"),
@@ -207,6 +214,44 @@ def test_a_chain_that_cannot_be_had_fails_at_once(
 ) -> None:
     with pytest.raises(ConfigError, match=text):
         planned(Mixed(with_ray(world, **ray), nodes), world, slices, limit_gb=limit)
+
+
+def test_a_chain_gets_the_places_of_kept_workers(world: Config) -> None:
+    ended: list[str] = []
+
+    class Kept(Worker):
+        def end(self) -> None:
+            ended.append(self.actor)
+
+    cluster = Mixed(world, [PLAIN])
+    cluster.pool.keep([Kept(Need(1), 1, actor="of an earlier stage")])
+    planned(cluster, world, 2)
+    assert ended == ["of an earlier stage"]
+    assert len(cluster.pool) == 0
+
+
+def test_nodes_for_all_chains_are_waited_for(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many chains as are named, and as have batches; else one."""
+    awaited: list[int] = []
+    monkeypatch.setattr(Mixed, "await_room", lambda self, need, workers: awaited.append(workers))
+    for workers, at_most in ((4, 100), (5, 100), (4, 1), (None, 100)):
+        planned(Mixed(with_ray(world, extract_workers=workers), [PLAIN]), world, 2, at_most=at_most)
+    planned(Mixed(world, [PLAIN]), world, "auto")
+    assert awaited == [4, 4, 2, 2]
+
+
+def test_a_task_with_the_only_gpu_asks_for_no_other(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task of another GPU would wait for the one that asks."""
+    import ray
+
+    class Task:
+        def get_accelerator_ids(self) -> dict[str, list[str]]:
+            return {"GPU": ["0"]}
+
+    monkeypatch.setattr(ray, "get_runtime_context", Task)
+    monkeypatch.setattr(chains_module, "_gpu_bytes", lambda: 7)
+    alone = Mixed(with_ray(world), [Node({"CPU": 4, "GPU": 1})])
+    assert chains_module.gpu_bytes(alone, "finetune", Need(0.5, 1.0)) == 7
 
 
 def test_auto_takes_as_few_slices_as_hold_the_model(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ import ray
 
 from roma_ray.cluster import ray_cluster as module
 from roma_ray.cluster.environment import forwarded
-from roma_ray.cluster.placement import Node
-from roma_ray.cluster.ray_cluster import Cluster, find_address
+from roma_ray.cluster.placement import Need, Node
+from roma_ray.cluster.ray_cluster import Cluster, find_address, open_cluster
+from roma_ray.cluster.worker_pool import Worker, WorkerPool
 from roma_ray.config.schema import Config
 from roma_ray.doctor.nodes import examine_cluster
 from roma_ray.errors import ConfigError, ModelError, WorkerError
@@ -59,7 +60,7 @@ class Sized(Cluster):
     """A cluster of given resources."""
 
     def __init__(self, config: Config, **resources: float) -> None:
-        self.config, self.resources, self._started = config, resources, False
+        self.config, self.resources, self._started, self.address = config, resources, False, None
 
     @property
     def connected(self) -> bool:
@@ -113,6 +114,40 @@ def test_a_token_that_is_known_is_sent(shell: Path, world: Config, monkeypatch: 
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
     Cluster(world, "head:6379")
     assert seen == [None, "token", "disabled"]
+
+
+def test_workers_end_with_a_run_in_anothers_connection(cluster: Cluster, world: Config) -> None:
+    """A notebook that is connected already keeps its connection, and no worker of the run with its model."""
+    with open_cluster(world) as lent:
+        (worker,) = lent.pool.lend(Need(0.5), 1, 1)
+        assert ray.get(worker.actor.up.remote()) is None
+        lent.pool.keep([worker])
+    assert ray.is_initialized()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(worker.actor.up.remote())
+
+
+def test_what_a_run_left_idle_serves_the_next_or_cedes_its_place(cluster: Cluster) -> None:
+    """A worker of another run that goes on is left alone."""
+    first, second, third = WorkerPool(600), WorkerPool(600), WorkerPool(600)
+
+    def process(worker: Worker) -> int:
+        found: int = ray.get(worker.actor.__ray_call__.remote(lambda self: os.getpid()))
+        return found
+
+    one, other = first.lend(Need(0.5), 2, 1)
+    left, kept = process(one), process(other)
+    first.keep([one])
+    first.close()
+    (claimed,) = second.lend(Need(0.5), 1, 1)
+    assert process(claimed) == left
+    second.keep([claimed])
+    second.close()
+    third.release()
+    with pytest.raises(ray.exceptions.RayActorError):
+        ray.get(claimed.actor.up.remote())
+    assert process(other) == kept
+    other.end()
 
 
 def test_its_own_cluster_leaves_no_token(cluster: Cluster, temporary: Path) -> None:

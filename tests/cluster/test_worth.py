@@ -13,7 +13,9 @@ import pytest
 
 from roma_ray.cluster import ray_training as finetune_module
 from roma_ray.cluster import worth
+from roma_ray.cluster.placement import Need
 from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.ray_runners import expecting
 from roma_ray.cluster.ray_training import finetune_on_ray, most_workers
 from roma_ray.cluster.worth import begun_here, share_of
 from roma_ray.config.schema import Config
@@ -112,6 +114,25 @@ def test_clusters_large_models_and_streaming_get_workers(
     assert 0.95 * stored < size <= stored
     monkeypatch.setattr(worth, "_SMALL_BYTES", size - 1)
     assert shared_out(Unstarted(world), Slow(0.0, spec), 2)[1] == [0, 1]
+
+
+def test_a_chain_has_no_workers_of_a_pool(world: Config) -> None:
+    """Those of whole models would take its place."""
+    warmed: list[str] = []
+
+    class Standing(Unstarted):
+        def place(self, stage: str, *rest: Any, **more: Any) -> tuple[int, Need]:
+            return 1, Need(1)
+
+    for chain in (None, 2):
+        extraction = world.extraction.model_copy(update={"chain": chain})
+        cluster = Standing(world.model_copy(update={"extraction": extraction}), elsewhere=True)
+        cluster.pool.warm = lambda *asked: warmed.append(asked[3])  # type: ignore[method-assign]
+        expecting(cluster, "cpu")("extract")
+        assert warmed == ["roma_ray.engine.extractor"], chain
+        expecting(cluster, "cpu")("embed")
+        assert warmed.pop() == "roma_ray.stages.embedding"
+        warmed[:] = warmed[:1]
 
 
 def test_short_training_starts_no_ray(local_run: Run, world: Config, tmp_path: Path) -> None:

@@ -5,21 +5,25 @@ from __future__ import annotations
 import pickle
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from roma_ray.cluster.ray_runners import answers_by_chain
 from roma_ray.engine.cache import ROWS, prefix_of
-from roma_ray.engine.heads import KeptHeads
+from roma_ray.engine.heads import Heads, KeptHeads
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
-from roma_ray.engine.runners import Runners
+from roma_ray.engine.runners import Runners, call_here
 from roma_ray.engine.scoring import plan_scoring
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.work import Executor, Report, Work, serial
 from roma_ray.errors import ArtifactError, IdenticalError, WorkerError
+from roma_ray.moe.head_chain import Chain, HereLinks
+from roma_ray.moe.links import HeldSlice
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages import answer_work, answering
 from roma_ray.stages.answer_work import Answerer, AnswerWork, number, plan_scores, section_of
@@ -134,6 +138,43 @@ def test_every_moment_of_a_kill_is_gone_on_from(kind: str, request: pytest.Fixtu
             assert any((setup.store.root / name).rglob(f"{PARTS}/*/*.parquet") for name in ("evaluate", "base"))
     assert len(done) == len(set(done)) > 8
     same(stage, setup, finished)
+
+
+class Divided(Heads):
+    """Lends heads of two slices; counts them."""
+
+    def __init__(self) -> None:
+        self.lent = 0
+
+    @contextmanager
+    def lend(self, model: ModelSpec, cut: int) -> Iterator[Chain]:
+        self.lent += 1
+        below = HeldSlice(model.load(cut, cut + 1, with_lm_head=False), first=True, keep=True)
+        yield Chain(model.load(cut + 1, None, with_lm_head=True), HereLinks([below]))
+
+
+def test_a_head_in_slices_answers_and_is_gone_on_from(choices_run: Run, tmp_path: Path) -> None:
+    """Base and tuned gates in turn, in both slices; what was answered before a kill is not answered again."""
+    setup, heads = again(choices_run, tmp_path / "storage"), Divided()
+    assert len(setup.layers) == 2
+    whole, done = answers_by_chain(heads, call_here), list[int]()
+
+    def dying(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        # Some of the base's, and then some that have both kinds of gates.
+        for report in whole(work, batches[:5]):
+            done.append(report.batch)
+            yield report
+        if batches[5:]:
+            raise KeyboardInterrupt
+
+    for attempt in range(1, 50):
+        try:
+            stage = made(EVALUATE, setup, Runners(evaluate=dying))
+            break
+        except KeyboardInterrupt:
+            assert heads.lent == attempt
+    assert len(done) == len(set(done)) > 8
+    same(stage, setup, choices_run)
 
 
 def test_the_base_is_scored_aside_while_another_scores_it(choices_run: Run, tmp_path: Path) -> None:
