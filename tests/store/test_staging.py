@@ -303,3 +303,13 @@ def test_who_gives_up_puts_nothing_more(root: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert time.monotonic() - began < 5
+
+
+def test_nothing_is_left_of_what_its_writer_refuses(root: Path) -> None:
+    def refuse(aside: Path) -> None:
+        aside.write_bytes(b"half a table")
+        raise ArtifactError("rows lack")
+
+    with pytest.raises(ArtifactError, match="rows lack"):
+        files.write_atomically(root / "table", refuse)
+    assert not list((staging.scratch_root() / "writing").glob("*"))
