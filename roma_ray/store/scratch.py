@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,10 +38,8 @@ class ScratchTable:
 
         self.folder = scratch_root() if folder is None else folder
         try:
-            self._handle = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - `close` closes it
-            self._place = f"/dev/fd/{self._handle.fileno()}"
-            self._file = pa.OSFile(self._place, "wb")
-            self._writer = pa.ipc.new_file(self._file, schema)
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - `close` closes it
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), schema)
         except OSError as error:
             raise self._full(error) from error
 
@@ -59,8 +59,10 @@ class ScratchTable:
 
         try:
             self._writer.close()
-            self._file.close()
-            return pa.ipc.open_file(pa.memory_map(self._place) if mapped else pa.OSFile(self._place))
+            self._file.flush()
+            if mapped:
+                return pa.ipc.open_file(pa.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)))
+            return pa.ipc.open_file(pa.PythonFile(os.fdopen(os.dup(self._file.fileno()), "rb"), "r"))
         except OSError as error:
             raise self._full(error) from error
         finally:
@@ -68,8 +70,9 @@ class ScratchTable:
 
     def close(self) -> None:
         """Give the file up, also where nothing was read of it; who reads has it open."""
-        self._file.close()
-        self._handle.close()
+        # What a full disk did not take is not asked for any more.
+        with contextlib.suppress(OSError):
+            self._file.close()
 
     def _full(self, error: OSError) -> StorageError:
         if self.folder != scratch_root():
