@@ -9,6 +9,7 @@ from typing import overload
 import numpy as np
 import pyarrow as pa
 
+from roma_ray.errors import ArtifactError
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.tables import read_table, table_facts, write_table
 
@@ -79,6 +80,8 @@ def read_plan(path: Path) -> tuple[int, PlannedBatches]:
     """Tokens of the shared prefix, and the planned batches. Raises ArtifactError for a damaged file."""
     table = read_table(path, _PLANNED.names)
     rows = table.column("rows").combine_chunks()
+    if rows.type != _PLANNED.field("rows").type or rows.null_count or rows.values.null_count:
+        raise ArtifactError(f"{path} is no plan of batches; remove {path.parent} and run again")
     prefix: int = table_facts(table, "prefix")["prefix"]
     return prefix, PlannedBatches(rows.values.to_numpy().astype(np.int64), rows.offsets.to_numpy())
 

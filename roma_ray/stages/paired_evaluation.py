@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from roma_ray.engine.cache import ROWS
 from roma_ray.engine.identity import answer_rule, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
@@ -21,6 +22,7 @@ from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.stored_prompts import Prompts
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
+from roma_ray.errors import QuestionError
 from roma_ray.evaluation.free_results import Texts
 from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, overlap
 from roma_ray.evaluation.measures import RULES, pair_measures
@@ -46,7 +48,7 @@ SUMMARY = "evaluation.json"
 
 
 def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
-    """Judge base and exported tuned routers on the test questions. Raises GuardError, CacheError, CheckpointError.
+    """Judge base and exported tuned routers on the test questions. Raises GuardError, QuestionError, CacheError, CheckpointError.
 
     Only what is read is scored, by whoever works (`answering.py`): with the tuned routers the test questions and a sample of the
     trained ones, whose routing `diagnostics` measures; with the base's the test and validation questions, once for all that start
@@ -118,8 +120,14 @@ EVALUATE = Step(
 
 
 def _judged_rows(prompts: Prompts, usable: torch.Tensor) -> dict[str, list[int]]:
-    """The validation and the test questions that came through extraction."""
-    return {split: prompts.rows_of(split, usable) for split in ("validation", "test")}
+    """The validation and the test questions that came through extraction. Raises QuestionError where no test question did."""
+    rows = {split: prompts.rows_of(split, usable) for split in ("validation", "test")}
+    if not rows["test"]:
+        raise QuestionError(
+            f"no test question came through extraction, so nothing can be judged; see `error` in its {ROWS}, and give more rows "
+            "or a larger questions.test_fraction"
+        )
+    return rows
 
 
 def _validation(base: Scores, tuned: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:

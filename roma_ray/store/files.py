@@ -43,6 +43,8 @@ def write_atomically(path: str | Path, write: Callable[[Path], object]) -> None:
             os.fsync(stream.fileno())
         os.replace(aside, target)
         _sync_folder(target.parent)
+    except StorageError:
+        raise  # of another place, which what is written was read from
     except (OSError, SafetensorError) as error:
         # safetensors has an error of its own for what the system refuses.
         raise unwritable(target, error) from error

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import mmap
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from roma_ray.errors import StorageError
 from roma_ray.store.files import unwritable
-from roma_ray.store.staging import scratch_root
+from roma_ray.store.staging import SCRATCH, scratch_root
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -26,7 +28,8 @@ def scratch_folder() -> Iterator[Path]:
 class ScratchTable:
     """A table that is put down part by part in a local file of its own: it lies on the disk and not in memory.
 
-    The file's name goes as soon as it is finished or closed, its room with the last that was read of it.
+    The file has no name, so that nothing is left of it however the process ends; its room goes with the last that was read
+    of it.
     """
 
     def __init__(self, schema: pa.Schema, folder: Path | None = None) -> None:
@@ -35,20 +38,17 @@ class ScratchTable:
 
         self.folder = scratch_root() if folder is None else folder
         try:
-            handle, name = tempfile.mkstemp(dir=self.folder, prefix=".rows-", suffix=".tmp")
-            os.close(handle)
-            self._path = Path(name)
-            self._file = pa.OSFile(name, "wb")
+            self._file = tempfile.TemporaryFile(dir=self.folder)  # noqa: SIM115 - `close` closes it
+            self._writer = pa.ipc.new_file(pa.PythonFile(self._file, "w"), schema)
         except OSError as error:
-            raise unwritable(self.folder, error) from error
-        self._writer = pa.ipc.new_file(self._file, schema)
+            raise self._full(error) from error
 
     def append(self, table: pa.Table) -> None:
         """Put rows down behind the others: each chunk is a record batch. Raises StorageError."""
         try:
             self._writer.write_table(table)
         except OSError as error:
-            raise unwritable(self.folder, error) from error
+            raise self._full(error) from error
 
     def finish(self, *, mapped: bool) -> pa.ipc.RecordBatchFileReader:
         """The record batches in their order; no more can be put down. Raises StorageError.
@@ -59,15 +59,25 @@ class ScratchTable:
 
         try:
             self._writer.close()
-            self._file.close()
-            place = str(self._path)
-            return pa.ipc.open_file(pa.memory_map(place) if mapped else pa.OSFile(place))
+            self._file.flush()
+            if mapped:
+                return pa.ipc.open_file(pa.py_buffer(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_READ)))
+            return pa.ipc.open_file(pa.PythonFile(os.fdopen(os.dup(self._file.fileno()), "rb"), "r"))
         except OSError as error:
-            raise unwritable(self.folder, error) from error
+            raise self._full(error) from error
         finally:
             self.close()
 
     def close(self) -> None:
-        """Remove the file's name, also where nothing was read of it."""
-        self._file.close()
-        self._path.unlink(missing_ok=True)
+        """Give the file up, also where nothing was read of it; who reads has it open."""
+        # What a full disk did not take is not asked for any more.
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+    def _full(self, error: OSError) -> StorageError:
+        if self.folder != scratch_root():
+            return unwritable(self.folder, error)
+        return StorageError(
+            f"cannot write in {self.folder}: {error.strerror or error}. Large tables lie there while a process goes through "
+            f"them: free some space, or name another place with ${SCRATCH}, and run the same command again: finished work is kept."
+        )

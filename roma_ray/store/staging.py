@@ -252,9 +252,11 @@ def write_through(path: str | Path, write: Callable[[Path], object]) -> None:
     aside = _aside(root, name)
     try:
         write(aside)
-    except (OSError, SafetensorError) as error:
+    except BaseException as error:
         shutil.rmtree(aside.parent, ignore_errors=True)
-        raise _no_room(aside, error) from error
+        if isinstance(error, OSError | SafetensorError) and not isinstance(error, RomaError):
+            raise _no_room(aside, error) from error
+        raise
     waiting = UPLOADS.get()
     if waiting is None:
         _upload(root, path, aside)

@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roma_ray.errors import ArtifactError
+from roma_ray.errors import ArtifactError, StorageError
 from roma_ray.store.files import local, locals_of, write_atomically
 from roma_ray.store.scratch import ScratchTable
 
@@ -167,6 +167,8 @@ def _readable(path: str | Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise ArtifactError(f"{path} is missing; remove its folder and run again to recompute it") from None
+    except StorageError:
+        raise  # of this machine's scratch: the file may be well
     except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         # Arrow decodes the names in a damaged file's schema itself.
         raise ArtifactError(

@@ -47,7 +47,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_p
     if request.param == "mapped":
         monkeypatch.setattr(tables, "HELD_BYTES", 300)
     yield tmp_path / "questions.parquet"
-    assert not list(tmp_path.glob(".rows-*"))
+    assert {path.suffix for path in tmp_path.iterdir()} <= {".parquet"}
 
 
 def test_every_prompt_is_its_row(place: Path) -> None:

@@ -20,11 +20,12 @@ from roma_ray.engine.runners import LOCAL
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import complete
 from roma_ray.engine.work import Job
-from roma_ray.errors import ArtifactError
+from roma_ray.errors import ArtifactError, QuestionError
 from roma_ray.evaluation.measures import figure_cells
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.run_comparison import MACRO, compare_columns, open_columns
 from roma_ray.runs.pipeline import Run, run
+from roma_ray.stages import paired_evaluation
 from roma_ray.stages.finetuning import ADAPTER, read_routing_rows
 from roma_ray.stages.neighborhoods import read_neighborhoods
 from roma_ray.stages.paired_evaluation import EVALUATE, by_task, evaluation_pin
@@ -40,6 +41,16 @@ from tests.world import make_world
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run(resolve(make_world(tmp_path_factory.mktemp("paired"))), Silence())
+
+
+def test_without_a_test_question_that_came_through_nothing_is_judged(
+    finished: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts = read_prompts(finished.stages["questions"].path / TABLE)
+    monkeypatch.setattr(paired_evaluation, "usable_rows", lambda _: torch.from_numpy(~prompts.splits.mask(["test"])))
+    stage = Stage(tmp_path / ("0" * 16), "evaluate", {})
+    with pytest.raises(QuestionError, match="no test question came through"):
+        paired_evaluation.evaluate(Job(finished.setup, finished.stages, stage), LOCAL, Silence())
 
 
 def test_progress_counts_tokens_for_the_longest_questions_run_first(finished: Run, tmp_path: Path) -> None:

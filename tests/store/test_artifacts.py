@@ -164,6 +164,14 @@ def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> No
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
 
 
+def test_what_another_place_refuses_is_told_as_that(tmp_path: Path) -> None:
+    def write(aside: Path) -> None:
+        raise StorageError("cannot write in the scratch")
+
+    with pytest.raises(StorageError, match=r"^cannot write in the scratch$"):
+        write_atomically(tmp_path / "value", write)
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 def test_a_full_disk_is_a_storage_error(tmp_path: Path) -> None:
     def write(aside: Path) -> None:

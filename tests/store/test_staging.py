@@ -11,12 +11,14 @@ import threading
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 
 from roma_ray.errors import ArtifactError, BucketError, StorageError
 from roma_ray.store import files, objects, pins, staging
 from roma_ray.store.buckets import as_path
+from roma_ray.store.tables import read_table, write_parts
 from roma_ray.store.tensors import mapped, read_tensors, write_tensors
 from roma_ray.store.uploads import in_background, trailing
 from tests.bucket import Proxy, Request, few
@@ -140,6 +142,16 @@ def test_a_bound_that_is_no_number_is_told(root: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("ROMA_RAY_SCRATCH_GIB", value)
     with pytest.raises(StorageError, match="ROMA_RAY_SCRATCH_GIB"):
         staging.capacity(staging.scratch_root())
+
+
+def test_a_scratch_that_is_refused_is_no_fault_of_the_table(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_parts(root / "table", pa.schema([("n", pa.int64())]), [pa.table({"n": [1]})])
+    monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path))
+    monkeypatch.setenv("ROMA_RAY_SCRATCH_GIB", "much")
+    with pytest.raises(StorageError, match=r"ROMA_RAY_SCRATCH_GIB is 'much'"):
+        read_table(root / "table")
 
 
 def test_somebody_elses_scratch_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -303,3 +315,13 @@ def test_who_gives_up_puts_nothing_more(root: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         work()
     assert time.monotonic() - began < 5
+
+
+def test_nothing_is_left_of_what_its_writer_refuses(root: Path) -> None:
+    def refuse(aside: Path) -> None:
+        aside.write_bytes(b"half a table")
+        raise ArtifactError("rows lack")
+
+    with pytest.raises(ArtifactError, match="rows lack"):
+        files.write_atomically(root / "table", refuse)
+    assert not list((staging.scratch_root() / "writing").glob("*"))
