@@ -54,9 +54,10 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         try:
             with explained(stage, work.folder), Starting(stage, handing.stands, cluster.say) as starting:
                 for report in handing.reports():
-                    if not begun:
+                    starting.over()
+                    # What is read from a dead worker's journal says nothing of a start.
+                    if handing.start and not begun:
                         begun = True
-                        starting.over()
                         cluster.say(f"{stage}: {said_of(handing.start)}")
                         note_start(work.folder, handing.start)
                     busy += report.seconds
