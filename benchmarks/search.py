@@ -1,4 +1,4 @@
-"""Neighbors of many questions on workers: python benchmarks/neighbors.py --questions 10000000 --successes 2000000 --workers 2
+"""Neighbors of many questions on workers: python benchmarks/search.py --questions 10000000 --successes 2000000 --workers 2
 
 The search of the neighbors stage itself (`stages/neighbor_lists.py`), from embeddings of 384 numbers around topics, as sentence
 embeddings lie: workers answer blocks of questions from shards of S, the driver merges, ranks in fp64, writes the table. Each worker
