@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from roma_ray.config.schema import RayConfig
+from roma_ray.config.ray_settings import RayConfig
 
 _KIND = "accelerator_type:"
 _GIB = 2**30

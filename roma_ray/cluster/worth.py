@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.config.schema import PlacementConfig
+from roma_ray.config.ray_settings import PlacementConfig
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.work import Executor, Report, Work, one_by_one, timed_open
 from roma_ray.errors import ModelError

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from roma_ray.config.loading import load_config
-from roma_ray.config.schema import Config, PlacementConfig
+from roma_ray.config.ray_settings import PlacementConfig
+from roma_ray.config.schema import Config
 from roma_ray.engine.progress import Progress, Silence
 from roma_ray.engine.work import Report
 from roma_ray.errors import ConfigError

@@ -14,7 +14,8 @@ from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.placement import Need, Node, chains, inventory, main_kind, matches, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.cluster.worker_pool import Worker
-from roma_ray.config.schema import Config, PlacementConfig
+from roma_ray.config.ray_settings import PlacementConfig
+from roma_ray.config.schema import Config
 from roma_ray.engine.devices import device_kind, mixed_devices
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ConfigError
