@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
 
 import numpy as np
 import pyarrow as pa
 
+from roma_ray.engine.decoded import Decoded
 from roma_ray.errors import ArtifactError
 from roma_ray.questions.prompts import Prompt
 from roma_ray.store.tables import read_table, table_facts, write_table
@@ -16,7 +16,7 @@ from roma_ray.store.tables import read_table, table_facts, write_table
 _PLANNED = pa.schema([("rows", pa.list_(pa.int32()))])
 
 
-class PlannedBatches(Sequence[list[int]]):
+class PlannedBatches(Decoded[list[int]]):
     """Planned batches: each the list of its rows. Two arrays hold them, whatever their number."""
 
     def __init__(self, rows: np.ndarray, starts: np.ndarray) -> None:
@@ -32,18 +32,8 @@ class PlannedBatches(Sequence[list[int]]):
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    @overload
-    def __getitem__(self, batch: int) -> list[int]: ...
-
-    @overload
-    def __getitem__(self, batch: slice) -> list[list[int]]: ...
-
-    def __getitem__(self, batch: int | slice) -> list[int] | list[list[int]]:
-        if isinstance(batch, slice):
-            return [self[n] for n in range(*batch.indices(len(self)))]
-        at = batch + len(self) if batch < 0 else batch
-        if not 0 <= at < len(self):
-            raise IndexError(f"batch {batch} of {len(self)}")
+    def item(self, at: int) -> list[int]:
+        """The rows of a batch."""
         rows: list[int] = self.rows[self.starts[at] : self.starts[at + 1]].tolist()
         return rows
 

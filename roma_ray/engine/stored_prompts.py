@@ -8,14 +8,15 @@ N questions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from roma_ray.engine.decoded import Decoded
 from roma_ray.errors import ArtifactError
 from roma_ray.questions.held_out import UNUSED
 from roma_ray.questions.labels import Labels
@@ -76,7 +77,7 @@ class _Part:
         )
 
 
-class Prompts(Sequence[Prompt]):
+class Prompts(Decoded[Prompt]):
     """The prompts of a question table, by row."""
 
     def __init__(self, parts: Iterable[pa.Table], held_out: Sequence[str] = ()) -> None:
@@ -104,25 +105,12 @@ class Prompts(Sequence[Prompt]):
     def __len__(self) -> int:
         return int(self._starts[-1])
 
-    @overload
-    def __getitem__(self, row: int) -> Prompt: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[Prompt]: ...
-
-    def __getitem__(self, row: int | slice) -> Prompt | list[Prompt]:
-        if isinstance(row, slice):
-            return [self[n] for n in range(*row.indices(len(self)))]
-        at = row + len(self) if row < 0 else row
-        if not 0 <= at < len(self):
-            raise IndexError(f"row {row} of {len(self)} questions")
+    def item(self, at: int) -> Prompt:
+        """The prompt of a row."""
         part = int(np.searchsorted(self._starts, at, side="right")) - 1
         id, prompt_ids, choice_ids, chars = self._parts[part].decoded(at - self._starts[part])
         answer, truncated = int(self.answers[at]), bool(self.truncated[at])
         return Prompt(id, self.tasks[at], self.splits[at], prompt_ids, choice_ids, chars, answer, truncated)
-
-    def __iter__(self) -> Iterator[Prompt]:
-        return map(self.__getitem__, range(len(self)))
 
     def rows_of(self, split: str, mask_N: Any = True) -> list[int]:
         """The rows of one split, ascending; `mask_N`: of these alone."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +18,7 @@ import torch
 from roma_ray.config.free_form import FREE
 from roma_ray.config.schema import ModelConfig
 from roma_ray.engine.batches import PlannedBatches, read_plan, write_plan
+from roma_ray.engine.decoded import Decoded
 from roma_ray.engine.devices import device_kind
 from roma_ray.engine.model_spec import set_threads
 from roma_ray.engine.progress import Progress
@@ -106,7 +107,7 @@ def embed(job: Job, runners: Runners, progress: Progress) -> Facts:
     return {"rows": len(lengths), "width": _gather(stage, len(plan), len(lengths))}
 
 
-class EmbeddedTexts(Sequence[str]):
+class EmbeddedTexts(Decoded[str]):
     """The text of each question that is embedded, made when it is asked for: of many questions the columns lie mapped in scratch."""
 
     def __init__(self, table: pa.Table, context: bool) -> None:
@@ -117,18 +118,8 @@ class EmbeddedTexts(Sequence[str]):
     def __len__(self) -> int:
         return len(self._table)
 
-    @overload
-    def __getitem__(self, row: int) -> str: ...
-
-    @overload
-    def __getitem__(self, row: slice) -> list[str]: ...
-
-    def __getitem__(self, row: int | slice) -> str | list[str]:
-        if isinstance(row, slice):
-            return [self[n] for n in range(*row.indices(len(self)))]
-        at = row + len(self) if row < 0 else row
-        if not 0 <= at < len(self):
-            raise IndexError(f"row {row} of {len(self)} questions")
+    def item(self, at: int) -> str:
+        """The text of a row."""
         batch = int(np.searchsorted(self._starts, at, side="right")) - 1
         one = self._batches[batch].slice(at - self._starts[batch], 1)
         return next(_texts([pa.Table.from_batches([one])], self._context))
