@@ -6,6 +6,9 @@ is a process. Printed: seconds of each part, recall, and the peak memory of driv
 which counts the pages of mapped embeddings that are in memory though the system may take them back. Gates: own memory of the driver
 under 4 GiB, of each worker under 8 GiB.
 
+`--core` measures instead what `simulate.py` starts from, in CPU seconds of this process on one thread: putting a quarter of a full
+shard (262,144 successes) into lists, answering 131,072 questions from it, and ranking their proposals as the driver does.
+
 Disk: 4 x 384 bytes a question, and 92 bytes a question and shard of 1,048,576 successes.
 """
 
@@ -172,6 +175,36 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def one_core() -> None:
+    """Print the rates of one core."""
+    import torch
+
+    from roma_ray.manifold.inverted import Lookup, ProposalsInMemory, Shard
+    from roma_ray.manifold.ranking import QuestionTable
+    from roma_ray.store.tensors import read_tensors
+
+    torch.set_num_threads(1)
+    successes, asked = 2**18, 2**17
+    with tempfile.TemporaryDirectory(prefix="roma-neighbors-") as folder:
+        write_embeddings(Path(folder) / "part" / "e.safetensors", successes + asked)
+        table_NC = read_tensors(Path(folder) / "part" / "e.safetensors")[0]["embeddings"]
+        rows_N = torch.arange(len(table_NC))
+        table = QuestionTable(table_NC, rows_N < successes, rows_N, rows_N, "torch", "cpu")
+        lookup = Lookup(table.candidates_M, rows_N[successes:], 4, 11)
+        began = time.process_time()
+        shard = Shard(table.unit, lookup, 0, torch.device("cpu"))
+        opened = time.process_time()
+        found = shard.top(0, asked)
+        answered = time.process_time()
+        table.propose = lambda *_: ProposalsInMemory(*found, 1.0)
+        table.likely(lookup.rows_Q, 3, 2048)
+        ranked = time.process_time()
+    print(f"one core, {successes:,} successes in {len(shard.lists.means_LC):,} lists, {shard.probes} looked into")
+    print(f"  into lists: {opened - began:.1f} CPU s")
+    print(f"  questions answered: {asked / (answered - opened):,.0f} a CPU s")
+    print(f"  questions ranked: {asked / (ranked - answered):,.0f} a CPU s")
+
+
 def main() -> None:
     """Measure and print; exit code 1 when a gate is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -180,7 +213,11 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--folder", type=Path, help="where there is room; default: a temporary one")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--core", action="store_true", help="the rates of one core, for simulate.py")
     options = parser.parse_args()
+    if options.core:
+        one_core()
+        return
     options.successes = options.successes or options.questions // 2
     with tempfile.TemporaryDirectory(prefix="roma-neighbors-", dir=options.folder) as folder:
         found = measure(Path(folder), options)

@@ -70,11 +70,11 @@ class Rates:
     """Questions whose extracted rows the driver puts in order (driver_memory.py, a CPU core)."""
     successful_part: float = 0.5
     """Of the training questions: S."""
-    lookups_per_second: float = 4450.0
-    """Questions a worker answers from a full shard of S, on a core: half of the 8,900 measured on a quarter of one."""
-    open_shard_seconds: float = 53.0
-    """A worker's time to put a full shard into lists: eight times the 6.6 CPU s measured on a quarter of one."""
-    ranked_per_second: float = 12_300.0
+    lookups_per_second: float = 5150.0
+    """Questions a worker answers from a full shard of S, on a core: half of the 10,300 measured on a quarter of one (search.py --core)."""
+    open_shard_seconds: float = 48.0
+    """A worker's time to put a full shard into lists: eight times the 6.0 CPU s measured on a quarter of one."""
+    ranked_per_second: float = 15_700.0
     """Questions whose proposals the driver ranks (a CPU core)."""
     pairs_per_second: float = 3.2e7
     """Questions times S up to 200,000 successes, where the search is exact (driver_memory.py, a CPU core)."""
