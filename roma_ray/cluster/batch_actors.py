@@ -47,18 +47,19 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         wanted = getattr(cluster.config.ray, f"{stage}_workers")
         at_most = len(batches) if wanted else min(len(batches), share_of(left) or len(batches))
         count, need = cluster.place(stage, wanted, at_most, device, kept=True)
-        cluster.say(f"{stage}: {len(batches)} batches on {count} worker(s), {device}")
-        order = Order(work.name, work.folder, uuid.uuid4().hex[:12], cloudpickle.dumps(work), cluster.config.threads)
+        cluster.say(f"{work.name}: {len(batches)} batches on {count} worker(s), {device}")
+        token, pickled = uuid.uuid4().hex[:12], cloudpickle.dumps(work)
+        order = Order(work.name, stage, work.folder, token, pickled, cluster.config.threads)
         workers = cluster.pool.lend(need, count, calls_at_once(work.folder))
         handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds, began)
         try:
-            with explained(stage, work.folder), Starting(stage, handing.stands, cluster.say) as starting:
+            with explained(stage, work.folder), Starting(work.name, handing.stands, cluster.say) as starting:
                 for report in handing.reports():
                     starting.over()
                     # What is read from a dead worker's journal says nothing of a start.
                     if handing.start and not begun:
                         begun = True
-                        cluster.say(f"{stage}: {said_of(handing.start)}")
+                        cluster.say(f"{work.name}: {said_of(handing.start)}")
                         note_start(work.folder, handing.start)
                     busy += report.seconds
                     yield report
@@ -66,7 +67,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
             cluster.pool.keep(handing.leave())
         remove_folder(Path(work.folder) / ATTEMPTS)
         started = sum(seconds for part, seconds in handing.start.items() if part != "first_batch")
-        cluster.compare(stage, time.monotonic() - began, started, busy)
+        cluster.compare(work.name, time.monotonic() - began, started, busy)
 
     return begun_here(cluster, stage, device, execute)
 
@@ -232,7 +233,7 @@ class HandOut:
             return explain(error, name, self.order.folder)
         return WorkerError(
             f"{name}: loading the model killed its worker {hand.deaths} times; most likely memory ran out. Use nodes with more memory, "
-            f"or fewer workers on a node (ray.{name}_workers, ray.gpus_per_worker)."
+            f"or fewer workers on a node (ray.{self.order.stage}_workers, ray.gpus_per_worker)."
         )
 
     def leave(self) -> list[Worker]:

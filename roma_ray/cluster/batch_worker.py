@@ -60,6 +60,8 @@ class Order:
     """A work as its workers get it."""
 
     name: str
+    stage: str
+    """Whose settings say how many workers there are."""
     folder: str
     token: str
     """Names this run of the driver's over the work."""
@@ -248,7 +250,7 @@ class BatchWorker:
             raise WorkerError(
                 f"{order.name}: batch {batch} killed its worker {deaths} times and no single question is to blame; most "
                 "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size, evaluation.batch_tokens), or use "
-                f"fewer workers on a node (ray.{order.name}_workers)."
+                f"fewer workers on a node (ray.{order.stage}_workers)."
             )
         excluded: frozenset[int] = frozenset()
         if deaths >= _DEATHS:

@@ -73,6 +73,8 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
     near = near_device(cluster, device)
     divided = None if cluster.config.finetune.chain is None else ChainHeads(cluster.config, device, cluster)
     return Runners(
+        # The workers that extract next: they begin with their libraries in memory.
+        encode=ray_executor(cluster, "extract", device),
         extract=ray_executor(cluster, "extract", device),
         chain=chain_executor(cluster, device),
         embed=ray_executor(cluster, "embed", device),
@@ -155,6 +157,9 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
         _, need = cluster.place("evaluate", None, 1, device)
         progress.say(f"{name} runs on a GPU of the cluster")
         options = {key: value for key, value in need.options().items() if value is not None}
+        if divided:
+            # The places of a dead one's chain go with the driver's job: another try would wait for them.
+            options["max_retries"] = 0
         task = ray.remote(**options)(_task)
         with explained(name, Store(cluster.config.storage).root):
             return ray.get(task.remote(function, arguments))

@@ -46,9 +46,11 @@ def share_of(left: float | None) -> int | None:
     return None if left is None else max(1, int(left / WORKERS_SECONDS))
 
 
-def begins_here(cluster: Cluster, stage: str, device: str, model: ModelSpec | str | None) -> bool:
-    """Whether a stage begins in this process: with a small model, where no setting speaks of workers, on a cluster of our own; an
-    evaluation, which is short, on any.
+def begins_here(
+    cluster: Cluster, stage: str, device: str, model: ModelSpec | str | None, *, loads_model: bool = True
+) -> bool:
+    """Whether a stage begins in this process: with a small model or none, where no setting speaks of workers, on a cluster of our own;
+    an evaluation, which is short, on any.
     """
     import torch
 
@@ -57,7 +59,11 @@ def begins_here(cluster: Cluster, stage: str, device: str, model: ModelSpec | st
     streamed = stage == "extract" and cluster.config.extraction.memory_gb is not None
     divided = stage == "finetune" and cluster.config.finetune.chain is not None
     here = cluster.own or stage == "evaluate"
-    if asked or streamed or divided or not here or not (device == "cpu" or torch.cuda.is_available()):
+    if asked or not here:
+        return False
+    if not loads_model:
+        return True
+    if streamed or divided or not (device == "cpu" or torch.cuda.is_available()):
         return False
     size = _bytes_of(model)
     return size is not None and size <= _SMALL_BYTES
@@ -82,8 +88,9 @@ def begun_here(cluster: Cluster, stage: str, device: str, rest: ForRest) -> Exec
 
     def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
         waiting, left = list(batches), None
-        if waiting and begins_here(cluster, stage, device, getattr(work, "model", None)):
-            cluster.say(f"{stage}: {len(waiting)} batches, the first ones in this process")
+        loads_model = getattr(work, "loads_model", True)
+        if waiting and begins_here(cluster, stage, device, getattr(work, "model", None), loads_model=loads_model):
+            cluster.say(f"{work.name}: {len(waiting)} batches, the first ones in this process")
             spent, done, enough = 0.0, 0, False
 
             def next_ones() -> Iterator[int]:
@@ -95,7 +102,7 @@ def begun_here(cluster: Cluster, stage: str, device: str, rest: ForRest) -> Exec
                 yield report
                 left = spent / done * len(waiting)
                 if waiting and not enough and pays(cluster, left):
-                    cluster.say(f"{stage}: about {left:.0f} s more in one process: starting workers for the rest")
+                    cluster.say(f"{work.name}: about {left:.0f} s more in one process: starting workers for the rest")
                     enough = True
         if waiting:
             yield from rest(work, waiting, left)

@@ -168,18 +168,27 @@ def _leases(root: Path) -> Iterator[Check]:
         )
 
 
-def _bucket(root: Path) -> Iterator[Check]:
-    """What else a storage in a bucket needs: room here for copies, and to tell what killed processes left of uploads."""
+def _scratch(*, copies: bool) -> Iterator[Check]:
+    """Where large tables lie while a process goes through them and, of a storage in a bucket, `copies` of its files."""
     try:
         scratch = scratch_facts()
     except (StorageError, BucketError) as error:
         yield Check("scratch", "broken", str(error))
-    else:
-        fits = scratch.capacity <= scratch.taken + scratch.free and scratch.capacity >= _LEAST_FREE_BYTES
-        remedy = (
-            f"training maps its whole cache from there: give ${ROOM} what the disk has, or another disk by ${SCRATCH}"
-        )
-        yield Check("scratch", "ok" if fits else "note", str(scratch), "" if fits else remedy)
+        return
+    if not copies:
+        enough = scratch.free >= _LEAST_FREE_BYTES
+        remedy = f"tables of many questions lie there: give another disk by ${SCRATCH}"
+        detail = f"{scratch.root}: writable, {scratch.free / 2**30:.1f} GiB free"
+        yield Check("scratch", "ok" if enough else "note", detail, "" if enough else remedy)
+        return
+    fits = scratch.capacity <= scratch.taken + scratch.free and scratch.capacity >= _LEAST_FREE_BYTES
+    remedy = f"training maps its whole cache from there: give ${ROOM} what the disk has, or another disk by ${SCRATCH}"
+    yield Check("scratch", "ok" if fits else "note", str(scratch), "" if fits else remedy)
+
+
+def _bucket(root: Path) -> Iterator[Check]:
+    """What else a storage in a bucket needs: room here for copies, and to tell what killed processes left of uploads."""
+    yield from _scratch(copies=True)
     try:
         count = len(UnfinishedUploads(root).found)
     except (StorageError, BucketError) as error:
@@ -203,3 +212,4 @@ def _file_system(root: Path) -> Iterator[Check]:
             f"{len(leftovers)} unfinished files of killed runs",
             f"safe to remove when nothing runs: find {root} -name '.*.tmp'",
         )
+    yield from _scratch(copies=False)

@@ -133,15 +133,15 @@ def versions() -> dict[str, str]:
 
 
 def probe_node(folder: str) -> dict[str, Any]:
-    """Runs on a node: read the driver's probe, write one back; of a bucket, look at the node's scratch too."""
+    """Runs on a node: read the driver's probe, write one back, look at the node's scratch."""
     result: dict[str, Any] = {"versions": versions(), "read": "", "wrote": "", "error": "", "scratch": ""}
     try:
         result["read"] = read_text(Path(folder) / "driver")
         name = uuid.uuid4().hex[:8]
         write_text(Path(folder) / name, "seen")
         result["wrote"] = name
-        if is_object(folder):
-            result["scratch"] = str(scratch_facts())
+        scratch = scratch_facts()
+        result["scratch"] = str(scratch) if is_object(folder) else f"{scratch.root}: {scratch.free / 2**30:.1f} GiB free"
     except (StorageError, BucketError) as error:
         result["error"] = str(error)
     except OSError as error:

@@ -31,6 +31,8 @@ def expect_nothing(stage: str) -> None:
 class Runners:
     """Where the heavy stages run."""
 
+    encode: Executor = serial
+    """Of many questions: their prompts."""
     extract: Executor = serial
     chain: Executor | None = None
     """Extracts with a chain of slices (`extraction.chain`). None: in this process, where there is no chain."""

@@ -16,7 +16,7 @@ import pyarrow as pa
 from roma_ray.questions.labels import Labels
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.questions.splits import PARTS, Declared
-from roma_ray.store.tables import Holder, rows_of
+from roma_ray.store.tables import Holder, in_groups, rows_of
 
 _AT_ONCE = 4096
 REJECTED = pa.schema([("file", pa.string()), ("line", pa.int64()), ("id", pa.string()), ("reason", pa.string())])
@@ -36,8 +36,10 @@ _QUESTIONS = pa.schema(
         ("verdict", pa.bool_()),
     ]
 )
+ASKED = pa.schema([*_QUESTIONS, ("split", pa.string())])
+"""Of questions whose part is decided."""
 # Where a question was read, and the part that it declares, do not make it another question, but they are kept.
-assert {*_QUESTIONS.names, "split"} == {field.name for field in fields(Question)}
+assert set(ASKED.names) == {field.name for field in fields(Question)}
 
 
 class AskedQuestions:
@@ -86,13 +88,26 @@ class AskedQuestions:
         """The place of each question's source among the sources, [N]."""
         return np.repeat(np.arange(len(self.sources), dtype=np.int32), self._counts)
 
+    def tables(self, rows: int, parts: np.ndarray | None = None) -> Iterator[pa.Table]:
+        """The questions in order, so many a table (`ASKED`), in these parts (places in `PARTS`), or those that their rows declare."""
+        known, start = self.declared.parts if parts is None else parts, 0
+        for table in in_groups(self._parts(), rows):
+            splits = np.array(PARTS, dtype=object)[known[start : start + len(table)]]
+            start += len(table)
+            yield table.append_column("split", pa.array(splits, pa.string()))
+
     def questions(self, parts: np.ndarray | None = None) -> Iterator[Question]:
-        """The questions, each with its part (its place in `PARTS`), or the one that its row declares."""
-        known = self.declared.parts if parts is None else parts
-        for place, row in enumerate(row for part in self._parts() for row in rows_of(part)):
-            row["choices"] = tuple(row["choices"])
-            row["turns"] = tuple((turn["role"], turn["content"]) for turn in row["turns"])
-            yield Question(**row, split=PARTS[known[place]])
+        """The questions one by one, with the same parts."""
+        for table in self.tables(_AT_ONCE, parts):
+            yield from questions_of(table)
+
+
+def questions_of(table: pa.Table) -> Iterator[Question]:
+    """The questions of a table (`ASKED`)."""
+    for row in rows_of(table):
+        row["choices"] = tuple(row["choices"])
+        row["turns"] = tuple((turn["role"], turn["content"]) for turn in row["turns"])
+        yield Question(**row)
 
 
 class Faults(Holder):

@@ -21,20 +21,18 @@ from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
-from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, ConfigError
 from roma_ray.questions.asked import REJECTED, AskedQuestions
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
-from roma_ray.questions.free_prompts import prompt_builder
 from roma_ray.questions.held_out import check_held_out, parts_in_force
 from roma_ray.questions.labels import Labels
-from roma_ray.questions.prompts import encode
 from roma_ray.questions.readers import content_digest, declared_parts, display_names, iter_sources, question_file
 from roma_ray.questions.splits import Drawn, divided_splits, drawn_parts, drawn_splits, nested_places
+from roma_ray.stages.encoding import ENCODING, encoded
 from roma_ray.stages.question_writer import QuestionWriter
 from roma_ray.store.artifacts import MANIFEST, Stage, Store, fingerprint, read_manifest
-from roma_ray.store.files import listed
+from roma_ray.store.files import listed, remove_folder
 from roma_ray.store.tables import PART_ROWS, in_parts, write_parts
 
 VERSION = 2
@@ -93,11 +91,12 @@ def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
     asked = read_sources(config.questions, data_seed(config))
     parts = split_questions(config.questions, asked, data_seed(config))
     _check_texts(config, asked.forms)
-    builder = prompt_builder(load_tokenizer(setup.model.path, setup.model.revision), config.questions.prompt)
+    tables = encoded(job, asked, parts, runners.encode, progress)
     with QuestionWriter(asked, free=is_free(config)) as writer:
-        writer.write(stage.path / TABLE, encode(asked.questions(parts), builder), config.questions.held_out_tasks)
+        writer.write(stage.path / TABLE, tables, config.questions.held_out_tasks)
         faults = writer.faults.table()
         write_parts(stage.path / FAULTS, REJECTED, in_parts(faults))
+    remove_folder(stage.path / ENCODING)
     if len(faults):
         # As many as have one reason, the first reason first of equals.
         common = sorted(pc.value_counts(faults.column("reason")).to_pylist(), key=lambda one: -one["counts"])[:3]

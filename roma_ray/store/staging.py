@@ -62,8 +62,8 @@ def scratch_root() -> Path:
 
 def _no_room(place: Path, error: Exception) -> BucketError:
     return BucketError(
-        f"cannot write {place}: {getattr(error, 'strerror', None) or error}. Local copies of the bucket's files lie there: free "
-        f"some space, or name another place with ${SCRATCH}, and run the same command again: finished work is kept."
+        f"cannot write {place}: {getattr(error, 'strerror', None) or error}. Large tables and local copies of a bucket's files lie there: "
+        f"free some space, or name another place with ${SCRATCH}, and run the same command again: finished work is kept."
     )
 
 

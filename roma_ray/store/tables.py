@@ -153,6 +153,21 @@ def in_parts(table: pa.Table) -> Iterator[pa.Table]:
         yield table.slice(start, PART_ROWS).combine_chunks()
 
 
+def in_groups(tables: Iterable[pa.Table], rows: int) -> Iterator[pa.Table]:
+    """The rows of tables of one schema, so many at a time and the last of what is left, each in one piece."""
+    held: list[pa.Table] = []
+    size = 0
+    for table in tables:
+        held.append(table)
+        size += len(table)
+        while size >= rows:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, rows).combine_chunks()
+            held, size = [whole.slice(rows)], size - rows
+    if size:
+        yield pa.concat_tables(held).combine_chunks()
+
+
 @contextlib.contextmanager
 def _opened(path: str | Path, columns: Sequence[str]) -> Iterator[pq.ParquetFile]:
     with _readable(path), pq.ParquetFile(local(path), pre_buffer=False, page_checksum_verification=True) as file:

@@ -208,7 +208,7 @@ def test_failures_are_one_message(
 
 def told_by(worker: BatchWorker, work: Work, batches: Sequence[int], before: Sequence[str] = ()) -> list[Told]:
     """What a worker in this process tells of some batches."""
-    order = Order(work.name, work.folder, f"run of {work.folder}", pickle.dumps(work), 1)
+    order = Order(work.name, "extract", work.folder, f"run of {work.folder}", pickle.dumps(work), 1)
     return list(worker.run(order, "000001", batches, before))
 
 
@@ -285,7 +285,7 @@ def test_a_worker_that_may_outlive_its_run_ends_when_it_idles(monkeypatch: pytes
 def test_a_call_that_is_broken_off_leaves_its_worker_idle(tmp_path: Path) -> None:
     """Else a worker that outlives its run would never end."""
     worker = BatchWorker()
-    order = Order("extract", str(tmp_path), "token", pickle.dumps(NotingWork(str(tmp_path))), 1)
+    order = Order("extract", "extract", str(tmp_path), "token", pickle.dumps(NotingWork(str(tmp_path))), 1)
     telling = worker.run(order, "000001", [0, 1])
     assert isinstance(telling, Generator)
     next(telling)
@@ -295,7 +295,7 @@ def test_a_call_that_is_broken_off_leaves_its_worker_idle(tmp_path: Path) -> Non
 
 
 def test_a_journal_tells_what_a_dead_worker_was_at(tmp_path: Path) -> None:
-    order = Order("extract", str(tmp_path), "token", b"", 1)
+    order = Order("extract", "extract", str(tmp_path), "token", b"", 1)
     journal, report = Journal(order, "000001"), Report(3, 8, 100, 0, 0.5)
     assert journal.read() == Left([], None, (), False)
     journal.add("open")
@@ -314,7 +314,7 @@ def test_a_storage_that_takes_no_marks_is_named(tmp_path: Path) -> None:
     """What the system says, and where: a worker's first write on a full or read-only storage is a mark."""
     (tmp_path / ATTEMPTS).write_text("a file where a folder must be")
     with pytest.raises(StorageError, match=r"cannot write .*000003: (Not a directory|File exists)"):
-        Journal(Order("extract", str(tmp_path), "token", b"", 1), "000003").add("batch 3")
+        Journal(Order("extract", "extract", str(tmp_path), "token", b"", 1), "000003").add("batch 3")
     assert packed(OSError(30, "Read-only file system"))["text"].endswith("Read-only file system")
 
 

@@ -21,11 +21,24 @@ def found(storage: str) -> list[Check]:
     return [check for check in examine_machine(storage) if check.name in ("storage", "scratch")]
 
 
-def test_a_folder_has_room_and_no_scratch(tmp_path: Path) -> None:
-    (check,) = found(str(tmp_path / "storage"))
-    assert re.fullmatch(r".*: writable \(1 MiB synced in \d+ ms\), (\d+\.\d) GiB free", check.detail)
+def test_a_folder_and_the_scratch_have_room(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path / "scratch"))
+    storage, scratch = found(str(tmp_path / "storage"))
+    assert re.fullmatch(r".*: writable \(1 MiB synced in \d+ ms\), (\d+\.\d) GiB free", storage.detail)
+    assert re.fullmatch(rf"{tmp_path / 'scratch'}: writable, (\d+\.\d) GiB free", scratch.detail)
     free = shutil.disk_usage(tmp_path).free / 2**30
-    assert float(check.detail.split()[-3]) == pytest.approx(free, abs=1.0)
+    for check in (storage, scratch):
+        assert check.state == "ok"
+        assert float(check.detail.split()[-3]) == pytest.approx(free, abs=1.0)
+    assert below(tmp_path / "scratch") == []
+
+
+def test_a_scratch_that_is_no_folder_is_told_of_a_folder_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path / "file" / "below"))
+    storage, scratch = found(str(tmp_path / "storage"))
+    assert (storage.state, scratch.state) == ("ok", "broken")
+    assert "Large tables and local copies" in scratch.detail
 
 
 def test_a_bucket_has_no_figure_of_room_and_a_scratch_has(
@@ -51,7 +64,7 @@ def test_a_bucket_has_no_figure_of_room_and_a_scratch_has(
         ("ROMA_RAY_SCRATCH_GIB", "1000000", "note", "copies may take 1000000.0 GiB"),
         ("ROMA_RAY_SCRATCH_GIB", "0.5", "note", "copies may take 0.5 GiB"),
         ("ROMA_RAY_SCRATCH_GIB", "much", "broken", "$ROMA_RAY_SCRATCH_GIB is 'much', which is no number"),
-        ("ROMA_RAY_SCRATCH", "file/below", "broken", "Local copies of the bucket's files lie there"),
+        ("ROMA_RAY_SCRATCH", "file/below", "broken", "local copies of a bucket's files lie there"),
     ],
 )
 def test_a_scratch_that_does_not_serve_is_told(

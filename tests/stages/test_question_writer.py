@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -14,7 +15,8 @@ from roma_ray.questions.asked import AskedQuestions
 from roma_ray.questions.prompts import Prompt
 from roma_ray.questions.records import Question, Rejected
 from roma_ray.stages import question_writer
-from roma_ray.stages.question_writer import Encoded, QuestionWriter
+from roma_ray.stages.encoding import encoded_schema
+from roma_ray.stages.question_writer import QuestionWriter
 
 COUNT = 50
 
@@ -26,14 +28,26 @@ def asked(count: int = COUNT, splits: tuple[str, ...] = ("train", "validation", 
     return AskedQuestions([("q.jsonl", iter([Rejected("q.jsonl", 1, "bad", "no answer"), *questions]))])
 
 
-def encoded(questions: AskedQuestions, unusable: int = 10) -> Iterator[Encoded]:
+def encoded(questions: AskedQuestions, at_once: int = 7, unusable: int = 10) -> Iterator[pa.Table]:
     """Every so many questions one has no prompt."""
+    rows = []
     for n, question in enumerate(questions.questions()):
+        row = {name: getattr(question, name) for name in ("id", "task", "split", "question", "choices", "file", "line")}
         if n % unusable == 0:
-            yield question, Rejected(question.file, n, question.id, f"too long: {n}")
+            rows.append({**row, "reason": f"too long: {n}"})
         else:
-            ids = tuple(range(n % 7 + 1))
-            yield question, Prompt(question.id, question.task, question.split, ids, ((1,), (2, 3)), (1, 1), 0, n == 3)
+            asked = {"prompt_ids": range(n % 7 + 1), "choice_ids": [[1], [2, 3]], "choice_chars": [1, 1], "answer": 0}
+            rows.append({**row, **asked, "truncated": n == 3})
+    for start in range(0, len(rows), at_once):
+        yield pa.Table.from_pylist(rows[start : start + at_once], encoded_schema(free=False))
+
+
+def prompts(questions: AskedQuestions) -> list[Prompt]:
+    return [
+        Prompt(q.id, q.task, q.split, tuple(range(n % 7 + 1)), ((1,), (2, 3)), (1, 1), 0, n == 3)
+        for n, q in enumerate(questions.questions())
+        if n % 10
+    ]
 
 
 @pytest.mark.parametrize(("group", "at_once"), [(10, 4), (10, 100), (1000, 7)])
@@ -41,12 +55,11 @@ def test_rows_and_counts_do_not_depend_on_the_groups(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, group: int, at_once: int
 ) -> None:
     monkeypatch.setattr(question_writer, "PART_ROWS", group)
-    monkeypatch.setattr(question_writer, "_AT_ONCE", at_once)
     questions = asked()
     with QuestionWriter(questions, free=False) as writer:
-        writer.write(tmp_path / "q.parquet", encoded(questions), ())
+        writer.write(tmp_path / "q.parquet", encoded(questions, at_once), ())
         faults = writer.faults.table().to_pylist()
-    expected = [result for _, result in encoded(questions) if isinstance(result, Prompt)]
+    expected = prompts(questions)
     assert list(read_prompts(tmp_path / "q.parquet")) == expected
     file = pq.ParquetFile(tmp_path / "q.parquet")
     assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == {
@@ -79,5 +92,5 @@ def test_what_training_could_not_use_is_not_written(
     said: str,
 ) -> None:
     with QuestionWriter(questions, free=False) as writer, pytest.raises(error, match=said):
-        writer.write(tmp_path / "q.parquet", encoded(questions, unusable), held_out)
+        writer.write(tmp_path / "q.parquet", encoded(questions, unusable=unusable), held_out)
     assert list(tmp_path.iterdir()) == []

@@ -251,7 +251,7 @@ def test_a_scratch_that_goes_while_something_is_fetched_is_told_as_that(root: Pa
             shutil.rmtree(staging.scratch_root() / "writing")
 
     bucket.rule = rule
-    with pytest.raises(BucketError, match="Local copies of the bucket's files lie there"):
+    with pytest.raises(BucketError, match="local copies of a bucket's files lie there"):
         files.local(root / "one")
     bucket.reset()
     assert files.local(root / "one").read_bytes() == b"1"
@@ -265,7 +265,7 @@ def test_a_scratch_that_goes_while_something_is_put_is_told_as_that(root: Path) 
     with in_background() as uploads:
         uploads.submit(lambda: time.sleep(0.5))
         files.write_atomically(root / "one", write)
-    with pytest.raises(BucketError, match="Local copies of the bucket's files lie there"):
+    with pytest.raises(BucketError, match="local copies of a bucket's files lie there"):
         uploads.wait()
 
 
