@@ -1,10 +1,10 @@
 """Where the pipeline stops scaling, by simulation: python benchmarks/simulate.py [--summary summary.json] [--measure]
 
 Simulates 1 to 256 nodes of 8 workers for 49,000 to 10 million questions: extraction and embedding as batches that a driver
-hands out one after the other to workers that start, load a model, compute and write to shared storage; reading the questions,
-gathering the extraction's rows in the driver, and finding neighbors there up to 200,000 successes, beyond that as blocks of questions
-and shards of successes on workers, ranked by the driver; finetuning on no more workers than a step has micro-batches; evaluation as
-batches again, whose rows the driver puts in order.
+hands out one after the other to workers that start, load a model, compute and write to shared storage; the questions read by the
+driver and encoded by workers; the extraction's rows gathered in the driver; neighbors found there up to 200,000 successes, beyond
+that as blocks of questions and shards of successes on workers, ranked by the driver; finetuning on no more workers than a step has
+micro-batches; evaluation as batches again, whose rows the driver puts in order.
 
 What goes in is measured: `--summary` takes a finished run's rates (its stage seconds and counts, one worker), `--measure` the
 driver's overhead by running empty batches through Ray on this machine. What was not measured here is an option with its default
@@ -64,14 +64,19 @@ class Rates:
     micro_batches: int = 4
     epochs: int = 3
     trained_part: float = 0.7
-    read_per_second: float = 2300.0
-    """Questions read, encoded and written by the driver (driver_memory.py, a CPU core)."""
+    read_per_second: float = 20_000.0
+    """Questions that the driver reads, splits and lays down (reading.py, a CPU core)."""
+    encode_per_second: float = 2500.0
+    """Questions encoded by a worker, each with each of four choices (reading.py, a CPU core)."""
+    table_per_second: float = 100_000.0
+    """Encoded questions that the driver gathers (reading.py, a CPU core)."""
     gather_per_second: float = 10_000.0
     """Questions whose extracted rows the driver puts in order (driver_memory.py, a CPU core)."""
     successful_part: float = 0.5
     """Of the training questions: S."""
-    lookups_per_second: float = 5150.0
-    """Questions a worker answers from a full shard of S, on a core: half of the 10,300 measured on a quarter of one (search.py --core)."""
+    lookups_per_second: float = 10_300.0
+    """Questions a worker answers from a shard of S, on a core (search.py --core). A larger shard has longer lists, and fewer of them
+    suffice: in the run of 10 million a full one gave 11,500 and one of a fifth 8,800."""
     open_shard_seconds: float = 48.0
     """A worker's time to put a full shard into lists: eight times the 6.0 CPU s measured on a quarter of one."""
     ranked_per_second: float = 15_700.0
@@ -114,12 +119,13 @@ def neighbors(trained: float, successes: float, workers: int, rates: Rates) -> f
     """Seconds of the search: exact in the driver, or lookups in shards on workers that open each shard they meet, and the ranking."""
     if successes <= EXACT_UP_TO:
         return trained * successes / rates.pairs_per_second
+    full, rest = divmod(successes, SHARD)
+    opening = rates.open_shard_seconds * (full + (rest / SHARD) ** 1.5)
     shards, blocks = math.ceil(successes / SHARD), math.ceil(trained / BLOCK)
     workers = min(workers, shards * blocks)
-    size = successes / shards / SHARD
     # A worker takes blocks of one shard after another, so it opens its part of the shards, and one at least.
-    opened = max(1.0, shards / workers) * rates.open_shard_seconds * size**1.5
-    lookups = trained * shards / (rates.lookups_per_second / size**0.5) / workers
+    opened = max(1.0, shards / workers) * opening / shards
+    lookups = trained * shards / rates.lookups_per_second / workers
     return rates.start_seconds + opened + lookups + trained / rates.ranked_per_second
 
 
@@ -138,8 +144,13 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
     steps = rates.epochs * trained / rates.questions_a_step
     trainers = min(workers, rates.micro_batches)
     step = rates.questions_a_step / rates.train_per_second / trainers + rates.step_seconds
+    serial = questions / rates.read_per_second + questions / rates.table_per_second
+    encoded = questions / rates.encode_per_second
+    if questions > ENCODED_HERE:
+        batch = replace(rates, questions_a_batch=ENCODED_HERE)
+        encoded = batches(questions, rates.encode_per_second, workers, batch, ENCODED_BYTES, 0.0)["seconds"]
     stages = {
-        "questions": questions / rates.read_per_second,
+        "questions": serial + encoded,
         "extract": extract["seconds"],
         "gather": questions / rates.gather_per_second,
         "embed": embed["seconds"],
@@ -156,6 +167,9 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
 WIDTH_BYTES = 384 * 4.0
 # Of 5 layers of 64 experts.
 ROUTING_BYTES = 5 * 64 * 4.0
+# Of a question and what it becomes, compressed.
+ENCODED_BYTES = 300.0
+ENCODED_HERE = 16_384
 EXACT_UP_TO = 200_000
 SHARD, BLOCK = 2**20, 2**17
 

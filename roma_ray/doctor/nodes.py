@@ -141,7 +141,9 @@ def probe_node(folder: str) -> dict[str, Any]:
         write_text(Path(folder) / name, "seen")
         result["wrote"] = name
         scratch = scratch_facts()
-        result["scratch"] = str(scratch) if is_object(folder) else f"{scratch.root}: {scratch.free / 2**30:.1f} GiB free"
+        result["scratch"] = (
+            str(scratch) if is_object(folder) else f"{scratch.root}: {scratch.free / 2**30:.1f} GiB free"
+        )
     except (StorageError, BucketError) as error:
         result["error"] = str(error)
     except OSError as error:

@@ -23,6 +23,7 @@ from roma_ray.engine.work import Report
 from roma_ray.errors import ModelError, TrainingError
 from roma_ray.moe.slices import Slice
 from roma_ray.runs.pipeline import Run
+from roma_ray.stages.encoding import EncodeWork
 from roma_ray.stages.finetuning import TrainJob
 
 
@@ -69,6 +70,22 @@ class DeadlyWork(ExtractWork):
 
     def open(self) -> Callable[[int], Report]:
         return DeadlyExtractor(self)
+
+
+@dataclass(frozen=True)
+class DeadlyEncoding(EncodeWork):
+    """Encoding that dies once, in its fifth batch."""
+
+    def open(self) -> Callable[[int], Report]:
+        do, marker = super().open(), self.stage.path / ".died"
+
+        def deadly(batch: int) -> Report:
+            if batch == 4 and not marker.exists():
+                marker.touch()
+                die()
+            return do(batch)
+
+        return deadly
 
 
 @dataclass(frozen=True)

@@ -39,21 +39,24 @@ from roma_ray.engine.batches import read_plan
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.held_slices import HeldSlices
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import read_table
+from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import locate
 from roma_ray.engine.work import Report, Work
 from roma_ray.errors import ModelError, StorageError, WorkerError
 from roma_ray.runs.pipeline import Run
-from roma_ray.stages import neighborhoods
+from roma_ray.stages import encoding, neighborhoods, preparation
+from roma_ray.stages.encoding import EncodeWork
 from roma_ray.stages.extraction import EXTRACT
 from roma_ray.stages.neighbor_lists import spread
 from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS
-from roma_ray.stages.preparation import QUESTIONS
+from roma_ray.stages.preparation import FAULTS, QUESTIONS
 from roma_ray.store.artifacts import Stage, file_digest, noted_starts
-from tests.cluster.support import DeadlyWork, FailingWork, NotingWork, TunedWork, begun
+from tests.cluster.support import DeadlyEncoding, DeadlyWork, FailingWork, NotingWork, TunedWork, begun
 from tests.making import made, with_settings
+from tests.stages.test_encoding import job_in as questions_in
+from tests.stages.test_encoding import write as write_questions
 from tests.world import make_world
 
 
@@ -189,6 +192,30 @@ def test_neighbors_in_a_large_s_are_searched_by_workers(
     assert len(seen) > 3
     assert neighborhoods.neighbors(job, LOCAL, Silence()) == facts
     assert file_digest(job.stage.path / PAIRS) == found
+
+
+def test_questions_are_encoded_by_workers_one_of_which_dies(
+    cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_questions(tmp_path / "q.jsonl")
+    job = questions_in(tmp_path)
+    facts = preparation.prepare(job, LOCAL, Silence())
+    expected = [file_digest(job.stage.path / name) for name in (TABLE, FAULTS)]
+    monkeypatch.setattr(encoding, "ROWS", 4)
+    seen: list[int] = []
+
+    def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        assert isinstance(work, EncodeWork)
+        deadly = DeadlyEncoding(**{field.name: getattr(work, field.name) for field in dataclasses.fields(work)})
+        for report in ray_executor(cluster, "extract", "cpu")(deadly, batches):
+            seen.append(report.batch)
+            yield report
+
+    assert preparation.prepare(job, Runners(encode=execute), Silence()) == facts
+    assert (job.stage.path / ".died").exists()
+    assert sorted(seen) == list(range(len(seen)))
+    assert len(seen) > 10
+    assert [file_digest(job.stage.path / name) for name in (TABLE, FAULTS)] == expected
 
 
 @pytest.mark.parametrize(("bug", "kind", "text"), [(False, ModelError, "no such model"), (True, WorkerError, "Zero")])

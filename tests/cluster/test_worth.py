@@ -51,6 +51,7 @@ class Slow:
     model: ModelSpec | str | None
     folder: str = field(default_factory=mkdtemp)
     name: str = "extract"
+    loads_model: bool = True
 
     def open(self) -> Callable[[int], Report]:
         return lambda batch: Report(batch, 1, 0, 0, self.seconds)
@@ -114,6 +115,17 @@ def test_clusters_large_models_and_streaming_get_workers(
     assert 0.95 * stored < size <= stored
     monkeypatch.setattr(worth, "_SMALL_BYTES", size - 1)
     assert shared_out(Unstarted(world), Slow(0.0, spec), 2)[1] == [0, 1]
+
+
+def test_what_loads_no_model_begins_here_on_a_cluster_of_our_own(world: Config) -> None:
+    """Whether models are streamed says nothing of it; a setting of workers does, and a cluster that stands has them already."""
+    light = Slow(0.0, None, loads_model=False)
+    streamed = world.model_copy(update={"extraction": world.extraction.model_copy(update={"memory_gb": 1.0})})
+    assert shared_out(Unstarted(streamed), light, 2)[1] == []
+    assert shared_out(Unstarted(world), Slow(1.0, None, loads_model=False), 100)[1] == list(range(1, 100))
+    assert shared_out(Unstarted(world, elsewhere=True), light, 2)[1] == [0, 1]
+    asked = type(world.ray).model_validate({**world.ray.model_dump(), "extract_workers": 2})
+    assert shared_out(Unstarted(world.model_copy(update={"ray": asked})), light, 2)[1] == [0, 1]
 
 
 def test_a_chain_has_no_workers_of_a_pool(world: Config) -> None:
