@@ -142,11 +142,13 @@ def find_neighbors(
     if (empty := int((sizes_N[rows_Q] == 0).sum())) > EMPTY_LIMIT * len(rows_Q):
         nearest = table.nearest(rows_Q[:: max(1, len(rows_Q) // 1000)], 1, batch_rows).cosines
         raise NeighborError(_mostly_empty(method, epsilon, similarity, sigma, empty, len(rows_Q), nearest))
+    others_P, cosines_P = found.others, found.cosines
+    del found
     near = Neighborhoods(
         offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
-        indices=found.others,
-        similarities=similarity_of_cosines(found.cosines, similarity, sigma),
-        weights=adjacency_weights(found.cosines, sizes_N, similarity, sigma),
+        indices=others_P,
+        similarities=similarity_of_cosines(cosines_P, similarity, sigma),
+        weights=adjacency_weights(cosines_P, sizes_N, similarity, sigma),
         queried=queried_N.clone(),
         recall=recall,
     )

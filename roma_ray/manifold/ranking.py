@@ -52,6 +52,25 @@ class Pairs:
         )
 
 
+class GatheredPairs:
+    """Pairs put one after another into room for at most so many: a list of pieces would be held beside what is made of them."""
+
+    def __init__(self, most: int) -> None:
+        self._room = Pairs(*(torch.empty(most, dtype=dtype) for dtype in (torch.int64, torch.int64, torch.float64)))
+        self._count = 0
+
+    def put(self, pairs: Pairs) -> None:
+        """Put pairs behind the others."""
+        stop = self._count + len(pairs.rows)
+        for room_P, part_P in zip(vars(self._room).values(), vars(pairs).values(), strict=True):
+            room_P[self._count : stop] = part_P
+        self._count = stop
+
+    def all(self) -> Pairs:
+        """All that were put."""
+        return Pairs(*(room_P[: self._count] for room_P in vars(self._room).values()))
+
+
 class QuestionTable:
     """The question table with an index over S; candidates are numbered in the order of their ids."""
 
@@ -119,15 +138,15 @@ class QuestionTable:
         found = self.propose(self.unit, wanted, device)
         if found.recall < inverted.RECALL:
             return self.nearest(rows_Q, k, batch_rows), 1.0
-        done: list[Pairs] = []
+        done = GatheredPairs(len(rows_Q) * k)
         for start in range(0, len(rows_Q), batch_rows):
             rows_B = rows_Q[start : start + batch_rows]
             pairs, _, lacking_B = self._best(rows_B, k, *found.part(start, start + len(rows_B)))
             pairs = pairs[~lacking_B[torch.searchsorted(rows_B, pairs.rows)]]
             if lacking_B.any():
                 pairs = self.ranked(Pairs.joined([pairs, self.nearest(rows_B[lacking_B], k, batch_rows)]))
-            done.append(pairs)
-        return Pairs.joined(done), found.recall
+            done.put(pairs)
+        return done.all(), found.recall
 
     def nearest(self, rows_Q: Tensor, k: int, batch_rows: int) -> Pairs:
         """Eq. 3: the k most similar candidates of each row, fewer only where S has no more."""

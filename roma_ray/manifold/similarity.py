@@ -15,8 +15,10 @@ from roma_ray.errors import ConfigError, EmbeddingError
 
 SimilarityName = Literal["gaussian", "cosine"]
 
-# 2^15 pairs of 384 fp64 numbers are 100 MB a side; more at once would not be faster.
-_PAIRS_AT_ONCE = 2**15
+# Their vectors in fp64, 3 MB at 384 numbers, stay in a core's cache: four times faster than 100 MB.
+_PAIRS_AT_ONCE = 2**10
+# Of what is done for each pair or question in several steps.
+_BLOCK = 2**20
 
 
 def check_similarity(similarity: str, sigma: float) -> None:
@@ -54,20 +56,26 @@ def adjacency_weights(cosines_P: Tensor, sizes_N: Tensor, similarity: Similarity
     weighs 0, and a neighborhood without any positive similarity gets equal weights. The Gaussian is taken relative to
     the nearest neighbor of each neighborhood, which cancels in eq. 6 and keeps a narrow sigma from dividing 0 by 0.
     """
+    weights_P = torch.empty(len(cosines_P), dtype=torch.float64)
+    # Block by block: the steps between would be the largest things in memory.
+    start = 0
+    for sizes_B in sizes_N.split(_BLOCK):
+        stop = start + int(sizes_B.sum())
+        weights_P[start:stop] = _weights(cosines_P[start:stop], sizes_B, similarity, sigma)
+        start = stop
+    return weights_P
+
+
+def _weights(cosines_P: Tensor, sizes_N: Tensor, similarity: SimilarityName, sigma: float) -> Tensor:
+    owner_P = torch.arange(len(sizes_N)).repeat_interleave(sizes_N)
     if similarity == "gaussian":
         nearest_N = cosines_P.new_full((len(sizes_N),), float("-inf"))
-        nearest_N.scatter_reduce_(0, _owner_P(sizes_N), cosines_P, "amax")
-        distance_P = 2 * (nearest_N.repeat_interleave(sizes_N) - cosines_P)
-        similarity_P = gaussian_similarity(distance_P, sigma)
+        nearest_N.scatter_reduce_(0, owner_P, cosines_P, "amax")
+        similarity_P = gaussian_similarity(2 * (nearest_N[owner_P] - cosines_P), sigma)
     else:
         similarity_P = similarity_of_cosines(cosines_P, similarity, sigma).clamp_min(0)
-    total_P = similarity_P.new_zeros(len(sizes_N)).index_add_(0, _owner_P(sizes_N), similarity_P)[_owner_P(sizes_N)]
-    equal_P = 1 / sizes_N.double()[_owner_P(sizes_N)]
-    return torch.where(total_P > 0, similarity_P / total_P, equal_P)
-
-
-def _owner_P(sizes_N: Tensor) -> Tensor:
-    return torch.arange(len(sizes_N)).repeat_interleave(sizes_N)
+    total_P = similarity_P.new_zeros(len(sizes_N)).index_add_(0, owner_P, similarity_P)[owner_P]
+    return torch.where(total_P > 0, similarity_P / total_P, 1 / sizes_N.double()[owner_P])
 
 
 class UnitRows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -14,7 +15,7 @@ from roma_ray.config.schema import Config
 from roma_ray.engine.cache import ROWS
 from roma_ray.engine.identity import data_seed, is_free, neighbors_settings
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, read_table, write_table
+from roma_ray.engine.question_table import TABLE, iterate_table, read_table, write_table
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
@@ -51,11 +52,7 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     """Find every training question's successful neighbors. Raises NeighborError, ArtifactError."""
     setup, config = job.setup, job.setup.config
     questions, extraction, embeddings = (job.stages[name] for name in ("questions", "extract", "embed"))
-    table = read_table(questions.path / TABLE, ["id", "task", "split"])
-    training_N = torch.zeros(len(table), dtype=torch.bool)
-    asked = config.questions
-    training_N[training_rows(table, asked.fraction, data_seed(config), asked.held_out_tasks)] = True
-    training_N &= usable_rows(extraction)
+    training_N = _trained(config, questions) & usable_rows(extraction)
     correct_N = answered_rightly(setup, job.stages)
     successful_N = _successful(config, extraction, correct_N, training_N)
     successful = int(successful_N.sum())
@@ -70,6 +67,14 @@ def neighbors(job: Job, runners: Runners, progress: Progress) -> Facts:
     else:
         facts = runners.call(job.name, _alone, job, successful_N, training_N, progress=progress)
     return {**facts, "successful": int((correct_N & training_N).sum()), "training": int(training_N.sum())}
+
+
+def _trained(config: Config, questions: Stage) -> torch.Tensor:
+    """Mask [N] of the training questions in use."""
+    table, asked = read_table(questions.path / TABLE, ["id", "task", "split"]), config.questions
+    training_N = torch.zeros(len(table), dtype=torch.bool)
+    training_N[training_rows(table, asked.fraction, data_seed(config), asked.held_out_tasks)] = True
+    return training_N
 
 
 def _alone(job: Job, successful_N: torch.Tensor, training_N: torch.Tensor, progress: Progress) -> Facts:
@@ -191,26 +196,34 @@ def _write(stage: Stage, found: Neighborhoods) -> Facts:
 
 def read_neighborhoods(stage: Stage, questions: int) -> Neighborhoods:
     """The neighborhoods over all `questions` rows of the question table. Raises ArtifactError."""
-    table = read_table(stage.path / PAIRS, _SCHEMA.names)
-    rows = torch.from_numpy(table.column("row").to_numpy().copy())
-    if (rows.diff() < 1).any() or (len(rows) and not 0 <= rows[0] <= rows[-1] < questions):
-        raise ArtifactError(f"{stage.path / PAIRS} does not belong to these questions; remove its folder and run again")
+    path = stage.path / PAIRS
+    rows, lengths = [torch.empty(0, dtype=torch.int64)], [torch.empty(0, dtype=torch.int64)]
+    for part in iterate_table(path, ["row", "neighbors"]):
+        rows.append(torch.from_numpy(part.column("row").to_numpy().copy()))
+        lengths.append(torch.from_numpy(pc.list_value_length(part.column("neighbors")).to_numpy().astype("int64")))
+    row_R = torch.cat(rows)
+    if (row_R.diff() < 1).any() or (len(row_R) and not 0 <= row_R[0] <= row_R[-1] < questions):
+        raise ArtifactError(f"{path} does not belong to these questions; remove its folder and run again")
     sizes = torch.zeros(questions, dtype=torch.int64)
-    sizes[rows] = torch.from_numpy(pc.list_value_length(table.column("neighbors")).to_numpy().astype("int64"))
+    sizes[row_R] = torch.cat(lengths)
     queried = torch.zeros(questions, dtype=torch.bool)
-    queried[rows] = True
+    queried[row_R] = True
     return Neighborhoods(
         offsets=torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]),
-        indices=_flat(table, "neighbors", torch.int64),
-        similarities=_flat(table, "similarities", torch.float64),
-        weights=_flat(table, "weights", torch.float64),
+        indices=_flat(path, "neighbors", torch.int64),
+        similarities=_flat(path, "similarities", torch.float64),
+        weights=_flat(path, "weights", torch.float64),
         queried=queried,
     )
 
 
-def _flat(table: pa.Table, column: str, dtype: torch.dtype) -> torch.Tensor:
-    values: Sequence[Any] = table.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return torch.tensor(values, dtype=dtype)
+def _flat(path: Path, column: str, dtype: torch.dtype) -> torch.Tensor:
+    """The values of a column of lists. A column at a time, and a part: of many pairs the whole table would be held twice."""
+    parts = [torch.empty(0, dtype=dtype)]
+    for part in iterate_table(path, [column]):
+        values: Sequence[Any] = part.column(column).combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        parts.append(torch.tensor(values, dtype=dtype))
+    return torch.cat(parts)
 
 
 NEIGHBORS = Step(
