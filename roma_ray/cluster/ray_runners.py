@@ -81,7 +81,9 @@ def ray_runners(cluster: Cluster, device: str) -> Runners:
         search=ray_executor(cluster, "evaluate", device),
         finetune=finetune_on_ray(cluster, device),
         call=near,
-        evaluate=ray_executor(cluster, "evaluate", device) if divided is None else answers_by_chain(divided, near),
+        evaluate=ray_executor(cluster, "evaluate", device)
+        if divided is None
+        else answers_by_chain(divided, batches_near(cluster, device)),
         heads=divided or FRESH,
         baselines=baselines_on_ray(cluster, device),
         expect=expecting(cluster, device),
@@ -109,21 +111,21 @@ def expecting(cluster: Cluster, device: str) -> Callable[[str], None]:
     return expect
 
 
-def answers_by_chain(heads: Heads, near: Callable[..., Any]) -> Executor:
+def answers_by_chain(heads: Heads, near: Callable[..., Iterator[Report]]) -> Executor:
     """An executor of an evaluation's answers by one head in slices; its last slice is where the device is."""
 
     def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
         assert isinstance(work, AnswerWork)
         if batches:
-            yield from near("evaluate", answered_by, work, list(batches), heads, progress=Silence())
+            yield from near("evaluate", answered_by, work, list(batches), heads)
 
     return execute
 
 
-def answered_by(work: AnswerWork, batches: Sequence[int], heads: Heads, progress: Progress) -> list[Report]:
+def answered_by(work: AnswerWork, batches: Sequence[int], heads: Heads) -> Iterator[Report]:
     """Answer parts with a head that is lent."""
     with heads.lend(work.model, work.setup.cut) as head:
-        return list(one_by_one(Answerer(work, head), batches))
+        yield from one_by_one(Answerer(work, head), batches)
 
 
 def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[[ModelSpec], dict[str, Any]]:
@@ -141,25 +143,12 @@ def measure_near(cluster: Cluster, device: str, progress: Progress) -> Callable[
 def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
     """Calls a function here when this machine has the device, else in a task of the cluster that has it."""
 
-    # A head in slices needs as many GPUs as Ray knows to be free, and this process's own is not counted.
-    divided = cluster.config.finetune.chain is not None
-
     def call(name: str, function: Callable[..., Any], *arguments: Any, progress: Any) -> Any:
-        import torch
-
-        # What runs now needs none of their models, and perhaps their memory.
-        cluster.pool.release()
-        if device == "cpu" or (torch.cuda.is_available() and not divided):
+        if (options := _elsewhere(cluster, device)) is None:
             return function(*arguments, progress=progress)
         import ray
 
-        cluster.connect()
-        _, need = cluster.place("evaluate", None, 1, device)
         progress.say(f"{name} runs on a GPU of the cluster")
-        options = {key: value for key, value in need.options().items() if value is not None}
-        if divided:
-            # The places of a dead one's chain go with the driver's job: another try would wait for them.
-            options["max_retries"] = 0
         task = ray.remote(**options)(_task)
         with explained(name, Store(cluster.config.storage).root):
             return ray.get(task.remote(function, arguments))
@@ -167,19 +156,49 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
     return call
 
 
+def batches_near(cluster: Cluster, device: str) -> Callable[..., Iterator[Report]]:
+    """Calls a function that does batches where `near_device` would; each is told of as it is done."""
+
+    def reports(name: str, function: Callable[..., Iterator[Report]], *arguments: Any) -> Iterator[Report]:
+        if (options := _elsewhere(cluster, device)) is None:
+            yield from function(*arguments)
+            return
+        import ray
+
+        task = ray.remote(**options, num_returns="streaming")(function)
+        with explained(name, Store(cluster.config.storage).root):
+            for report in task.remote(*arguments):
+                yield ray.get(report)
+
+    return reports
+
+
+def _elsewhere(cluster: Cluster, device: str) -> dict[str, Any] | None:
+    """Options of a task for work of one process; None where this process does it. Raises ConfigError."""
+    import torch
+
+    # A head in slices needs as many GPUs as Ray knows to be free, and this process's own is not counted.
+    divided = cluster.config.finetune.chain is not None
+    # What runs now needs none of their models, and perhaps their memory.
+    cluster.pool.release()
+    if device == "cpu" or (torch.cuda.is_available() and not divided):
+        return None
+    cluster.connect()
+    _, need = cluster.place("evaluate", None, 1, device)
+    options = {key: value for key, value in need.options().items() if value is not None}
+    # The places of a dead one's chain go with the driver's job: another try would wait for them.
+    return {**options, "max_retries": 0} if divided else options
+
+
 def in_one_process(cluster: Cluster, device: str) -> Executor:
     """Does batches one after another, here when this machine has the device, else in a task of the cluster that has it."""
-    call = near_device(cluster, device)
+    near = batches_near(cluster, device)
 
     def execute(work: Work, batches: Sequence[int]) -> Iterator[Report]:
         if batches:
-            yield from call(work.name, _all, work, list(batches), progress=Silence())
+            yield from near(work.name, serial, work, list(batches))
 
     return execute
-
-
-def _all(work: Work, batches: Sequence[int], progress: Progress) -> list[Report]:
-    return list(serial(work, batches))
 
 
 def _task(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:

@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,17 +115,27 @@ def dies_once(folder: Path, progress: Progress) -> dict[str, Any]:
     return {"gpus": len(ray.get_gpu_ids()), "driver": context.get_task_id() is None}
 
 
+def reports_until_killed(folder: Path) -> Iterator[Report]:
+    """Batches done one after another, whose first process is killed after the first."""
+    for batch in range(3):
+        if batch == 1 and not (folder / "killed").exists():
+            (folder / "killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield Report(batch, 1, 0, 0, 0.0)
+
+
 def called(config: Config, folder: Path) -> dict[str, Any]:
     """A stage that needs a GPU, asked for by a driver without one: evaluation, neighbors."""
     import torch
 
     from roma_ray.cluster.ray_cluster import open_cluster
-    from roma_ray.cluster.ray_runners import near_device
+    from roma_ray.cluster.ray_runners import batches_near, near_device
 
     folder.mkdir()
     torch.cuda.is_available = lambda: False
     with open_cluster(config) as cluster:
         found: dict[str, Any] = near_device(cluster, "cuda")("dies_once", dies_once, folder, progress=Silence())
+        found["batches"] = [r.batch for r in batches_near(cluster, "cuda")("evaluate", reports_until_killed, folder)]
     return found
 
 

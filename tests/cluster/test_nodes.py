@@ -33,7 +33,7 @@ def test_stages_run_on_the_nodes_that_they_need(environment: dict[str, str], tem
     assert found["training"]["kind"] in ("a100", "mi300x")
     assert found["training"]["gpus"] == 1
     # The driver has no GPU, so a stage that needs one goes to a worker, and is tried again when that is killed.
-    assert found["called"] == {"gpus": 1, "driver": False}
+    assert found["called"] == {"gpus": 1, "driver": False, "batches": [0, 1, 2]}
     # A node goes away in the middle: every batch is done, and reported once.
     assert found["node removed"] == {"reported": list(range(24)), "written": 24}
     # Workers that may outlive their run serve the next one of the same settings, and no other.

@@ -13,12 +13,11 @@ from roma_ray.cluster import ray_cluster as module
 from roma_ray.cluster.chain_plans import ChainPlan, plan_chains
 from roma_ray.cluster.placement import Need, Node, chains, inventory, main_kind, matches, need_of, room
 from roma_ray.cluster.ray_cluster import Cluster
-from roma_ray.cluster.ray_runners import near_device
+from roma_ray.cluster.ray_runners import _elsewhere
 from roma_ray.cluster.worker_pool import Worker
 from roma_ray.config.ray_settings import PlacementConfig
 from roma_ray.config.schema import Config
 from roma_ray.engine.devices import device_kind, mixed_devices
-from roma_ray.engine.progress import Silence
 from roma_ray.engine.setup import resolve
 from roma_ray.errors import ConfigError
 
@@ -257,32 +256,18 @@ def test_a_task_with_the_only_gpu_asks_for_no_other(world: Config, monkeypatch: 
     assert chains_module.gpu_bytes(alone, "finetune", Need(0.5, 1.0)) == 7
 
 
-@pytest.mark.parametrize(("chain", "tries"), [(2, {"max_retries": 0}), (None, {})])
+@pytest.mark.parametrize(("chain", "tries"), [(2, 0), (None, None)])
 def test_a_task_that_lends_a_chain_is_tried_once(
-    world: Config, monkeypatch: pytest.MonkeyPatch, chain: int | None, tries: dict[str, int]
+    world: Config, monkeypatch: pytest.MonkeyPatch, chain: int | None, tries: int | None
 ) -> None:
     """The places of a dead task's chain stay with the driver's job: a second try would wait for them."""
-    import ray
-
-    asked: list[dict[str, Any]] = []
-
-    class Task:
-        @staticmethod
-        def remote(function: Any, arguments: Any) -> Any:
-            return function(*arguments)
-
-    def remote(**options: Any) -> Any:
-        asked.append(options)
-        return lambda task: Task
-
-    monkeypatch.setattr(ray, "remote", remote)
-    monkeypatch.setattr(ray, "get", lambda value: value)
     finetune = world.finetune.model_copy(update={"chain": chain})
     cluster = Mixed(with_ray(world).model_copy(update={"finetune": finetune}), [Node({"CPU": 4, "GPU": 1})])
     monkeypatch.setattr(cluster, "connect", lambda: None)
-    assert near_device(cluster, "cuda")("evaluate", lambda: 7, progress=Silence()) == 7
-    assert {name: value for name, value in asked[0].items() if name == "max_retries"} == tries
-    assert asked[0]["num_gpus"] == 1.0
+    options = _elsewhere(cluster, "cuda")
+    assert options is not None
+    assert (options.get("max_retries"), options["num_gpus"]) == (tries, 1.0)
+    assert _elsewhere(cluster, "cpu") is None
 
 
 def test_auto_takes_as_few_slices_as_hold_the_model(world: Config, monkeypatch: pytest.MonkeyPatch) -> None:

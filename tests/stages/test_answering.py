@@ -17,7 +17,7 @@ from roma_ray.engine.heads import Heads, KeptHeads
 from roma_ray.engine.model_spec import ModelSpec
 from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table
-from roma_ray.engine.runners import Runners, call_here
+from roma_ray.engine.runners import Runners
 from roma_ray.engine.scoring import plan_scoring
 from roma_ray.engine.setup import Setup, resolve
 from roma_ray.engine.work import Executor, Report, Work, serial
@@ -157,7 +157,7 @@ def test_a_head_in_slices_answers_and_is_gone_on_from(choices_run: Run, tmp_path
     """Base and tuned gates in turn, in both slices; what was answered before a kill is not answered again."""
     setup, heads = again(choices_run, tmp_path / "storage"), Divided()
     assert len(setup.layers) == 2
-    whole, done = answers_by_chain(heads, call_here), list[int]()
+    whole, done = answers_by_chain(heads, lambda name, function, *given: function(*given)), list[int]()
 
     def dying(work: Work, batches: Sequence[int]) -> Iterator[Report]:
         # Some of the base's, and then some that have both kinds of gates.
