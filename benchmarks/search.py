@@ -24,7 +24,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from processes import Memory, Workers, memory_gates, timed
+from processes import Memory, Workers, cpu_seconds, memory_gates, timed
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -70,7 +70,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     with timed(times, "making the embeddings (not part of a run)"):
         write_embeddings(embed.path / VECTORS, rows)
     job = Job(setup, {"embed": embed}, setup.store.stage("neighbors", {}, {}, 1))
-    workers = Workers(options.workers)
+    workers, began = Workers(options.workers), cpu_seconds()
     everything = torch.ones(rows, dtype=torch.bool)
     # Evenly spaced, as many as are asked for.
     successful = torch.zeros(rows, dtype=torch.bool)
@@ -88,6 +88,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
             device="cpu",
             propose=spread(job, workers, Silence()),
         )
+    ranking = cpu_seconds() - began
     with timed(times, "writing the table"):
         _write(job.stage, found)
     pairs, recall = len(found.indices), found.recall
@@ -97,6 +98,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     times["of the search: workers, wall"] = workers.seconds
     times["of the search: workers, their seconds in batches"] = workers.busy
     times["of the search: the driver's ranking"] = times["search and ranking"] - workers.seconds
+    times["of the search: the driver's CPU"] = ranking
     return {
         "questions": rows,
         "successes": options.successes,
