@@ -6,7 +6,7 @@ and the CPU's (which other jobs on the machine do not lengthen): reading and enc
 embedding, neighbors, manifests and MLflow, and what an evaluation reads beside the answers (`evaluating`); and a worker's part of an
 extraction (`worker`) and of a training (`training`). No model runs. Questions are short ones of four choices, of 30 to 50 tokens; where
 they are not what is measured, their table is written of random tokens. `training` and `evaluating` first gather an extraction, and
-map 1.2 GiB a million questions in the folder's scratch, `training` twice as much: ten million take some 30 GB of disk. Embeddings have 384
+map 1.2 GiB a million questions in the folder's scratch, `training` twice as much: ten million take some 33 GB of disk. Embeddings have 384
 numbers, those of the neighbors around topics as sentence embeddings lie.
 """
 
