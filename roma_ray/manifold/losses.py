@@ -119,12 +119,11 @@ def _put_means(mean_NLE: Tensor, neighborhoods: Neighborhoods, routing_NLE: Tens
 
 def _blocks(offsets: Tensor) -> Iterator[tuple[int, int]]:
     """First and last questions, the latter not included, of blocks of at most `_BLOCK_PAIRS` pairs, or one question of more."""
-    start, stop, last = 0, 0, len(offsets) - 1
+    start, last = 0, len(offsets) - 1
     while start < last:
-        most = offsets[start] + _BLOCK_PAIRS
-        # Questions without neighbors cost their own row.
-        stop = min(int(torch.searchsorted(offsets, most, right=True)) - 1, start + _BLOCK_PAIRS)
-        stop = max(stop, start + 1)
+        full = int(torch.searchsorted(offsets, offsets[start] + _BLOCK_PAIRS, right=True)) - 1
+        # A question without neighbors costs its own row.
+        stop = max(min(full, start + _BLOCK_PAIRS), start + 1)
         if offsets[start] < offsets[stop]:
             yield start, stop
         start = stop
