@@ -3,8 +3,10 @@
 Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes or more, and the peak of its
 resident memory is printed, what of it was its own (anonymous: not pages of mapped files, which the system takes back), the seconds,
 and the CPU's (which other jobs on the machine do not lengthen): reading and encoding questions, planning and gathering extraction and
-embedding, neighbors, manifests and MLflow; and the worker's part of an extraction. No model runs. Questions are short ones of four
-choices, of 30 to 50 tokens; where they are not what is measured, their table is written of random tokens. Embeddings have 384
+embedding, neighbors, manifests and MLflow, and what an evaluation reads beside the answers (`evaluating`); and a worker's part of an
+extraction (`worker`) and of a training (`training`). No model runs. Questions are short ones of four choices, of 30 to 50 tokens; where
+they are not what is measured, their table is written of random tokens. `training` and `evaluating` first gather an extraction, and
+map 1.2 GiB a million questions in the folder's scratch, `training` twice as much: ten million take some 33 GB of disk. Embeddings have 384
 numbers, those of the neighbors around topics as sentence embeddings lie.
 """
 
@@ -224,6 +226,95 @@ def embedding(folder: Path, rows: int) -> None:
     assert complete(EMBED, _job(EMBED, folder, rows), LOCAL, Silence()).complete
 
 
+def leave_training(folder: Path, rows: int) -> None:
+    """Not measured: a gathered extraction, and for each training question three random members of S."""
+    import torch
+
+    from roma_ray.engine.question_table import TABLE, read_prompts
+    from roma_ray.manifold.neighbors import Neighborhoods
+    from roma_ray.stages.finetuning import FINETUNE
+    from roma_ray.stages.neighborhoods import PAIRS, _write
+
+    job = _job(FINETUNE, folder, rows)
+    if not job.stages["extract"].complete:
+        leave_extraction(folder, rows)
+        extraction(folder, rows)
+    stage = job.stages["neighbors"]
+    if (stage.path / PAIRS).exists():
+        return
+    queried = torch.from_numpy(read_prompts(job.stages["questions"].path / TABLE).splits.mask(["train"]))
+    members, pairs = queried.nonzero()[:, 0], 3 * int(queried.sum())
+    drawn = members[torch.randint(len(members), (pairs,), generator=torch.Generator().manual_seed(0))]
+    same = torch.ones(pairs, dtype=torch.float64)
+    offsets = torch.cat([torch.zeros(1, dtype=torch.int64), (3 * queried.long()).cumsum(0)])
+    stage.path.mkdir(parents=True, exist_ok=True)
+    _write(stage, Neighborhoods(offsets, drawn, same * 0.5, same / 3, queried))
+
+
+def training(folder: Path, rows: int) -> None:
+    """What a training's worker holds beside its head: prompts, neighborhoods, routing rows, targets, the plan of an epoch.
+
+    A thousand micro-batches are laid out and their targets taken.
+    """
+    import torch
+
+    from roma_ray.engine.batches import chunks, epoch_order
+    from roma_ray.engine.forward import lay_out
+    from roma_ray.manifold.losses import neighbor_targets
+    from roma_ray.stages.finetuning import FINETUNE, TrainJob
+    from roma_ray.store.scratch import roomy_zeros
+
+    class Headless(TrainJob):
+        """Without states, for which there would have to be a model."""
+
+        def open_states(self) -> Any:
+            return None
+
+    job = _job(FINETUNE, folder, rows)
+    data = Headless(job.setup, job.stages, job.stage).open_data()
+    targets = neighbor_targets(data.neighborhoods, data.routing_NLE, roomy_zeros)
+    settings = job.setup.config.finetune
+    batches = chunks(epoch_order(data.train, 0, 0), settings.batch_size)
+    planned = [part for batch in batches for part in chunks(batch, settings.micro_batch_size)]
+    for part in planned[:: max(1, len(planned) // 1000)]:
+        lay_out([data.prompts[row] for row in part], prefix=0)
+        assert targets.take(torch.tensor(part)).present.all()
+
+
+def evaluating(folder: Path, rows: int) -> None:
+    """What the driver reads for an evaluation beside the answers: prompts, guards, stored rows of the distance, a pin."""
+    import numpy as np
+
+    from roma_ray.engine.question_table import TABLE, read_prompts
+    from roma_ray.engine.scoring import Scores
+    from roma_ray.stages.finetuning import FINETUNE
+    from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
+    from roma_ray.stages.paired_evaluation import _guards, _judged_rows, evaluation_pin
+    from roma_ray.stages.routing_change import DIAGNOSED_ROWS, manifold_distance, sampled
+
+    job = _job(FINETUNE, folder, rows)
+    setup, stages = job.setup, job.stages
+    prompts = read_prompts(stages["questions"].path / TABLE)
+    test = _judged_rows(prompts, usable_rows(stages["extract"]))["test"]
+    near = read_neighborhoods(stages["neighbors"], len(prompts))
+    assert sampled(near.queried & (near.sizes > 0))
+    assert prompts.tasks.present(near.queried.numpy())
+
+    def answered(every: list[int]) -> Scores:
+        """Of as many rows as are diagnosed, from the whole table."""
+        own = every[:: max(1, len(every) // DIAGNOSED_ROWS)]
+        routing = np.full((len(own), len(setup.layers), 64), 1 / 64, dtype=np.float32)
+        return Scores(own, [], [], np.ones(len(own), dtype=bool), routing)
+
+    base = answered(test)
+    assert _guards(stages["questions"], prompts, base.rows, base, base)["truncated"] == 0
+    lived = {"train": answered(near.queried.nonzero()[:, 0].tolist())}
+    embeddings, columns = stages["embed"], list(range(len(setup.layers)))
+    found = manifold_distance(setup, stages["questions"], stages["extract"], embeddings, near, lived, columns)
+    assert found["train"]["questions"] == len(lived["train"].rows)
+    evaluation_pin(stages["questions"], {}, base.rows)
+
+
 def embeddings(rows: int) -> Any:
     """Synthetic ones around two thousand topics, fp32."""
     import torch
@@ -296,7 +387,12 @@ def records(folder: Path, rows: int) -> None:
     client.log(client.create("stage", {}, 0), metrics=stage_metrics(stage))
 
 
-LEFT = {"extraction": leave_extraction, "embedding": leave_embedding}
+LEFT = {
+    "extraction": leave_extraction,
+    "embedding": leave_embedding,
+    "training": leave_training,
+    "evaluating": leave_training,
+}
 """What a process of its own does before the measured one."""
 PARTS = {
     "questions": questions,
@@ -304,6 +400,8 @@ PARTS = {
     "worker": worker,
     "embedding": embedding,
     "records": records,
+    "training": training,
+    "evaluating": evaluating,
     "neighbors": neighbors,
     "shards": shards,
 }

@@ -17,8 +17,8 @@ SIGNATURES = {
     "routing_rows": "(model: 'PreTrainedModel', tokenizer: 'Any', texts: 'Sequence[str]', *, tokens: 'str' = 'Last1', "
     "layers: 'Sequence[int] | None' = None, batch_size: 'int' = 8) -> 'Tensor'",
     "manifold_loss": "(routing_BLE: torch.Tensor, targets: roma_ray.manifold.losses.NeighborTargets) -> torch.Tensor",
-    "neighbor_targets": "(neighborhoods: roma_ray.manifold.neighbors.Neighborhoods, routing_NLE: torch.Tensor) -> "
-    "roma_ray.manifold.losses.NeighborTargets",
+    "neighbor_targets": "(neighborhoods: roma_ray.manifold.neighbors.Neighborhoods, routing_NLE: torch.Tensor, "
+    "zeros: collections.abc.Callable[..., torch.Tensor] | None = None) -> roma_ray.manifold.losses.NeighborTargets",
     "successful_set": "(correct_N: torch.Tensor, training_N: torch.Tensor) -> torch.Tensor",
     "manifold_trainer": "(term: 'ManifoldTerm') -> 'type[Trainer]'",
     "train_only_routers": "(model: 'PreTrainedModel', layers: 'Sequence[int] | None' = None) -> 'list[nn.Parameter]'",

@@ -13,6 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -54,20 +56,23 @@ class ActivationCache:
         self.folder, self.cut = Path(folder), cut
         table = read_table(self.folder / ROWS, ["row", "batch", "offset", "tokens", "shard_tokens"])
         self.prefix: int = table_facts(table, "prefix")["prefix"]
-        self.batch: list[int] = table.column("batch").to_pylist()
-        self.offset: list[int | None] = table.column("offset").to_pylist()
-        self.tokens: list[int | None] = table.column("tokens").to_pylist()
-        self._totals = dict(zip(self.batch, table.column("shard_tokens").to_pylist(), strict=True))
+        self.batch, self.offset, self.tokens = (
+            table.column(name).fill_null(-1).to_numpy() for name in ("batch", "offset", "tokens")
+        )
+        """[N] each; offset and tokens are -1 of questions that failed."""
+        batches, places = np.unique(self.batch, return_index=True)
+        totals = table.column("shard_tokens").take(pa.array(places)).to_pylist()
+        self._totals: dict[int, int] = dict(zip(batches.tolist(), totals, strict=True))
         self._shards: dict[int, Any] = {}
         if ahead:
-            fetch_ahead([batch_activations(self.folder, batch, cut) for batch in sorted(set(self.batch))])
+            fetch_ahead([batch_activations(self.folder, batch, cut) for batch in self._totals])
 
     def states(self, row: int) -> Tensor:
         """A question's own states, [tokens, D] in the cache's type: prompt after the prefix, continuations. Raises CacheError."""
-        start, count = self.offset[row], self.tokens[row]
-        if start is None or count is None:
+        start, count = int(self.offset[row]), int(self.tokens[row])
+        if min(start, count) < 0:
             raise CacheError(f"question row {row} failed in extraction and has no activations")
-        return self._shard(self.batch[row])[start : start + count]
+        return self._shard(int(self.batch[row]))[start : start + count]
 
     def packed(self, rows: Sequence[int], layout: Layout) -> Tensor:
         """States [T, D] of a layout of the questions `rows`, on the CPU in the cache's type. Raises CacheError."""
@@ -81,7 +86,7 @@ class ActivationCache:
                 )
             parts += _of_gold(own, prompt, self.prefix) if layout.gold_only else [own]
         # Every shard holds the prefix; the first question's serves all, so the choice depends on the rows alone.
-        shared = [self._shard(self.batch[rows[0]])[: self.prefix]] if self.prefix else []
+        shared = [self._shard(int(self.batch[rows[0]]))[: self.prefix]] if self.prefix else []
         return torch.cat([*shared, *parts])
 
     def _shard(self, batch: int) -> Any:

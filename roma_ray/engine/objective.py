@@ -21,7 +21,7 @@ from roma_ray.engine.distillation import Targets, Teacher, distillation_losses
 from roma_ray.engine.extractor import Reading
 from roma_ray.engine.forward import lay_out, letter_rows, mean_routing, task_losses
 from roma_ray.engine.schedules import Moment
-from roma_ray.engine.scoring import Scores, score_rows
+from roma_ray.engine.scoring import Scores, joined, score_each
 from roma_ray.errors import ConfigError, UnmovedError
 from roma_ray.manifold.losses import NeighborTargets, neighbor_targets, position_targets, pulled
 from roma_ray.manifold.neighbors import Neighborhoods
@@ -36,6 +36,7 @@ from roma_ray.moe.routers import Router
 from roma_ray.moe.sending import pinned, sent
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
+from roma_ray.store.scratch import roomy_zeros
 
 # Below this part of the task term's gradient the regularizer is idle, and the run says so.
 IDLE_RATIO = 0.01
@@ -146,7 +147,7 @@ class Objective:
         term = config.regularizer
         # Whether each position has its own pull. Extraction keeps their mean row alone, so the rows are read here.
         self.each = term.kind == "manifold" and term.positions == "sum"
-        self.longest = max(len(prompt.prompt_ids) for prompt in data.prompts)
+        self.longest = max(len(prompt.prompt_ids) for prompt in data.prompts) if self.each else 0
         check_widths([head.routers[n] for n in self.columns], term)
         # Whether the task loss reaches the tuned routers at all; `settle` says so.
         self.with_task = True
@@ -223,22 +224,25 @@ class Objective:
         if term.kind == "prior" and term.prior == "uniform":
             return uniform_targets(data.routing_NLE)
         if term.kind == "prior":
-            return task_targets(data.routing_NLE, [prompt.task for prompt in data.prompts], data.successful_N)
-        return self._targets_of_each() if self.each else neighbor_targets(data.neighborhoods, data.routing_NLE)
+            tasks = [prompt.task for prompt in data.prompts]
+            return task_targets(data.routing_NLE, tasks, data.successful_N, roomy_zeros)
+        if self.each:
+            return self._targets_of_each()
+        return neighbor_targets(data.neighborhoods, data.routing_NLE, roomy_zeros)
 
     @torch.no_grad()
     def _targets_of_each(self) -> NeighborTargets:
         """Targets of a pull at each position, from the neighbors' rows under the routers as they are now."""
         data = self.data
-        places_NP = torch.tensor(
-            [aligned_positions(data.tokens, len(prompt.prompt_ids), self.longest) for prompt in data.prompts]
-        )
-        routing_NPLE = torch.zeros(*places_NP.shape, *data.routing_NLE.shape[1:])
+        lengths, kind_N = torch.tensor([len(prompt.prompt_ids) for prompt in data.prompts]).unique(return_inverse=True)
+        places = [aligned_positions(data.tokens, length, self.longest) for length in lengths.tolist()]
+        present_NP = (torch.tensor(places) >= 0)[kind_N]
+        routing_NPLE = roomy_zeros(*present_NP.shape, *data.routing_NLE.shape[1:])
         feed = self.feed(chunks(data.neighborhoods.indices.unique().tolist(), self.config.micro_batch_size))
         for micro, begun in self.head.ahead(feed, partial(self._begin, graph=False)):
             routing_1PLE = self._finish(micro, begun).routing_1PLE
             routing_NPLE[micro.rows] = routing_1PLE[0].unflatten(0, (len(micro.rows), -1)).float().cpu()
-        return position_targets(data.neighborhoods, routing_NPLE, places_NP >= 0)
+        return position_targets(data.neighborhoods, routing_NPLE, present_NP, roomy_zeros)
 
     def gradients(self, micro: Micro, now: Moment) -> Tensor:
         """One flat fp32 vector: every gate's gradient sum, then the sums of task loss, regularizer, entropy and objective.
@@ -286,16 +290,13 @@ class Objective:
         return {"layers": list(self.masters.layers), **figures}
 
     def _score(self, rows: Sequence[int]) -> Scores:
+        return joined(list(self._scores(rows))).of(rows)
+
+    def _scores(self, rows: Sequence[int]) -> Iterator[Scores]:
+        """Answers to some questions, a batch at a time."""
         data = self.data
-        return score_rows(
-            self.head,
-            data.states,
-            data.prompts,
-            rows,
-            tokens=data.tokens,
-            rule=data.rule,
-            batch_tokens=data.batch_tokens,
-        )
+        how: dict[str, Any] = {"tokens": data.tokens, "rule": data.rule, "batch_tokens": data.batch_tokens}
+        return score_each(self.head, data.states, data.prompts, rows, **how)
 
     def probe(self, rows: Sequence[int], weight: float | None = None) -> dict[str, float]:
         """Gradient norm of each term on the gates over some rows, their ratio, and the lambda in force.
@@ -396,8 +397,8 @@ class Objective:
         if self.each:
             self.targets = self._targets_of_each()
         else:
-            rows = self.data.neighborhoods.indices.unique().tolist()
-            routing_NLE = self.data.routing_NLE.clone()
-            routing_NLE[rows] = torch.from_numpy(self._score(rows).routing_NLE[:, self.columns])
-            self.targets = neighbor_targets(self.data.neighborhoods, routing_NLE)
+            routing_NLE = roomy_zeros(*self.data.routing_NLE.shape).copy_(self.data.routing_NLE)
+            for found in self._scores(self.data.neighborhoods.indices.unique().tolist()):
+                routing_NLE[found.rows] = torch.from_numpy(found.routing_NLE[:, self.columns])
+            self.targets = neighbor_targets(self.data.neighborhoods, routing_NLE, roomy_zeros)
         self.masters.load(now)

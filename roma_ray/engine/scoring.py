@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from roma_ray.moe.links import PassPlan
 from roma_ray.moe.sending import pinned
 from roma_ray.moe.slices import Slice
 from roma_ray.questions.prompts import Prompt
+from roma_ray.store.scratch import roomy_zeros
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,10 @@ class Scores:
         n, share = len(self.correct), self.accuracy
         return math.sqrt(share * (1 - share) / (n - 1)) if n > 1 else 0.0
 
+    def not_finite(self) -> list[int]:
+        """The rows of which any score is not finite."""
+        return [row for row, own in zip(self.rows, self.scores, strict=True) if not all(map(math.isfinite, own))]
+
     def of(self, rows: Sequence[int]) -> Scores:
         """The answers to some of the questions, in the order asked for."""
         place = {row: n for n, row in enumerate(self.rows)}
@@ -60,8 +66,15 @@ class Scores:
             [self.scores[n] for n in at],
             [self.predictions[n] for n in at],
             self.correct[at],
-            self.routing_NLE[at],
+            # Without `clip` numpy puts what it takes in a buffer first.
+            np.take(self.routing_NLE, at, axis=0, out=_room(len(at), *self.routing_NLE.shape[1:]), mode="clip"),
         )
+
+
+def _room(*shape: int) -> np.ndarray:
+    """Room for routing rows."""
+    room: np.ndarray = roomy_zeros(*shape).numpy()
+    return room
 
 
 def plan_scoring(
@@ -76,12 +89,13 @@ def plan_scoring(
 
 def joined(parts: Sequence[Scores]) -> Scores:
     """The answers to the questions of several lists, at least one, in a row."""
+    count = sum(len(part.rows) for part in parts)
     return Scores(
         [row for part in parts for row in part.rows],
         [scores for part in parts for scores in part.scores],
         [chosen for part in parts for chosen in part.predictions],
         np.concatenate([part.correct for part in parts]),
-        np.concatenate([part.routing_NLE for part in parts]),
+        np.concatenate([part.routing_NLE for part in parts], out=_room(count, *parts[0].routing_NLE.shape[1:])),
     )
 
 
@@ -94,22 +108,33 @@ def score_rows(
     tokens: str,
     rule: str,
     batch_tokens: int,
-    advance: Callable[[int], None] = lambda tokens: None,
 ) -> Scores:
-    """Score every choice of the questions `rows` (indices into `prompts`) with the head; `advance` hears of each batch's tokens.
+    """The answers to the questions `rows`, in their order. See `score_each`."""
+    how: dict[str, Any] = {"tokens": tokens, "rule": rule, "batch_tokens": batch_tokens}
+    return joined(list(score_each(head, states, prompts, rows, **how))).of(rows)
 
-    Batches are planned from the rows alone, so base and tuned heads see the same batches. Raises CacheError; GuardError where
-    any score is not finite.
+
+def score_each(
+    head: Slice | Chain,
+    states: States,
+    prompts: Sequence[Prompt],
+    rows: Sequence[int],
+    *,
+    tokens: str,
+    rule: str,
+    batch_tokens: int,
+) -> Iterator[Scores]:
+    """Score every choice of the questions `rows` (indices into `prompts`) with the head, a planned batch at a time.
+
+    Batches are planned from the rows alone, so base and tuned heads see the same batches. Raises CacheError; GuardError, after the
+    last, where any score is not finite.
     """
     plan = plan_scoring(prompts, rows, states.prefix, batch_tokens)
-    found = []
-    scored = score_batches(head, states, prompts, [batch for batch, _ in plan], tokens=tokens, rule=rule)
-    for (_, size), scores in zip(plan, scored, strict=True):
-        found.append(scores)
-        advance(size)
-    whole = joined(found).of(rows)
-    check_finite(whole, head, states, prompts, tokens)
-    return whole
+    bad: list[int] = []
+    for scores in score_batches(head, states, prompts, [batch for batch, _ in plan], tokens=tokens, rule=rule):
+        yield scores
+        bad += scores.not_finite()
+    refuse_not_finite(sorted(bad), len(rows), head, states, prompts, tokens)
 
 
 def score_batches(
@@ -160,16 +185,17 @@ def _scored(
 
 
 @torch.inference_mode()
-def check_finite(scores: Scores, head: Slice | Chain, states: States, prompts: Sequence[Prompt], tokens: str) -> None:
-    """Raise GuardError where any score is not finite, with the layer where that begins: extraction has set aside what fails in the
-    base model, and to set aside more here would judge tuned routers by the questions that they leave.
+def refuse_not_finite(
+    bad: Sequence[int], count: int, head: Slice | Chain, states: States, prompts: Sequence[Prompt], tokens: str
+) -> None:
+    """Raise GuardError where `bad` rows of `count` have scores that are not finite, with the layer where that begins: extraction has
+    set aside what fails in the base model, and to set aside more here would judge tuned routers by the questions that they leave.
     """
-    bad = [row for row, own in zip(scores.rows, scores.scores, strict=True) if not all(map(math.isfinite, own))]
     if not bad:
         return
     chain = as_chain(head)
     reading, states_TD = _prepared(chain, states, prompts, bad[:1], tokens)
     origin = chain.origin(_plan(chain, reading), states_TD, keep=reading.keep)
     raise GuardError(
-        f"the scores of {len(bad):,} of {len(scores.rows):,} questions are not finite; of {prompts[bad[0]].id!r}, {begins(origin)}"
+        f"the scores of {len(bad):,} of {count:,} questions are not finite; of {prompts[bad[0]].id!r}, {begins(origin)}"
     )

@@ -33,7 +33,7 @@ def verify_sample(model: ModelSpec, extraction: str | Path, questions: str | Pat
     if exists(mark) and read_text(mark) == now:
         return
     cache = ActivationCache(folder, cut)
-    usable = [row for row, start in enumerate(cache.offset) if start is not None]
+    usable = np.flatnonzero(cache.offset >= 0).tolist()
     rows = sorted({usable[int(n)] for n in np.linspace(0, len(usable) - 1, _QUESTIONS)})
     layout = lay_out(read_some_prompts(questions, rows), prefix=cache.prefix)
     states: torch.Tensor | None = None

@@ -13,13 +13,15 @@ Seen from the logits z of r_i = softmax(z), the gradient of eq. 7 is 2 r_i * (d 
 where r_i is near a corner of the simplex, however far m_i is. `manifold_kl` is the same pull by KL(m_i || r_i), whose gradient
 there is r_i - m_i.
 
-Shapes: N questions, B a batch of them, P positions, or (question, neighbor) pairs, L tuned layers, E experts. Losses are SUMS
+Shapes: N questions, B a batch or block of them, P positions, or (question, neighbor) pairs, U different neighbors of a block,
+L tuned layers, E experts. Losses are SUMS
 over the batch; the caller divides by the number of questions of the global batch, so that empty neighborhoods count in the
 mean as zeros.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -30,6 +32,9 @@ from roma_ray.errors import NeighborError
 from roma_ray.manifold.neighbors import Neighborhoods
 
 DistanceName = Literal["squared", "kl"]
+
+_BLOCK_PAIRS = 2**17
+"""Pairs whose neighbors' rows are held in fp64 at once: at most 64 MiB at 64 experts."""
 
 
 class NeighborTargets(NamedTuple):
@@ -47,44 +52,81 @@ class NeighborTargets(NamedTuple):
         return NeighborTargets(*(column[rows_B.to(column.device)].to(device or column.device) for column in self))
 
 
-def neighbor_targets(neighborhoods: Neighborhoods, routing_NLE: Tensor) -> NeighborTargets:
+def neighbor_targets(
+    neighborhoods: Neighborhoods, routing_NLE: Tensor, zeros: Callable[..., Tensor] | None = None
+) -> NeighborTargets:
     """Mean and spread of each question's neighbors from the stored routing rows r_j; summed in fp64, kept in fp32.
 
-    Call it once with the base model's routing, or again after each refresh of r_j. Raises NeighborError where a
+    Call it once with the base model's routing, or again after each refresh of r_j. `zeros` makes what is returned, as
+    `torch.zeros` does (the default); beside it and the rows a block of questions is held. Raises NeighborError where a
     neighbor's routing row is not finite.
     """
     assert routing_NLE.ndim == 3, f"routing must be [N, L, E], not {tuple(routing_NLE.shape)}"
-    assert len(routing_NLE) == len(neighborhoods.queried), "routing and neighborhoods are of different tables"
     routing_NLE = routing_NLE.detach().cpu()
-    kept = torch.promote_types(routing_NLE.dtype, torch.float32)
-    mean_NLE = torch.zeros(routing_NLE.shape, dtype=kept)
-    spread_N = torch.zeros(len(routing_NLE), dtype=torch.float64)
-    # One layer at a time: an fp64 copy of all layers of all questions would be the largest thing in memory.
-    for layer in range(routing_NLE.shape[1]):
-        rows_NE = routing_NLE[:, layer].double()
-        mean_NE = _weighted_sum(neighborhoods, rows_NE)
-        square_N = _weighted_sum(neighborhoods, rows_NE.square().sum(1, keepdim=True))[:, 0]
-        mean_NLE[:, layer] = mean_NE.to(kept)
-        spread_N += (square_N - mean_NE.square().sum(1)).clamp_min(0)
-    if not torch.isfinite(spread_N).all():
-        row = int((~torch.isfinite(spread_N)).nonzero()[0, 0])
-        raise NeighborError(f"a neighbor of question row {row} has a routing row that is not finite: extract it again")
-    return NeighborTargets(mean_NLE, spread_N.to(kept), neighborhoods.sizes > 0)
+    mean_NLE = (zeros or torch.zeros)(*routing_NLE.shape, dtype=_kept(routing_NLE))
+    spread_N = _put_means(mean_NLE, neighborhoods, routing_NLE)
+    return NeighborTargets(mean_NLE, spread_N, neighborhoods.sizes > 0)
 
 
-def position_targets(neighborhoods: Neighborhoods, routing_NPLE: Tensor, present_NP: Tensor) -> NeighborTargets:
+def position_targets(
+    neighborhoods: Neighborhoods,
+    routing_NPLE: Tensor,
+    present_NP: Tensor,
+    zeros: Callable[..., Tensor] | None = None,
+) -> NeighborTargets:
     """Targets of a pull at each of P positions: those of eq. 7 between the rows that all have at that place, summed.
 
     `present_NP` says which questions have a position; W is shared out among the neighbors that have it. The mean is [N, P * L, E],
-    a row of zeros where a question or all its neighbors lack the position: `pulled` leaves such rows out. NeighborError as above.
+    a row of zeros where a question or all its neighbors lack the position: `pulled` leaves such rows out. `zeros` and
+    NeighborError as above.
     """
-    parts = [
-        neighbor_targets(_having(neighborhoods, present_N), routing_NPLE[:, place])
-        for place, present_N in enumerate(present_NP.unbind(1))
-    ]
-    spread_N = torch.stack([part.spread for part in parts]).sum(0)
-    present_N = torch.stack([part.present for part in parts]).any(0)
-    return NeighborTargets(torch.cat([part.mean for part in parts], dim=1), spread_N, present_N)
+    questions, positions, layers, experts = routing_NPLE.shape
+    routing_NPLE = routing_NPLE.detach().cpu()
+    mean_NPLE = (zeros or torch.zeros)(questions, positions, layers, experts, dtype=_kept(routing_NPLE))
+    spreads, has_N = [], torch.zeros(questions, dtype=torch.bool)
+    for place, present_N in enumerate(present_NP.unbind(1)):
+        having = _having(neighborhoods, present_N)
+        spreads.append(_put_means(mean_NPLE[:, place], having, routing_NPLE[:, place]))
+        has_N |= having.sizes > 0
+    return NeighborTargets(mean_NPLE.flatten(1, 2), torch.stack(spreads).sum(0), has_N)
+
+
+def _kept(routing_NLE: Tensor) -> torch.dtype:
+    return torch.promote_types(routing_NLE.dtype, torch.float32)
+
+
+def _put_means(mean_NLE: Tensor, neighborhoods: Neighborhoods, routing_NLE: Tensor) -> Tensor:
+    """Put each question's mean in a tensor of zeros; returns the spreads, [N]. Raises NeighborError."""
+    assert len(routing_NLE) == len(neighborhoods.queried), "routing and neighborhoods are of different tables"
+    spread_N = torch.zeros(len(routing_NLE), dtype=torch.float64)
+    for start, stop in _blocks(neighborhoods.offsets):
+        offsets_B = neighborhoods.offsets[start : stop + 1]
+        pairs = slice(int(offsets_B[0]), int(offsets_B[-1]))
+        used_U, places_P = neighborhoods.indices[pairs].unique(return_inverse=True)
+        weighted = partial(_weighted_sum, offsets_B - offsets_B[0], places_P, neighborhoods.weights[pairs])
+        # One layer at a time: fp64 rows of all layers would be the largest thing in memory.
+        for layer in range(routing_NLE.shape[1]):
+            rows_UE = routing_NLE[used_U, layer].double()
+            mean_BE = weighted(rows_UE)
+            square_B = weighted(rows_UE.square().sum(1, keepdim=True))[:, 0]
+            mean_NLE[start:stop, layer] = mean_BE.to(mean_NLE.dtype)
+            spread_N[start:stop] += (square_B - mean_BE.square().sum(1)).clamp_min(0)
+    if not torch.isfinite(spread_N).all():
+        row = int((~torch.isfinite(spread_N)).nonzero()[0, 0])
+        raise NeighborError(f"a neighbor of question row {row} has a routing row that is not finite: extract it again")
+    return spread_N.to(mean_NLE.dtype)
+
+
+def _blocks(offsets: Tensor) -> Iterator[tuple[int, int]]:
+    """First and last questions, the latter not included, of blocks of at most `_BLOCK_PAIRS` pairs, or one question of more."""
+    start, last = 0, len(offsets) - 1
+    while start < last:
+        full = int(torch.searchsorted(offsets, offsets[start] + _BLOCK_PAIRS, right=True)) - 1
+        # A question without neighbors costs its own row.
+        stop = max(min(full, start + _BLOCK_PAIRS), start + 1)
+        if offsets[start] < offsets[stop]:
+            yield start, stop
+        start = stop
 
 
 def pulled(routing_BPLE: Tensor, targets: NeighborTargets) -> Tensor:
@@ -109,15 +151,10 @@ def _having(neighborhoods: Neighborhoods, present_N: Tensor) -> Neighborhoods:
     )
 
 
-def _weighted_sum(neighborhoods: Neighborhoods, rows_NX: Tensor) -> Tensor:
+def _weighted_sum(offsets: Tensor, indices_P: Tensor, weights_P: Tensor, rows_UX: Tensor) -> Tensor:
     # The bag sum is a product of the sparse W with the rows: no row is copied once a pair.
     return F.embedding_bag(
-        neighborhoods.indices,
-        rows_NX,
-        neighborhoods.offsets,
-        mode="sum",
-        per_sample_weights=neighborhoods.weights,
-        include_last_offset=True,
+        indices_P, rows_UX, offsets, mode="sum", per_sample_weights=weights_P, include_last_offset=True
     )
 
 

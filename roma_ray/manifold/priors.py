@@ -3,15 +3,18 @@
 The guide's L_align is KL(p(z | task) || q(z)) of a task's mean routing p; here it is the mean over questions of KL(r_i || q), which
 is at least as large (KL is convex) and needs no sum over a task that a batch does not hold.
 
-Shapes: N questions, B a batch of them, L tuned layers, E experts.
+Shapes: N questions, B a batch or block of them, S successes, T tasks, L tuned layers, E experts.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from roma_ray.manifold.losses import NeighborTargets
+
+_BLOCK_ROWS = 16_384
+"""Questions whose rows are copied at once."""
 
 
 def routing_kl(routing_BLE: Tensor, targets: NeighborTargets) -> Tensor:
@@ -37,19 +40,25 @@ def uniform_targets(routing_NLE: Tensor) -> NeighborTargets:
     return _fixed(even_111.expand(routing_NLE.shape), torch.ones(len(routing_NLE), dtype=torch.bool))
 
 
-def task_targets(routing_NLE: Tensor, tasks: Sequence[str], successful_N: Tensor) -> NeighborTargets:
+def task_targets(
+    routing_NLE: Tensor, tasks: Sequence[str], successful_N: Tensor, zeros: Callable[..., Tensor] | None = None
+) -> NeighborTargets:
     """The mean stored routing of the successes of each question's task, its own among them; summed in fp64.
 
-    No pull (`present` false, zeros) in a task without successes.
+    No pull (`present` false, zeros) in a task without successes. `zeros` makes what is returned, as `torch.zeros` does.
     """
     numbers: dict[str, int] = {}
     task_N = torch.tensor([numbers.setdefault(task, len(numbers)) for task in tasks])
     rows_S = successful_N.nonzero()[:, 0]
     counts_T = torch.bincount(task_N[rows_S], minlength=len(numbers))
     sums_TLE = torch.zeros(len(numbers), *routing_NLE.shape[1:], dtype=torch.float64)
-    sums_TLE.index_add_(0, task_N[rows_S], routing_NLE[rows_S].double())
-    means_TLE = sums_TLE / counts_T.clamp_min(1)[:, None, None]
-    return _fixed(means_TLE.to(routing_NLE.dtype)[task_N], (counts_T > 0)[task_N])
+    for rows_B in rows_S.split(_BLOCK_ROWS):
+        sums_TLE.index_add_(0, task_N[rows_B], routing_NLE[rows_B].double())
+    means_TLE = (sums_TLE / counts_T.clamp_min(1)[:, None, None]).to(routing_NLE.dtype)
+    mean_NLE = (zeros or torch.zeros)(*routing_NLE.shape, dtype=routing_NLE.dtype)
+    for mean_BLE, task_B in zip(mean_NLE.split(_BLOCK_ROWS), task_N.split(_BLOCK_ROWS), strict=True):
+        mean_BLE.copy_(means_TLE[task_B])
+    return _fixed(mean_NLE, (counts_T > 0)[task_N])
 
 
 def _fixed(mean_NLE: Tensor, present_N: Tensor) -> NeighborTargets:

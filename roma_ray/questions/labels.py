@@ -52,6 +52,10 @@ class Labels:
         """Whether each question has one of these texts, [N] bool."""
         return np.isin(self.codes, [self._known[name] for name in names if name in self._known])
 
+    def present(self, mask: np.ndarray) -> set[str]:
+        """The different texts of the questions of a mask."""
+        return {self.names[code] for code in np.unique(self.codes[mask]).tolist()}
+
     def put(self, mask: np.ndarray, name: str) -> None:
         """Give the questions of a mask another text."""
         self.codes[mask] = self.code(name)

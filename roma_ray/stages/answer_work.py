@@ -27,7 +27,7 @@ from roma_ray.engine.generation import Decoder, Written, rules_for
 from roma_ray.engine.identity import is_free
 from roma_ray.engine.model_spec import ModelSpec, set_threads
 from roma_ray.engine.question_table import TABLE, read_prompts, read_table, write_table
-from roma_ray.engine.scoring import Scores, check_finite, joined, plan_scoring, score_batches
+from roma_ray.engine.scoring import Scores, joined, plan_scoring, refuse_not_finite, score_batches
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job, Report
@@ -261,7 +261,8 @@ class Answerer:
     def _score(self, section: str, part: int, asked: Part) -> None:
         self.gates.put("base" if section == "base" else "tuned")
         scores = joined(list(score_batches(self.head, self.states, self.prompts, asked.batches, **self.how)))
-        check_finite(scores, self.head, self.states, self.prompts, self.how["tokens"])
+        bad = scores.not_finite()
+        refuse_not_finite(bad, len(scores.rows), self.head, self.states, self.prompts, self.how["tokens"])
         routers = self.head.routers
         shape = {"routers": [router.layer for router in routers], "top_k": routers[0].top_k}
         write_scores(self.work.file(section, part), scores, **shape)

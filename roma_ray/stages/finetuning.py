@@ -51,6 +51,7 @@ from roma_ray.stages.teaching import TEACHER, is_distilled, taught, teacher_stag
 from roma_ray.store.artifacts import Stage, note_device, note_start, write_json, write_text
 from roma_ray.store.files import exists, read_json, remove
 from roma_ray.store.logs import append_line, whole_lines
+from roma_ray.store.scratch import roomy_zeros
 from roma_ray.store.tensors import shapes
 
 VERSION = 4
@@ -275,13 +276,13 @@ def _tell_ratio(probe: dict[str, float], config: FinetuneConfig, progress: Progr
 def read_routing_rows(extraction: str | Path, tokens: str, columns: Sequence[int] | None = None) -> torch.Tensor:
     """The extracted routing rows r [N, L, E] of every question in all MoE layers or those at `columns`, fp32.
 
-    Rows of failed questions are zero. Beside what is returned some thousand rows are held.
+    Rows of failed questions are zero. Many lie in scratch (`roomy_zeros`); some thousand rows are held. Raises StorageError.
     """
     path, column = Path(extraction) / ROWS, f"routing_{tokens}"
     table = read_table(path, ["row"])
     layers, experts = (table_facts(table, "layers", "experts")[name] for name in ("layers", "experts"))
     chosen = list(range(layers)) if columns is None else list(columns)
-    routing_NLE = torch.zeros(len(table), len(chosen), experts)
+    routing_NLE = roomy_zeros(len(table), len(chosen), experts)
     for part in iterate_table(path, ["row", column], _ROWS_AT_ONCE):
         present = part.filter(part.column(column).is_valid())
         values = matrix(present, column, layers * experts).reshape(-1, layers, experts)

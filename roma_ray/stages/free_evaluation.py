@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from roma_ray.engine.identity import success_settings
-from roma_ray.engine.question_table import TABLE, read_table
+from roma_ray.engine.question_table import TABLE, iterate_rows
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
+from roma_ray.engine.stored_prompts import Prompts
 from roma_ray.evaluation.free_results import FreeJudged, Texts, read_free, write_free_results
-from roma_ray.evaluation.guards import TRUNCATED_LIMIT, overlap
+from roma_ray.evaluation.guards import TRUNCATED_LIMIT, Text, overlap
 from roma_ray.evaluation.measures import pair_measures
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.transfer import by_group
-from roma_ray.questions.prompts import Prompt
 from roma_ray.store.artifacts import Stage, fingerprint
 
 
@@ -28,7 +28,7 @@ class Asking:
     setup: Setup
     stage: Stage
     questions: Stage
-    prompts: Sequence[Prompt]
+    prompts: Prompts
     """The whole question table."""
     columns: list[int]
     """The tuned layers among the head's routers."""
@@ -85,19 +85,24 @@ def _figures(found: FreeJudged, trained: set[str], held_out: Sequence[str]) -> d
     }
 
 
-def _guards(questions: Stage, prompts: Sequence[Prompt]) -> dict[str, Any]:
+def _guards(questions: Stage, prompts: Prompts) -> dict[str, Any]:
     """Findings that a reader of the table must know. A free answer has no level of chance."""
-    table = read_table(questions.path / TABLE, ["question", "context"]).to_pylist()
-    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
-    for asked, prompt in zip(table, prompts, strict=True):
+
+    def asked(split: str) -> Iterator[Text]:
+        rows = iterate_rows(questions.path / TABLE, ["question", "context"], prompts.splits.mask([split]))
         # The same words about another passage are another question.
-        parts.setdefault(prompt.split, []).append((asked["question"], [asked["context"] or ""]))
-    truncated = sum(p.truncated for p in prompts)
+        return ((question, [context or ""]) for question, context in rows)
+
     return {
         "identical_scores": False,
         "at_chance": [],
         "below_chance": [],
-        "truncated": truncated,
-        "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts),
-        "test_questions_in_training": overlap(parts["train"], parts["test"]),
+        **shortened(prompts),
+        "test_questions_in_training": overlap(asked("train"), asked("test")),
     }
+
+
+def shortened(prompts: Prompts) -> dict[str, Any]:
+    """{truncated, too_many_truncated}: how many prompts were shortened, and whether so many say something of the figures."""
+    truncated = int(prompts.truncated.sum())
+    return {"truncated": truncated, "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts)}

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from roma_ray.engine.cache import ROWS
 from roma_ray.engine.identity import answer_rule, is_free, prompt_settings
 from roma_ray.engine.progress import Progress
-from roma_ray.engine.question_table import TABLE, read_prompts, read_table
+from roma_ray.engine.question_table import TABLE, iterate_rows, read_prompts, read_rows
 from roma_ray.engine.runners import Runners
 from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import Setup
@@ -24,7 +23,7 @@ from roma_ray.engine.tokenizer import load_tokenizer
 from roma_ray.engine.work import Job
 from roma_ray.errors import QuestionError
 from roma_ray.evaluation.free_results import Texts
-from roma_ray.evaluation.guards import TRUNCATED_LIMIT, beside_chance, by_chance, overlap
+from roma_ray.evaluation.guards import Text, beside_chance, by_chance, overlap
 from roma_ray.evaluation.measures import RULES, pair_measures
 from roma_ray.evaluation.results_file import RESULTS, read_judged, write_results
 from roma_ray.evaluation.shares import answer_shares
@@ -38,7 +37,7 @@ from roma_ray.stages.answering import answer
 from roma_ray.stages.base_scores import PARTS
 from roma_ray.stages.embedding import read_embeddings
 from roma_ray.stages.finetuning import FINETUNE, epochs_of
-from roma_ray.stages.free_evaluation import Asking, Judgement, judge_free
+from roma_ray.stages.free_evaluation import Asking, Judgement, judge_free, shortened
 from roma_ray.stages.neighborhoods import read_neighborhoods, usable_rows
 from roma_ray.store.artifacts import Stage, fingerprint, write_json
 from roma_ray.store.files import read_json, remove_folder
@@ -71,8 +70,8 @@ def evaluate(job: Job, runners: Runners, progress: Progress) -> Facts:
     base, validation = answers.base.of(test), answers.base.of(of_split["validation"])
     after = answers.tuned
     columns = [n for n, layer in enumerate(answers.routers) if layer in setup.layers]
-    tasks = [prompts[row].task for row in test]
-    trained_tasks = {prompts[r].task for r in near.queried.nonzero()[:, 0].tolist()}
+    tasks = [prompts.tasks[row] for row in test]
+    trained_tasks = prompts.tasks.present(near.queried.numpy())
     asking = Asking(setup, stage, questions, prompts, columns, trained_tasks)
     found = (judge_free if is_free(setup.config) else _judge_choices)(asking, base, after, answers.texts)
     embeddings = stages["embed"]
@@ -160,7 +159,7 @@ def _by_lm_eval(
     from roma_ray.benchmarks.pipeline_tasks import lm_eval_results
 
     rows = scored["base"].rows
-    table = read_table(questions.path / TABLE, ["question", "choices", "context"]).take(pa.array(rows, pa.int64()))
+    table = read_rows(questions.path / TABLE, ["question", "choices", "context"], rows)
     asked = [
         Question(
             prompts[row].id, prompts[row].task, q["question"], tuple(q["choices"]), prompts[row].answer, q["context"]
@@ -189,8 +188,7 @@ def _test_figures(stage: Stage, questions: Stage, trained: set[str], held_out: S
     Where tasks are `held_out`, also by group: beside them the tasks that were `trained` on.
     """
     found = read_judged(stage.path)
-    table = read_table(questions.path / TABLE, ["choices"]).column("choices")
-    choices = table.take(pa.array(found.rows, pa.int64())).to_pylist()
+    choices = read_rows(questions.path / TABLE, ["choices"], found.rows).column("choices").to_pylist()
     base, tuned, tasks = found.values("base"), found.values("tuned"), found.asked.tasks
     paired = pair_measures(base, tuned, tasks)
     groups = by_group(base, tuned, tasks, trained, held_out, RULES[found.asked.rule]) if held_out else None
@@ -207,9 +205,8 @@ def _test_figures(stage: Stage, questions: Stage, trained: set[str], held_out: S
 
 def evaluation_pin(questions: Stage, prompt: dict[str, Any], rows: Sequence[int]) -> str:
     """Hash of rows, prompts, metric and its version: scores with different pins are not comparable."""
-    table = read_table(questions.path / TABLE, ["id", "task", "split", "prompt_ids", "choice_ids", "answer"]).take(
-        pa.array(rows, pa.int64())
-    )
+    columns = ["id", "task", "split", "prompt_ids", "choice_ids", "answer"]
+    table = read_rows(questions.path / TABLE, columns, rows)
     return fingerprint({"rows": table.to_pylist(), "prompt": prompt, "version": VERSION})
 
 
@@ -220,27 +217,24 @@ def by_task(tasks: Sequence[str], base: np.ndarray, tuned: np.ndarray) -> dict[s
     return {name: compare(base[mask], tuned[mask]) for name, mask in chosen.items()}
 
 
-def _guards(
-    questions: Stage, prompts: Sequence[Any], rows: Sequence[int], base: Scores, tuned: Scores
-) -> dict[str, Any]:
+def _guards(questions: Stage, prompts: Prompts, rows: Sequence[int], base: Scores, tuned: Scores) -> dict[str, Any]:
     """Findings that a reader of the table must know; empty lists and zeros are good news."""
-    table = read_table(questions.path / TABLE, ["question", "choices"]).to_pylist()
-    parts: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
-    for row, asked in zip(table, prompts, strict=True):
-        parts.setdefault(asked.split, []).append((row["question"], row["choices"]))
+
+    def asked(split: str) -> Iterator[Text]:
+        return iterate_rows(questions.path / TABLE, ["question", "choices"], prompts.splits.mask([split]))
+
     chance: list[tuple[str, str | None]] = []
+    tasks, choices = [prompts.tasks[row] for row in rows], [len(prompts[row].choice_ids) for row in rows]
     for name, scores in (("base", base), ("tuned", tuned)):
-        for task in ["all", *sorted({prompts[row].task for row in rows})]:
-            members = [n for n, row in enumerate(rows) if task in ("all", prompts[row].task)]
-            choices = [len(prompts[rows[n]].choice_ids) for n in members]
-            chance.append((f"{name}/{task}", beside_chance(int(scores.correct[members].sum()), choices)))
-    truncated = sum(p.truncated for p in prompts)
+        for task in ["all", *sorted(set(tasks))]:
+            members = [n for n, own in enumerate(tasks) if task in ("all", own)]
+            right = int(scores.correct[members].sum())
+            chance.append((f"{name}/{task}", beside_chance(right, [choices[n] for n in members])))
     return {
         "identical_scores": False,
         **by_chance(chance),
-        "truncated": truncated,
-        "too_many_truncated": truncated > TRUNCATED_LIMIT * len(prompts),
-        "test_questions_in_training": overlap(parts["train"], parts["test"]),
+        **shortened(prompts),
+        "test_questions_in_training": overlap(asked("train"), asked("test")),
     }
 
 

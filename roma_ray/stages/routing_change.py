@@ -99,7 +99,7 @@ def manifold_distance(
     neighborhoods. The test questions' are found by the same rule; null where hardly any has one, and for `self`: the distance
     of a question to its own base routing begins at 0, of which there is no share.
     """
-    stored_NLE = read_routing_rows(extraction.path, setup.config.routing.tokens)[:, list(setup.layer_columns)]
+    stored_NLE = read_routing_rows(extraction.path, setup.config.routing.tokens, setup.layer_columns)
     successful_N = answered_rightly(setup, {"questions": questions, "extract": extraction}) & near.queried
     result: dict[str, Any] = {"train": None, "test": None}
     if setup.config.neighbors.method == "self":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import mmap
 import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from roma_ray.errors import StorageError
 from roma_ray.store.files import unwritable
@@ -16,6 +18,13 @@ from roma_ray.store.staging import SCRATCH, scratch_root
 
 if TYPE_CHECKING:
     import pyarrow as pa
+    import torch
+
+HELD_BYTES = 2**28
+"""Larger tables that are held for picking rows from, and larger arrays, lie in this machine's scratch, mapped."""
+
+_UNSUPPORTED = {errno.EINVAL, errno.ENODEV, errno.ENOSYS, errno.EOPNOTSUPP}
+"""What a file system says that cannot reserve room, where the system's library does not do it for it."""
 
 
 @contextlib.contextmanager
@@ -23,6 +32,43 @@ def scratch_folder() -> Iterator[Path]:
     """A new local folder, removed at the end."""
     with tempfile.TemporaryDirectory(prefix="roma-ray-") as folder:
         yield Path(folder)
+
+
+def roomy_zeros(*shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Zeros on the CPU, fp32 or of `dtype`: in memory, or of more than `HELD_BYTES` in this machine's scratch, mapped.
+
+    The file has no name and its room is reserved, so no later write finds the disk full; it goes with the last tensor that
+    shares it. Pages of it are not the process's own: the system writes them down and takes them back. Raises StorageError.
+    """
+    import torch
+
+    dtype = dtype or torch.float32
+    size = math.prod(shape) * dtype.itemsize
+    if size <= HELD_BYTES:
+        return torch.zeros(shape, dtype=dtype)
+    folder = scratch_root()
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            _reserve(file, size)
+            room = mmap.mmap(file.fileno(), size)
+    except OSError as error:
+        raise _full(folder, error) from error
+    return torch.frombuffer(room, dtype=dtype).reshape(shape)
+
+
+def _reserve(file: IO[bytes], size: int) -> None:
+    """Have the disk give a file its room, all zeros. Raises OSError."""
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        try:
+            os.posix_fallocate(file.fileno(), 0, size)
+            return
+        except OSError as error:
+            if error.errno not in _UNSUPPORTED:
+                raise
+    piece = bytes(2**22)
+    for start in range(0, size, len(piece)):
+        file.write(piece[: size - start])
+    file.flush()
 
 
 class ScratchTable:
@@ -75,9 +121,13 @@ class ScratchTable:
             self._file.close()
 
     def _full(self, error: OSError) -> StorageError:
-        if self.folder != scratch_root():
-            return unwritable(self.folder, error)
-        return StorageError(
-            f"cannot write in {self.folder}: {error.strerror or error}. Large tables lie there while a process goes through "
-            f"them: free some space, or name another place with ${SCRATCH}, and run the same command again: finished work is kept."
-        )
+        return _full(self.folder, error)
+
+
+def _full(folder: Path, error: OSError) -> StorageError:
+    if folder != scratch_root():
+        return unwritable(folder, error)
+    return StorageError(
+        f"cannot write in {folder}: {error.strerror or error}. Large tables lie there while a process goes through "
+        f"them: free some space, or name another place with ${SCRATCH}, and run the same command again: finished work is kept."
+    )

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from roma_ray.errors import ArtifactError, StorageError
 from roma_ray.store.files import local, locals_of, write_atomically
-from roma_ray.store.scratch import ScratchTable
+from roma_ray.store.scratch import HELD_BYTES, ScratchTable
 
 WRITING: dict[str, Any] = {"compression": "zstd", "write_page_checksum": True}
 """How tables are written: a damaged page is then seen when it is read, also where no manifest speaks for the file yet."""
@@ -23,9 +23,6 @@ _ROWS_AT_ONCE = 8192
 
 PART_ROWS = 65_536
 """Rows of a part: what is held at once where a table is gone through, and a row group of those that are written in parts."""
-
-HELD_BYTES = 2**28
-"""Larger tables that are held for picking rows from lie in this machine's scratch, mapped."""
 
 
 def write_table(

@@ -28,7 +28,7 @@ def opened(folder: Path) -> ActivationCache:
 
 
 def row_of(folder: Path) -> int:
-    return opened(folder).batch.index(0)
+    return opened(folder).batch.tolist().index(0)
 
 
 def test_every_truncation_is_found(copy: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from roma_ray.config.finetune_settings import RegularizerConfig
 from roma_ray.engine.objective import Objective, TrainingData
+from roma_ray.manifold import losses
 from roma_ray.moe.layers import token_positions
 from roma_ray.moe.masters import RouterMasters
 from roma_ray.moe.reading import read_routing
@@ -20,6 +21,7 @@ from roma_ray.moe.routers import find_routers
 from roma_ray.runs.pipeline import Run
 from roma_ray.stages.finetuning import TrainJob
 from roma_ray.stages.neighborhoods import answered_rightly
+from roma_ray.store import scratch
 from tests.engine.loops import assert_same, gradients_of, stop_at, train, train_on
 from tests.making import train_job
 
@@ -171,6 +173,28 @@ def test_at_one_position_the_pulls_are_one(letter_run: Run) -> None:
     )
     for key, gate in mean.gates.items():
         torch.testing.assert_close(each.gates[key], gate, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"refresh": True}, {"kind": "prior", "prior": "task"}, {"positions": "sum", "refresh": True}],
+    ids=["mean", "task prior", "sum"],
+)
+def test_routing_rows_and_targets_that_are_mapped_train_the_same_bits(
+    letter_run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any]
+) -> None:
+    job = train_job(letter_run, regularizer=RegularizerConfig(weight=30.0, **settings))
+    held = train(job)
+    monkeypatch.setenv("ROMA_RAY_SCRATCH", str(tmp_path))
+    monkeypatch.setattr(scratch, "HELD_BYTES", 100)
+    monkeypatch.setattr(losses, "_BLOCK_PAIRS", 10)
+    data, head = job.open_data(), job.load_head()
+    objective = Objective(job.settings, head, data, RouterMasters(head, job.setup.layers))
+    files = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert len(files) >= 2, "the rows and the targets at least"
+    assert list(tmp_path.iterdir()) == []
+    del objective, data
+    assert_same(held, train(job))
 
 
 @pytest.mark.parametrize("tokens", ["Last3", "All"])

@@ -8,7 +8,15 @@ import random
 import pytest
 
 from roma_ray.errors import GuardError
-from roma_ray.evaluation.guards import beside_chance, by_chance, chance_notes, check_not_identical, normalise, overlap
+from roma_ray.evaluation.guards import (
+    beside_chance,
+    by_chance,
+    chance_notes,
+    check_not_identical,
+    normalise,
+    occurring,
+    overlap,
+)
 
 
 def test_equal_scores_are_an_error_and_one_different_score_is_none() -> None:
@@ -109,3 +117,18 @@ def test_overlap_counts_test_questions_that_occur_in_training() -> None:
     assert overlap(train, test) == {"exact": 3, "normalised": 4}
     assert overlap(train, []) == {"exact": 0, "normalised": 0}
     assert overlap([], test) == {"exact": 0, "normalised": 0}
+
+
+def test_overlap_is_what_all_questions_side_by_side_say() -> None:
+    """Of questions that are gone through once, with separators and lone surrogates among their texts."""
+    rng = random.Random(0)
+    texts = ["a b", "A b!", "ab", '","', "[", "\udc80", "ß", "ss"]
+
+    def some(count: int) -> list[tuple[str, list[str]]]:
+        return [(rng.choice(texts), rng.choices(texts, k=rng.randint(0, 3))) for _ in range(count)]
+
+    train, test = some(80), some(120)
+    found = occurring(train, enumerate(test), lambda text, choices, others: choices == others)
+    expected = {name: len(keys) for name, keys in found.items()}
+    assert 0 < expected["exact"] < expected["normalised"] < 120
+    assert overlap(iter(train), iter(test)) == expected

@@ -1,7 +1,9 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from roma_ray.errors import NeighborError
+from roma_ray.manifold import losses
 from roma_ray.manifold.losses import (
     NeighborTargets,
     manifold_kl,
@@ -228,6 +230,78 @@ def test_targets_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(before)
     assert torch.equal(one.mean, two.mean)
     assert torch.equal(one.spread, two.spread)
+
+
+def whole_targets(neighborhoods: Neighborhoods, stored: torch.Tensor) -> NeighborTargets:
+    """All questions at once, layer by layer."""
+
+    def weighted(rows: torch.Tensor) -> torch.Tensor:
+        bags = {"mode": "sum", "per_sample_weights": neighborhoods.weights, "include_last_offset": True}
+        return F.embedding_bag(neighborhoods.indices, rows, neighborhoods.offsets, **bags)
+
+    mean, spread = torch.zeros_like(stored), torch.zeros(len(stored), dtype=torch.float64)
+    for layer in range(stored.shape[1]):
+        rows = stored[:, layer].double()
+        own = weighted(rows)
+        mean[:, layer] = own.to(stored.dtype)
+        square = weighted(rows.square().sum(1, keepdim=True))[:, 0]
+        spread += (square - own.square().sum(1)).clamp_min(0)
+    return NeighborTargets(mean, spread.to(stored.dtype), neighborhoods.sizes > 0)
+
+
+def assert_same(one: NeighborTargets, other: NeighborTargets) -> None:
+    for a, b in zip(one, other, strict=True):
+        assert a.shape == b.shape
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("pairs_held", [1, 7, 64, 1000, 10**6])
+@pytest.mark.parametrize("kind", ["few", "dense", "mixed", "none"])
+def test_targets_have_the_bits_of_all_questions_at_once(monkeypatch, kind, pairs_held):
+    monkeypatch.setattr(losses, "_BLOCK_PAIRS", pairs_held)
+    generator = torch.Generator().manual_seed(1)
+    low, high = {"few": (0, 4), "dense": (150, 200), "mixed": (0, 200), "none": (0, 1)}[kind]
+    sizes = torch.randint(low, high, (200,), generator=generator)
+    if kind == "mixed":
+        sizes[torch.rand(200, generator=generator) < 0.5] = 0
+        sizes[-3:] = 0
+    neighborhoods = ragged(sizes.tolist())
+    stored = torch.rand(200, 3, 37, generator=generator)
+    assert_same(neighbor_targets(neighborhoods, stored), whole_targets(neighborhoods, stored))
+    present = torch.rand(200, 2, generator=generator) < 0.8
+    by_place = [whole_targets(losses._having(neighborhoods, present[:, n]), stored[:, n : n + 2]) for n in (0, 1)]
+    places = torch.stack([stored[:, :2], stored[:, 1:]], dim=1)
+    expected = NeighborTargets(
+        torch.cat([one.mean for one in by_place], dim=1),
+        by_place[0].spread + by_place[1].spread,
+        by_place[0].present | by_place[1].present,
+    )
+    assert_same(position_targets(neighborhoods, places, present), expected)
+
+
+@pytest.mark.parametrize("pairs_held", [1, 10**6])
+def test_the_first_row_with_a_neighbor_that_is_not_finite_is_named_whatever_the_blocks(monkeypatch, pairs_held):
+    monkeypatch.setattr(losses, "_BLOCK_PAIRS", pairs_held)
+    stored, neighborhoods = routing(1), ragged(SIZES)
+    stored[neighborhoods.of(3)[0][2], 2, 1] = float("inf")
+    first = min(row for row in range(QUESTIONS) if not torch.isfinite(stored[neighborhoods.of(row)[0]]).all())
+    with pytest.raises(NeighborError, match=f"question row {first} "):
+        neighbor_targets(neighborhoods, stored)
+
+
+def test_targets_lie_where_the_caller_wants_them():
+    made = []
+
+    def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        made.append(torch.zeros(shape, dtype=dtype))
+        return made[-1]
+
+    stored, neighborhoods = routing(1), ragged(SIZES)
+    targets = neighbor_targets(neighborhoods, stored, zeros)
+    assert targets.mean is made[0]
+    everywhere = torch.ones(QUESTIONS, 2, dtype=torch.bool)
+    targets = position_targets(neighborhoods, stored[:, None].expand(-1, 2, -1, -1), everywhere, zeros)
+    assert (len(made), targets.mean.data_ptr()) == (2, made[1].data_ptr())
 
 
 def test_from_embeddings_to_the_loss():

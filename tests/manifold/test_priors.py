@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from roma_ray.manifold import priors
 from roma_ray.manifold.losses import NeighborTargets
 from roma_ray.manifold.priors import base_targets, routing_kl, task_targets, uniform_targets
 from roma_ray.manifold.regularizers import Regularized, entropy
@@ -63,7 +64,7 @@ def test_kl_to_every_expert_alike_is_the_entropy_term():
     torch.testing.assert_close(routing_kl(live, uniform_targets(routing(1))), entropy(Regularized(live)))
 
 
-def test_the_task_prior_is_the_mean_of_its_successes_by_a_loop():
+def test_the_task_prior_is_the_mean_of_its_successes_by_a_loop(monkeypatch):
     stored = routing(1, torch.float32)
     targets = task_targets(stored, TASKS, SUCCESSFUL)
     assert targets.mean.dtype == torch.float32
@@ -77,4 +78,8 @@ def test_the_task_prior_is_the_mean_of_its_successes_by_a_loop():
                 mean = total / len(members) if members else 0.0
                 assert float(targets.mean[row, layer, expert]) == pytest.approx(mean, rel=1e-6)
     assert not targets.present[TASKS.index("task 3")], "one task should have no success"
+    for block in (1, 3):
+        monkeypatch.setattr(priors, "_BLOCK_ROWS", block)
+        for one, other in zip(task_targets(stored, TASKS, SUCCESSFUL), targets, strict=True):
+            assert torch.equal(one, other)
     assert targets.present.sum() > QUESTIONS / 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,20 +16,24 @@ from transformers import AutoModelForCausalLM
 from roma_ray.borders.text import with_error
 from roma_ray.config.schema import QuestionSource
 from roma_ray.engine.progress import Silence
-from roma_ray.engine.question_table import TABLE, read_prompts, read_table
+from roma_ray.engine.question_table import QUESTIONS as QUESTION_COLUMNS
+from roma_ray.engine.question_table import TABLE, read_prompts, read_table, write_table
 from roma_ray.engine.runners import LOCAL
+from roma_ray.engine.scoring import Scores
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import complete
 from roma_ray.engine.work import Job
 from roma_ray.errors import ArtifactError, QuestionError
+from roma_ray.evaluation.guards import occurring
 from roma_ray.evaluation.measures import figure_cells
 from roma_ray.evaluation.results_file import RESULTS
 from roma_ray.evaluation.run_comparison import MACRO, compare_columns, open_columns
+from roma_ray.questions.held_out import UNUSED
 from roma_ray.runs.pipeline import Run, run
 from roma_ray.stages import paired_evaluation
 from roma_ray.stages.finetuning import ADAPTER, read_routing_rows
 from roma_ray.stages.neighborhoods import read_neighborhoods
-from roma_ray.stages.paired_evaluation import EVALUATE, by_task, evaluation_pin
+from roma_ray.stages.paired_evaluation import EVALUATE, _guards, by_task, evaluation_pin
 from roma_ray.stages.preparation import QUESTIONS
 from roma_ray.stages.routing_change import describe_distance
 from roma_ray.stages.run_summary import result_rows, warnings_of
@@ -207,6 +212,32 @@ def test_the_pin_follows_the_questions(finished: Run) -> None:
     assert evaluation_pin(stage, prompt, [0, 1]) == evaluation_pin(stage, prompt, [0, 1])
     assert evaluation_pin(stage, prompt, [0, 1]) != evaluation_pin(stage, prompt, [0, 2])
     assert evaluation_pin(stage, prompt, [0, 1]) != evaluation_pin(stage, {"format": "cloze"}, [0, 1])
+
+
+def test_the_guards_are_those_of_all_questions_side_by_side(finished: Run, tmp_path: Path) -> None:
+    """Of a table with repeated questions and shortened prompts, a task of which is held out."""
+    table = read_table(finished.stages["questions"].path / TABLE)
+    rows = table.to_pylist()
+    for n, row in enumerate(rows):
+        row["question"] = "Which!" if row["split"] == "test" and n % 5 == 0 else "Which?"
+        row["choices"], row["truncated"] = [f"this {n // 9}", "that"][:: 1 if n % 4 else -1], n % 5 == 0
+    stage = Stage(tmp_path, "questions", {})
+    write_table(tmp_path / TABLE, {name: [row[name] for row in rows] for name in table.column_names}, QUESTION_COLUMNS)
+    prompts = read_prompts(tmp_path / TABLE, held_out=[rows[0]["task"]])
+    test = prompts.rows_of("test")
+    right = np.arange(len(test)) % 2 == 0
+    scores = Scores(test, [], [], right, np.zeros((len(test), 1, 1), dtype=np.float32))
+    parts: dict[str, list[Any]] = {}
+    for row, prompt in zip(rows, prompts, strict=True):
+        parts.setdefault(prompt.split, []).append((row["question"], row["choices"]))
+    found = _guards(stage, prompts, test, scores, scores)
+    expected = occurring(parts["train"], enumerate(parts["test"]), lambda _, choices, others: choices == others)
+    assert UNUSED in parts
+    assert found["test_questions_in_training"] == {name: len(keys) for name, keys in expected.items()}
+    assert 0 < found["test_questions_in_training"]["exact"] < found["test_questions_in_training"]["normalised"]
+    assert found["truncated"] == sum(prompt.truncated for prompt in prompts) > 0
+    assert found["too_many_truncated"]
+    assert json.dumps(found)
 
 
 def test_grouping() -> None:
