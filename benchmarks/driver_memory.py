@@ -2,72 +2,35 @@
 
 Each part that the driver does itself runs in a process of its own on synthetic rows, at two sizes or more, and the peak of its
 resident memory is printed, what of it was its own (anonymous: not pages of mapped files, which the system takes back), the seconds,
-and the CPU's (which other jobs on the machine do not lengthen): reading and encoding questions, planning and gathering extraction and
-embedding, neighbors, manifests and MLflow, and what an evaluation reads beside the answers (`evaluating`); and a worker's part of an
-extraction (`worker`) and of a training (`training`). No model runs. Questions are short ones of four choices, of 30 to 50 tokens; where
-they are not what is measured, their table is written of random tokens. `training` and `evaluating` first gather an extraction, and
-map 1.2 GiB a million questions in the folder's scratch, `training` twice as much: ten million take some 33 GB of disk. Embeddings have 384
-numbers, those of the neighbors around topics as sentence embeddings lie.
+and the CPU's (which other jobs on the machine do not lengthen): planning and gathering extraction and embedding, neighbors,
+manifests and MLflow, and what an evaluation reads beside the answers (`evaluating`); and a worker's part of an extraction (`worker`)
+and of a training (`training`). No model runs. Questions are short ones of four choices, of 30 to 50 tokens: a table of random tokens.
+Reading and encoding them is measured by reading.py. `training` and `evaluating` first gather an extraction, and map 1.2 GiB a million
+questions in the folder's scratch, `training` twice as much: ten million take some 33 GB of disk. Embeddings have 384 numbers, those of
+the neighbors around topics as sentence embeddings lie.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import random
 import resource
 import shutil
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 from typing import Any
+
+from processes import Memory, cpu_seconds
+from reading import setup_for, write_questions
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 WIDTH = 384
 LOOKED_UP = 16_384
-WORDS = "red green blue cat dog fish one two three four five six apple pear plum north south east west".split()  # noqa: SIM905
-
-
-def write_questions(path: Path, rows: int) -> None:
-    """JSON lines of some 250 bytes."""
-    rng = random.Random(0)
-    with open(path, "w") as stream:
-        for number in range(rows):
-            choices = rng.sample(WORDS, 4)
-            text = f"Which word of number {number} is {' '.join(rng.choices(WORDS, k=12))}?"
-            row = {
-                "id": f"q{number}",
-                "task": f"t{number % 9}",
-                "question": text,
-                "choices": choices,
-                "answer": number % 4,
-            }
-            stream.write(json.dumps(row) + "\n")
-
-
-def setup_for(folder: Path) -> Any:
-    """The embedded model with the synthetic questions."""
-    from roma_ray.config.loading import load_config
-    from roma_ray.engine.setup import resolve
-
-    sources = f"questions.sources=[{{path: {folder / 'q.jsonl'}}}]"
-    return resolve(load_config(None, [sources, f"storage={folder}", "extraction.cache=false"]), device="cpu")
-
-
-def questions(folder: Path, rows: int) -> None:
-    """Read, split, encode and write the question table (`cloze`: each prompt is encoded with each choice)."""
-    from roma_ray.engine.progress import Silence
-    from roma_ray.engine.runners import LOCAL
-    from roma_ray.engine.steps import complete
-    from roma_ray.stages.preparation import QUESTIONS
-
-    assert complete(QUESTIONS, QUESTIONS.job(setup_for(folder), {}), LOCAL, Silence()).complete
 
 
 def make_table(folder: Path, rows: int) -> Any:
@@ -395,7 +358,6 @@ LEFT = {
 }
 """What a process of its own does before the measured one."""
 PARTS = {
-    "questions": questions,
     "extraction": extraction,
     "worker": worker,
     "embedding": embedding,
@@ -407,27 +369,12 @@ PARTS = {
 }
 
 
-class Watched:
-    """The largest part of this process's memory that is its own (anonymous), looked at ten times a second."""
-
-    def __init__(self) -> None:
-        self.peak = 0
-        threading.Thread(target=self._look, daemon=True).start()
-
-    def _look(self) -> None:
-        while True:
-            lines = Path("/proc/self/status").read_text().splitlines()
-            self.peak = max(self.peak, *(int(line.split()[1]) for line in lines if line.startswith("RssAnon")))
-            time.sleep(0.1)
-
-
 def measured(part: str, folder: Path, rows: int) -> None:
     """Do one part, and print its peaks in GiB and its seconds."""
-    watched, began, idle = Watched(), time.monotonic(), time.process_time()
+    memory, began, idle = Memory(), time.monotonic(), cpu_seconds()
     PARTS[part](folder, rows)
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    cpu = used.ru_utime + used.ru_stime - idle
-    print(f"{used.ru_maxrss / 2**20:.2f} {watched.peak / 2**20:.2f} {time.monotonic() - began:.1f} {cpu:.1f}")
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{largest:.2f} {memory.look()[0]:.2f} {time.monotonic() - began:.1f} {cpu_seconds() - idle:.1f}")
 
 
 def main() -> None:
@@ -435,9 +382,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sizes", type=int, nargs="+", default=[100_000, 1_000_000])
     parser.add_argument("--rows", type=int, help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--parts", default="questions,extraction,embedding,records,neighbors", help=f"of: {', '.join(PARTS)}"
-    )
+    parser.add_argument("--parts", default="extraction,embedding,records,neighbors", help=f"of: {', '.join(PARTS)}")
     parser.add_argument(
         "--folder", type=Path, help="where the files of a run lie (default: the system's temporary folder)"
     )
@@ -455,7 +400,7 @@ def main() -> None:
         parts = options.parts.split(",")
         folder = Path(tempfile.mkdtemp(prefix="roma-memory-", dir=options.folder))
         try:
-            write_questions(folder / "q.jsonl", rows if "questions" in parts else 100)
+            write_questions(folder / "q.jsonl", 100)
             for part in parts:
                 if part in LEFT:
                     run(f"before-{part}", folder, rows)
