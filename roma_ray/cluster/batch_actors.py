@@ -53,7 +53,7 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         workers = cluster.pool.lend(need, count, calls_at_once(work.folder))
         handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds, began)
         try:
-            with explained(stage, work.folder), Starting(work.name, handing.stands, cluster.say) as starting:
+            with explained(work.name, work.folder, stage), Starting(work.name, handing.stands, cluster.say) as starting:
                 for report in handing.reports():
                     starting.over()
                     # What is read from a dead worker's journal says nothing of a start.
@@ -230,7 +230,7 @@ class HandOut:
     def _does_not_open(self, hand: Hand, error: Any) -> Exception:
         name = self.order.name
         if hand.rising is not None:
-            return explain(error, name, self.order.folder)
+            return explain(error, name, self.order.folder, self.order.stage)
         return WorkerError(
             f"{name}: loading the model killed its worker {hand.deaths} times; most likely memory ran out. Use nodes with more memory, "
             f"or fewer workers on a node (ray.{self.order.stage}_workers, ray.gpus_per_worker)."

@@ -249,8 +249,8 @@ class BatchWorker:
         if deaths >= 2 * _DEATHS or (deaths >= _DEATHS and not isinstance(do, Separable)):
             raise WorkerError(
                 f"{order.name}: batch {batch} killed its worker {deaths} times and no single question is to blame; most "
-                "likely memory ran out. Lower extraction.batch_tokens (or embedding.batch_size, evaluation.batch_tokens), or use "
-                f"fewer workers on a node (ray.{order.stage}_workers)."
+                f"likely memory ran out. Use fewer workers on a node (ray.{order.stage}_workers), nodes with more memory, or smaller "
+                "batches (extraction.batch_tokens, embedding.batch_size, evaluation.batch_tokens)."
             )
         excluded: frozenset[int] = frozenset()
         if deaths >= _DEATHS:

@@ -81,8 +81,8 @@ def as_deaths() -> None:
     RayActorManager._actor_task_failed = failed
 
 
-def explain(error: BaseException, name: str, folder: str | Path) -> RomaError:
-    """The error that the user sees for one raised in a worker of the stage `name`."""
+def explain(error: BaseException, name: str, folder: str | Path, of: str | None = None) -> RomaError:
+    """The error that the user sees for one raised in a worker of the stage `name`, whose workers are those `of` another where it says."""
     known = list(chain(error))
     text = "\n\n".join("".join(traceback.format_exception(e, chain=False)) for e in known)
     path = keep_traceback(folder, text)
@@ -96,7 +96,7 @@ def explain(error: BaseException, name: str, folder: str | Path) -> RomaError:
     if any(isinstance(found, OutOfMemoryError) for found in known):
         return WorkerError(
             f"{name}: memory ran out on a worker's node, and Ray ended the worker, more often than ray.max_failures lets it try "
-            f"again. Use fewer workers on a node (ray.{name}_workers), smaller batches, or nodes with more memory.{where}"
+            f"again. Use fewer workers on a node (ray.{of or name}_workers), smaller batches, or nodes with more memory.{where}"
         )
     root = known[-1]
     remedy = ""
@@ -116,11 +116,11 @@ def _plain(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explained(name: str, folder: str | Path) -> Iterator[None]:
-    """Turn what workers of this stage raise into a RomaError."""
+def explained(name: str, folder: str | Path, of: str | None = None) -> Iterator[None]:
+    """Turn what workers of this stage raise into a RomaError. See `explain`."""
     from ray.exceptions import RayError
 
     try:
         yield
     except RayError as error:
-        raise explain(error, name, folder) from None
+        raise explain(error, name, folder, of) from None

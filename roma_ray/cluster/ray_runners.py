@@ -150,7 +150,7 @@ def near_device(cluster: Cluster, device: str) -> Callable[..., Any]:
 
         progress.say(f"{name} runs on a GPU of the cluster")
         task = ray.remote(**options)(_task)
-        with explained(name, Store(cluster.config.storage).root):
+        with explained(name, Store(cluster.config.storage).root, "evaluate"):
             return ray.get(task.remote(function, arguments))
 
     return call
@@ -166,7 +166,7 @@ def batches_near(cluster: Cluster, device: str) -> Callable[..., Iterator[Report
         import ray
 
         task = ray.remote(**options, num_returns="streaming")(function)
-        with explained(name, Store(cluster.config.storage).root):
+        with explained(name, Store(cluster.config.storage).root, "evaluate"):
             for report in task.remote(*arguments):
                 yield ray.get(report)
 

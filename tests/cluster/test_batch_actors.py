@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 from safetensors.torch import load_file, save_file
 
 from roma_ray.cluster.batch_actors import Call, Hand, HandOut, ray_executor
@@ -33,7 +34,7 @@ from roma_ray.cluster.batch_worker import (
     Order,
     Told,
 )
-from roma_ray.cluster.failures import packed
+from roma_ray.cluster.failures import explained, packed
 from roma_ray.cluster.ray_cluster import Cluster
 from roma_ray.engine.batches import read_plan
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
@@ -233,6 +234,15 @@ def test_failures_are_one_message(
     assert "support.py" in Path(place).read_text()
 
 
+def test_memory_that_ran_out_names_the_setting_of_these_workers(tmp_path: Path) -> None:
+    """Questions are encoded by the workers of extract, and have no setting of their own."""
+    with (
+        pytest.raises(WorkerError, match=r"^questions: memory ran out .*\(ray\.extract_workers\)"),
+        explained("questions", tmp_path, "extract"),
+    ):
+        raise OutOfMemoryError("the node runs low on memory")
+
+
 def told_by(worker: BatchWorker, work: Work, batches: Sequence[int], before: Sequence[str] = ()) -> list[Told]:
     """What a worker in this process tells of some batches."""
     order = Order(work.name, "extract", work.folder, f"run of {work.folder}", pickle.dumps(work), 1)
@@ -244,7 +254,7 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
     work, worker = ExtractWork(**fields(local_run, tmp_path / "ray")), BatchWorker()
     kind, failure = told_by(worker, work, [0], ["batch 0"] * 4)[-1]
     assert kind == FAILURE
-    assert "batch_tokens" in failure["text"]
+    assert "ray.extract_workers" in failure["text"]
     assert [kind for kind, _ in told_by(worker, work, [1, 2], ["batch 1"])][-1] == REPORTS
 
     # Requests of a benchmark are not set aside one by one: two deaths are enough.
