@@ -13,12 +13,14 @@ from roma_ray.engine.progress import Silence
 from roma_ray.engine.question_table import TABLE, read_table
 from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import resolve
-from roma_ray.engine.steps import Facts
-from roma_ray.engine.work import Job, Report, Work
+from roma_ray.engine.steps import Facts, complete
+from roma_ray.engine.work import Job, Report, Work, serial
 from roma_ray.errors import ConfigError
 from roma_ray.stages import encoding
 from roma_ray.stages.encoding import ENCODING, EncodeWork
 from roma_ray.stages.preparation import FAULTS, QUESTIONS, prepare
+from roma_ray.store.files import below, listed
+from tests.bucket import Proxy
 
 COUNT = 60
 
@@ -67,7 +69,7 @@ def two_workers_backwards(work: Work, batches: Sequence[int]) -> Iterator[Report
         yield from (do(batch) for batch in reversed(part))
 
 
-@pytest.mark.parametrize("at_once", [3, 2048])
+@pytest.mark.parametrize("at_once", [1, 2048])
 @pytest.mark.parametrize("rows", [7, 16, COUNT])
 def test_the_table_is_that_of_one_process(
     job: Job, alone: tuple[Facts, tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int
@@ -107,6 +109,25 @@ def test_what_was_ended_goes_on_with_the_batches_that_are_left(
     assert prepare(job, Runners(encode=rest), Silence()) == alone[0]
     assert done == list(range(3, done[-1] + 1))
     assert made(job) == alone[1]
+
+
+def test_a_bucket_gives_the_table_of_a_folder_and_keeps_no_batches(
+    job: Job, bucket: Proxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = complete(QUESTIONS, job, LOCAL, Silence()).manifest()
+    monkeypatch.setattr(encoding, "ROWS", 8)
+    far = job_in(tmp_path, f"storage={bucket.address('encoding')}")
+
+    def ends(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+        yield from serial(work, batches[:3])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        complete(QUESTIONS, far, Runners(encode=ends), Silence())
+    assert len(listed(far.stage.path / ENCODING, "[!.]*")) == COUNT // 8 + 3
+    there = complete(QUESTIONS, far, LOCAL, Silence()).manifest()
+    assert (there["files"], there["facts"]) == (here["files"], here["facts"])
+    assert not below(far.stage.path / ENCODING)
 
 
 def test_batches_of_other_questions_are_not_taken_up(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
