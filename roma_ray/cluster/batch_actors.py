@@ -50,7 +50,9 @@ def ray_executor(cluster: Cluster, stage: str, device: str) -> Executor:
         cluster.say(f"{work.name}: {len(batches)} batches on {count} worker(s), {device}")
         token, pickled = uuid.uuid4().hex[:12], cloudpickle.dumps(work)
         order = Order(work.name, stage, work.folder, token, pickled, cluster.config.threads)
-        workers = cluster.pool.lend(need, count, calls_at_once(work.folder))
+        # A work without a model comes before its stage's own, and may have fewer batches.
+        before = not getattr(work, "loads_model", True)
+        workers = cluster.pool.lend(need, count, calls_at_once(work.folder), more_to_come=before)
         handing = HandOut(order, batches, workers, cluster.config.ray.no_progress_seconds, began)
         try:
             with explained(work.name, work.folder, stage), Starting(work.name, handing.stands, cluster.say) as starting:

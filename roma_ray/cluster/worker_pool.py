@@ -78,15 +78,16 @@ class WorkerPool:
     def __len__(self) -> int:
         return len(self._idle)
 
-    def lend(self, need: Need, count: int, calls_at_once: int) -> list[Worker]:
+    def lend(self, need: Need, count: int, calls_at_once: int, *, more_to_come: bool = False) -> list[Worker]:
         """So many workers, kept ones first, then those that an earlier run left. Whoever is not fit, or not needed, ends: they hold
-        CPUs, GPUs and memory.
+        CPUs, GPUs and memory. `more_to_come`: the next work needs such workers too, so those that are fit stay.
         """
-        fit = [w for w in self._idle if w.need == need and w.calls_at_once == calls_at_once][:count]
+        alike = [w for w in self._idle if w.need == need and w.calls_at_once == calls_at_once]
+        fit, left = alike[:count], alike[count:] if more_to_come else []
         for worker in self._idle:
-            if worker not in fit:
+            if worker not in [*fit, *left]:
                 worker.end()
-        self._idle = []
+        self._idle = left
         if self.kept_seconds and len(fit) < count:
             kind = Worker(need, calls_at_once, self.kept_seconds, actor=NAMESPACE).kind
             for name, actor in _claimed().items():

@@ -35,7 +35,9 @@ from roma_ray.cluster.batch_worker import (
     Told,
 )
 from roma_ray.cluster.failures import explained, packed
+from roma_ray.cluster.placement import Need
 from roma_ray.cluster.ray_cluster import Cluster
+from roma_ray.cluster.worker_pool import Worker, WorkerPool
 from roma_ray.engine.batches import read_plan
 from roma_ray.engine.extractor import PLAN, Extractor, ExtractWork, batch_table
 from roma_ray.engine.held_slices import HeldSlices
@@ -232,6 +234,23 @@ def test_failures_are_one_message(
     assert "\n" not in message
     assert "Traceback" not in message
     assert "support.py" in Path(place).read_text()
+
+
+@pytest.mark.parametrize("more_to_come", [False, True])
+def test_workers_that_the_next_work_needs_stay_though_this_one_needs_fewer(
+    monkeypatch: pytest.MonkeyPatch, more_to_come: bool
+) -> None:
+    """Few questions are encoded by some of the workers that began to import for the extraction."""
+    ended: list[Any] = []
+    monkeypatch.setattr(Worker, "end", lambda worker: ended.append(worker.actor))
+    pool, fit, other = WorkerPool(), Need(0.5), Need(0.5, gpus=1.0)
+    pool.keep([Worker(need, 1, actor=f"actor {n}") for n, need in enumerate([fit, other, fit, fit])])
+    lent = pool.lend(fit, 2, 1, more_to_come=more_to_come)
+    assert [worker.actor for worker in lent] == ["actor 0", "actor 2"]
+    assert ended == (["actor 1"] if more_to_come else ["actor 1", "actor 3"])
+    pool.keep(lent)
+    assert {worker.actor for worker in pool.lend(fit, 3 if more_to_come else 2, 1)} >= {"actor 0", "actor 2"}
+    assert len(ended) == (1 if more_to_come else 2)
 
 
 def test_memory_that_ran_out_names_the_setting_of_these_workers(tmp_path: Path) -> None:
