@@ -26,8 +26,9 @@ class RayConfig(Section):
     """A cluster's address (host:6379). Default: $RAY_ADDRESS, a cluster that runs on this machine, else one of its own.
     `new` always starts its own; `local` is the command's own process, without Ray."""
     extract_workers: int | None = Field(default=None, ge=1)
-    """Processes that each hold a model, or with `extraction.chain` a slice of one. Default: one a GPU, or the cluster's CPUs by
-    `threads`; without a cluster in sight, none for work that starting them would lengthen (roma_ray/cluster/worth.py)."""
+    """Processes that each hold a model, or with `extraction.chain` a slice of one; many questions are encoded by as many. Default:
+    one a GPU, or the cluster's CPUs by `threads`; without a cluster in sight, none for work that starting them would lengthen
+    (roma_ray/cluster/worth.py)."""
     embed_workers: int | None = Field(default=None, ge=1)
     """As `extract_workers`."""
     evaluate_workers: int | None = Field(default=None, ge=1)
