@@ -28,12 +28,14 @@ from roma_ray.questions.free_prompts import prompt_builder
 from roma_ray.questions.prompts import PromptBuilder, encode
 from roma_ray.questions.records import Rejected
 from roma_ray.store.files import exists, present
-from roma_ray.store.tables import read_table, read_tables, write_parts
+from roma_ray.store.tables import iterate_table, read_tables, write_parts
 
 ENCODING = ".encoding"
 """Where batches lie until the question table is written."""
 ROWS = 16_384
 """Questions of a batch: some seconds of a core. No more are encoded where they were read, and leave no file."""
+_AT_ONCE = 2048
+"""Questions that are objects at a time: long prompts are then ten times as large as in a table."""
 _OF_QUESTION = frozenset({"task", "split", "question", "choices", "context", "form", "verdict", "file", "line"})
 
 
@@ -56,15 +58,13 @@ def builder_of(setup: Setup) -> PromptBuilder:
 def encoded(
     job: Job, asked: AskedQuestions, parts: np.ndarray, execute: Executor, progress: Progress
 ) -> Iterator[pa.Table]:
-    """All questions, each in its part (`PARTS`), encoded, in order, as tables (`encoded_schema`).
+    """All questions, each in its part (`PARTS`), encoded, in order, as tables (`encoded_schema`); of many all batches are done first.
 
     Raises ConfigError, ModelError, StorageError, ArtifactError, and what `execute` raises.
     """
     builder, free = builder_of(job.setup), is_free(job.setup.config)
     if len(asked) <= ROWS:
-        for table in asked.tables(ROWS, parts):
-            yield encoded_table(table, builder, free)
-        return
+        return (encoded_table(table, builder, free) for table in asked.tables(_AT_ONCE, parts))
     work = _planned(job, asked, parts)
     files = [work.encoded(batch) for batch in range(len(work.batches))]
     done = [batch for batch, there in enumerate(present(files)) if there]
@@ -72,7 +72,7 @@ def encoded(
     with progress.meter("questions", len(asked), "questions", sum(sizes[batch] for batch in done)) as meter:
         for report in execute(work, sorted(set(range(len(files))) - set(done))):
             meter.advance(sizes[report.batch], seconds=report.seconds)
-    yield from read_tables(files, encoded_schema(free).names)
+    return read_tables(files, encoded_schema(free).names)
 
 
 def _planned(job: Job, asked: AskedQuestions, parts: np.ndarray) -> EncodeWork:
@@ -116,9 +116,10 @@ class EncodeWork(Job):
 
         def do(batch: int) -> Report:
             started = time.monotonic()
-            table = encoded_table(read_table(self.asked(batch), ASKED.names), builder, free)
-            write_parts(self.encoded(batch), table.schema, [table])
-            return Report(batch, len(table), 0, 0, time.monotonic() - started)
+            asked = iterate_table(self.asked(batch), ASKED.names, _AT_ONCE)
+            tables = [encoded_table(table, builder, free) for table in asked]
+            write_parts(self.encoded(batch), encoded_schema(free), tables)
+            return Report(batch, sum(map(len, tables)), 0, 0, time.monotonic() - started)
 
         return do
 

@@ -67,11 +67,13 @@ def two_workers_backwards(work: Work, batches: Sequence[int]) -> Iterator[Report
         yield from (do(batch) for batch in reversed(part))
 
 
+@pytest.mark.parametrize("at_once", [3, 2048])
 @pytest.mark.parametrize("rows", [7, 16, COUNT])
 def test_the_table_is_that_of_one_process(
-    job: Job, alone: tuple[Facts, tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch, rows: int
+    job: Job, alone: tuple[Facts, tuple[bytes, bytes]], monkeypatch: pytest.MonkeyPatch, rows: int, at_once: int
 ) -> None:
     monkeypatch.setattr(encoding, "ROWS", rows)
+    monkeypatch.setattr(encoding, "_AT_ONCE", at_once)
     for runners in (Runners(encode=two_workers_backwards), LOCAL):
         (job.stage.path / TABLE).unlink()
         assert prepare(job, runners, Silence()) == alone[0]
@@ -94,8 +96,12 @@ def test_what_was_ended_goes_on_with_the_batches_that_are_left(
     def rest(work: Work, batches: Sequence[int]) -> Iterator[Report]:
         assert isinstance(work, EncodeWork)
         done.extend(batches)
-        yield from two_workers_backwards(work, batches)
+        for report in two_workers_backwards(work, batches):
+            yield report
+            # What lies open for hours looks like what a killed process has left.
+            assert {path.name for path in job.stage.path.iterdir()} == {ENCODING, *before}
 
+    before = {path.name for path in job.stage.path.iterdir()}
     with pytest.raises(KeyboardInterrupt):
         prepare(job, Runners(encode=ends), Silence())
     assert prepare(job, Runners(encode=rest), Silence()) == alone[0]
