@@ -97,6 +97,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         assert len(read_neighborhoods(job.stage, rows).indices) == pairs
     times["of the search: workers, wall"] = workers.seconds
     times["of the search: workers, their seconds in batches"] = workers.busy
+    times["of the search: workers, their CPU with their start"] = workers.cpu
     times["of the search: the driver's ranking"] = times["search and ranking"] - workers.seconds
     times["of the search: the driver's CPU"] = ranking
     return {

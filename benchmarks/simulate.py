@@ -64,14 +64,16 @@ class Rates:
     micro_batches: int = 4
     epochs: int = 3
     trained_part: float = 0.7
-    read_per_second: float = 20_000.0
-    """Questions that the driver reads, splits and lays down (reading.py, a CPU core)."""
-    encode_per_second: float = 2500.0
-    """Questions encoded by a worker, each with each of four choices (reading.py, a CPU core)."""
-    table_per_second: float = 100_000.0
-    """Encoded questions that the driver gathers (reading.py, a CPU core)."""
-    gather_per_second: float = 10_000.0
-    """Questions whose extracted rows the driver puts in order (driver_memory.py, a CPU core)."""
+    read_per_second: float = 16_000.0
+    """Questions that the driver reads twice, splits and lays down (reading.py at 100,000, a CPU core)."""
+    encode_per_second: float = 2900.0
+    """Questions encoded by a worker, each with each of four choices (reading.py at 100,000, a CPU core)."""
+    table_per_second: float = 200_000.0
+    """Encoded questions that the driver gathers (reading.py at 100,000, a CPU core)."""
+    gather_per_second: float = 24_000.0
+    """Questions whose extracted rows the driver puts in order (driver_memory.py at a million, a CPU core)."""
+    vectors_per_second: float = 36_000.0
+    """Questions whose embeddings the driver puts in order (driver_memory.py at a million, a CPU core)."""
     successful_part: float = 0.5
     """Of the training questions: S."""
     lookups_per_second: float = 10_300.0
@@ -115,6 +117,25 @@ def batches(questions: int, rate: float, workers: int, rates: Rates, written: fl
     }
 
 
+def reading(questions: int, workers: int, rates: Rates) -> float:
+    """Seconds until questions are encoded: read and gathered by the driver, between them by workers where they are many."""
+    encoded = questions / rates.encode_per_second
+    if questions > ENCODED_HERE:
+        batch = replace(rates, questions_a_batch=ENCODED_HERE)
+        encoded = batches(questions, rates.encode_per_second, workers, batch, ENCODED_BYTES, 0.0)["seconds"]
+    return questions / rates.read_per_second + encoded + questions / rates.table_per_second
+
+
+def without_model(questions: int, successes: int, workers: int, rates: Rates) -> dict[str, float]:
+    """Seconds of what needs no model, all questions being looked up: what a run on synthetic rows can be held against."""
+    return {
+        "questions": reading(questions, workers, rates),
+        "gathering the extraction": questions / rates.gather_per_second,
+        "gathering the embeddings": questions / rates.vectors_per_second,
+        "neighbors": neighbors(questions, successes, workers, rates),
+    }
+
+
 def neighbors(trained: float, successes: float, workers: int, rates: Rates) -> float:
     """Seconds of the search: exact in the driver, or lookups in shards on workers that open each shard they meet, and the ranking."""
     if successes <= EXACT_UP_TO:
@@ -144,16 +165,11 @@ def pipeline(questions: int, nodes: int, rates: Rates) -> dict[str, Any]:
     steps = rates.epochs * trained / rates.questions_a_step
     trainers = min(workers, rates.micro_batches)
     step = rates.questions_a_step / rates.train_per_second / trainers + rates.step_seconds
-    serial = questions / rates.read_per_second + questions / rates.table_per_second
-    encoded = questions / rates.encode_per_second
-    if questions > ENCODED_HERE:
-        batch = replace(rates, questions_a_batch=ENCODED_HERE)
-        encoded = batches(questions, rates.encode_per_second, workers, batch, ENCODED_BYTES, 0.0)["seconds"]
     stages = {
-        "questions": serial + encoded,
+        "questions": reading(questions, workers, rates),
         "extract": extract["seconds"],
         "gather": questions / rates.gather_per_second,
-        "embed": embed["seconds"],
+        "embed": embed["seconds"] + questions / rates.vectors_per_second,
         "neighbors": neighbors(trained, successes, workers, rates),
         "finetune": rates.start_seconds + rates.load_seconds + steps * step,
         "evaluate": evaluate["seconds"] + judged / rates.gather_per_second,
@@ -270,6 +286,13 @@ def main() -> None:
     """Parse, measure, simulate, print."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--summary", type=Path, help="the --summary file of a finished run")
+    parser.add_argument(
+        "--without-model",
+        type=int,
+        nargs=3,
+        metavar=("QUESTIONS", "SUCCESSES", "WORKERS"),
+        help="print instead what reading.py, driver_memory.py and search.py would take",
+    )
     parser.add_argument("--measure", action="store_true", help="measure the driver's overhead here (starts Ray)")
     for one in fields(Rates):
         parser.add_argument(f"--{one.name.replace('_', '-')}", type=type(one.default))
@@ -284,7 +307,12 @@ def main() -> None:
         )
         rates = replace(rates, dispatch_seconds=alone)
     given = {f.name: getattr(options, f.name) for f in fields(Rates) if getattr(options, f.name) is not None}
-    report(replace(rates, **given))
+    rates = replace(rates, **given)
+    if options.without_model:
+        for stage, seconds in without_model(*options.without_model, rates).items():
+            print(f"  {stage:<26} {seconds:>8.0f} s")
+        return
+    report(rates)
 
 
 if __name__ == "__main__":
