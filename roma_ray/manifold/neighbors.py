@@ -118,10 +118,9 @@ def find_neighbors(
     says nothing else); `task` does so among the successes of the question's own task (`tasks`, a name a question). `shuffled`
     deals knn's neighborhoods out anew: a derangement by (seed, ids). `self`: no search.
     `knn` is exact up to `exact_up_to` successes; with more, inverted lists find at least 95 % of the neighbors, measured, where
-    `propose` searches them (in this process, unless given).
-    Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises ConfigError for settings out of range,
-    EmbeddingError for embeddings without a direction, and NeighborError when S is empty, holds a question outside the
-    training part, more than 90 % of the neighborhoods are empty, they hold more than 200 million pairs, or cannot be shuffled.
+    `propose` searches them (in this process, unless given). Memory beyond the answer is bounded by `batch_rows`, never N x N. Raises
+    ConfigError for settings out of range, EmbeddingError for embeddings without a direction, NeighborError when S is empty, holds a
+    question outside the training part, over 90 % of neighborhoods are empty, they hold over 200 million pairs, or cannot be shuffled.
     """
     _check_settings(method, k, epsilon, similarity, sigma, batch_rows)
     queried_N = training_N if queried_N is None else queried_N
@@ -138,12 +137,11 @@ def find_neighbors(
         found = table.drawn(rows_Q, k, seed, _names(ids), tasks if method == "task" else None)
     else:
         found, recall = table.near(rows_Q, k, batch_rows, exact_up_to)
-    sizes_N = torch.bincount(found.rows, minlength=len(training_N))
+    sizes_N, others_P, cosines_P = torch.bincount(found.rows, minlength=len(training_N)), found.others, found.cosines
+    del found
     if (empty := int((sizes_N[rows_Q] == 0).sum())) > EMPTY_LIMIT * len(rows_Q):
         nearest = table.nearest(rows_Q[:: max(1, len(rows_Q) // 1000)], 1, batch_rows).cosines
         raise NeighborError(_mostly_empty(method, epsilon, similarity, sigma, empty, len(rows_Q), nearest))
-    others_P, cosines_P = found.others, found.cosines
-    del found
     near = Neighborhoods(
         offsets=torch.cat([sizes_N.new_zeros(1), sizes_N.cumsum(0)]),
         indices=others_P,
