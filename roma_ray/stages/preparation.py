@@ -22,7 +22,7 @@ from roma_ray.engine.runners import Runners
 from roma_ray.engine.setup import Setup
 from roma_ray.engine.steps import Facts, Step
 from roma_ray.engine.work import Job
-from roma_ray.errors import ArtifactError, ConfigError
+from roma_ray.errors import ArtifactError, ConfigError, QuestionError
 from roma_ray.questions.asked import REJECTED, AskedQuestions
 from roma_ray.questions.counts import SourceCount, count_sources, describe_sources
 from roma_ray.questions.held_out import check_held_out, parts_in_force
@@ -93,7 +93,12 @@ def prepare(job: Job, runners: Runners, progress: Progress) -> Facts:
     _check_texts(config, asked.forms)
     tables = encoded(job, asked, parts, runners.encode, progress)
     with QuestionWriter(asked, free=is_free(config)) as writer:
-        writer.write(stage.path / TABLE, tables, config.questions.held_out_tasks)
+        try:
+            writer.write(stage.path / TABLE, tables, config.questions.held_out_tasks)
+        except QuestionError:
+            # Other sources, or other settings of these, are another stage.
+            remove_folder(stage.path / ENCODING)
+            raise
         faults = writer.faults.table()
         write_parts(stage.path / FAULTS, REJECTED, in_parts(faults))
     remove_folder(stage.path / ENCODING)

@@ -291,7 +291,7 @@ class Stage:
     def _leave_nothing(self) -> None:
         """Remove the folder of a stage that ended before it wrote anything."""
         with contextlib.suppress(OSError, BucketError):
-            if {file.name for file in listed(self.path)} <= {LOCK, IDENTITY, _MAKERS}:
+            if {file.name for file in listed(self.path)} <= {LOCK, IDENTITY, _MAKERS, _STARTS}:
                 remove_folder(self.path)
                 drop_empty(self.path.parent)
 

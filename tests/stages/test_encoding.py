@@ -15,7 +15,7 @@ from roma_ray.engine.runners import LOCAL, Runners
 from roma_ray.engine.setup import resolve
 from roma_ray.engine.steps import Facts, complete
 from roma_ray.engine.work import Job, Report, Work, serial
-from roma_ray.errors import ConfigError
+from roma_ray.errors import ConfigError, QuestionError
 from roma_ray.stages import encoding
 from roma_ray.stages.encoding import ENCODING, EncodeWork
 from roma_ray.stages.preparation import FAULTS, QUESTIONS, prepare
@@ -144,6 +144,33 @@ def test_batches_of_other_questions_are_not_taken_up(job: Job, monkeypatch: pyte
     prepare(job, LOCAL, Silence())
     texts = read_table(job.stage.path / TABLE, ["question"]).column("question").to_pylist()
     assert all("dog" in text for text in texts)
+
+
+def test_questions_of_which_none_can_be_used_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "ROWS", 8)
+    write(tmp_path / "q.jsonl")
+    job = job_in(tmp_path, "questions.prompt.max_tokens=16")
+    with pytest.raises(QuestionError, match="none of the 54 questions has a usable prompt"):
+        complete(QUESTIONS, job, LOCAL, Silence())
+    assert not job.stage.path.exists()
+
+
+def test_batches_are_kept_where_another_setting_of_the_run_makes_the_table_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encoding, "ROWS", 8)
+    write(tmp_path / "q.jsonl")
+    wrong = job_in(tmp_path, "questions.held_out_tasks=[t7]")
+    with pytest.raises(ConfigError, match="t7"):
+        complete(QUESTIONS, wrong, LOCAL, Silence())
+    right = job_in(tmp_path, "questions.held_out_tasks=[t1]")
+    assert right.stage.path == wrong.stage.path
+    complete(QUESTIONS, right, Runners(encode=no_batches), Silence())
+
+
+def no_batches(work: Work, batches: Sequence[int]) -> Iterator[Report]:
+    assert not batches
+    yield from ()
 
 
 def test_what_the_settings_cannot_do_is_said_before_anything_is_written(
