@@ -224,7 +224,9 @@ class BatchWorker:
             from roma_ray.engine.held_slices import HeldSlices
 
             self.held = HeldSlices()
-        with self.held.opening(getattr(work, "model", None)):
+        # A work without a model comes before one that may want what is held.
+        loads = getattr(work, "loads_model", True)
+        with self.held.opening(getattr(work, "model", None)) if loads else contextlib.nullcontext():
             self.do = work.open()
         self.token = order.token
         yield OPENED, {IMPORTS: imported - began, MODEL: time.monotonic() - imported}

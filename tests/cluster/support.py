@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import psutil
 import ray
@@ -146,6 +146,12 @@ class NotingWork:
 
     def open(self) -> Noting:
         return Noting(self)
+
+
+class LightWork(NotingWork):
+    """One that loads no model."""
+
+    loads_model: ClassVar[bool] = False
 
 
 def begun(folder: Path) -> list[tuple[int, int]]:

@@ -56,7 +56,7 @@ from roma_ray.stages.neighbor_lists import spread
 from roma_ray.stages.neighborhoods import NEIGHBORS, PAIRS
 from roma_ray.stages.preparation import FAULTS, QUESTIONS
 from roma_ray.store.artifacts import Stage, file_digest, noted_starts
-from tests.cluster.support import DeadlyEncoding, DeadlyWork, FailingWork, NotingWork, TunedWork, begun
+from tests.cluster.support import DeadlyEncoding, DeadlyWork, FailingWork, LightWork, NotingWork, TunedWork, begun
 from tests.making import made, with_settings
 from tests.stages.test_encoding import job_in as questions_in
 from tests.stages.test_encoding import write as write_questions
@@ -286,10 +286,13 @@ def test_deaths_that_are_nobodys_fault_end_the_run(local_run: Run, tmp_path: Pat
 def test_a_kept_worker_gives_the_bytes_of_a_fresh_one(local_run: Run, tmp_path: Path) -> None:
     """Its model is loaded once for three works, though one of them has put other gates in their place; then it goes."""
     worker, plan = BatchWorker(), fields(local_run, tmp_path / "plan")["stage"].path / PLAN
-    batches = range(len(read_plan(plan)[1]))
+    batches, light = range(len(read_plan(plan)[1])), LightWork(str(tmp_path / "light"))
+    Path(light.folder).mkdir()
     for name, kind in (("first", ExtractWork), ("tuned", TunedWork), ("second", ExtractWork)):
         told = told_by(worker, kind(**fields(local_run, tmp_path / name)), batches)
         assert {kind for kind, _ in told} == {STANDS, OPENED, REPORTS}
+        # What loads no model, as encoding, takes none away.
+        assert [kind for kind, _ in told_by(worker, light, [0])][-1] == REPORTS
     assert worker.held is not None
     assert worker.held.loaded == 1
     same_files(tmp_path / "second", tmp_path / "first")
