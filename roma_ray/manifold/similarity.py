@@ -91,8 +91,10 @@ class UnitRows:
         if norm_N is not None:
             self.norm_N = norm_N
             return
-        parts = [part.double().norm(dim=1) for part in self.table_NC.split(_PAIRS_AT_ONCE)]
-        self.norm_N = torch.cat(parts)
+        # Put in place, here and below: results that lie between what is freed again would keep the heap growing.
+        self.norm_N = torch.empty(len(self.table_NC), dtype=torch.float64)
+        for part_BC, norm_B in zip(self.table_NC.split(_PAIRS_AT_ONCE), self.norm_N.split(_PAIRS_AT_ONCE), strict=True):
+            norm_B.copy_(part_BC.double().norm(dim=1))
         bad_N = ~(torch.isfinite(self.norm_N) & (self.norm_N > 0))
         if bad_N.any():
             rows = bad_N.nonzero()[:5, 0].tolist()
@@ -107,8 +109,8 @@ class UnitRows:
 
     def cosines(self, rows_P: Tensor, others_P: Tensor) -> Tensor:
         """Cosine of each pair of rows [P], fp64, at most 1; its bits do not depend on the other pairs of the call."""
-        parts = [
-            torch.linalg.vecdot(self.take(a), self.take(b))
-            for a, b in zip(rows_P.split(_PAIRS_AT_ONCE), others_P.split(_PAIRS_AT_ONCE), strict=True)
-        ]
-        return torch.cat(parts).clamp_max_(1) if parts else torch.zeros(0, dtype=torch.float64)
+        cosine_P = torch.empty(len(rows_P), dtype=torch.float64)
+        for start in range(0, len(rows_P), _PAIRS_AT_ONCE):
+            part = slice(start, start + _PAIRS_AT_ONCE)
+            cosine_P[part] = torch.linalg.vecdot(self.take(rows_P[part]), self.take(others_P[part]))
+        return cosine_P.clamp_max_(1)
