@@ -11,6 +11,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -29,6 +30,7 @@ from roma_ray.questions.prompts import PromptBuilder, encode
 from roma_ray.questions.records import Rejected
 from roma_ray.store.files import exists, present
 from roma_ray.store.tables import iterate_table, read_tables, write_parts
+from roma_ray.store.uploads import trailing
 
 ENCODING = ".encoding"
 """Where batches lie until the question table is written."""
@@ -78,11 +80,12 @@ def encoded(
 def _planned(job: Job, asked: AskedQuestions, parts: np.ndarray) -> EncodeWork:
     """The batches, their questions written where they are not encoded yet."""
     names: list[str] = []
-    for table in asked.tables(ROWS, parts):
-        names.append(f"{len(names):06d}-{_digest(table)}")
-        work = EncodeWork(job.setup, job.stages, job.stage, tuple(names[-1:]))
-        if not exists(work.encoded(0)):
-            write_parts(work.asked(0), ASKED, [table])
+    with trailing() as put:
+        for table in asked.tables(ROWS, parts):
+            names.append(f"{len(names):06d}-{_digest(table)}")
+            work = EncodeWork(job.setup, job.stages, job.stage, tuple(names[-1:]))
+            if not exists(work.encoded(0)):
+                put(partial(write_parts, work.asked(0), ASKED, [table]))
     return EncodeWork(job.setup, job.stages, job.stage, tuple(names))
 
 
