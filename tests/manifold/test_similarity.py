@@ -1,9 +1,11 @@
 import math
 
+import psutil
 import pytest
 import torch
 
 from roma_ray.errors import ConfigError, EmbeddingError
+from roma_ray.manifold import similarity as similarity_module
 from roma_ray.manifold.similarity import (
     UnitRows,
     adjacency_weights,
@@ -95,3 +97,24 @@ def test_embeddings_without_direction_are_refused(bad):
 def test_a_width_that_is_not_positive_is_refused(sigma):
     with pytest.raises(ConfigError, match="sigma"):
         gaussian_similarity(torch.ones(1), sigma)
+
+
+def test_the_cosines_of_many_pairs_take_the_memory_of_the_answer() -> None:
+    """A thousand pairs' vectors at a time; results between them kept the heap from being used anew, and it grew by all of them."""
+    unit = UnitRows(torch.ones(8, 384))
+    rows_P = torch.zeros(250_000, dtype=torch.int64)
+    unit.cosines(rows_P[:5000], rows_P[:5000])
+    before = psutil.Process().memory_info().rss
+    assert len(unit.cosines(rows_P, rows_P)) == len(rows_P)
+    # All vectors in fp64 would be 0.77 GB a side.
+    assert psutil.Process().memory_info().rss - before < 2e8
+
+
+@pytest.mark.parametrize("similarity", ["gaussian", "cosine"])
+def test_weights_do_not_depend_on_the_blocks_of_questions(monkeypatch: pytest.MonkeyPatch, similarity) -> None:
+    sizes = torch.tensor([3, 0, 1, 5, 0, 0, 2, 4])
+    cosines = torch.linspace(-0.9, 1, int(sizes.sum()), dtype=torch.float64)
+    whole = adjacency_weights(cosines, sizes, similarity, 0.3)
+    for block in (1, 2, 3):
+        monkeypatch.setattr(similarity_module, "_BLOCK", block)
+        assert torch.equal(adjacency_weights(cosines, sizes, similarity, 0.3), whole)
