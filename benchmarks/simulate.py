@@ -76,13 +76,13 @@ class Rates:
     """Questions whose embeddings the driver puts in order (driver_memory.py at a million, a CPU core)."""
     successful_part: float = 0.5
     """Of the training questions: S."""
-    lookups_per_second: float = 10_300.0
-    """Questions a worker answers from a shard of S, on a core (search.py --core). A larger shard has longer lists, and fewer of them
-    suffice: in the run of 10 million a full one gave 11,500 and one of a fifth 8,800."""
-    open_shard_seconds: float = 48.0
-    """A worker's time to put a full shard into lists: eight times the 6.0 CPU s measured on a quarter of one."""
-    ranked_per_second: float = 15_700.0
-    """Questions whose proposals the driver ranks (a CPU core)."""
+    lookups_per_second: float = 8000.0
+    """Questions a worker answers from a shard of S, on a core (search.py --core, a quarter of a full one). A larger shard has longer
+    lists, and fewer of them suffice."""
+    open_shard_seconds: float = 58.0
+    """A worker's time to put a full shard into lists: eight times the 7.3 CPU s measured on a quarter of one."""
+    ranked_per_second: float = 36_600.0
+    """Questions whose proposals the driver ranks (search.py --core, a CPU core)."""
     pairs_per_second: float = 3.2e7
     """Questions times S up to 200,000 successes, where the search is exact (driver_memory.py, a CPU core)."""
 
